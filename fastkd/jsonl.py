@@ -1,0 +1,72 @@
+"""JSON-lines files of a run folder: written line by line, read after a kill, cut at a resume."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def read_jsonl(path: Path) -> list[Record]:
+    """The objects of a JSON-lines file, `[]` where there is none.
+
+    A process that is killed while it writes leaves a torn last line; that line is left out.
+
+    Raises:
+        ValueError: a line before the last is no JSON object.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    records: list[Record] = []
+    for i, line in enumerate(lines):
+        if not line.strip():
+            continue
+        record = _parse(line)
+        if record is not None:
+            records.append(record)
+        elif any(rest.strip() for rest in lines[i + 1 :]):
+            raise ValueError(f"{path}:{i + 1} is no JSON object: restore the file or start a new run folder")
+    return records
+
+
+def _parse(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def cut_jsonl(path: Path, keep: Callable[[Record], bool]) -> None:
+    """Rewrites a JSON-lines file with the records that `keep` accepts, atomically: all or nothing happens."""
+    kept = [record for record in read_jsonl(path) if keep(record)]
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        file.writelines(to_line(record) for record in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def to_line(record: Mapping[str, Any]) -> str:
+    """One line of strict JSON; numbers that are not finite become null, which strict JSON has no word for."""
+    return json.dumps(_finite(record), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
