@@ -1,0 +1,51 @@
+"""Closed-form FLOPs of encoders and losses: matrix products alone, 2·m·n·k each, from real lengths.
+
+T tokens, M predicted rows, pairs = Σ len² over sequences, D width, I intermediate width, V vocabulary.
+A backward costs twice its forward.
+"""
+
+from __future__ import annotations
+
+from fastkd.models.encoder import EncoderConfig, Needs
+
+
+def forward_flops(config: EncoderConfig, needs: Needs, *, tokens: int, pairs: int, predicted: int) -> int:
+    """FLOPs of one `Encoder.forward` with these needs; the decoder to the vocabulary is the loss's.
+
+    Predicted rows attend to their own sequence: their share of ``pairs`` is taken as predicted / tokens.
+    """
+    D, I = config.hidden_size, config.intermediate_size  # noqa: E741
+    depth, total = needs.depth(config.num_layers), 0
+    for number in range(1, depth + 1):
+        read = {number} & {*needs.hidden, *needs.qkv}
+        last = number == depth
+        if last and needs.rows and not read:
+            total += 4 * tokens * D * D + predicted * (4 * D * D + 4 * D * I)
+            total += 4 * D * pairs * predicted // tokens
+            continue
+        total += 6 * tokens * D * D
+        if last and not needs.rows and number not in needs.hidden:
+            continue
+        total += tokens * (2 * D * D + 4 * D * I) + 4 * D * pairs
+    return total + (2 * predicted * D * D if needs.logits else 0)
+
+
+def backward_flops(forward: int) -> int:
+    """FLOPs of a backward through something that took ``forward`` FLOPs forward."""
+    return 2 * forward
+
+
+def linear_kd_flops(predicted: int, vocab: int, student_width: int, teacher_width: int = 0) -> int:
+    """Decoder logits of student and teacher, and the student's two gradients: 2MV(3·Ds + Dt)."""
+    return 2 * predicted * vocab * (3 * student_width + teacher_width)
+
+
+def relation_kl_flops(pairs: int, student_width: int, teacher_width: int) -> int:
+    """Scores of student and teacher and the gradient, which costs once
+    more (a self-relation's G + Gᵀ is one operand): 2·pairs·(2·Ds + Dt)."""
+    return 2 * pairs * (2 * student_width + teacher_width)
+
+
+def score_mse_flops(pairs: int, student_width: int, teacher_width: int) -> int:
+    """Scores of student and teacher and two gradients: 2·pairs·(3·Ds + Dt)."""
+    return 2 * pairs * (3 * student_width + teacher_width)

@@ -1,0 +1,117 @@
+"""The frozen teacher: cast once, cut above what is read, never in training mode."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from fastkd.models.encoder import Encoder, EncoderConfig, Needs, Outputs, Packed
+from fastkd.models.hf import Loaded
+
+PROBES = ("Hello World", "naïve Café, don't STOP!", "東京 2024 — état-major", "ﬁne\tline\u00a0break")
+
+
+class Teacher:
+    """A teacher that computes what ``needs`` reads, in ``dtype`` on ``device``, without gradients.
+
+    Layers above the deepest one read, and the MLM head where no logits are, are dropped from memory. It is no
+    nn.Module: nothing can put it into training mode or hand its parameters to an optimiser.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        needs: Needs,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        attention: str | None = None,
+        compile: bool = False,
+    ) -> None:
+        self.needs, self.config = needs, loaded.config
+        self.encoder = _cut(loaded.encoder, needs).to(device=device, dtype=dtype)
+        self.encoder.attention = attention
+        if compile:
+            for layer in self.encoder.layers:
+                layer.compile(fullgraph=True, dynamic=False)
+
+    @torch.inference_mode()
+    def __call__(self, ids: Tensor, batch: Packed) -> Outputs:
+        """The forward of Encoder on [T] ids."""
+        return self.encoder(ids, batch, self.needs)
+
+    @property
+    def decoder_weight(self) -> Tensor:
+        """[V, D] in the compute dtype."""
+        return self.encoder.decoder_weight
+
+    @property
+    def decoder_bias(self) -> Tensor:
+        """[V] in the compute dtype."""
+        return self.encoder.decoder_bias
+
+
+def _cut(encoder: Encoder, needs: Needs) -> Encoder:
+    """A frozen copy without the layers and the head that nobody reads."""
+    cut = copy.copy(encoder)
+    cut._modules = dict(encoder._modules)
+    cut.layers = encoder.layers[: needs.depth(encoder.config.num_layers)]
+    cut.head = encoder.head if needs.logits else None
+    return copy.deepcopy(cut).eval().requires_grad_(False)
+
+
+def check_teacher(
+    teacher: Loaded,
+    student: EncoderConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    needs: Needs,
+    *,
+    equal_width: bool = False,
+    equal_heads: bool = False,
+) -> None:
+    """Refuse a teacher that cannot teach this student, before anything is spent.
+
+    ``needs`` is what the method reads of the teacher; ``equal_width`` and ``equal_heads`` whether its loss
+    compares widths or attention heads one to one. Raises ValueError naming what does not fit and the remedy.
+    """
+    config = teacher.config
+    if needs.logits and teacher.encoder.head is None:
+        raise ValueError(
+            f"teacher {teacher.source} has no MLM head; train one with --method mlm, or use --method minilmv2"
+        )
+    if tokenizer_hash(teacher.tokenizer) != tokenizer_hash(tokenizer):
+        raise ValueError(f"teacher {teacher.source} has another tokenizer than the student; use one for both")
+    if needs.logits and config.vocab_size != student.vocab_size:
+        raise ValueError(
+            f"teacher {teacher.source} has {config.vocab_size} tokens, the student {student.vocab_size}; "
+            "use equal ones"
+        )
+    deepest = max((*needs.hidden, *needs.qkv, 0))
+    if deepest > config.num_layers:
+        raise ValueError(f"teacher {teacher.source} has {config.num_layers} layers, not {deepest}; lower it")
+    if equal_width and config.hidden_size != student.hidden_size:
+        raise ValueError(
+            f"the teacher's width is {config.hidden_size}, the student's {student.hidden_size}; "
+            f"make --student {config.hidden_size}H, or use --method minilmv2"
+        )
+    if equal_heads and config.num_heads != student.num_heads:
+        raise ValueError(
+            f"the teacher has {config.num_heads} heads, the student {student.num_heads}; make --student "
+            f"{config.num_heads}A, or use --method minilmv2"
+        )
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 over the vocabulary (token → id), the special tokens and the ids of a few probe texts, which
+    show the normaliser: tokenizers with equal hashes give texts equal ids."""
+    content = {
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "special": [getattr(tokenizer, f"{name}_token_id") for name in ("cls", "sep", "mask", "pad")],
+        "probes": [tokenizer(text)["input_ids"] for text in PROBES],
+    }
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
