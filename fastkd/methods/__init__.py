@@ -1,0 +1,100 @@
+"""Methods: one file each. A method says what it reads from student and teacher, and makes one loss of it.
+
+A file here defines a frozen dataclass ``Config`` (the method's own options, each with its help text) and one
+subclass of :class:`Method` called ``METHOD``. Commands, tests and benches find it by listing this folder.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.data.batches import Batch
+from fastkd.models.encoder import Encoder, EncoderConfig, Needs, Outputs
+from fastkd.models.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class MethodLoss:
+    """A differentiable scalar and the detached terms that it is made of (for the log)."""
+
+    loss: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Method(nn.Module):
+    """A training objective. Holds the parameters that it trains beside the student's, if any."""
+
+    name: ClassVar[str]
+    uses_teacher: ClassVar[bool] = True
+    trains_mlm_head: ClassVar[bool] = False
+    default_lr: ClassVar[float]
+
+    student_needs: Needs
+    teacher_needs: Needs | None = None
+    reads_masked: bool = False
+
+    def __init__(self, config: Any, student: EncoderConfig, teacher: EncoderConfig | None) -> None:
+        """Check that student and teacher fit; raises ValueError naming the fix where they do not."""
+        super().__init__()
+        self.config = config
+        self.student_config, self.teacher_config = student, teacher
+
+    def compute(
+        self,
+        student: Outputs,
+        teacher: Outputs | None,
+        batch: Batch,
+        student_model: Encoder,
+        teacher_model: Teacher | None,
+    ) -> MethodLoss:
+        """The loss of one micro-batch: a mean, so that micro-batches of one size average to the whole."""
+        raise NotImplementedError
+
+    def loss_flops(self, *, tokens: int, pairs: int, predicted: int) -> int:
+        """FLOPs of the loss itself, gradient included, for a micro-batch (``pairs`` is the sum of squared lengths)."""
+        raise NotImplementedError
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draw the method's own parameters, if it has any."""
+
+
+def available() -> list[str]:
+    """The methods in this folder."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def load(name: str) -> ModuleType:
+    """The module of a method.
+
+    Raises:
+        ValueError: no such method.
+    """
+    if name not in available():
+        raise ValueError(f"unknown method {name!r}: choose one of {', '.join(available())}")
+    return importlib.import_module(f"fastkd.methods.{name}")
+
+
+def require_teacher(name: str, teacher: EncoderConfig | None) -> EncoderConfig:
+    """The teacher's configuration of a method that cannot do without."""
+    if teacher is None:
+        raise ValueError(
+            f"--method {name} distils from a teacher: give --teacher, or train without one by --method mlm"
+        )
+    return teacher
+
+
+def require_equal_heads(name: str, student: EncoderConfig, teacher: EncoderConfig) -> None:
+    """Refuse a pair whose attention heads cannot be matched one to one."""
+    if student.num_heads != teacher.num_heads:
+        raise ValueError(
+            f"--method {name} matches attention heads one to one, but the student has {student.num_heads} and the "
+            f"teacher {teacher.num_heads}: give --student {teacher.num_heads} heads (…-{teacher.num_heads}A), or use "
+            "--method minilmv2"
+        )

@@ -1,0 +1,261 @@
+"""RunConfig: every option of a run, once, with its help text and unit; and how a command line becomes one.
+
+Values come, in rising priority, from the dataclass's defaults, the preset (``presets/*.toml``) and the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn, cast
+
+import torch
+from transformers import HfArgumentParser
+
+from fastkd import methods
+from fastkd.budget import Budget, Charge
+
+PRESETS = Path(__file__).parent / "presets"
+# Options that change what is shown or where it lies, not what is trained: no part of a run's name.
+PRESENTATION = ("output_dir", "log_to", "log_every", "trace")
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with its help text."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run under one budget."""
+
+    preset: str = option(
+        "auto", "auto (paper-6l with a CUDA device, else quickstart), or a file of fastkd/presets/"
+    )
+    method: str = option("minilmv2", "a file of fastkd/methods/: mlm, logit_kd, tinybert, minilm, minilmv2")
+    teacher: str | None = option(
+        None, "hub id, Hugging Face folder or finished run folder; 'quickstart' names the packaged one"
+    )
+    tokenizer: str | None = option(
+        None, "hub id or folder of the student's tokenizer; default: the teacher's"
+    )
+    student: str = option(
+        "3L-384H-12A", "layers, width, heads and optionally intermediate width: 6L-768H-12A[-3072I]"
+    )
+    corpus: list[str] = option(
+        ["quickstart"],
+        "hub datasets (id[:config[:split]]), or text, jsonl, parquet files and globs (.gz too)",
+    )
+    text_field: str = option(
+        "text", "field or column that holds a document in jsonl, parquet and hub datasets"
+    )
+    budget_gpu_hours: float | None = option(None, "budget in GPU-hours, summed over devices")
+    budget_flops: float | None = option(None, "budget in FLOPs of student, teacher and loss")
+    budget_tokens: float | None = option(None, "budget in tokens read")
+    charge: Charge = option(
+        "loop", "what costs GPU-seconds: loop (first to last step, all included), compute (steps alone), all"
+    )
+    seed: int = option(0, "seed of initialisation, data order and masks")
+    output_dir: str | None = option(
+        None, "run folder; default runs/PRESET-METHOD-BUDGET, the same for the same command"
+    )
+    init_from_teacher: bool = option(False, "start the student from every other teacher layer (equal widths)")
+    lr: float | None = option(None, "peak learning rate; default: the method's")
+    warmup: float = option(0.06, "share of the budget over which the learning rate rises")
+    weight_decay: float = option(0.01, "AdamW's weight decay of matrices")
+    adam_beta2: float = option(0.98, "AdamW's second-moment decay")
+    clip_norm: float = option(1.0, "largest 2-norm of the gradient; 0 does not clip")
+    dropout: float = option(0.0, "student's dropout probability (0.1 in the paper)")
+    seq_length: int = option(128, "tokens in a sequence at most, [CLS] and [SEP] included")
+    mask_rate: float = option(0.15, "share of positions that are predicted")
+    packing: Literal["documents", "full-sentences"] = option(
+        "documents", "full-sentences lets documents share a sequence"
+    )
+    batch_tokens: int = option(4096, "tokens in a step, over all devices")
+    micro_batch: str = option("auto", "tokens in one forward on one device, or auto: as many as memory takes")
+    dtype: Literal["auto", "bfloat16", "float32"] = option(
+        "auto", "compute dtype; auto: bfloat16 where the device multiplies it fast"
+    )
+    attention: str | None = option(None, "attention backend; default: the fastest at hand")
+    compile: bool | None = option(None, "torch.compile student and teacher; default: on CUDA only")
+    checkpoint_minutes: float = option(10.0, "minutes between checkpoints; 0 saves after every step")
+    validations: int = option(
+        10, "validations over the budget, of which those are left out that would cost over 2%% of it"
+    )
+    replay: str | None = option(
+        None, "ledger.jsonl of a finished run: take each step's progress from it instead of the clock"
+    )
+    log_to: list[str] = option([], "also log to tensorboard, wandb or trackio")
+    log_every: int = option(10, "steps between lines of metrics.jsonl")
+    trace: int = option(0, "write a torch.profiler trace of so many steps")
+
+    @property
+    def budget(self) -> Budget:
+        """The one budget that is set.
+
+        Raises:
+            ValueError: none, several, or one that is not above zero.
+        """
+        hours, flops, tokens = self.budget_gpu_hours, self.budget_flops, self.budget_tokens
+        given = [value for value in (hours, flops, tokens) if value is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one budget: --budget-gpu-hours, --budget-flops or --budget-tokens")
+        if not 0 < given[0] < float("inf"):
+            raise ValueError(f"a budget must be above zero and finite, got {given[0]:g}")
+        if hours is not None:
+            return Budget("gpu-seconds", hours * 3600)
+        return Budget("flops", flops) if flops is not None else Budget("tokens", cast(float, tokens))
+
+    def check(self) -> None:
+        """Refuse values outside their range.
+
+        Raises:
+            ValueError: naming the option, its value and its range.
+        """
+        _ = self.budget
+        ranges: tuple[tuple[str, float, float, float], ...] = (
+            ("warmup", self.warmup, 0, 0.99), ("dropout", self.dropout, 0, 0.99), ("mask_rate", self.mask_rate, 0.01, 0.9),
+            ("seq_length", self.seq_length, 8, 8192), ("clip_norm", self.clip_norm, 0, 1e9), ("lr", self.lr or 1e-4, 1e-9, 10),
+            ("weight_decay", self.weight_decay, 0, 1), ("adam_beta2", self.adam_beta2, 0, 0.99999), ("log_every", self.log_every, 1, 1e9),
+            ("checkpoint_minutes", self.checkpoint_minutes, 0, 1e9), ("validations", self.validations, 0, 1e6),
+            ("trace", self.trace, 0, 1000), ("seed", self.seed, 0, 2**63 - 1),
+        )  # fmt: skip
+        for name, value, low, high in ranges:
+            if not low <= value <= high:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} must lie between {low:g} and {high:g}, got {value:g}")
+        if self.micro_batch != "auto" and not self.micro_batch.isdigit():
+            raise ValueError(f"--micro-batch takes a number of tokens or auto, got {self.micro_batch!r}")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What a command line means: the run, its method's options, and how the preset was chosen."""
+
+    run: RunConfig
+    method: Any
+    preset_reason: str
+    explicit: frozenset[str]
+
+    def default_output_dir(self, root: str = "runs") -> Path:
+        """``runs/PRESET-METHOD-BUDGET[-HASH]``: the hash stands for all other options given, if any."""
+        budget = self.run.budget
+        amount = {
+            "gpu-seconds": f"{budget.amount / 3600:g}h",
+            "flops": f"{budget.amount:g}flop",
+            "tokens": f"{budget.amount:g}tok",
+        }
+        name = f"{self.run.preset}-{self.run.method}-{amount[budget.unit]}".replace("+", "")
+        named = {"preset", "method", "budget_gpu_hours", "budget_flops", "budget_tokens", *PRESENTATION}
+        values = dataclasses.asdict(self.run) | dataclasses.asdict(self.method)
+        others = {key: values[key] for key in sorted(self.explicit - named)}
+        if others:
+            name += "-" + hashlib.sha256(json.dumps(others).encode()).hexdigest()[:6]
+        return Path(root) / name
+
+    def to_toml(self) -> str:
+        """The resolved configuration, as config.toml holds it; options that are not set are left out."""
+        return (
+            to_toml(dataclasses.asdict(self.run))
+            + "\n[method_options]\n"
+            + to_toml(dataclasses.asdict(self.method))
+        )
+
+
+class _Parser(HfArgumentParser):
+    """argparse says usage and error over many lines; a user's mistake here is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def parse(argv: Sequence[str], prog: str = "python -m fastkd.run") -> Resolved:
+    """Read a command line.
+
+    Raises:
+        ValueError: an unknown preset, method or option, a value of the wrong kind, or one out of range.
+    """
+    chosen, _ = _namespace(_Parser([RunConfig], prog=prog, add_help=False, allow_abbrev=False), argv)
+    preset_name, reason = _choose_preset(chosen.get("preset", "auto"))
+    preset = read_preset(preset_name)
+    module = methods.load(chosen.get("method", preset.get("method", RunConfig.method)))
+    epilog = "Options of another method are listed by --method NAME --help."
+    parser = _Parser([RunConfig, module.Config], prog=prog, epilog=epilog, allow_abbrev=False)
+    explicit, unknown = _namespace(parser, argv)
+    if unknown:
+        raise ValueError(_explain_unknown(unknown[0], module.METHOD.name))
+    values = preset | explicit | {"preset": preset_name, "method": module.METHOD.name}
+    if not module.METHOD.uses_teacher:
+        values = _without_teacher(values, explicit)
+    run = RunConfig(**_fields(RunConfig, values))
+    run.check()
+    method = module.Config(**_fields(module.Config, values))
+    return Resolved(run, method, reason, frozenset(explicit))
+
+
+def _without_teacher(values: dict[str, Any], explicit: dict[str, Any]) -> dict[str, Any]:
+    """Scratch training reads no teacher; the preset's lends its tokenizer alone."""
+    for name in ("teacher", "init_from_teacher"):
+        if explicit.get(name):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"--method {values['method']} trains without a teacher: leave {flag} out, or choose another method"
+            )
+    return values | {"tokenizer": values.get("tokenizer") or values.get("teacher"), "teacher": None}
+
+
+def _namespace(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The options given on the command line, and what the parser does not know."""
+    for action in parser._actions:
+        if action.dest != "help":
+            action.default = argparse.SUPPRESS
+    known, unknown = parser.parse_known_args(list(argv))
+    return vars(known), unknown
+
+
+def _choose_preset(name: str) -> tuple[str, str]:
+    if name != "auto":
+        return name, "named by --preset"
+    if torch.cuda.is_available():
+        return "paper-6l", "a CUDA device is at hand"
+    return "quickstart", "no CUDA device is at hand"
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The values of a preset.
+
+    Raises:
+        ValueError: no such preset.
+    """
+    path = PRESETS / f"{name}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.toml")))
+        raise ValueError(f"unknown preset {name!r}: choose auto, {known}")
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+def _fields(cls: Any, values: dict[str, Any]) -> dict[str, Any]:
+    return {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}
+
+
+def _explain_unknown(token: str, method: str) -> str:
+    name = token.lstrip("-").split("=")[0].replace("-", "_")
+    owners = [
+        m for m in methods.available() if name in {f.name for f in dataclasses.fields(methods.load(m).Config)}
+    ]
+    if token.startswith("-") and owners:
+        return f"--method {method} does not read {token}; it is an option of {', '.join(owners)}"
+    return f"unknown option {token!r}: --help lists them"
+
+
+def to_toml(values: dict[str, Any]) -> str:
+    """Flat values as TOML; None is left out."""
+    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items() if value is not None)

@@ -1,0 +1,99 @@
+"""Several GPUs: set-up under torchrun, rank 0's decisions, and what differs between one process and many.
+
+Every rank does the same steps in the same order because rank 0 alone reads clocks and decides; one small all-reduce on
+the host a step carries its decisions out and everybody's interrupts in.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = timedelta(seconds=45)  # a rank that is gone must end the job within a minute
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which decides, writes and prints."""
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What rank 0 decided for the next step."""
+
+    progress: float
+    stop: bool = False
+    validate: bool = False
+    checkpoint: bool = False
+    interrupted: bool = False
+
+
+def start() -> World:
+    """Join the process group that torchrun describes, or be alone. Host collectives use gloo, device ones NCCL."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if size == 1:
+        return World(device=device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+    return World(rank=dist.get_rank(), size=size, device=device)
+
+
+def finish(world: World) -> None:
+    """Leave the process group; a peer that died already must not turn a clean exit into an error."""
+    if world.size > 1 and dist.is_initialized():
+        with suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+def agree(world: World, decision: Decision) -> Decision:
+    """Rank 0's decision, and an interrupt if any rank was interrupted. Other ranks pass only ``interrupted``."""
+    if world.size == 1:
+        return decision
+    mine = decision if world.is_main else Decision(progress=0.0, interrupted=decision.interrupted)
+    flags = torch.tensor(
+        [mine.progress, mine.stop, mine.validate, mine.checkpoint, mine.interrupted], dtype=torch.float64
+    )
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    progress, stop, validate, checkpoint, interrupted = flags.tolist()
+    return Decision(progress, bool(stop), bool(validate), bool(checkpoint), bool(interrupted))
+
+
+def any_rank(world: World, flag: bool) -> bool:
+    """Whether the flag is set on any rank."""
+    if world.size == 1:
+        return flag
+    value = torch.tensor(float(flag))
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def mean(world: World, values: torch.Tensor) -> torch.Tensor:
+    """The mean of a host tensor over ranks."""
+    if world.size > 1:
+        dist.all_reduce(values)
+        values /= world.size
+    return values
+
+
+def barrier(world: World) -> None:
+    """Wait for every rank."""
+    if world.size > 1:
+        dist.barrier()

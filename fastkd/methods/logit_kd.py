@@ -1,0 +1,109 @@
+"""logit_kd: the teacher's softmax at the masked positions, with cross-entropy beside it.
+
+    loss = kl_weight · T² · KL(teacher ‖ student) + ce_weight · CE + cosine_weight · (1 − cos(h_s, h_t))
+
+all three averaged over the masked positions. Source: Hinton et al. 2015; Sanh et al. 2019 (DistilBERT: T 2,
+weights 5, 2 and 1, the cosine between last hidden states); Bui et al. 2024.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fastkd import flops
+from fastkd.data.batches import Batch
+from fastkd.kernels.linear_kd import linear_kd
+from fastkd.methods import Method, MethodLoss, require_teacher
+from fastkd.models.encoder import Encoder, EncoderConfig, Needs, Outputs
+from fastkd.models.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of logit_kd."""
+
+    temperature: float = field(default=2.0, metadata={"help": "softmax temperature T of both distributions"})
+    kl_weight: float = field(default=0.5, metadata={"help": "weight of T²·KL(teacher‖student)"})
+    ce_weight: float = field(
+        default=0.5, metadata={"help": "weight of the cross-entropy with the true tokens"}
+    )
+    cosine_weight: float = field(
+        default=0.0, metadata={"help": "weight of 1 − cosine between last hidden states (equal widths only)"}
+    )
+    as_released: bool = field(
+        default=False,
+        metadata={
+            "help": "the paper's released objective: KL divided by the vocabulary's size, T 1, no cosine"
+        },
+    )
+
+
+class METHOD(Method):
+    """KL to the teacher's softmax and cross-entropy at the masked positions."""
+
+    name = "logit_kd"
+    trains_mlm_head = True
+    default_lr = 5e-4
+    reads_masked = True
+
+    def __init__(self, config: Config, student: EncoderConfig, teacher: EncoderConfig | None) -> None:
+        super().__init__(config, student, teacher)
+        teacher = require_teacher(self.name, teacher)
+        if config.temperature <= 0:
+            raise ValueError(f"--temperature must be above 0, got {config.temperature}")
+        if min(config.kl_weight, config.ce_weight, config.cosine_weight) < 0 or config.kl_weight == 0:
+            raise ValueError("--kl-weight must be above 0 and --ce-weight and --cosine-weight not below 0")
+        self.cosine = 0.0 if config.as_released else config.cosine_weight
+        if self.cosine and student.hidden_size != teacher.hidden_size:
+            raise ValueError(
+                f"--cosine-weight compares hidden states of one width, but the student has {student.hidden_size} and "
+                f"the teacher {teacher.hidden_size}: leave it at 0, or give --student a width of {teacher.hidden_size}"
+            )
+        self.temperature = 1.0 if config.as_released else config.temperature
+        self.kl_weight = config.kl_weight / student.vocab_size if config.as_released else config.kl_weight
+        self.student_needs = Needs(logits=True, last_rows=self.cosine > 0)
+        self.teacher_needs = Needs(logits=True, last_rows=self.cosine > 0)
+
+    def compute(
+        self,
+        student: Outputs,
+        teacher: Outputs | None,
+        batch: Batch,
+        student_model: Encoder,
+        teacher_model: Teacher | None,
+    ) -> MethodLoss:
+        assert teacher is not None and teacher_model is not None
+        out = linear_kd(
+            student.head_rows,
+            student_model.decoder_weight,
+            batch.labels,
+            student_bias=student_model.decoder_bias,
+            teacher_hidden=teacher.head_rows,
+            teacher_weight=teacher_model.decoder_weight,
+            teacher_bias=teacher_model.decoder_bias,
+            kl_weight=self.kl_weight,
+            ce_weight=self.config.ce_weight,
+            temperature=self.temperature,
+        )
+        loss, parts = out.loss, {"kl": out.kl, "ce": out.ce}
+        if self.cosine:
+            assert student.last_rows is not None and teacher.last_rows is not None
+            valid = (batch.labels >= 0).float()
+            distance = 1 - F.cosine_similarity(student.last_rows.float(), teacher.last_rows.float(), dim=-1)
+            cosine = (distance * valid).sum() / valid.sum().clamp(min=1)
+            loss = loss + self.cosine * cosine
+            parts["cosine"] = cosine.detach()
+        return MethodLoss(loss, {name: torch.as_tensor(value) for name, value in parts.items()})
+
+    def loss_flops(self, *, tokens: int, pairs: int, predicted: int) -> int:
+        assert self.teacher_config is not None
+        return flops.linear_kd_flops(
+            predicted,
+            self.student_config.vocab_size,
+            self.student_config.hidden_size,
+            self.teacher_config.hidden_size,
+        )

@@ -1,0 +1,64 @@
+"""minilm: KL between last-layer attention distributions and between value relations.
+
+    loss = 1/(A·T) Σ KL( softmax(Q_t K_tᵀ/√d) ‖ softmax(Q_s K_sᵀ/√d) ) + 1/(A·T) Σ KL( softmax(V_t V_tᵀ/√d) ‖ softmax(V_s V_sᵀ/√d) )
+
+over the A attention heads, which student and teacher must share; widths may differ. Source: Wang et al. 2020 (MiniLM), eq. 5–9.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fastkd import flops
+from fastkd.data.batches import Batch
+from fastkd.kernels.relation_kl import relation_kl
+from fastkd.methods import Method, MethodLoss, require_equal_heads, require_teacher
+from fastkd.models.encoder import Encoder, EncoderConfig, Needs, Outputs
+from fastkd.models.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of minilm."""
+
+    as_released: bool = field(
+        default=False, metadata={"help": "feed masked text, as the paper's released code does"}
+    )
+
+
+class METHOD(Method):
+    """Attention and value relations of the last layers."""
+
+    name = "minilm"
+    default_lr = 5e-4
+
+    def __init__(self, config: Config, student: EncoderConfig, teacher: EncoderConfig | None) -> None:
+        super().__init__(config, student, teacher)
+        teacher = require_teacher(self.name, teacher)
+        require_equal_heads(self.name, student, teacher)
+        self.reads_masked = config.as_released
+        self.student_needs = Needs(qkv=(student.num_layers,))
+        self.teacher_needs = Needs(qkv=(teacher.num_layers,))
+
+    def compute(
+        self,
+        student: Outputs,
+        teacher: Outputs | None,
+        batch: Batch,
+        student_model: Encoder,
+        teacher_model: Teacher | None,
+    ) -> MethodLoss:
+        assert teacher is not None and self.teacher_config is not None
+        q_s, k_s, v_s = student.qkv[self.student_config.num_layers]
+        q_t, k_t, v_t = teacher.qkv[self.teacher_config.num_layers]
+        heads, bound = self.student_config.num_heads, batch.max_seqlen
+        attention = relation_kl(
+            q_s, q_t, batch.cu_seqlens, heads, student_key=k_s, teacher_key=k_t, max_seqlen=bound
+        )
+        value = relation_kl(v_s, v_t, batch.cu_seqlens, heads, max_seqlen=bound)
+        return MethodLoss(attention + value, {"attention": attention.detach(), "value": value.detach()})
+
+    def loss_flops(self, *, tokens: int, pairs: int, predicted: int) -> int:
+        assert self.teacher_config is not None
+        widths = self.student_config.hidden_size, self.teacher_config.hidden_size
+        return flops.relation_kl_flops(pairs, *widths, cross=True) + flops.relation_kl_flops(pairs, *widths)

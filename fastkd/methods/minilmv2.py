@@ -1,0 +1,100 @@
+"""minilmv2: KL between the self-relations of queries, keys and values, one layer of each model.
+
+    loss = Σ_{X ∈ {Q, K, V}} 1/(A·T) Σ_{heads, rows} KL( softmax(X_t X_tᵀ/√d_t) ‖ softmax(X_s X_sᵀ/√d_s) )
+
+with the projections regrouped into A relation heads, so that widths and attention heads of student and teacher
+may differ. Both models stop at the distilled layer's QKV projection. Source: Wang et al. 2021 (MiniLMv2), eq. 2–6.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fastkd import flops
+from fastkd.data.batches import Batch
+from fastkd.kernels.relation_kl import relation_kl
+from fastkd.methods import Method, MethodLoss, require_teacher
+from fastkd.models.encoder import Encoder, EncoderConfig, Needs, Outputs
+from fastkd.models.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of minilmv2."""
+
+    relation_heads: int | None = field(
+        default=None,
+        metadata={
+            "help": "relation heads A; default 48 for BERT-base, 64 for BERT-large, else the teacher's heads"
+        },
+    )
+    teacher_layer: int | None = field(
+        default=None,
+        metadata={
+            "help": "teacher layer to distil, from 1; default 21 for BERT-large's 24 layers, else the last"
+        },
+    )
+    as_released: bool = field(
+        default=False,
+        metadata={
+            "help": "the paper's released objective: the teacher's attention heads as relation heads, masked text"
+        },
+    )
+
+
+def default_relation_heads(teacher: EncoderConfig) -> int:
+    """48 for BERT-base, 64 for BERT-large (MiniLMv2, section 4.1), elsewhere the teacher's attention heads."""
+    return {(12, 768): 48, (24, 1024): 64}.get((teacher.num_layers, teacher.hidden_size), teacher.num_heads)
+
+
+class METHOD(Method):
+    """Query, key and value relations of the student's last layer against one teacher layer."""
+
+    name = "minilmv2"
+    default_lr = 6e-4
+
+    def __init__(self, config: Config, student: EncoderConfig, teacher: EncoderConfig | None) -> None:
+        super().__init__(config, student, teacher)
+        teacher = require_teacher(self.name, teacher)
+        default = teacher.num_heads if config.as_released else default_relation_heads(teacher)
+        self.relation_heads = config.relation_heads or default
+        self.layer = config.teacher_layer or (21 if teacher.num_layers == 24 else teacher.num_layers)
+        self.reads_masked = config.as_released
+        for who, width in (("student", student.hidden_size), ("teacher", teacher.hidden_size)):
+            if self.relation_heads < 1 or width % self.relation_heads:
+                raise ValueError(
+                    f"--relation-heads {self.relation_heads} does not divide the {who}'s width {width}: give a common divisor "
+                    f"of {student.hidden_size} and {teacher.hidden_size}"
+                )
+        if not 1 <= self.layer <= teacher.num_layers:
+            raise ValueError(
+                f"--teacher-layer {self.layer} is not among the teacher's layers 1 to {teacher.num_layers}"
+            )
+        self.student_needs = Needs(qkv=(student.num_layers,))
+        self.teacher_needs = Needs(qkv=(self.layer,))
+
+    def compute(
+        self,
+        student: Outputs,
+        teacher: Outputs | None,
+        batch: Batch,
+        student_model: Encoder,
+        teacher_model: Teacher | None,
+    ) -> MethodLoss:
+        assert teacher is not None
+        relations = [
+            relation_kl(s_TD, t_TD, batch.cu_seqlens, self.relation_heads, max_seqlen=batch.max_seqlen)
+            for s_TD, t_TD in zip(
+                student.qkv[self.student_config.num_layers], teacher.qkv[self.layer], strict=True
+            )
+        ]
+        parts = {
+            name: value.detach() for name, value in zip(("query", "key", "value"), relations, strict=True)
+        }
+        return MethodLoss(relations[0] + relations[1] + relations[2], parts)
+
+    def loss_flops(self, *, tokens: int, pairs: int, predicted: int) -> int:
+        assert self.teacher_config is not None
+        return 3 * flops.relation_kl_flops(
+            pairs, self.student_config.hidden_size, self.teacher_config.hidden_size
+        )

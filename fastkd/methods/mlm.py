@@ -1,0 +1,58 @@
+"""mlm: masked language modelling from scratch, the baseline. Cross-entropy at the masked positions.
+
+Source: Devlin et al. 2019 (BERT), without next-sentence prediction; RECIPES of Bui et al. 2024.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fastkd import flops
+from fastkd.data.batches import Batch
+from fastkd.kernels.linear_kd import linear_kd
+from fastkd.methods import Method, MethodLoss
+from fastkd.models.encoder import Encoder, EncoderConfig, Needs, Outputs
+from fastkd.models.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of mlm: none of its own."""
+
+
+class METHOD(Method):
+    """Cross-entropy of the student's logits at the masked positions."""
+
+    name = "mlm"
+    uses_teacher = False
+    trains_mlm_head = True
+    default_lr = 1e-3
+    reads_masked = True
+
+    def __init__(self, config: Any, student: EncoderConfig, teacher: EncoderConfig | None) -> None:
+        super().__init__(config, student, teacher)
+        self.student_needs = Needs(logits=True)
+
+    def compute(
+        self,
+        student: Outputs,
+        teacher: Outputs | None,
+        batch: Batch,
+        student_model: Encoder,
+        teacher_model: Teacher | None,
+    ) -> MethodLoss:
+        out = linear_kd(
+            student.head_rows,
+            student_model.decoder_weight,
+            batch.labels,
+            student_bias=student_model.decoder_bias,
+            kl_weight=0.0,
+            ce_weight=1.0,
+        )
+        return MethodLoss(out.loss, {"ce": out.ce})
+
+    def loss_flops(self, *, tokens: int, pairs: int, predicted: int) -> int:
+        return flops.linear_kd_flops(
+            predicted, self.student_config.vocab_size, self.student_config.hidden_size, 0
+        )

@@ -1,0 +1,113 @@
+"""tinybert: mean squared errors of attention scores and hidden states, layer by layer.
+
+    loss = Σ_{m=1..L_s} MSE(scores_s^m, scores_t^{g(m)}) + Σ_{m=0..L_s} MSE(W h_s^m, h_t^{g(m)}),  g(m) = m·L_t/L_s
+
+h^0 are the embeddings; W is one learned matrix shared by all layers where the widths differ and the identity where
+they do not; scores are q·k/√d before the softmax. Source: Jiao et al. 2020 (TinyBERT), eq. 7–9, general distillation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastkd import flops
+from fastkd.data.batches import Batch
+from fastkd.kernels.score_mse import score_mse
+from fastkd.methods import Method, MethodLoss, require_equal_heads, require_teacher
+from fastkd.models.encoder import Encoder, EncoderConfig, Needs, Outputs
+from fastkd.models.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of tinybert."""
+
+    as_released: bool = field(
+        default=False,
+        metadata={
+            "help": "the paper's released objective: scores of the first and last layer and the last hidden states "
+            "only, no projection, masked text"
+        },
+    )
+
+
+class METHOD(Method):
+    """Attention scores and hidden states under a uniform layer map."""
+
+    name = "tinybert"
+    default_lr = 5e-4
+
+    def __init__(self, config: Config, student: EncoderConfig, teacher: EncoderConfig | None) -> None:
+        super().__init__(config, student, teacher)
+        teacher = require_teacher(self.name, teacher)
+        require_equal_heads(self.name, student, teacher)
+        if teacher.num_layers % student.num_layers:
+            raise ValueError(
+                f"--method tinybert maps student layers evenly onto the teacher's, but {teacher.num_layers} layers are no "
+                f"multiple of {student.num_layers}: give --student a number of layers that divides {teacher.num_layers}"
+            )
+        if config.as_released and student.hidden_size != teacher.hidden_size:
+            raise ValueError(
+                "the released tinybert objective has no projection: --as-released needs a student of the teacher's width "
+                f"{teacher.hidden_size}, got {student.hidden_size}"
+            )
+        self.reads_masked = config.as_released
+        stride, last = teacher.num_layers // student.num_layers, student.num_layers
+        self.score_pairs = [(m, m * stride) for m in range(1, last + 1)]
+        self.hidden_pairs = [(0, 0), *self.score_pairs]
+        if config.as_released:
+            self.score_pairs = sorted({(1, 1), (last, teacher.num_layers)})
+            self.hidden_pairs = [(last, teacher.num_layers)]
+        self.student_needs = Needs(
+            hidden=tuple(m for m, _ in self.hidden_pairs), qkv=tuple(m for m, _ in self.score_pairs)
+        )
+        self.teacher_needs = Needs(
+            hidden=tuple(g for _, g in self.hidden_pairs), qkv=tuple(g for _, g in self.score_pairs)
+        )
+        self.projection: nn.Linear | None = None
+        if student.hidden_size != teacher.hidden_size:
+            self.projection = nn.Linear(student.hidden_size, teacher.hidden_size, bias=False)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        if self.projection is not None:
+            nn.init.normal_(
+                self.projection.weight, std=self.student_config.initializer_range, generator=generator
+            )
+
+    def compute(
+        self,
+        student: Outputs,
+        teacher: Outputs | None,
+        batch: Batch,
+        student_model: Encoder,
+        teacher_model: Teacher | None,
+    ) -> MethodLoss:
+        assert teacher is not None
+        scores = [self._score_error(student, teacher, batch, m, g) for m, g in self.score_pairs]
+        hidden = [self._hidden_error(student.hidden[m], teacher.hidden[g]) for m, g in self.hidden_pairs]
+        score, state = torch.stack(scores).sum(), torch.stack(hidden).sum()
+        return MethodLoss(score + state, {"score": score.detach(), "hidden": state.detach()})
+
+    def _score_error(self, student: Outputs, teacher: Outputs, batch: Batch, m: int, g: int) -> Tensor:
+        q_s, k_s, _ = student.qkv[m]
+        q_t, k_t, _ = teacher.qkv[g]
+        error = score_mse(
+            q_s, k_s, q_t, k_t, batch.cu_seqlens, self.student_config.num_heads, max_seqlen=batch.max_seqlen
+        )
+        return (
+            error * batch.pairs_share
+        )  # the mean over the pairs of the whole batch, not of this micro-batch
+
+    def _hidden_error(self, h_s_TD: Tensor, h_t_TD: Tensor) -> Tensor:
+        projected = h_s_TD if self.projection is None else self.projection(h_s_TD)
+        return F.mse_loss(projected.float(), h_t_TD.float())
+
+    def loss_flops(self, *, tokens: int, pairs: int, predicted: int) -> int:
+        assert self.teacher_config is not None
+        d_s, d_t = self.student_config.hidden_size, self.teacher_config.hidden_size
+        project = 0 if self.projection is None else 3 * 2 * tokens * d_s * d_t * len(self.hidden_pairs)
+        return project + len(self.score_pairs) * flops.score_mse_flops(pairs, d_s, d_t)
