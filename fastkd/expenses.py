@@ -1,0 +1,115 @@
+"""What a run's budget was spent on: GPU-seconds by phase and event, FLOPs by part, energy."""
+
+from markupsafe import Markup
+
+from fastkd import plots, quantities
+from fastkd.run_folder import EventSum, Run
+from fastkd.tables import Cell, Table, numeric, share
+
+Row = tuple[Cell | str, ...]
+
+
+def seconds_by_kind(run: Run) -> dict[str, float]:
+    """GPU-seconds by phase and charged event: the pieces of `charged_s`."""
+    return {**run.phase_s, **{event.name: event.seconds for event in run.event_sums if event.charged}}
+
+
+def seconds_bar(run: Run) -> Markup:
+    """The pieces of `charged_s` as one bar; nothing where nothing was charged. `seconds_table` is its legend."""
+    if not run.accounted_s:
+        return Markup()
+    pieces = [("", seconds_by_kind(run))]
+    return plots.stacked_bars("seconds", pieces, title="", x_label="charged GPU-seconds", legend=False)
+
+
+def seconds_table(run: Run) -> Table:
+    """Phases, charged events, their sum beside the ledger's charge, and what was not charged."""
+    charged = sorted(
+        (event for event in run.event_sums if event.charged), key=lambda event: plots.phase_order(event.name)
+    )
+    free = [event for event in run.event_sums if not event.charged]
+    rows = [_phase_row(run, name) for name in sorted(run.phase_s, key=plots.phase_order)]
+    rows += [_event_row(run, event) for event in charged]
+    rows += _totals(run)
+    rows += [_free_row(event) for event in free]
+    return Table(("", "GPU-seconds", "share", "ms each"), rows, sums=3 + len(free), kind="narrow")
+
+
+def _phase_row(run: Run, name: str) -> Row:
+    each = run.phase_s[name] / len(run.steps) * 1e3 if run.steps else None
+    return _row(run, name, name, f"phase.{name}", run.phase_s[name], each)
+
+
+def _event_row(run: Run, event: EventSum) -> Row:
+    label = f"{event.name} × {event.times}"
+    return _row(run, event.name, label, f"event.{event.name}", event.seconds, event.seconds / event.times * 1e3)
+
+
+def _row(run: Run, kind: str, label: str, name: str, seconds: float, each_ms: float | None) -> Row:
+    return (
+        Cell(label, colour=plots.phase_colour(kind)),
+        numeric(name, seconds),
+        share(f"share.{name}", seconds, run.accounted_s),
+        numeric(f"each.{name}", each_ms),
+    )
+
+
+def _totals(run: Run) -> list[Row]:
+    whole, difference = run.accounted_s, run.charged_s - run.accounted_s
+    return [
+        ("sum of the above", numeric("accounted_s", whole), share("share.accounted_s", whole, whole), ""),
+        (
+            "charged by the ledger",
+            numeric("ledger.charged_s", run.charged_s),
+            share("share.charged_s", run.charged_s, whole),
+            "",
+        ),
+        (
+            "difference",
+            numeric("unaccounted_s", difference, quantities.number(round(difference, 6))),
+            share("share.unaccounted_s", difference, whole),
+            "",
+        ),
+    ]
+
+
+def _free_row(event: EventSum) -> Row:
+    label = f"not charged: {event.name} × {event.times}"
+    return label, numeric(f"free.{event.name}", event.seconds), "", ""
+
+
+def arithmetic_table(run: Run) -> Table:
+    """FLOPs by part, a token and a GPU-second, with the whole as the last row; empty before the first step."""
+    if run.last is None:
+        return Table(("",), [])
+    parts = dict(run.last["flops"])
+    whole = sum(parts.values())
+    rows = [_flops_row(run, part, value, whole) for part, value in {**parts, "all": whole}.items()]
+    return Table(("", "FLOPs", "share", "a token", "a GPU-second of steps"), rows, sums=1)
+
+
+def _flops_row(run: Run, part: str, value: int, whole: int) -> Row:
+    tokens = run.last["tokens"]["real"] if run.last else 0
+    each = value / tokens if tokens else None
+    rate = value / run.step_s if run.step_s else None
+    return (
+        part,
+        numeric(f"flops.{part}", value, quantities.scaled(value, "FLOP")),
+        share(f"flops_share.{part}", value, whole),
+        numeric(f"flops_each.{part}", each, quantities.scaled(each or 0.0, "FLOP")),
+        numeric(f"flops_rate.{part}", rate, quantities.scaled(rate or 0.0, "FLOP/s")),
+    )
+
+
+def energy_table(run: Run) -> Table:
+    """Joules, a token and as mean power; blank where the device does not count energy."""
+    joules = run.last["joules"] if run.last else None
+    tokens = run.last["tokens"]["real"] if run.last else 0
+    each = joules / tokens if joules is not None and tokens else None
+    power = joules / run.step_s if joules is not None and run.step_s else None
+    rows: list[Row] = [
+        ("energy of the steps", numeric("joules", joules, quantities.scaled(joules or 0.0, "J"))),
+        ("energy a token", numeric("joules_per_token", each, quantities.scaled(each or 0.0, "J"))),
+        ("mean power of a device", numeric("watts", power, quantities.scaled(power or 0.0, "W"))),
+    ]
+    return Table(("", ""), rows)

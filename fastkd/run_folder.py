@@ -1,0 +1,190 @@
+"""A run folder read back: what was planned, what each step cost, and where the seconds went."""
+
+import json
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from fastkd.budget import surviving_steps
+from fastkd.jsonl import Record, read_jsonl
+from fastkd.profiler import PHASES
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Consecutive steps drawn as one point: means over the steps, `low` and `high` the extreme losses."""
+
+    steps: tuple[int, int]
+    spent: float
+    loss: float | None
+    low: float | None
+    high: float | None
+    lr: float
+    tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class EventSum:
+    """All events of one kind; seconds are GPU-seconds (wall clock times devices)."""
+
+    name: str
+    times: int
+    seconds: float
+    charged: bool
+
+
+@dataclass(frozen=True)
+class Run:
+    """The files of a run folder; what is missing is empty. Steps that a crash lost are not in `steps`."""
+
+    folder: Path
+    config: Record
+    environment: Record
+    plan: Record
+    steps: list[Record]
+    events: list[Record]
+    metrics: list[Record]
+    devices: int  # that shared the work; each is charged for every second
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end and exported a student."""
+        return (self.folder / "final").is_dir()
+
+    @property
+    def last(self) -> Record | None:
+        """The last step's line."""
+        return self.steps[-1] if self.steps else None
+
+    @property
+    def unit(self) -> str:
+        """The governing unit of the budget."""
+        return str(self.plan.get("budget", {}).get("unit", "gpu-seconds"))
+
+    @property
+    def charged_s(self) -> float:
+        """Charged GPU-seconds, those of events after the last step included."""
+        lines = [*self.steps[-1:], *self.events]
+        return max((float(line["charged_s"]) for line in lines if "charged_s" in line), default=0.0)
+
+    @cached_property
+    def phase_s(self) -> dict[str, float]:
+        """GPU-seconds of all steps by phase."""
+        named = [*PHASES, *sorted({name for step in self.steps for name in step["phase_s"]} - {*PHASES})]
+        return {name: self.devices * sum(step["phase_s"].get(name, 0.0) for step in self.steps) for name in named}
+
+    @property
+    def step_s(self) -> float:
+        """GPU-seconds of all steps together."""
+        return sum(self.phase_s.values())
+
+    @cached_property
+    def event_sums(self) -> list[EventSum]:
+        """Events by kind, in order of first appearance; kinds without a duration are left out."""
+        sums: dict[tuple[str, bool], EventSum] = {}
+        for event in self.events:
+            seconds = self.devices * (event.get("seconds") or 0.0)
+            key = (event["event"], bool(event.get("charged")))
+            before = sums.get(key, EventSum(*key[:1], 0, 0.0, key[1]))
+            sums[key] = EventSum(key[0], before.times + 1, before.seconds + seconds, key[1])
+        return [total for total in sums.values() if total.seconds > 0]
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens over the wall-clock seconds of the steps, all devices together."""
+        return self.last["tokens"]["real"] * self.devices / self.step_s if self.last and self.step_s else None
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Mean wall-clock seconds of a step."""
+        return self.step_s / self.devices / len(self.steps) if self.steps else None
+
+    @property
+    def teacher_share(self) -> float | None:
+        """The teacher's share of the steps' seconds."""
+        return self.phase_s["teacher"] / self.step_s if self.step_s else None
+
+    def flops_per_token(self, part: str) -> float | None:
+        """FLOPs of student, teacher or loss over the tokens read."""
+        return self.last["flops"][part] / self.last["tokens"]["real"] if self.last else None
+
+    @property
+    def accounted_s(self) -> float:
+        """Phases of all steps and charged events: what `charged_s` must be made of."""
+        return self.step_s + sum(event.seconds for event in self.event_sums if event.charged)
+
+    @property
+    def validations(self) -> list[Record]:
+        """The validations among the metrics."""
+        return [line for line in self.metrics if line.get("event") == "validation"]
+
+    def spent(self, step: Record) -> float:
+        """What was spent of the budget, in its unit, when `step` (a ledger line) ended."""
+        if self.unit == "flops":
+            return float(sum(step["flops"].values()))
+        return float(step["tokens"]["real"] if self.unit == "tokens" else step["charged_s"])
+
+    def spent_at(self) -> Callable[[int], float | None]:
+        """A function from a step's number to what was spent when it ended."""
+        spent = {step["step"]: self.spent(step) for step in self.steps} | {0: 0.0}
+        return spent.get
+
+    def bins(self, most: int = 120) -> list[Bin]:
+        """The steps as at most `most` points; some five steps a point where there are not many steps."""
+        size = max(-(-len(self.steps) // most), min(5, len(self.steps) // 20), 1)
+        return [self._bin(start, start + size) for start in range(0, len(self.steps), size)]
+
+    def _bin(self, start: int, stop: int) -> Bin:
+        steps = self.steps[start:stop]
+        before = self.steps[start - 1]["tokens"]["real"] if start else 0
+        losses = [step["loss"] for step in steps if step["loss"] is not None]
+        seconds = sum(sum(step["phase_s"].values()) for step in steps)
+        return Bin(
+            steps=(steps[0]["step"], steps[-1]["step"]),
+            spent=sum(self.spent(step) for step in steps) / len(steps),
+            loss=sum(losses) / len(losses) if losses else None,
+            low=min(losses, default=None),
+            high=max(losses, default=None),
+            lr=sum(step["lr"] for step in steps) / len(steps),
+            tokens_per_s=(steps[-1]["tokens"]["real"] - before) / seconds if seconds else 0.0,
+        )
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a run folder; files that are not there yet are empty.
+
+    Raises:
+        ValueError: no such folder, or a damaged file.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"no run folder {str(folder)!r}: name a folder that python -m fastkd.run made")
+    ledger = folder / "ledger.jsonl"
+    lines = read_jsonl(ledger)
+    config = folder / "config.toml"
+    return Run(
+        folder=folder,
+        config=tomllib.loads(config.read_text()) if config.exists() else {},
+        environment=_json(folder / "environment.json"),
+        plan=_json(folder / "plan.json"),
+        steps=surviving_steps(ledger),
+        events=[line for line in lines if "event" in line],
+        metrics=read_jsonl(folder / "metrics.jsonl"),
+        devices=_devices(lines),
+    )
+
+
+def _devices(lines: list[Record]) -> int:
+    # How many times the first step's seconds were charged; only events come before it.
+    before = 0.0
+    for line in lines:
+        if "event" not in line:
+            return max(1, round((line["charged_s"] - before) / sum(line["phase_s"].values())))
+        before = line.get("charged_s", before)
+    return 1
+
+
+def _json(path: Path) -> Record:
+    return dict(json.loads(path.read_text())) if path.exists() else {}
