@@ -1,0 +1,321 @@
+"""Unpadded, masked micro-batches: step i is a pure function of (seed, i), whatever the ranks and micro-batches.
+
+T tokens of a micro-batch, B sequences at most, M predicted positions; P tokens of a pack.
+"""
+
+import dataclasses
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastkd.data.masking import Masker
+from fastkd.data.packing import PACKINGS, Fragments, Packer, Text, key_of
+from fastkd.data.shards import Shards
+
+SEQUENCES_PER_PACK = 16  # P = 16 sequences of full length
+STEPS_AHEAD = 2
+VALIDATION_SEED = 20_240_430
+
+
+class SpecialTokens(Protocol):
+    """What is read of a tokenizer of transformers."""
+
+    cls_token_id: int | None
+    sep_token_id: int | None
+    mask_token_id: int | None
+    pad_token_id: int | None
+    all_special_ids: list[int]
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """The ids that frame, hide and fill, and all that are never predicted."""
+
+    cls: int
+    sep: int
+    mask: int
+    pad: int
+    all_special: frozenset[int]
+
+    @classmethod
+    def of(cls, tokenizer: SpecialTokens) -> "SpecialIds":
+        """Read them off a tokenizer. Raises ``ValueError`` where one is missing."""
+        names = ("cls", "sep", "mask", "pad")
+        ids = {name: getattr(tokenizer, f"{name}_token_id") for name in names}
+        missing = [name for name in names if ids[name] is None]
+        if missing:
+            raise ValueError(f"the tokenizer has no {', '.join(missing)} token: take that of a BERT or RoBERTa")
+        return cls(**ids, all_special=frozenset(tokenizer.all_special_ids) | frozenset(ids.values()))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. Shapes are the same in every step."""
+
+    input_ids: Tensor  # [T] int64, plain text
+    masked_ids: Tensor  # [T] int64, with the predicted positions hidden
+    position_ids: Tensor  # [T] int64, from 0 in every sequence
+    cu_seqlens: Tensor  # [B + 1] int32, trailing entries repeat T
+    predicted: Tensor  # [M] int64, ascending rows of T
+    labels: Tensor  # [M] int64, −100 where a pack had too few ordinary tokens
+    max_seqlen: int
+    lengths: tuple[int, ...]  # of the sequences, fillers included
+    real_tokens: int  # all but fillers
+    pairs: int  # Σ length², fillers included
+    pairs_share: float  # pairs × micro-batches of the step over all ranks ÷ Σ pairs of the step: mean 1
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
+        """The same micro-batch on another device."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                values[name] = value.to(device, non_blocking=non_blocking)
+        return Batch(**values)
+
+
+@dataclass(frozen=True)
+class StepTokens:
+    """What one step holds over all ranks."""
+
+    real: int  # tokens, fillers left out
+    predicted: int
+    pairs: int  # Σ length²
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """A micro-batch on the host, not masked yet."""
+
+    ids: Tensor  # [T] int64
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    keys: Tensor  # [packs] int64
+    lengths: tuple[int, ...]
+    real_tokens: int
+    pairs: int
+    pairs_share: float
+
+    def pinned(self) -> "_Plain":
+        tensors = {name: getattr(self, name).pin_memory() for name in ("ids", "position_ids", "cu_seqlens", "keys")}
+        return dataclasses.replace(self, **tensors)
+
+
+class BatchStream:
+    """The batches of a split, endless: epoch after epoch, each in its own order.
+
+    Args:
+        shards: the corpus.
+        special: the tokenizer's special ids.
+        split: ``train`` or ``validation``.
+        seq_length: longest sequence, [CLS] and [SEP] included.
+        batch_tokens: tokens of a step over all ranks, fillers included.
+        micro_tokens: T, tokens of a micro-batch.
+        mask_rate: predicted part of the tokens; exactly round(mask_rate · P) a pack.
+        seed: of order and masks.
+        rank, world: this process and how many share a step; each takes a contiguous part.
+        device: where the batches go.
+        max_unique_tokens: use only so many tokens of the split, of documents taken in a fixed random order.
+        packing: ``documents``, or ``full-sentences``: documents run on in a sequence, a [SEP] between two.
+
+    Raises:
+        ValueError: sizes that do not divide, naming the nearest that do, or values out of range.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        special: SpecialIds,
+        *,
+        split: str = "train",
+        seq_length: int = 128,
+        batch_tokens: int,
+        micro_tokens: int,
+        mask_rate: float = 0.15,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str,
+        max_unique_tokens: int | None = None,
+        packing: str = "documents",
+    ) -> None:
+        pack_tokens = pack_size(seq_length)
+        _check_sizes(batch_tokens, micro_tokens, pack_tokens, world)
+        if not 0 < mask_rate < 1:
+            raise ValueError(f"mask_rate is {mask_rate}: take one between 0 and 1, such as 0.15")
+        if packing not in PACKINGS:
+            raise ValueError(f"unknown packing {packing!r}: take one of {', '.join(PACKINGS)}")
+        tokens, offsets = shards.documents(split)
+        text = Text(
+            tokens, offsets, seq_length=seq_length, packing=packing, separator=special.sep, max_tokens=max_unique_tokens
+        )
+        self._special = special
+        self._seq_length = seq_length
+        self._pack_tokens = pack_tokens
+        self._packer = Packer(text, pack_tokens=pack_tokens, seed=seed)
+        self._seed = seed
+        self._device = torch.device(device)
+        self._packs_per_step = batch_tokens // pack_tokens
+        self._packs_per_micro = micro_tokens // pack_tokens
+        own = self._packs_per_step // world
+        self._own = range(rank * own, (rank + 1) * own, self._packs_per_micro)
+        self._masked_per_pack = round(mask_rate * pack_tokens)
+        self._masker = Masker(shards.vocab_size, special.all_special, special.mask, self._masked_per_pack, self._device)
+
+    @property
+    def unique_tokens(self) -> int:
+        """Tokens of the split in use, special tokens not counted."""
+        return self._packer.text.tokens
+
+    @property
+    def packs_per_epoch(self) -> int:
+        """Packs of one epoch."""
+        return self._packer.packs_per_epoch
+
+    def step(self, i: int) -> list[Batch]:
+        """This rank's micro-batches of step ``i``, on the device."""
+        return [self._mask(plain) for plain in self._assemble(i)]
+
+    def prefetch(self, start: int) -> Iterator[list[Batch]]:
+        """Yield step(start), step(start + 1), …; a thread assembles the next ones on the host meanwhile.
+
+        What the device does (copies, masks) is queued from the caller's thread and stream. An exception of the thread
+        is raised here; closing the iterator ends the thread.
+        """
+        pool = ThreadPoolExecutor(1, "batches")
+        try:
+            ahead = deque(pool.submit(self._assemble, i) for i in range(start, start + STEPS_AHEAD))
+            for i in count(start + STEPS_AHEAD):
+                plain = ahead.popleft().result()
+                ahead.append(pool.submit(self._assemble, i))
+                yield [self._mask(micro) for micro in plain]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def epoch_of(self, i: int) -> float:
+        """Epochs consumed before step ``i``."""
+        return self._packer.epochs(i * self._packs_per_step)
+
+    def unique_of(self, i: int) -> int:
+        """Different corpus tokens consumed before step ``i``."""
+        return round(min(self.epoch_of(i), 1.0) * self.unique_tokens)
+
+    def tokens_of(self, i: int) -> StepTokens:
+        """What step ``i`` holds over all ranks."""
+        _, length, is_filler = self._fragments(i).sizes(self._packs_per_step, self._pack_tokens)
+        return StepTokens(
+            real=int(length[~is_filler].sum()),
+            predicted=self._packs_per_step * self._masked_per_pack,
+            pairs=int((length**2).sum()),
+        )
+
+    def _fragments(self, i: int) -> Fragments:
+        return self._packer.fragments(i * self._packs_per_step, (i + 1) * self._packs_per_step)
+
+    def _assemble(self, i: int) -> list[_Plain]:
+        everything = self._fragments(i)
+        _, length, _ = everything.sizes(self._packs_per_step, self._pack_tokens)
+        mean_pairs = float((length**2).sum()) * self._packs_per_micro / self._packs_per_step
+        micros = [
+            self._plain(
+                everything.of(first, first + self._packs_per_micro), i * self._packs_per_step + first, mean_pairs
+            )
+            for first in self._own
+        ]
+        return [micro.pinned() for micro in micros] if self._device.type == "cuda" else micros
+
+    def _plain(self, fragments: Fragments, first_pack: int, mean_pairs: float) -> _Plain:
+        packs = self._packs_per_micro
+        begin, length, is_filler = fragments.sizes(packs, self._pack_tokens)
+        size = packs * self._pack_tokens
+        cu_seqlens = np.full(packs * self._packer.max_sequences + 1, size, np.int32)
+        cu_seqlens[: len(begin)] = begin
+        pairs = int((length**2).sum())
+        return _Plain(
+            ids=torch.from_numpy(self._ids(fragments, begin[~is_filler], size)),
+            position_ids=torch.from_numpy(np.arange(size) - np.repeat(begin, length)),
+            cu_seqlens=torch.from_numpy(cu_seqlens),
+            keys=torch.from_numpy(self._keys(first_pack, packs)),
+            lengths=tuple(length.tolist()),
+            real_tokens=int(length[~is_filler].sum()),
+            pairs=pairs,
+            pairs_share=pairs / mean_pairs,
+        )
+
+    def _ids(self, fragments: Fragments, begin: np.ndarray, size: int) -> np.ndarray:
+        """[T] int64: [CLS] content [SEP] at each ``begin`` [F], [PAD] elsewhere."""
+        length = fragments.length
+        within = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
+        ids = np.full(size, self._special.pad, np.int64)
+        ids[begin] = self._special.cls
+        ids[begin + length + 1] = self._special.sep
+        ids[np.repeat(begin + 1, length) + within] = self._packer.text.ids(np.repeat(fragments.source, length) + within)
+        return ids
+
+    def _keys(self, first_pack: int, packs: int) -> np.ndarray:
+        """[packs] int64: the hash of (seed, epoch, pack of the epoch)."""
+        places = (divmod(pack, self.packs_per_epoch) for pack in range(first_pack, first_pack + packs))
+        keys = [key_of(self._seed, *place) for place in places]
+        return np.array(keys, np.uint64).view(np.int64)
+
+    def _mask(self, plain: _Plain) -> Batch:
+        ids, position_ids, cu_seqlens, keys = (
+            tensor.to(self._device, non_blocking=True)
+            for tensor in (plain.ids, plain.position_ids, plain.cu_seqlens, plain.keys)
+        )
+        masked_ids, predicted, labels = self._masker(ids.view(-1, self._pack_tokens), keys)
+        return Batch(
+            ids, masked_ids, position_ids, cu_seqlens, predicted, labels, self._seq_length,
+            plain.lengths, plain.real_tokens, plain.pairs, plain.pairs_share,
+        )  # fmt: skip
+
+
+def pack_size(seq_length: int) -> int:
+    """P, the tokens of a pack: what batch and micro-batch sizes are multiples of."""
+    if seq_length < 8:
+        raise ValueError(f"seq_length is {seq_length}: take at least 8, usually 128")
+    return SEQUENCES_PER_PACK * seq_length
+
+
+def validation_batches(
+    shards: Shards,
+    special: SpecialIds,
+    *,
+    seq_length: int = 128,
+    micro_tokens: int,
+    mask_rate: float = 0.15,
+    max_tokens: int = 2**20,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | str,
+    packing: str = "documents",
+) -> list[Batch]:
+    """This rank's part of the held-out split, with fixed masks whatever the training seed.
+
+    The whole split, up to about ``max_tokens``; it wraps around to fill the last micro-batches.
+    """
+    tokens, offsets = shards.documents("validation")
+    wanted = min(len(tokens) + 2 * len(offsets), max_tokens)
+    unit = micro_tokens * world
+    stream = BatchStream(
+        shards, special, split="validation", seq_length=seq_length, batch_tokens=max(-(-wanted // unit), 1) * unit,
+        micro_tokens=micro_tokens, mask_rate=mask_rate, seed=VALIDATION_SEED, rank=rank, world=world, device=device,
+        packing=packing,
+    )  # fmt: skip
+    return stream.step(0)
+
+
+def _check_sizes(batch_tokens: int, micro_tokens: int, pack_tokens: int, world: int) -> None:
+    for name, value, unit, why in (
+        ("micro_tokens", micro_tokens, pack_tokens, f"packs of {pack_tokens} tokens"),
+        ("batch_tokens", batch_tokens, micro_tokens * world, f"{world} × micro-batches of {micro_tokens} tokens"),
+    ):
+        if value < 1 or value % unit:
+            nearest = max(round(value / unit), 1) * unit
+            raise ValueError(f"{name} is {value}, no multiple of {unit} ({why}): take {nearest}")

