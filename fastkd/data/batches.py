@@ -9,50 +9,20 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
-from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from fastkd.data.assembly import Assembler, Plain, SpecialIds
 from fastkd.data.masking import Masker
-from fastkd.data.packing import PACKINGS, Fragments, Packer, Text, key_of
+from fastkd.data.packing import Fragments, Packer, Text
 from fastkd.data.shards import Shards
 
 SEQUENCES_PER_PACK = 16  # P = 16 sequences of full length
 STEPS_AHEAD = 2
 VALIDATION_SEED = 20_240_430
 
-
-class SpecialTokens(Protocol):
-    """What is read of a tokenizer of transformers."""
-
-    cls_token_id: int | None
-    sep_token_id: int | None
-    mask_token_id: int | None
-    pad_token_id: int | None
-    all_special_ids: list[int]
-
-
-@dataclass(frozen=True)
-class SpecialIds:
-    """The ids that frame, hide and fill, and all that are never predicted."""
-
-    cls: int
-    sep: int
-    mask: int
-    pad: int
-    all_special: frozenset[int]
-
-    @classmethod
-    def of(cls, tokenizer: SpecialTokens) -> "SpecialIds":
-        """Read them off a tokenizer. Raises ``ValueError`` where one is missing."""
-        names = ("cls", "sep", "mask", "pad")
-        ids = {name: getattr(tokenizer, f"{name}_token_id") for name in names}
-        missing = [name for name in names if ids[name] is None]
-        if missing:
-            raise ValueError(f"the tokenizer has no {', '.join(missing)} token: take that of a BERT or RoBERTa")
-        return cls(**ids, all_special=frozenset(tokenizer.all_special_ids) | frozenset(ids.values()))
+__all__ = ["Batch", "BatchStream", "SpecialIds", "StepTokens", "pack_size", "validation_batches"]
 
 
 @dataclass(frozen=True)
@@ -85,26 +55,8 @@ class StepTokens:
     """What one step holds over all ranks."""
 
     real: int  # tokens, fillers left out
-    predicted: int
+    predicted: int  # rows, whether or not a pack had enough ordinary tokens for them
     pairs: int  # Σ length²
-
-
-@dataclass(frozen=True)
-class _Plain:
-    """A micro-batch on the host, not masked yet."""
-
-    ids: Tensor  # [T] int64
-    position_ids: Tensor
-    cu_seqlens: Tensor
-    keys: Tensor  # [packs] int64
-    lengths: tuple[int, ...]
-    real_tokens: int
-    pairs: int
-    pairs_share: float
-
-    def pinned(self) -> "_Plain":
-        tensors = {name: getattr(self, name).pin_memory() for name in ("ids", "position_ids", "cu_seqlens", "keys")}
-        return dataclasses.replace(self, **tensors)
 
 
 class BatchStream:
@@ -145,42 +97,30 @@ class BatchStream:
         max_unique_tokens: int | None = None,
         packing: str = "documents",
     ) -> None:
-        pack_tokens = pack_size(seq_length)
-        _check_sizes(batch_tokens, micro_tokens, pack_tokens, world)
+        self._pack_tokens = pack_size(seq_length)
+        _check_sizes(batch_tokens, micro_tokens, self._pack_tokens, world)
         if not 0 < mask_rate < 1:
             raise ValueError(f"mask_rate is {mask_rate}: take one between 0 and 1, such as 0.15")
-        if packing not in PACKINGS:
-            raise ValueError(f"unknown packing {packing!r}: take one of {', '.join(PACKINGS)}")
-        tokens, offsets = shards.documents(split)
-        text = Text(
-            tokens, offsets, seq_length=seq_length, packing=packing, separator=special.sep, max_tokens=max_unique_tokens
-        )
-        self._special = special
+        text = _text(shards, special, split, seq_length, packing, max_unique_tokens)
+        self._packer = Packer(text, pack_tokens=self._pack_tokens, seed=seed)
         self._seq_length = seq_length
-        self._pack_tokens = pack_tokens
-        self._packer = Packer(text, pack_tokens=pack_tokens, seed=seed)
-        self._seed = seed
         self._device = torch.device(device)
-        self._packs_per_step = batch_tokens // pack_tokens
-        self._packs_per_micro = micro_tokens // pack_tokens
+        self._packs_per_step = batch_tokens // self._pack_tokens
+        self._packs_per_micro = micro_tokens // self._pack_tokens
         own = self._packs_per_step // world
         self._own = range(rank * own, (rank + 1) * own, self._packs_per_micro)
-        self._masked_per_pack = round(mask_rate * pack_tokens)
-        self._masker = Masker(shards.vocab_size, special.all_special, special.mask, self._masked_per_pack, self._device)
+        self._masked_per_pack = round(mask_rate * self._pack_tokens)
+        self._plain = Assembler(self._packer, special, seed, self._packs_per_micro)
+        self._mask = Masker(shards.vocab_size, special.all_special, special.mask, self._masked_per_pack, self._device)
 
     @property
     def unique_tokens(self) -> int:
         """Tokens of the split in use, special tokens not counted."""
         return self._packer.text.tokens
 
-    @property
-    def packs_per_epoch(self) -> int:
-        """Packs of one epoch."""
-        return self._packer.packs_per_epoch
-
     def step(self, i: int) -> list[Batch]:
         """This rank's micro-batches of step ``i``, on the device."""
-        return [self._mask(plain) for plain in self._assemble(i)]
+        return [self._batch(plain) for plain in self._assemble(i)]
 
     def prefetch(self, start: int) -> Iterator[list[Batch]]:
         """Yield step(start), step(start + 1), …; a thread assembles the next ones on the host meanwhile.
@@ -194,7 +134,7 @@ class BatchStream:
             for i in count(start + STEPS_AHEAD):
                 plain = ahead.popleft().result()
                 ahead.append(pool.submit(self._assemble, i))
-                yield [self._mask(micro) for micro in plain]
+                yield [self._batch(micro) for micro in plain]
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -208,79 +148,31 @@ class BatchStream:
 
     def tokens_of(self, i: int) -> StepTokens:
         """What step ``i`` holds over all ranks."""
-        _, length, is_filler = self._fragments(i).sizes(self._packs_per_step, self._pack_tokens)
-        return StepTokens(
-            real=int(length[~is_filler].sum()),
-            predicted=self._packs_per_step * self._masked_per_pack,
-            pairs=int((length**2).sum()),
-        )
+        length, is_filler = self._fragments(i).sizes(self._packs_per_step, self._pack_tokens)
+        predicted = self._packs_per_step * self._masked_per_pack
+        return StepTokens(int(length[~is_filler].sum()), predicted, int((length**2).sum()))
 
     def _fragments(self, i: int) -> Fragments:
         return self._packer.fragments(i * self._packs_per_step, (i + 1) * self._packs_per_step)
 
-    def _assemble(self, i: int) -> list[_Plain]:
+    def _assemble(self, i: int) -> list[Plain]:
         everything = self._fragments(i)
-        _, length, _ = everything.sizes(self._packs_per_step, self._pack_tokens)
+        length, _ = everything.sizes(self._packs_per_step, self._pack_tokens)
         mean_pairs = float((length**2).sum()) * self._packs_per_micro / self._packs_per_step
-        micros = [
-            self._plain(
-                everything.of(first, first + self._packs_per_micro), i * self._packs_per_step + first, mean_pairs
-            )
-            for first in self._own
-        ]
+        micros = []
+        for first in self._own:
+            fragments = everything.of(first, first + self._packs_per_micro)
+            micros.append(self._plain(fragments, i * self._packs_per_step + first, mean_pairs))
         return [micro.pinned() for micro in micros] if self._device.type == "cuda" else micros
 
-    def _plain(self, fragments: Fragments, first_pack: int, mean_pairs: float) -> _Plain:
-        packs = self._packs_per_micro
-        begin, length, is_filler = fragments.sizes(packs, self._pack_tokens)
-        size = packs * self._pack_tokens
-        cu_seqlens = np.full(packs * self._packer.max_sequences + 1, size, np.int32)
-        cu_seqlens[: len(begin)] = begin
-        pairs = int((length**2).sum())
-        return _Plain(
-            ids=torch.from_numpy(self._ids(fragments, begin[~is_filler], size)),
-            position_ids=torch.from_numpy(np.arange(size) - np.repeat(begin, length)),
-            cu_seqlens=torch.from_numpy(cu_seqlens),
-            keys=torch.from_numpy(self._keys(first_pack, packs)),
-            lengths=tuple(length.tolist()),
-            real_tokens=int(length[~is_filler].sum()),
-            pairs=pairs,
-            pairs_share=pairs / mean_pairs,
-        )
-
-    def _ids(self, fragments: Fragments, begin: np.ndarray, size: int) -> np.ndarray:
-        """[T] int64: [CLS] content [SEP] at each ``begin`` [F], [PAD] elsewhere."""
-        length = fragments.length
-        within = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
-        ids = np.full(size, self._special.pad, np.int64)
-        ids[begin] = self._special.cls
-        ids[begin + length + 1] = self._special.sep
-        ids[np.repeat(begin + 1, length) + within] = self._packer.text.ids(np.repeat(fragments.source, length) + within)
-        return ids
-
-    def _keys(self, first_pack: int, packs: int) -> np.ndarray:
-        """[packs] int64: the hash of (seed, epoch, pack of the epoch)."""
-        places = (divmod(pack, self.packs_per_epoch) for pack in range(first_pack, first_pack + packs))
-        keys = [key_of(self._seed, *place) for place in places]
-        return np.array(keys, np.uint64).view(np.int64)
-
-    def _mask(self, plain: _Plain) -> Batch:
-        ids, position_ids, cu_seqlens, keys = (
-            tensor.to(self._device, non_blocking=True)
-            for tensor in (plain.ids, plain.position_ids, plain.cu_seqlens, plain.keys)
-        )
-        masked_ids, predicted, labels = self._masker(ids.view(-1, self._pack_tokens), keys)
+    def _batch(self, plain: Plain) -> Batch:
+        host = (plain.ids, plain.position_ids, plain.cu_seqlens, plain.keys)
+        ids, position_ids, cu_seqlens, keys = (tensor.to(self._device, non_blocking=True) for tensor in host)
+        masked_ids, predicted, labels = self._mask(ids.view(-1, self._pack_tokens), keys)
         return Batch(
             ids, masked_ids, position_ids, cu_seqlens, predicted, labels, self._seq_length,
             plain.lengths, plain.real_tokens, plain.pairs, plain.pairs_share,
         )  # fmt: skip
-
-
-def pack_size(seq_length: int) -> int:
-    """P, the tokens of a pack: what batch and micro-batch sizes are multiples of."""
-    if seq_length < 8:
-        raise ValueError(f"seq_length is {seq_length}: take at least 8, usually 128")
-    return SEQUENCES_PER_PACK * seq_length
 
 
 def validation_batches(
@@ -298,17 +190,35 @@ def validation_batches(
 ) -> list[Batch]:
     """This rank's part of the held-out split, with fixed masks whatever the training seed.
 
-    The whole split, up to about ``max_tokens``; it wraps around to fill the last micro-batches.
+    The whole split but for less than a pack, or about ``max_tokens`` of it; to fill the last micro-batches it begins
+    anew, in another order.
     """
-    tokens, offsets = shards.documents("validation")
-    wanted = min(len(tokens) + 2 * len(offsets), max_tokens)
+    pack_tokens = pack_size(seq_length)
+    text = _text(shards, special, "validation", seq_length, packing, None)
+    packs = Packer(text, pack_tokens=pack_tokens, seed=VALIDATION_SEED).packs_per_epoch
     unit = micro_tokens * world
     stream = BatchStream(
-        shards, special, split="validation", seq_length=seq_length, batch_tokens=max(-(-wanted // unit), 1) * unit,
-        micro_tokens=micro_tokens, mask_rate=mask_rate, seed=VALIDATION_SEED, rank=rank, world=world, device=device,
-        packing=packing,
+        shards, special, split="validation", seq_length=seq_length,
+        batch_tokens=-(-min(packs * pack_tokens, max_tokens) // unit) * unit, micro_tokens=micro_tokens,
+        mask_rate=mask_rate, seed=VALIDATION_SEED, rank=rank, world=world, device=device, packing=packing,
     )  # fmt: skip
     return stream.step(0)
+
+
+def pack_size(seq_length: int) -> int:
+    """P, the tokens of a pack: what batch and micro-batch sizes are multiples of."""
+    if seq_length < 8:
+        raise ValueError(f"seq_length is {seq_length}: take at least 8, usually 128")
+    return SEQUENCES_PER_PACK * seq_length
+
+
+def _text(
+    shards: Shards, special: SpecialIds, split: str, seq_length: int, packing: str, max_tokens: int | None
+) -> Text:
+    tokens, offsets = shards.documents(split)
+    return Text(
+        tokens, offsets, seq_length=seq_length, packing=packing, separator=special.sep, max_tokens=max_tokens
+    )  # fmt: skip
 
 
 def _check_sizes(batch_tokens: int, micro_tokens: int, pack_tokens: int, world: int) -> None:
@@ -318,4 +228,4 @@ def _check_sizes(batch_tokens: int, micro_tokens: int, pack_tokens: int, world: 
     ):
         if value < 1 or value % unit:
             nearest = max(round(value / unit), 1) * unit
-            raise ValueError(f"{name} is {value}, no multiple of {unit} ({why}): take {nearest}")
+            raise ValueError(f"{name} is {value}, no positive multiple of {unit} ({why}): take {nearest}")

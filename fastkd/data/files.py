@@ -15,7 +15,23 @@ SUFFIXES = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz")
 
 def is_supported(path: Path | str) -> bool:
     """Whether the file's name says that fastkd can read it."""
-    return str(path).lower().endswith(SUFFIXES)
+    return any(_is(path, suffix) for suffix in SUFFIXES)
+
+
+def _is(path: Path | str, suffix: str) -> bool:
+    return str(path).lower().endswith(suffix)
+
+
+def text_of(row: Any, text_field: str, where: str) -> str:
+    """A row's stripped text; null counts as blank. Raises ``ValueError`` that names where the row is."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: holds a JSON {type(row).__name__}, not an object with a field {text_field!r}")
+    if text_field not in row:
+        raise ValueError(f"{where}: no field {text_field!r}; it has {sorted(row)}: name one with --text-field")
+    text = row[text_field]
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"{where}: field {text_field!r} holds {text!r}, not a string: name another with --text-field")
+    return (text or "").strip()
 
 
 @dataclass(frozen=True)
@@ -25,9 +41,10 @@ class LocalFile:
     path: Path
 
     def identity(self) -> dict[str, str]:
-        """What makes this source this source: the sha256 of its content, wherever it lies."""
+        """The sha256 of its content and how that is read, wherever the file lies."""
         with self._readable(), open(self.path, "rb") as file:
-            return {"file": self.path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"kind": next(suffix for suffix in SUFFIXES if _is(self.path, suffix)), "sha256": digest}
 
     def describe(self) -> str:
         """The path and the size."""
@@ -35,11 +52,10 @@ class LocalFile:
 
     def documents(self, text_field: str) -> Iterator[str]:
         """Yield the documents in file order; blank ones are left out."""
-        name = self.path.name.lower().removesuffix(".gz")
         with self._readable():
-            if name.endswith(".parquet"):
+            if _is(self.path, ".parquet"):
                 yield from _from_parquet(self.path, text_field)
-            elif name.endswith(".jsonl"):
+            elif _is(self.path, ".jsonl") or _is(self.path, ".jsonl.gz"):
                 yield from _from_jsonl(self.path, text_field)
             else:
                 yield from _from_text(self.path)
@@ -95,21 +111,9 @@ def _from_jsonl(path: Path, text_field: str) -> Iterator[str]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{number}: not a JSON object ({error}): one object per line is read") from error
-        text = _text(row, text_field, f"{path}:{number}")
+        text = text_of(row, text_field, f"{path}:{number}")
         if text:
             yield text
-
-
-def _text(row: Any, text_field: str, where: str) -> str:
-    """The row's stripped text; null counts as blank."""
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: holds a JSON {type(row).__name__}, not an object with a field {text_field!r}")
-    if text_field not in row:
-        raise ValueError(f"{where}: no field {text_field!r}; it has {sorted(row)}: name one with --text-field")
-    text = row[text_field]
-    if text is not None and not isinstance(text, str):
-        raise ValueError(f"{where}: field {text_field!r} holds {text!r}, not a string")
-    return (text or "").strip()
 
 
 def _from_parquet(path: Path, text_field: str) -> Iterator[str]:
@@ -122,9 +126,6 @@ def _from_parquet(path: Path, text_field: str) -> Iterator[str]:
             if text_field not in columns:
                 raise ValueError(f"{path}: no column {text_field!r}; it has {columns}: name one with --text-field")
             for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
-                for text in batch.column(0).to_pylist():
-                    text = _text({text_field: text}, text_field, str(path))
-                    if text:
-                        yield text
+                yield from filter(None, (text_of(row, text_field, str(path)) for row in batch.to_pylist()))
     except pyarrow.ArrowException as error:
         raise ValueError(f"corpus file {str(path)!r} is not a readable parquet file: {error}") from error

@@ -19,6 +19,14 @@ def mix(counter: np.ndarray) -> np.ndarray:
     return z ^ z >> np.uint64(31)
 
 
+def key_of(*numbers: int) -> int:
+    """Hash integers, in order, to one in [0, 2^64)."""
+    key = np.zeros(1, np.uint64)
+    for number in numbers:
+        key = mix(key + np.uint64(number % 2**64))
+    return int(key[0])
+
+
 def mix_tensor(counter: Tensor) -> Tensor:
     """``mix`` on int64 tensors, whose arithmetic wraps as uint64's does; a right shift must not carry the sign."""
     z = counter + _signed(_GOLDEN)
@@ -45,7 +53,7 @@ class Masker:
         self, vocab_size: int, special: frozenset[int], mask_id: int, count: int, device: torch.device
     ) -> None:
         is_special = torch.zeros(vocab_size, dtype=torch.bool)
-        is_special[[token for token in special if token < vocab_size]] = True
+        is_special[list(special)] = True
         self._ordinary = (~is_special).nonzero().flatten().to(device)  # [V − specials] int64
         self._is_special = is_special.to(device)
         self._mask_id = mask_id

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from filelock import FileLock
@@ -27,16 +27,12 @@ from fastkd.data.corpus import check, documents, sources
 from fastkd.data.tokenise import Tokens, tokenise
 from fastkd.data.writer import Writer, sync_folder, write_durably
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 FORMAT = 1
 SPLITS = ("train", "validation")
 log = logging.getLogger(__name__)
-
-
-class FastTokenizer(Protocol):
-    """A tokenizer of transformers that the Rust library backs."""
-
-    @property
-    def backend_tokenizer(self) -> Tokenizer: ...
 
 
 class Shards:
@@ -55,7 +51,7 @@ class Shards:
 
     @property
     def vocab_size(self) -> int:
-        """Entries of the tokenizer, added ones included: every id is below."""
+        """One more than the tokenizer's largest id, added tokens included."""
         return int(self.index["vocab_size"])
 
     @property
@@ -102,7 +98,7 @@ class Shards:
 
 def build_shards(
     spec: str | Sequence[str],
-    tokenizer: FastTokenizer,
+    tokenizer: "PreTrainedTokenizerBase",
     folder: str | os.PathLike[str],
     *,
     text_field: str = "text",
@@ -136,31 +132,49 @@ def build_shards(
     }
     root = Path(folder).expanduser()
     final = _built_before(root, recipe) or root / hashlib.sha256(_canonical(recipe)).hexdigest()[:16]
-    if not final.exists():
-        check(spec, text_field=text_field)
+    if (shards := _load(final)) is not None:  # without a lock: a finished cache may be shared read-only
+        return shards
+    check(spec, text_field=text_field)
     with _writable(root), FileLock(root / f"{final.name}.lock"):
-        if final.exists():
-            try:
-                return Shards(final)
-            except ValueError as error:
-                log.warning("%s; building it again", error)
-                check(spec, text_field=text_field)
-                shutil.rmtree(final)
+        if (shards := _load(final)) is not None:
+            return shards
+        shutil.rmtree(final, ignore_errors=True)
+        backend = _backend(tokenizer)
         texts = documents(spec, text_field=text_field)
-        _build(tokenise(texts, tokenizer.backend_tokenizer.to_str(), workers=workers), tokenizer, recipe, final)
+        _build(tokenise(texts, backend.to_str(), workers=workers), _entries(backend), recipe, final)
     return Shards(final)
 
 
-def tokenizer_hash(tokenizer: FastTokenizer) -> str:
+def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Sha256 of all that decides which ids a text becomes: vocabulary, normaliser, pre-tokeniser, added tokens."""
+    parts = json.loads(_backend(tokenizer).to_str())
+    deciding = {name: parts[name] for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+
+
+def _backend(tokenizer: "PreTrainedTokenizerBase") -> Tokenizer:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise ValueError(
             f"{type(tokenizer).__name__} has no Rust tokenizer behind it: take a model folder with a tokenizer.json"
         )
-    parts = json.loads(backend.to_str())
-    deciding = {name: parts[name] for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
-    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+    return backend
+
+
+def _entries(backend: Tokenizer) -> int:
+    """The vocabulary's size with its gaps: one more than the largest id."""
+    return max(backend.get_vocab().values()) + 1
+
+
+def _load(folder: Path) -> Shards | None:
+    """A build that is there and whole."""
+    if not folder.exists():
+        return None
+    try:
+        return Shards(folder)
+    except ValueError as error:
+        log.warning("%s; building it again", error)
+        return None
 
 
 def _canonical(recipe: dict[str, Any], *, without: str = "") -> bytes:
@@ -207,13 +221,13 @@ def _writable(root: Path) -> Iterator[None]:
         ) from error
 
 
-def _build(chunks: Iterator[Tokens], tokenizer: FastTokenizer, recipe: dict[str, Any], final: Path) -> None:
+def _build(chunks: Iterator[Tokens], vocab_size: int, recipe: dict[str, Any], final: Path) -> None:
     """Write a build beside its place, then rename it there. The caller holds the lock."""
     building = final.with_name(f".{final.name}.building")  # one name: what a killed build left is removed here
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
     try:
-        writer = Writer(building, tokenizer.backend_tokenizer.get_vocab_size())
+        writer = Writer(building, vocab_size)
         writer.add(chunks, recipe["validation_fraction"])
         index = writer.finish() | {"tokenizer_hash": recipe["tokenizer_hash"], "recipe": recipe}
         write_durably(building / "index.json", json.dumps(index, indent=1).encode())

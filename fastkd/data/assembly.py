@@ -1,0 +1,105 @@
+"""Fragments to the tensors of a micro-batch on the host, before any masking."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastkd.data.masking import key_of
+from fastkd.data.packing import Fragments, Packer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """The ids that frame, hide and fill, and all that are never predicted."""
+
+    cls: int
+    sep: int
+    mask: int
+    pad: int
+    all_special: frozenset[int]
+
+    @classmethod
+    def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "SpecialIds":
+        """Read them off a tokenizer. Raises ``ValueError`` where one is missing."""
+        ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("cls", "sep", "mask", "pad")}
+        missing = [name for name, token in ids.items() if token is None]
+        if missing:
+            raise ValueError(f"the tokenizer has no {', '.join(missing)} token: take that of a BERT or RoBERTa")
+        return cls(**ids, all_special=frozenset(tokenizer.all_special_ids) | frozenset(ids.values()))
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A micro-batch of whole packs on the host. Fields as those of ``Batch``."""
+
+    ids: Tensor  # [T] int64
+    position_ids: Tensor  # [T] int64
+    cu_seqlens: Tensor  # [B + 1] int32
+    keys: Tensor  # [packs] int64, the hash that each pack's mask is drawn from
+    lengths: tuple[int, ...]
+    real_tokens: int
+    pairs: int
+    pairs_share: float
+
+    def pinned(self) -> "Plain":
+        """The same in page-locked memory, which the device copies from without holding up the host."""
+        tensors = {name: getattr(self, name).pin_memory() for name in ("ids", "position_ids", "cu_seqlens", "keys")}
+        return dataclasses.replace(self, **tensors)
+
+
+@dataclass(frozen=True)
+class Assembler:
+    """Makes micro-batches of ``packs`` packs each."""
+
+    packer: Packer
+    special: SpecialIds
+    seed: int
+    packs: int
+
+    def __call__(self, fragments: Fragments, first_pack: int, mean_pairs: float) -> Plain:
+        """Assemble one micro-batch.
+
+        Args:
+            fragments: of its packs.
+            first_pack: where these begin in the endless row of packs.
+            mean_pairs: Σ length² of an average micro-batch of the step.
+        """
+        size = self.packs * self.packer.pack_tokens
+        length, is_filler = fragments.sizes(self.packs, self.packer.pack_tokens)
+        begin = np.cumsum(length) - length
+        cu_seqlens = np.full(self.packs * self.packer.max_sequences + 1, size, np.int32)
+        cu_seqlens[: len(begin)] = begin
+        pairs = int((length**2).sum())
+        return Plain(
+            ids=torch.from_numpy(self._ids(fragments, begin[~is_filler], size)),
+            position_ids=torch.from_numpy(np.arange(size) - np.repeat(begin, length)),
+            cu_seqlens=torch.from_numpy(cu_seqlens),
+            keys=torch.from_numpy(self._keys(first_pack)),
+            lengths=tuple(length.tolist()),
+            real_tokens=int(length[~is_filler].sum()),
+            pairs=pairs,
+            pairs_share=pairs / mean_pairs,
+        )
+
+    def _ids(self, fragments: Fragments, begin: np.ndarray, size: int) -> np.ndarray:
+        """[T] int64: [CLS] content [SEP] at each ``begin`` [F], [PAD] elsewhere."""
+        length = fragments.length
+        within = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
+        ids = np.full(size, self.special.pad, np.int64)
+        ids[begin] = self.special.cls
+        ids[begin + length + 1] = self.special.sep
+        content = self.packer.text.ids(np.repeat(fragments.source, length) + within)
+        ids[np.repeat(begin + 1, length) + within] = content
+        return ids
+
+    def _keys(self, first_pack: int) -> np.ndarray:
+        """[packs] int64: the hash of (seed, epoch, pack of the epoch)."""
+        keys = [key_of(self.seed, *self.packer.place(first_pack + pack)) for pack in range(self.packs)]
+        return np.array(keys, np.uint64).view(np.int64)
