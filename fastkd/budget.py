@@ -124,6 +124,7 @@ class Ledger:
     ) -> None:
         """``devices``: seconds are charged once for each. ``write``: only rank 0 writes."""
         self.totals, self.charge, self.devices = totals, charge, devices
+        self.last: dict[str, Any] = {}  # the last step's line
         self._file = open(path, "a", encoding="utf-8") if write else None  # noqa: SIM115 (closed by close())
 
     def step(
@@ -142,15 +143,19 @@ class Ledger:
         t.tokens["unique"] = unique
         if joules is not None:
             t.joules = (t.joules or 0.0) + joules
-        self._write({
+        self.last = {
             "step": t.step, "progress": progress, "charged_s": t.charged_s, "phase_s": phase_s, "flops": t.flops,
             "tokens": t.tokens, "epoch": epoch, "joules": t.joules, "lr": lr, "loss": loss,
-        })  # fmt: skip
+        }  # fmt: skip
+        self._write(self.last)
         return charged
 
-    def event(self, name: str, seconds: float, **details: Any) -> None:
-        """Record what happens between steps, and charge it where the policy says so. Seconds of wall clock."""
-        charged = name in CHARGED_EVENTS[self.charge]
+    def event(self, name: str, seconds: float, *, in_loop: bool = True, **details: Any) -> None:
+        """Record what happens between steps, in wall-clock seconds, and charge it where the policy says so.
+
+        What happens after the last step is never charged: the budget is spent by then.
+        """
+        charged = name in CHARGED_EVENTS[self.charge] and (in_loop or name == "setup")
         if charged:
             self.totals.charged_s += seconds * self.devices
         line = {"event": name, "seconds": seconds, "step": self.totals.step, "charged": charged}
@@ -181,12 +186,3 @@ def surviving_steps(path: Path) -> list[dict[str, Any]]:
         elif "event" not in line:
             steps.append(line)
     return steps
-
-
-def lost_seconds(path: Path, totals: Totals) -> float:
-    """Charged GPU-seconds in the ledger beyond a checkpoint's totals: what a crash cost.
-
-    Only lines since the last rewind count, for earlier losses are part of the checkpoint's totals already.
-    """
-    last = max((line["charged_s"] for line in read_jsonl(path) if "charged_s" in line), default=0.0)
-    return max(0.0, last - totals.charged_s)

@@ -7,9 +7,10 @@ marks belongs to exactly one phase, so phases sum to the wall clock.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,9 +88,9 @@ class PhaseClock:
         return lap
 
     def event(self, name: str) -> float:
-        """Close an interval that is one event between steps; its seconds."""
+        """Close an interval that is one event between steps; its seconds, whatever was marked within."""
         self.mark(name)
-        return self.lap().seconds()[name]
+        return sum(self.lap().seconds().values())
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -177,3 +178,22 @@ class EnergyMeter:
         spent = None if joules is None or self._last is None else joules - self._last
         self._last = joules
         return spent
+
+
+@contextmanager
+def trace(path: Path, steps: int) -> Iterator[Callable[[], None]]:
+    """Record the first steps with torch.profiler and write a Chrome trace to ``path``; yields what to call each step.
+
+    With ``steps`` 0 nothing is recorded.
+    """
+    if steps == 0:
+        yield lambda: None
+        return
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    schedule = torch.profiler.schedule(wait=1, warmup=1, active=steps)
+    with torch.profiler.profile(
+        activities=activities, schedule=schedule, on_trace_ready=lambda p: p.export_chrome_trace(str(path))
+    ) as recorder:
+        yield recorder.step

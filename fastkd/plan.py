@@ -1,0 +1,232 @@
+"""The plan of a run, measured before anything is spent: ``python -m fastkd.plan --budget-gpu-hours 24``.
+
+A few real steps are timed on throw-away copies of the parameters; what they predict is printed, and the run's folder keeps it
+beside what then happened.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fastkd import environment, profiler, quantities
+from fastkd.budget import Budget, Meter, StepCost, Totals
+from fastkd.config import Resolved, parse
+from fastkd.distributed import World, finish, mean, start
+from fastkd.models.encoder import EncoderConfig
+from fastkd.prepare import Parts, prepare
+from fastkd.train import VALIDATION_SHARE, Trainer
+
+WARMUP_STEPS = 2
+MEASURED_STEPS = 20
+MEASURED_SECONDS = 8.0
+
+
+class BudgetTooSmall(Exception):
+    """The budget does not pay for one step."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a few steps took, in wall-clock seconds."""
+
+    step_seconds: float
+    phase_s: dict[str, float]  # of one step
+    compile_seconds: float
+    validation_seconds: float
+    matmul_flops: float  # FLOP/s of a large matrix product on this device
+
+
+def measure(trainer: Trainer) -> Measurement:
+    """Time real steps, then put every parameter back; the optimiser starts anew."""
+    saved = {name: value.clone() for name, value in trainer.objective.state_dict().items()}
+    first, *_ = warm_up = [_timed_step(trainer, number) for number in range(WARMUP_STEPS)]
+    estimate = sum(warm_up[-1].values())
+    count = int(mean(trainer.world, torch.tensor(MEASURED_SECONDS / estimate)).clamp(3, MEASURED_STEPS))
+    laps = [_timed_step(trainer, WARMUP_STEPS + number) for number in range(count)]
+    step_seconds = sum(sum(lap.values()) for lap in laps) / count
+    trainer.validate()
+    trainer.clock.lap()
+    trainer.validate()
+    validation_seconds = trainer.clock.event("validation")
+    trainer.objective.load_state_dict(saved)
+    trainer.optimizer = trainer.new_optimizer()
+    return Measurement(
+        step_seconds=step_seconds,
+        phase_s={phase: sum(lap[phase] for lap in laps) / count for phase in profiler.PHASES},
+        compile_seconds=sum(first.values()) - step_seconds if trainer.parts.compile else 0.0,
+        validation_seconds=validation_seconds,
+        matmul_flops=profiler.measured_matmul_flops(trainer.device, trainer.parts.dtype),
+    )
+
+
+def _timed_step(trainer: Trainer, number: int) -> dict[str, float]:
+    trainer.clock = profiler.PhaseClock(trainer.device)
+    batches = trainer.parts.stream.step(number)
+    trainer.clock.mark("data")
+    loss, _, _ = trainer.step(batches, lr=trainer.parts.lr)
+    float(loss)
+    trainer.clock.mark("other")
+    return trainer.clock.lap().seconds()
+
+
+def predict(parts: Parts, measured: Measurement, *, charge: str) -> dict[str, Any]:
+    """Steps, tokens and epochs that the budget buys.
+
+    Raises:
+        BudgetTooSmall: it does not pay for one step.
+    """
+    budget, world = parts.config.budget, parts.world
+    cost = parts.step_cost(0)
+    step_charged = measured.step_seconds * world.size
+    amount = Meter(budget, Totals(), step_charged).step_amount(cost)
+    if amount > budget.amount:
+        raise BudgetTooSmall(f"one step takes {_amount(amount, budget)}, the budget is {budget}: raise it, or lower --batch-tokens")
+    usable = budget.amount
+    if budget.unit == "gpu-seconds" and charge != "compute":
+        usable -= measured.compile_seconds * world.size + _validation_seconds(parts, measured, budget.amount)
+    steps = max(1, int(usable // amount))
+    tokens = steps * cost.real
+    return {
+        "step_seconds": measured.step_seconds,
+        "tokens_per_s": cost.real / measured.step_seconds,
+        "steps": steps,
+        "tokens": tokens,
+        "epochs": parts.stream.epoch_of(steps),
+        "seconds": steps * measured.step_seconds,
+        "flops": {part: steps * value for part, value in cost.flops.items()},
+    }
+
+
+def _validation_seconds(parts: Parts, measured: Measurement, budget_seconds: float) -> float:
+    """GPU-seconds of the validations within the loop: as many as were asked for, but 2% of the budget at most."""
+    each = measured.validation_seconds * parts.world.size
+    affordable = int(VALIDATION_SHARE * budget_seconds // each)
+    return min(parts.config.validations, affordable) * each
+
+
+def _amount(amount: float, budget: Budget) -> str:
+    return str(Budget(budget.unit, amount))
+
+
+def make(resolved: Resolved, parts: Parts, measured: Measurement) -> dict[str, Any]:
+    """The plan as plan.json holds it."""
+    config, cost = resolved.run, parts.step_cost(0)
+    total = sum(cost.flops.values())
+    per_token = {part: value / cost.real for part, value in cost.flops.items()}
+    return {
+        "device": environment.device_name(),
+        "devices": parts.world.size,
+        "preset": config.preset,
+        "preset_reason": resolved.preset_reason,
+        "method": config.method,
+        "student": _model(parts.student.config, parts.student) | {"spec": config.student},
+        "teacher": _teacher(parts),
+        "corpus": {
+            "sources": config.corpus,
+            "documents": len(parts.shards.documents("train")[1]) - 1,
+            "unique_tokens": parts.shards.unique_tokens,
+        },
+        "budget": asdict(config.budget),
+        "charge": config.charge,
+        "flops_per_token": per_token,
+        "teacher_share": cost.flops["teacher"] / total,
+        "teacher_seconds_share": measured.phase_s["teacher"] / measured.step_seconds,
+        "phase_s": measured.phase_s,
+        "flops_per_s": total / measured.step_seconds,
+        "matmul_flops_per_s": measured.matmul_flops,
+        "mfu": _mfu(parts, cost, measured),
+        "lr": parts.lr,
+        "batch_tokens": config.batch_tokens,
+        "micro_batch": parts.micro_tokens,
+        "attention": parts.attention,
+        "dtype": str(parts.dtype).removeprefix("torch."),
+        "compile": parts.compile,
+        "activation_bytes": parts.activation_bytes(parts.micro_tokens),
+        "validation_seconds": measured.validation_seconds,
+    } | predict(parts, measured, charge=config.charge)
+
+
+def _mfu(parts: Parts, cost: StepCost, measured: Measurement) -> float | None:
+    peak = profiler.peak_flops(parts.world.device)
+    return None if peak is None else sum(cost.flops.values()) / measured.step_seconds / peak / parts.world.size
+
+
+def _model(config: EncoderConfig, module: torch.nn.Module) -> dict[str, Any]:
+    return {
+        "layers": config.num_layers,
+        "width": config.hidden_size,
+        "heads": config.num_heads,
+        "vocabulary": config.vocab_size,
+        "parameters": sum(p.numel() for p in module.parameters()),
+    }
+
+
+def _teacher(parts: Parts) -> dict[str, Any] | None:
+    if parts.teacher_loaded is None or parts.teacher is None:
+        return None
+    loaded = parts.teacher_loaded
+    facts = _model(loaded.config, loaded.encoder)
+    return facts | {"source": parts.config.teacher, "layers_run": parts.teacher.needs.depth(loaded.config.num_layers)}
+
+
+def render(plan: dict[str, Any], console: Console) -> None:
+    """Print a plan, a line a fact."""
+    student, teacher, q = plan["student"], plan["teacher"], quantities
+    flops = plan["flops_per_token"]
+    rows = [
+        ("preset", f"{plan['preset']} ({plan['preset_reason']})"),
+        ("device", f"{plan['devices']} × {plan['device']}, {plan['dtype']}, attention {plan['attention']}, "
+                   f"compile {'on' if plan['compile'] else 'off'}"),
+        ("method", f"{plan['method']}, learning rate {plan['lr']:g}"),
+        ("student", f"{student['spec']}, {q.count(student['parameters'])} parameters"),
+        ("teacher", "none" if teacher is None else f"{teacher['source']}, {q.count(teacher['parameters'])} parameters, "
+                                                   f"{teacher['layers_run']} of {teacher['layers']} layers run"),
+        ("corpus", f"{', '.join(plan['corpus']['sources'])}: {q.count(plan['corpus']['unique_tokens'])} tokens"),
+        ("budget", f"{Budget(**plan['budget'])}, charged: {plan['charge']}"),
+        ("step", f"{q.count(plan['batch_tokens'])} tokens in micro-batches of {q.count(plan['micro_batch'])}, "
+                 f"{q.duration(plan['step_seconds'])}, {q.memory(plan['activation_bytes'])} of activations"),
+        ("FLOPs a token", ", ".join(f"{part} {q.scaled(value, 'FLOP')}" for part, value in flops.items())),
+        ("teacher's share", f"{plan['teacher_share']:.1%} of the FLOPs, {plan['teacher_seconds_share']:.1%} of the seconds"),
+        ("throughput", f"{q.count(plan['tokens_per_s'])} tokens/s, {q.scaled(plan['flops_per_s'], 'FLOP/s')} = "
+                       f"{plan['flops_per_s'] / plan['matmul_flops_per_s'] / plan['devices']:.1%} of a measured matrix product"
+                       + ("" if plan["mfu"] is None else f", MFU {plan['mfu']:.1%}")),
+        ("predicted", f"{plan['steps']:,} steps, {q.count(plan['tokens'])} tokens, {plan['epochs']:.2f} epochs, "
+                      f"{q.scaled(sum(plan['flops'].values()), 'FLOP')}, {q.duration(plan['seconds'])}"),
+    ]  # fmt: skip
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows:
+        table.add_row(name, value)
+    console.print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Exit codes: 0, 2 for a bad configuration, 3 for a budget under one step."""
+    console = Console(highlight=False, soft_wrap=True)
+    world = World()
+    try:
+        resolved = parse(sys.argv[1:] if argv is None else argv, prog="python -m fastkd.plan")
+        world = start()
+        parts = prepare(resolved, world)
+        plan = make(resolved, parts, measure(Trainer(parts)))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BudgetTooSmall as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    finally:
+        finish(world)
+    if world.is_main:
+        render(plan, console)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

