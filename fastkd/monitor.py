@@ -135,7 +135,8 @@ class Monitor:
         self.run_folder, self.total_budget, self.unit = Path(run_folder), total_budget, unit
         self.log_to, self.resume, self.log_every = log_to, resume, log_every
         self.path = self.run_folder / "metrics.jsonl"
-        self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
+        self._stream = stream or sys.stdout
+        self._console = Console(file=self._stream, highlight=False, soft_wrap=True)
         self._live: Live | None = None
         self._sinks: list[_Sink] = []
         self._record: Record = {}
@@ -159,7 +160,8 @@ class Monitor:
     ) -> None:
         self._show(force=True)
         if self._live is not None:
-            self._live.stop()
+            with suppress(OSError):
+                self._live.stop()
             self._live = None
         self._file.close()
         for sink in self._sinks:
@@ -208,8 +210,11 @@ class Monitor:
     def say(self, text: str) -> None:
         """Prints a line, above the bar where there is one."""
         with suppress(OSError):  # a closed pipe or terminal must not end a run that is paid for
-            self._console.print(Text(text))
-            self._console.file.flush()
+            if self._live is not None:
+                self._console.print(Text(text))
+            else:
+                encoding = getattr(self._stream, "encoding", None) or "utf-8"
+                print(text.encode(encoding, "replace").decode(encoding), file=self._stream, flush=True)
 
     def _append(self, record: Mapping[str, Any]) -> None:
         self._file.write(to_line(record))

@@ -122,7 +122,7 @@ def curves(
         elif x_max:
             axes.set_xlim(-0.02 * x_max / x_scale, 1.02 * x_max / x_scale)
         if from_zero:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.08 * max((y for line in lines for y in line.y if y is not None), default=1.0) or 1.0)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
         if len(lines) > 1 or any(line.band for line in lines):
             axes.legend()

@@ -5,6 +5,7 @@ import math
 UNITS = ("gpu-seconds", "flops", "tokens")
 
 _SI = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_SMALL = ((1.0, ""), (1e-3, "m"), (1e-6, "µ"))
 _COUNT = ((1e9, " B"), (1e6, " M"), (1e3, " k"))
 
 
@@ -18,20 +19,17 @@ def number(value: float, digits: int = 4) -> str:
         return str(value)
     if isinstance(value, int) and abs(value) < 1e9:
         return f"{value:,}"
-    size = abs(value)
+    size = abs(float(f"{value:.{digits}g}"))
     if size == 0:
         return "0"
     if not 1e-3 <= size < 1e9:
         return f"{value:.{digits}g}"
-    whole = 1 if size < 1 else int(math.log10(size)) + 1
-    leading_zeros = -math.ceil(math.log10(size)) if size < 0.1 else 0
-    places = max(0, digits - whole + leading_zeros + (1 if size < 1 else 0))
-    return f"{value:,.{places}f}"
+    return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(size)))}f}"
 
 
 def scaled(value: float, unit: str) -> str:
-    """`value` with an SI prefix on `unit`: 1.234 PFLOP, 12.00 kJ."""
-    for factor, prefix in _SI:
+    """`value` with an SI prefix on `unit`: 1.234 PFLOP, 12.00 kJ, 0 J."""
+    for factor, prefix in (*_SI, *_SMALL):
         if abs(value) >= factor * 0.9995:
             return f"{number(value / factor)} {prefix}{unit}"
     return f"{number(value)} {unit}"

@@ -18,7 +18,7 @@ from fastkd.expenses import arithmetic_table, energy_table, seconds_bar, seconds
 from fastkd.jsonl import Record
 from fastkd.learning_curves import held_out_table, learning_plots, points_table
 from fastkd.run_folder import Run, read_run
-from fastkd.tables import Cell, Table, numeric, share
+from fastkd.tables import Cell, Table, numeric, share, signed_percent
 
 QUICKSTART_TEACHER_NOTE = (
     "The quickstart teacher, all-MiniLM-L6-v2, was fine-tuned on NLI and paraphrase pairs: what a student "
@@ -64,7 +64,7 @@ def model_card(run_folder: Path, *, mlm_head: bool) -> str:
         epochs=quantities.number(last["epoch"], 3),
         flops={part: quantities.scaled(last["flops"][part], "FLOP") for part in PARTS},
         joules=None if last["joules"] is None else quantities.scaled(last["joules"], "J"),
-        held_out=run.validations[-1] if run.validations else None,
+        held_out=next((line for line in reversed(run.validations) if line["loss"] is not None), None),
         status=status(run),
         mlm_head=mlm_head,
     )
@@ -135,7 +135,8 @@ def describe_model(model: Mapping[str, Any] | None) -> str:
     """One line for a plan's student or teacher: its source and shape."""
     if not model:
         return "none"
-    names = [str(model[key]) for key in ("name", "source", "family") if model.get(key)]
+    names = [str(model[key]) for key in ("name", "source") if model.get(key)]
+    names += [str(model[key]).upper() for key in ("family",) if model.get(key)]
     counts = (("num_layers", " layers"), ("hidden_size", " wide"), ("num_heads", " heads"))
     shape = [f"{model[key]:,}{unit}" for key, unit in counts if key in model]
     parameters = [f"{quantities.count(model['parameters'])} parameters"] if "parameters" in model else []
@@ -161,9 +162,9 @@ def _what_ran(run: Run) -> Table:
 
 def _corpus_text(corpus: Mapping[str, Any]) -> str:
     names = [str(corpus[key]) for key in ("description", "name", "source", "spec") if corpus.get(key)]
-    labels = (("documents", "documents"), ("unique_tokens", "unique tokens"))
-    sizes = [f"{quantities.count(corpus[key])} {label}" for key, label in labels if key in corpus]
-    return ", ".join([*names[:1], *sizes])
+    documents = [f"{corpus['documents']:,} documents"] if "documents" in corpus else []
+    tokens = [f"{quantities.count(corpus['unique_tokens'])} unique tokens"] if "unique_tokens" in corpus else []
+    return ", ".join([*names[:1], *documents, *tokens])
 
 
 def _numerics(plan: Mapping[str, Any]) -> Iterator[str]:
@@ -236,7 +237,7 @@ def _plan_row(
         label,
         numeric(f"planned.{name}", planned, None if planned is None else write(planned)),
         numeric(f"happened.{name}", fact, None if fact is None else write(fact)),
-        numeric(f"difference.{name}", difference, f"{difference or 0:+.1%}"),
+        numeric(f"difference.{name}", difference, signed_percent(difference)),
     )
 
 

@@ -43,6 +43,11 @@ def percent(part: float, whole: float) -> str:
     return f"{part / whole:.1%}".replace("-0.0%", "0.0%") if whole else ""
 
 
+def signed_percent(value: float | None) -> str:
+    """A relative difference with its sign: +4.6%, 0.0%."""
+    return "" if value is None else re.sub(r"^[+-](?=0\.0%)", "", f"{value:+.1%}")
+
+
 def share(name: str, part: float, whole: float) -> Cell:
     """A cell for `part` / `whole` in percent, blank where there is no whole."""
     return numeric(name, part / whole if whole else None, percent(part, whole))
