@@ -101,15 +101,23 @@ def _flops_row(run: Run, part: str, value: int, whole: int) -> Row:
     )
 
 
-def energy_table(run: Run) -> Table:
-    """Joules, a token and as mean power; blank where the device does not count energy."""
+def efficiency_table(run: Run) -> Table:
+    """Use of the device and energy; what the device does not tell, or no table knows, is blank."""
     joules = run.last["joules"] if run.last else None
     tokens = run.last["tokens"]["real"] if run.last else 0
     each = joules / tokens if joules is not None and tokens else None
     power = joules / run.step_s if joules is not None and run.step_s else None
     rows: list[Row] = [
+        _use_row(run, "matmul_share", "of a measured matrix product", run.plan.get("matmul_flops_per_s")),
+        _use_row(run, "mfu", "MFU: of the data sheet's peak", run.peak_flops),
         ("energy of the steps", numeric("joules", joules, quantities.scaled(joules or 0.0, "J"))),
         ("energy a token", numeric("joules_per_token", each, quantities.scaled(each or 0.0, "J"))),
         ("mean power of a device", numeric("watts", power, quantities.scaled(power or 0.0, "W"))),
     ]
     return Table(("", ""), rows)
+
+
+def _use_row(run: Run, name: str, label: str, possible: float | None) -> Row:
+    reached = sum(run.last["flops"].values()) / run.step_s if run.last and run.step_s else None
+    use = reached / possible if reached is not None and possible else None
+    return label, numeric(name, use, f"{use or 0:.1%}")

@@ -6,6 +6,7 @@ the same bytes.
 """
 
 import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fastkd import quantities
 from fastkd.budget import PARTS
-from fastkd.expenses import arithmetic_table, energy_table, seconds_bar, seconds_table
+from fastkd.expenses import arithmetic_table, efficiency_table, seconds_bar, seconds_table
 from fastkd.jsonl import Record
 from fastkd.learning_curves import held_out_table, learning_plots, points_table
 from fastkd.run_folder import Run, read_run
@@ -98,10 +99,10 @@ def _contents(run: Run) -> Record:
         "held_out": held_out_table(run),
         "points": points_table(run),
         "arithmetic": arithmetic_table(run),
-        "energy": energy_table(run),
-        "environment": settings_table(run.environment, "environment"),
+        "efficiency": efficiency_table(run),
+        "environment": settings_table({**run.environment, "command": None}, "environment"),
         "config": settings_table(run.config, "option"),
-        "command": str(run.environment.get("command", "")),
+        "command": shlex.join(run.environment.get("command", [])),
         "not_included": NOT_INCLUDED,
     }
 
@@ -135,45 +136,45 @@ def describe_model(model: Mapping[str, Any] | None) -> str:
     """One line for a plan's student or teacher: its source and shape."""
     if not model:
         return "none"
-    names = [str(model[key]) for key in ("name", "source") if model.get(key)]
-    names += [str(model[key]).upper() for key in ("family",) if model.get(key)]
-    counts = (("num_layers", " layers"), ("hidden_size", " wide"), ("num_heads", " heads"))
-    shape = [f"{model[key]:,}{unit}" for key, unit in counts if key in model]
-    parameters = [f"{quantities.count(model['parameters'])} parameters"] if "parameters" in model else []
-    return ", ".join([*names[:1], *shape, *parameters])
+    layers, run = model["layers"], model.get("layers_run", model["layers"])
+    shape = f"{layers} layers, {model['width']} wide, {model['heads']} heads"
+    pieces = [model.get("source"), shape, f"{quantities.count(model['parameters'])} parameters"]
+    return ", ".join(filter(None, pieces)) + (f", {run} layers run" if run != layers else "")
 
 
 def _what_ran(run: Run) -> Table:
     plan = run.plan
-    device = f"{plan.get('device', '')}" + (f" × {run.devices}" if run.devices > 1 else "")
     rows: list[tuple[Cell | str, ...]] = [
         ("Method", str(plan.get("method", run.config.get("method", "")))),
         ("Student", describe_model(plan.get("student")) if plan else ""),
         ("Teacher", describe_model(plan.get("teacher")) if plan else ""),
         ("Corpus", _corpus_text(plan.get("corpus") or {})),
         ("Budget", budget_text(run) + (f", charge: {plan['charge']}" if "charge" in plan else "")),
-        ("Device", device),
-        ("Preset", f"{plan.get('preset', '')} ({plan.get('preset_reason', '')})" if plan else ""),
-        ("Numerics", ", ".join(_numerics(plan))),
+        ("Device", f"{plan['devices']} × {plan['device']}" if plan else ""),
+        ("Preset", f"{plan['preset']} ({plan['preset_reason']})" if plan else ""),
+        ("Numerics", ", ".join(_numerics(plan)) if plan else ""),
+        ("Step", _step_text(plan) if plan else ""),
         ("Seed", str(run.config.get("seed", ""))),
     ]
     return Table(("", ""), [row for row in rows if row[1]], kind="settings")
 
 
 def _corpus_text(corpus: Mapping[str, Any]) -> str:
-    names = [str(corpus[key]) for key in ("description", "name", "source", "spec") if corpus.get(key)]
-    documents = [f"{corpus['documents']:,} documents"] if "documents" in corpus else []
-    tokens = [f"{quantities.count(corpus['unique_tokens'])} unique tokens"] if "unique_tokens" in corpus else []
-    return ", ".join([*names[:1], *documents, *tokens])
+    if not corpus:
+        return ""
+    sizes = f"{corpus['documents']:,} documents, {quantities.count(corpus['unique_tokens'])} unique tokens"
+    return f"{', '.join(corpus['sources'])}: {sizes}"
 
 
 def _numerics(plan: Mapping[str, Any]) -> Iterator[str]:
-    if plan.get("dtype"):
-        yield str(plan["dtype"])
-    if plan.get("attention"):
-        yield f"{plan['attention']} attention"
-    if "compile" in plan:
-        yield "compiled" if plan["compile"] else "not compiled"
+    yield str(plan["dtype"])
+    yield f"{plan['attention']} attention"
+    yield "compiled" if plan["compile"] else "not compiled"
+
+
+def _step_text(plan: Mapping[str, Any]) -> str:
+    micro_batches = f"micro-batches of {plan['micro_batch']:,}"
+    return f"{plan['batch_tokens']:,} tokens in {micro_batches}, peak learning rate {plan['lr']:g}"
 
 
 def _key_figures(run: Run) -> list[tuple[str, Cell, str]]:
@@ -207,7 +208,11 @@ _FACTS: dict[str, _Fact] = {
     "epochs": ("epochs", lambda run: run.last["epoch"] if run.last else 0.0, quantities.number),
     "tokens_per_s": ("tokens per second", lambda run: run.tokens_per_s, quantities.number),
     "step_seconds": ("seconds per step", lambda run: run.seconds_per_step, quantities.number),
-    "teacher_share": ("teacher's share of the seconds", lambda run: run.teacher_share, lambda part: f"{part:.1%}"),
+    "teacher_seconds_share": (
+        "teacher's share of the seconds",
+        lambda run: run.teacher_share,
+        lambda part: f"{part:.1%}",
+    ),
 }
 
 

@@ -46,12 +46,16 @@ class Run:
     steps: list[Record]
     events: list[Record]
     metrics: list[Record]
-    devices: int  # that shared the work; each is charged for every second
 
     @property
     def finished(self) -> bool:
         """Whether the run came to its end and exported a student."""
         return (self.folder / "final").is_dir()
+
+    @property
+    def devices(self) -> int:
+        """Devices that shared the work; each is charged for every second."""
+        return int(self.plan.get("devices", 1))
 
     @property
     def last(self) -> Record | None:
@@ -105,6 +109,12 @@ class Run:
     def teacher_share(self) -> float | None:
         """The teacher's share of the steps' seconds."""
         return self.phase_s["teacher"] / self.step_s if self.step_s else None
+
+    @property
+    def peak_flops(self) -> float | None:
+        """A device's peak FLOP/s by its data sheet, from the plan's MFU; None where no table knows the device."""
+        mfu = self.plan.get("mfu")
+        return self.plan["flops_per_s"] / mfu / self.devices if mfu else None
 
     def flops_per_token(self, part: str) -> float | None:
         """FLOPs of student, teacher or loss over the tokens read."""
@@ -162,7 +172,6 @@ def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise ValueError(f"no run folder {str(folder)!r}: name a folder that python -m fastkd.run made")
     ledger = folder / "ledger.jsonl"
-    lines = read_jsonl(ledger)
     config = folder / "config.toml"
     return Run(
         folder=folder,
@@ -170,20 +179,9 @@ def read_run(folder: Path) -> Run:
         environment=_json(folder / "environment.json"),
         plan=_json(folder / "plan.json"),
         steps=surviving_steps(ledger),
-        events=[line for line in lines if "event" in line],
+        events=[line for line in read_jsonl(ledger) if "event" in line],
         metrics=read_jsonl(folder / "metrics.jsonl"),
-        devices=_devices(lines),
     )
-
-
-def _devices(lines: list[Record]) -> int:
-    # How many times the first step's seconds were charged; only events come before it.
-    before = 0.0
-    for line in lines:
-        if "event" not in line:
-            return max(1, round((line["charged_s"] - before) / sum(line["phase_s"].values())))
-        before = line.get("charged_s", before)
-    return 1
 
 
 def _json(path: Path) -> Record:

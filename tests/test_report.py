@@ -20,14 +20,19 @@ from fastkd.tables import Table, numeric
 
 PHASES = ("data", "teacher", "student", "loss", "backward", "optimizer", "communication", "other")
 PLAN = {
-    "device": "A processor, 2 cores", "preset": "quickstart", "preset_reason": "no CUDA device is at hand",
+    "device": "A processor, 2 cores", "devices": 1, "preset": "quickstart",
+    "preset_reason": "no CUDA device is at hand",
     "method": "minilmv2",
-    "student": {"family": "bert", "num_layers": 3, "hidden_size": 384, "num_heads": 12, "parameters": 17_248_506},
-    "teacher": {"source": "quickstart", "num_layers": 6, "hidden_size": 384, "num_heads": 12, "parameters": 22_565_376},
-    "corpus": {"source": "quickstart", "documents": 10_033, "unique_tokens": 1_134_022},
+    "student": {"layers": 3, "width": 384, "heads": 12, "vocabulary": 30522, "parameters": 17_248_506,
+                "spec": "3L-384H-12A"},
+    "teacher": {"layers": 6, "width": 384, "heads": 12, "vocabulary": 30522, "parameters": 22_565_376,
+                "source": "quickstart", "layers_run": 5},
+    "corpus": {"sources": ["quickstart"], "documents": 10_033, "unique_tokens": 1_134_022},
     "budget": {"unit": "gpu-seconds", "amount": 72.0}, "charge": "loop", "tokens_per_s": 3400.0, "step_seconds": 1.2,
     "steps": 60, "tokens": 240_000.0, "epochs": 0.21,
-    "flops_per_token": {"student": 5.2e7, "teacher": 2.0e7, "loss": 4.0e5}, "teacher_share": 0.19,
+    "flops_per_token": {"student": 5.2e7, "teacher": 2.0e7, "loss": 4.0e5}, "teacher_share": 0.43,
+    "teacher_seconds_share": 0.19, "flops_per_s": 2.4e11, "matmul_flops_per_s": 5e11, "mfu": 0.24, "lr": 6e-4,
+    "batch_tokens": 4096, "micro_batch": 2048,
     "attention": "sdpa", "dtype": "bfloat16", "compile": False, "activation_bytes": 412_000_000,
 }  # fmt: skip
 
@@ -76,9 +81,9 @@ def make_run(folder: Path, *, devices: int = 1, joules: bool = False, plan: dict
     ledger.append(event_line("export", 0.9, 57, False, charged))
     write_lines(folder / "ledger.jsonl", ledger)
     write_lines(folder / "metrics.jsonl", metrics)
-    (folder / "plan.json").write_text(json.dumps(plan or PLAN))
+    (folder / "plan.json").write_text(json.dumps((plan or PLAN) | {"devices": devices}))
     (folder / "config.toml").write_text('method = "minilmv2"\nseed = 3\n[method_options]\nrelation_heads = 48\n')
-    environment = {"command": "python -m fastkd.run --budget-gpu-hours 0.02", "packages": {"torch": "2.13.0"}}
+    environment = {"command": ["python", "-m", "fastkd.run", "--teacher", "a b"], "packages": {"torch": "2.13.0"}}
     (folder / "environment.json").write_text(json.dumps(environment))
     (folder / "final").mkdir()
     return folder
@@ -150,13 +155,16 @@ def test_arithmetic_and_energy_are_the_ledgers(finished: Page, ledger: dict[str,
     assert numbers["joules"] == last["joules"]
     assert numbers["joules_per_token"] == pytest.approx(last["joules"] / last["tokens"]["real"])
     assert numbers["watts"] == pytest.approx(last["joules"] / ledger["seconds"])
+    rate = sum(last["flops"].values()) / ledger["seconds"]
+    assert numbers["matmul_share"] == pytest.approx(rate / 5e11)
+    assert numbers["mfu"] == pytest.approx(rate / 1e12)  # the plan's 2.4e11 FLOP/s were 24% of the peak
 
 
 def test_plan_stands_beside_what_happened(finished: Page, ledger: dict[str, Any]) -> None:
     numbers, last, seconds = finished.numbers, ledger["last"], ledger["seconds"]
     tokens = last["tokens"]["real"]
     happened = {"charged_s": seconds + 0.64, "steps": 57, "tokens": tokens, "epochs": last["epoch"],
-                "tokens_per_s": tokens / seconds, "step_seconds": seconds / 57, "teacher_share": 0.2,
+                "tokens_per_s": tokens / seconds, "step_seconds": seconds / 57, "teacher_seconds_share": 0.2,
                 "flops_per_token.student": last["flops"]["student"] / tokens}  # fmt: skip
     planned = {**PLAN, "charged_s": 72.0, "flops_per_token.student": 5.2e7}
     for name, value in happened.items():
@@ -247,9 +255,9 @@ def test_a_page_needs_nothing_from_elsewhere(finished: Page) -> None:
 
 
 def test_a_page_says_what_it_must(finished: Page) -> None:
-    for text in ("python -m fastkd.run --budget-gpu-hours 0.02", "fine-tuned on NLI and paraphrase pairs",
+    for text in ("python -m fastkd.run --teacher &#39;a b&#39;", "fine-tuned on NLI and paraphrase pairs",
                  "pretraining is not included", "method_options.relation_heads", "packages.torch", "finished",
-                 "3 layers, 384 wide, 12 heads, 17.25 M parameters"):  # fmt: skip
+                 "3 layers, 384 wide, 12 heads, 17.25 M parameters", "22.57 M parameters, 5 layers run"):  # fmt: skip
         assert text in finished.text
     assert finished.text.count('<svg class="plot"') == 6
 
@@ -289,9 +297,11 @@ def test_every_first_step_leaves_a_page(tmp_path: Path) -> None:
     assert page.numbers["happened.steps"] == 1 and "point.1.loss" not in page.numbers
 
 
-def test_energy_is_blank_where_it_is_not_known(tmp_path: Path) -> None:
+def test_energy_and_mfu_are_blank_where_they_are_not_known(tmp_path: Path) -> None:
     numbers = Page(build_report(make_run(tmp_path / "run"))).numbers
     assert not {"joules", "joules_per_token", "watts"} & set(numbers)
+    no_peak = make_run(tmp_path / "no-peak", plan=PLAN | {"mfu": None})
+    assert "mfu" not in Page(build_report(no_peak)).numbers
 
 
 def test_the_teachers_note_is_shown_for_the_quickstart_teacher_alone(tmp_path: Path) -> None:
@@ -311,7 +321,7 @@ def test_a_phase_nobody_foresaw_is_shown(tmp_path: Path) -> None:
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:
-    plan = PLAN | {"method": "<script>alert(1)</script>", "corpus": {"source": 'a"b<c>&'}}
+    plan = PLAN | {"method": "<script>alert(1)</script>", "preset_reason": 'a"b<c>&'}
     page = Page(build_report(make_run(tmp_path / "a&b", plan=plan)))
     assert "script" not in page.tags and "&lt;script&gt;" in page.text and "a&amp;b" in page.text
 
