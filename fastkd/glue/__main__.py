@@ -1,0 +1,117 @@
+"""``python -m fastkd.glue MODEL``: fine-tune on GLUE and score."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Literal, NoReturn, cast
+
+from transformers import HfArgumentParser
+
+DONE, BAD_CONFIGURATION, INTERRUPTED = 0, 2, 75
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with its help text."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class GlueOptions:
+    """What to evaluate on, and how."""
+
+    tasks: str | None = option(
+        None, "comma-separated: cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte,wnli; default: the protocol's that --data holds"
+    )
+    data: str | None = option(None, "folder with the official GLUE files; default: nyu-mll/glue on the hub")
+    output_dir: str | None = option(
+        None, "for scores and finished fine-tunings; default: the run folder, or runs/glue-…"
+    )
+    protocol: Literal["headline", "paper"] = option(
+        "headline", "headline: one configuration, 8 tasks, 5 seeds; paper: best of a grid of 8, 7 tasks"
+    )
+    seeds: int | None = option(None, "number of seeds, from 0; default: 5 (headline), 1 (paper)")
+    task_file: str | None = option(
+        None, "comma-separated TOML files, each with another task (columns, labels, metrics, files)"
+    )
+    train_rows: str | None = option(
+        None, "at most so many training rows, a fixed random subset: 20000, or by task: sst2=20000,qqp=50000"
+    )
+    predict_test: bool = option(False, "also predict the test sets, in the submission format")
+    jobs: int | None = option(None, "fine-tunings side by side; default: one a GPU")
+
+
+class _Parser(HfArgumentParser):
+    """A user's mistake is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def parse(argv: Sequence[str]) -> tuple[str, GlueOptions]:
+    """MODEL and the options of a command line. Raises ValueError for a mistake in it."""
+    parser = _Parser(cast(Any, [GlueOptions]), prog="python -m fastkd.glue", allow_abbrev=False, description=__doc__)
+    parser.add_argument("model", metavar="MODEL", help="run folder, Hugging Face folder, hub id, or 'quickstart'")
+    options, rest = parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
+    return rest.model, options
+
+
+def _train_rows(text: str | None) -> int | dict[str, int] | None:
+    if text is None:
+        return None
+    pairs = [part.partition("=") for part in text.split(",")]
+    try:
+        if len(pairs) == 1 and not pairs[0][1]:
+            return int(text)
+        return {name: int(number) for name, _, number in pairs}
+    except ValueError as error:
+        raise ValueError(f"--train-rows takes 20000 or sst2=20000,qqp=50000, not {text!r}") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0 done, 2 bad configuration, 75 interrupted and saved."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        model, options = parse(sys.argv[1:] if argv is None else argv)
+        return _run(model, options)
+    except (ValueError, ChildProcessError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_CONFIGURATION if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        print("interrupted: what finished is saved, and the same command continues after it", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(model: str, options: GlueOptions) -> int:
+    from fastkd.glue.evaluation import evaluate  # after --help: these load transformers' Trainer
+
+    result = evaluate(
+        model,
+        options.tasks.split(",") if options.tasks else None,
+        options.data,
+        options.protocol,
+        options.seeds,
+        options.output_dir,
+        task_files=options.task_file.split(",") if options.task_file else (),
+        train_rows=_train_rows(options.train_rows),
+        predict_test=options.predict_test,
+        jobs=options.jobs,
+        log=lambda line: print(line, flush=True),
+    )
+    print(
+        f"\n{result['markdown']}\nwritten to {result['output_dir']}/glue.json and glue.md",
+        *result["submission"],
+        sep="\n",
+    )
+    return DONE
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

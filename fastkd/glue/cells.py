@@ -1,0 +1,87 @@
+"""Finished fine-tunings on disk, one JSON file each, so that an interrupted evaluation repeats nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from fastkd.glue.finetune import Job, finetune
+
+FOLDER = "glue"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fine-tuning and where its result lies."""
+
+    job: Job
+    rows: Mapping[str, int]  # of each split, after --train-rows
+    sha256: Mapping[str, str]  # of each split's content
+    model_sha256: str
+    output_dir: Path
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the scores depend on; the device and the versions are recorded beside them instead."""
+        job, task, protocol = self.job, self.job.task, self.job.protocol
+        return {
+            "model": self.model_sha256,
+            "task": task.name,
+            "labels": task.labels,
+            "metrics": task.metrics,
+            "content": {split: self.sha256[split] for split in (task.train, *task.dev)},
+            "epochs": protocol.epochs,
+            "warmup": protocol.warmup,
+            "max_length": protocol.max_length,
+            "learning_rate": job.learning_rate,
+            "batch_size": job.batch_size,
+            "seed": job.seed,
+        }
+
+    @property
+    def path(self) -> Path:
+        """Its file."""
+        job = self.job
+        key = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+        name = f"{job.task.name}-lr{job.learning_rate:g}-b{job.batch_size}-seed{job.seed}-{key}.json"
+        return self.output_dir / FOLDER / name
+
+    def read(self) -> dict[str, Any] | None:
+        """Its result, None where it is not finished or lacks predictions that are wanted now."""
+        try:
+            result: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        wanted = {split: self.sha256[split] for split in self.job.test}
+        return result if wanted.items() <= result["test_content"].items() else None
+
+    def run(self) -> dict[str, Any]:
+        """Fine-tune, and put the result on the disk before anything else happens."""
+        result = {
+            **self.identity,
+            "rows": dict(self.rows),
+            **finetune(self.job),
+            "test_content": {split: self.sha256[split] for split in self.job.test},
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        }
+        write_atomically(self.path, json.dumps(result) + "\n")
+        return result
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file whole or not at all, whatever stops the process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -1,0 +1,139 @@
+"""Rows as token ids: tokenised once a task, the vocabulary cut to what the task uses, batches of like lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from fastkd.glue.rows import Rows, read_rows
+from fastkd.glue.tasks import Task
+
+ROW_SEED = 0  # of the subset that --train-rows keeps: the same for every model and seed
+POOL = 50  # batches that are sorted by length together: wider pools pad less and shuffle less
+OFFSET_FAMILIES = ("roberta", "xlm-roberta", "camembert")  # their positions start after the padding id
+
+
+class Split(torch.utils.data.Dataset[dict[str, list[int] | int | float]]):
+    """A tokenised split; items hold ``input_ids``, ``labels`` and what else the tokenizer makes."""
+
+    def __init__(self, columns: Mapping[str, list[list[int]]], labels: Sequence[int | float]) -> None:
+        self.columns, self.labels = dict(columns), labels
+        self.lengths = [len(ids) for ids in columns["input_ids"]]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> dict[str, list[int] | int | float]:
+        item: dict[str, list[int] | int | float] = {name: values[index] for name, values in self.columns.items()}
+        return item | ({"labels": self.labels[index]} if self.labels else {})
+
+
+@dataclass(frozen=True)
+class EncodedTask:
+    """A task's splits in token ids that index ``used``, the ids of the model's vocabulary that occur in them."""
+
+    splits: dict[str, Split]
+    used: Tensor  # [U] int64 ascending; holds all ids up to the padding's, which therefore keep their place
+    pad_token_id: int
+
+
+def load_rows(task: Task, data: Path | None, train_rows: int | None, test: Sequence[str] = ()) -> dict[str, Rows]:
+    """All splits of a task; of the training rows a fixed random subset of ``train_rows``, in file order."""
+    splits = {split: read_rows(task, split, data) for split in (task.train, *task.dev, *test)}
+    train = splits[task.train]
+    if train_rows is not None and train_rows < len(train):
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(ROW_SEED))
+        splits[task.train] = train.take(sorted(order[:train_rows].tolist()))
+    return splits
+
+
+def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Raises ValueError where there is none, or it cannot pad."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{model} has no usable tokenizer ({str(error).strip().splitlines()[0]})") from error
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"{model}: the tokenizer has no padding token; set one and save it again")
+    return tokenizer
+
+
+def encode(model: Path, splits: Mapping[str, Rows], max_length: int) -> EncodedTask:
+    """Tokenise, cutting the longer text first, to at most ``max_length`` tokens or what the model takes."""
+    tokenizer = load_tokenizer(model)
+    length = _max_length(model, tokenizer, max_length)
+    encoded = {name: _split(tokenizer, rows, length) for name, rows in splits.items()}
+    pad = tokenizer.pad_token_id
+    seen = {token for split in encoded.values() for ids in split.columns["input_ids"] for token in ids}
+    used = sorted(seen | set(range(pad + 1)))
+    place = {token: i for i, token in enumerate(used)}
+    for split in encoded.values():
+        split.columns["input_ids"] = [[place[token] for token in ids] for ids in split.columns["input_ids"]]
+    return EncodedTask(encoded, torch.tensor(used), pad)
+
+
+def _max_length(model: Path, tokenizer: PreTrainedTokenizerBase, wanted: int) -> int:
+    config = AutoConfig.from_pretrained(model)
+    positions = config.max_position_embeddings
+    if config.model_type in OFFSET_FAMILIES:
+        positions -= config.pad_token_id + 1
+    return min(wanted, positions, tokenizer.model_max_length)
+
+
+def _split(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int) -> Split:
+    columns = tokenizer(*rows.texts, truncation=True, max_length=max_length, return_attention_mask=False)
+    return Split(dict(columns), rows.labels)
+
+
+def cut_embeddings(model: torch.nn.Module, encoded: EncodedTask) -> None:
+    """Keep only the word embeddings that the task uses, in place.
+
+    Exact: a row that no text holds has a zero gradient, so that AdamW without weight decay never moves it and the
+    gradient's norm does not know it. What is cut need not be touched by any step: half of all of a small model.
+    """
+    table = model.get_input_embeddings()  # type: ignore[operator]
+    rows = table.weight.detach()[encoded.used].clone()
+    model.set_input_embeddings(  # type: ignore[operator]
+        torch.nn.Embedding.from_pretrained(rows, freeze=False, padding_idx=table.padding_idx)
+    )
+
+
+class LengthGroupedBatches(torch.utils.data.Sampler[list[int]]):
+    """Batches of rows of like length, shuffled anew in each epoch.
+
+    Rows are shuffled, sorted by length within pools of 50 batches, cut into batches, and the batches shuffled.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths = torch.tensor(lengths)
+        self.batch_size = batch_size
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(len(self.lengths), generator=self.generator)
+        pools = [pool[self.lengths[pool].argsort(stable=True)] for pool in order.split(POOL * self.batch_size)]
+        batches = [batch for pool in pools for batch in pool.split(self.batch_size)]
+        for i in torch.randperm(len(batches), generator=self.generator).tolist():
+            yield batches[i].tolist()
+
+
+def collate(items: Sequence[Mapping[str, list[int] | int | float]], pad_token_id: int) -> dict[str, Tensor]:
+    """A batch padded to its longest row: ids, types and mask [B, S] int64; labels [B] int64 or float32."""
+    lengths = torch.tensor([len(item["input_ids"]) for item in items])  # type: ignore[arg-type]
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    batch = {"attention_mask": mask.long()}
+    for name in items[0].keys() - {"labels"}:
+        padded = torch.full(mask.shape, pad_token_id if name == "input_ids" else 0)
+        padded[mask] = torch.tensor([value for item in items for value in item[name]])  # type: ignore[union-attr]
+        batch[name] = padded
+    if "labels" in items[0]:
+        batch["labels"] = torch.tensor([item["labels"] for item in items])
+    return batch

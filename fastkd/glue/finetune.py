@@ -1,0 +1,201 @@
+"""One fine-tuning: a fresh head, transformers' Trainer, scores of the dev sets, predictions of the test sets."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import logging as hf_logging
+from transformers.trainer_callback import PrinterCallback
+
+from fastkd.glue.encoded import (
+    EncodedTask,
+    LengthGroupedBatches,
+    Split,
+    collate,
+    cut_embeddings,
+    encode,
+    load_rows,
+    load_tokenizer,
+)
+from fastkd.glue.metrics import score
+from fastkd.glue.protocol import Protocol
+from fastkd.glue.tasks import TASKS, Task
+
+EVAL_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one fine-tuning depends on."""
+
+    model: Path
+    task: Task
+    data: Path | None
+    train_rows: int | None
+    protocol: Protocol
+    learning_rate: float
+    batch_size: int
+    seed: int
+    test: tuple[str, ...] = ()  # splits to predict
+
+
+def finetune(job: Job) -> dict[str, Any]:
+    """Fine-tune and score.
+
+    Returns ``metrics`` (times 100), ``predictions`` (test split → class ids or scores in the file's order),
+    ``seconds``, ``loss`` (mean over the training), ``device`` and ``dtype``.
+
+    Raises:
+        ValueError: weights are missing from the model, or the loss is not finite.
+    """
+    start = time.perf_counter()
+    encoded = _encoded(job.model, job.task, job.data, job.train_rows, job.protocol.max_length, job.test)
+    set_seed(job.seed)
+    model = load_classifier(job.model, job.task)
+    cut_embeddings(model, encoded)
+    loss, device, bf16 = _train(model, job, encoded)
+    if not math.isfinite(loss):
+        raise ValueError(f"{job.task.title}, seed {job.seed}: the loss is {loss}; are the model's weights finite?")
+    metrics: dict[str, float] = {}
+    for split in job.task.dev:
+        labels = np.asarray(encoded.splits[split].labels)
+        values = score(job.task.metrics, labels, _predict(model, encoded, split, job.task))
+        metrics |= {f"{name}{split.removeprefix('dev').replace('_', ' ')}": value for name, value in values.items()}
+    return {
+        "metrics": metrics,
+        "predictions": {split: _predict(model, encoded, split, job.task).tolist() for split in job.test},
+        "seconds": time.perf_counter() - start,
+        "loss": loss,
+        "device": device,
+        "dtype": "bfloat16" if bf16 else "float32",
+    }
+
+
+@lru_cache(maxsize=1)
+def _encoded(
+    model: Path, task: Task, data: Path | None, train_rows: int | None, max_length: int, test: tuple[str, ...]
+) -> EncodedTask:
+    """One task at a time: its seeds and grid share the tokenised rows."""
+    return encode(model, load_rows(task, data, train_rows, test), max_length)
+
+
+def check_model(folder: Path) -> None:
+    """Raises ValueError where model or tokenizer cannot be loaded, or do not belong together."""
+    model = load_classifier(folder, TASKS["sst2"])
+    tokenizer = load_tokenizer(folder)
+    rows = next(model.get_input_embeddings().parameters()).shape[0]
+    if len(tokenizer) > rows:
+        raise ValueError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {rows}; export both together")
+
+
+def load_classifier(folder: Path, task: Task) -> PreTrainedModel:
+    """The model in float32 with a new head for ``task``, drawn from torch's global generator.
+
+    Raises:
+        ValueError: transformers cannot load it, or weights below the head are missing.
+    """
+    labels = 1 if task.is_regression else len(task.labels)
+    problem = "regression" if task.is_regression else "single_label_classification"
+    try:
+        with _quiet():
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                folder, num_labels=labels, problem_type=problem, dtype=torch.float32, output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+    body = f"{model.base_model_prefix}."
+    changed = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    missing = sorted(key for key in changed if key.startswith(body) and ".pooler." not in key)
+    if missing:
+        raise ValueError(f"{folder} lacks {missing[0]} and {len(missing) - 1} more weights; export the model again")
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' report of new head weights: they are meant to be new, and others are checked."""
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def fast_bf16() -> bool:
+    """Whether bfloat16 is faster than float32 here; on a CPU with AVX512-BF16 a step takes half the time."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+class _Trainer(Trainer):
+    """Trainer with batches of like lengths (its own option for that has changed its name between versions)."""
+
+    def __init__(self, encoded: EncodedTask, train: Split, **options: Any) -> None:
+        self.batches = LengthGroupedBatches(train.lengths, options["args"].train_batch_size, options["args"].seed)
+        super().__init__(
+            train_dataset=train, data_collator=partial(collate, pad_token_id=encoded.pad_token_id), **options
+        )
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Rows in batches, collated; Trainer moves them to its device."""
+        pin = self.args.device.type == "cuda"
+        assert isinstance(self.train_dataset, Split)
+        return DataLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator, pin_memory=pin)
+
+
+def _train(model: PreTrainedModel, job: Job, encoded: EncodedTask) -> tuple[float, str, bool]:
+    train = encoded.splits[job.task.train]
+    steps = job.protocol.epochs * math.ceil(len(train) / job.batch_size)
+    bf16 = fast_bf16()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder, seed=job.seed, per_device_train_batch_size=job.batch_size,
+            num_train_epochs=job.protocol.epochs, learning_rate=job.learning_rate, lr_scheduler_type="cosine",
+            warmup_steps=math.ceil(job.protocol.warmup * steps), weight_decay=0.0, optim="adamw_torch_fused",
+            bf16=bf16, use_cpu=not torch.cuda.is_available(), save_strategy="no", logging_strategy="no",
+            logging_nan_inf_filter=False, report_to="none", disable_tqdm=True,
+        )  # fmt: skip
+        trainer = _Trainer(encoded, train, model=model, args=arguments)
+        trainer.remove_callback(PrinterCallback)
+        with _quiet():
+            loss = trainer.train().training_loss
+        # Scores are computed in float32: bfloat16 would round STS-B's predictions to steps of 1/64.
+        trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    return loss, arguments.device.type, bf16
+
+
+@torch.inference_mode()
+def _predict(model: PreTrainedModel, encoded: EncodedTask, split: str, task: Task) -> np.ndarray:
+    """Class ids [N] int64, or scores [N] float32, in the split's order."""
+    rows = encoded.splits[split]
+    model.eval()
+    order = np.argsort(rows.lengths, kind="stable")
+    logits = []
+    for chosen in np.array_split(order, math.ceil(len(rows) / EVAL_BATCH)):
+        batch = collate([rows[int(i)] for i in chosen], encoded.pad_token_id)
+        batch.pop("labels", None)
+        logits.append(model(**{name: values.to(model.device) for name, values in batch.items()}).logits.cpu())
+    answers = torch.cat(logits)
+    answers = answers[:, 0] if task.is_regression else answers.argmax(dim=-1)
+    found = np.empty(len(rows), dtype=answers.numpy().dtype)
+    found[order] = answers.numpy()
+    return found

@@ -1,0 +1,45 @@
+"""How every task is fine-tuned alike, so that scores compare: the headline protocol and the paper's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One configuration, or one grid of them, for all tasks.
+
+    Everything that is not listed is transformers' default: AdamW with β (0.9, 0.999) and ε 1e-8, gradients clipped
+    at a norm of 1, the model's own dropout.
+    """
+
+    name: str
+    tasks: tuple[str, ...]  # whose scores the average takes
+    learning_rates: tuple[float, ...]
+    batch_sizes: tuple[int, ...]
+    seeds: int  # unless --seeds says otherwise
+    epochs: int = 5
+    warmup: float = 0.1  # share of the steps, before a cosine to zero
+    max_length: int = 128  # tokens of a row, both texts and special tokens included
+
+    @property
+    def grid(self) -> list[tuple[float, int]]:
+        """All (learning rate, batch size)."""
+        return [(rate, size) for rate in self.learning_rates for size in self.batch_sizes]
+
+    @property
+    def description(self) -> str:
+        """One line for tables and the plan."""
+        rates = "/".join(f"{rate:g}" for rate in self.learning_rates)
+        sizes = "/".join(str(size) for size in self.batch_sizes)
+        best = ", best of the grid on the dev set (optimistic)" if len(self.grid) > 1 else ""
+        return f"{self.name}: learning rate {rates}, batch {sizes}, {self.epochs} epochs, cosine{best}"
+
+
+# Cramming's (Geiping and Goldstein 2022): no search, so nothing is fitted to the dev set.
+HEADLINE = Protocol("headline", ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"), (4e-5,), (16,), seeds=5)
+# The grid of arXiv 2404.19319, seven tasks; warm-up and schedule are the headline's, for the paper names none.
+PAPER = Protocol(
+    "paper", ("cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte"), (1e-5, 3e-5, 5e-5, 8e-5), (16, 32), seeds=1
+)
+PROTOCOLS = {protocol.name: protocol for protocol in (HEADLINE, PAPER)}

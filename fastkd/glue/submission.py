@@ -1,0 +1,37 @@
+"""Test predictions in the format that gluebenchmark.com takes: ``SST-2.tsv`` with the columns index and prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from fastkd.glue.cells import write_atomically
+from fastkd.glue.scores import TaskScore
+from fastkd.glue.tasks import Task
+
+FOLDER = "submission"
+STS_RANGE = (0.0, 5.0)
+
+
+def write_submission(scores: Mapping[str, TaskScore], output_dir: Path) -> list[Path]:
+    """Write the test predictions of each task's best seed on the dev set; returns the files."""
+    written = []
+    for score in scores.values():
+        best = score.best
+        for split in score.cells[best].job.test:
+            path = output_dir / FOLDER / f"{score.task.test[split]}.tsv"
+            write_atomically(path, _format(score.task, score.results[best]["predictions"][split]))
+            written.append(path)
+    return written
+
+
+def _format(task: Task, predictions: list[int] | list[float]) -> str:
+    lines = (f"{i}\t{_answer(task, prediction)}\n" for i, prediction in enumerate(predictions))
+    return "index\tprediction\n" + "".join(lines)
+
+
+def _answer(task: Task, prediction: int | float) -> str:
+    if task.is_regression:
+        low, high = STS_RANGE
+        return f"{min(max(prediction, low), high) if task.official else prediction:.3f}"
+    return task.labels[int(prediction)] if task.submits_names else str(prediction)
