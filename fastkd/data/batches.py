@@ -153,6 +153,8 @@ class BatchStream:
         return StepTokens(int(length[~is_filler].sum()), predicted, int((length**2).sum()))
 
     def _fragments(self, i: int) -> Fragments:
+        if i < 0:
+            raise ValueError(f"step is {i}: steps count from 0")
         return self._packer.fragments(i * self._packs_per_step, (i + 1) * self._packs_per_step)
 
     def _assemble(self, i: int) -> list[Plain]:

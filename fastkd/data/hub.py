@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
+from fastkd.data.files import text_of
+
 log = logging.getLogger(__name__)
 
 _SPEC = re.compile(
@@ -61,14 +63,13 @@ class HubDataset:
         """Stream the rows' text in the order of the split; blank ones are left out."""
         import datasets
 
+        commit = self.commit
         with self._reachable():
-            rows = datasets.load_dataset(self.name, self.config, split=self.split, revision=self.commit, streaming=True)
-            for row in rows:
-                if text_field not in row:
-                    raise ValueError(f"no column {text_field!r}; it has {sorted(row)}: name one with --text-field")
-                text = (row[text_field] or "").strip()
-                if text:
-                    yield text
+            rows = datasets.load_dataset(self.name, self.config, split=self.split, revision=commit, streaming=True)
+            for table in rows.with_format("arrow").iter(batch_size=1000):
+                columns = [text_field] if text_field in table.column_names else table.column_names
+                texts = (text_of(row, text_field, "a row") for row in table.select(columns).to_pylist())
+                yield from filter(None, texts)
 
     @contextmanager
     def _reachable(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -227,6 +228,7 @@ def _build(chunks: Iterator[Tokens], vocab_size: int, recipe: dict[str, Any], fi
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
     try:
+        start = time.monotonic()
         writer = Writer(building, vocab_size)
         writer.add(chunks, recipe["validation_fraction"])
         index = writer.finish() | {"tokenizer_hash": recipe["tokenizer_hash"], "recipe": recipe}
@@ -234,5 +236,7 @@ def _build(chunks: Iterator[Tokens], vocab_size: int, recipe: dict[str, Any], fi
         sync_folder(building)
         building.rename(final)
         sync_folder(final.parent)
+        tokens = sum(index["tokens"].values())
+        log.info("built %s: %s tokens in %.1f s", final, f"{tokens:,}", time.monotonic() - start)
     finally:
         shutil.rmtree(building, ignore_errors=True)
