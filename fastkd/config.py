@@ -37,26 +37,18 @@ def option(default: Any, help: str) -> Any:
 class RunConfig:
     """One run under one budget."""
 
-    preset: str = option(
-        "auto", "auto (paper-6l with a CUDA device, else quickstart), or a file of fastkd/presets/"
-    )
+    preset: str = option("auto", "auto (paper-6l with a CUDA device, else quickstart), or a file of fastkd/presets/")
     method: str = option("minilmv2", "a file of fastkd/methods/: mlm, logit_kd, tinybert, minilm, minilmv2")
     teacher: str | None = option(
         None, "hub id, Hugging Face folder or finished run folder; 'quickstart' names the packaged one"
     )
-    tokenizer: str | None = option(
-        None, "hub id or folder of the student's tokenizer; default: the teacher's"
-    )
-    student: str = option(
-        "3L-384H-12A", "layers, width, heads and optionally intermediate width: 6L-768H-12A[-3072I]"
-    )
+    tokenizer: str | None = option(None, "hub id or folder of the student's tokenizer; default: the teacher's")
+    student: str = option("3L-384H-12A", "layers, width, heads and optionally intermediate width: 6L-768H-12A[-3072I]")
     corpus: list[str] = option(
         ["quickstart"],
         "hub datasets (id[:config[:split]]), or text, jsonl, parquet files and globs (.gz too)",
     )
-    text_field: str = option(
-        "text", "field or column that holds a document in jsonl, parquet and hub datasets"
-    )
+    text_field: str = option("text", "field or column that holds a document in jsonl, parquet and hub datasets")
     budget_gpu_hours: float | None = option(None, "budget in GPU-hours, summed over devices")
     budget_flops: float | None = option(None, "budget in FLOPs of student, teacher and loss")
     budget_tokens: float | None = option(None, "budget in tokens read")
@@ -132,6 +124,8 @@ class RunConfig:
             if not low <= value <= high:
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"{flag} must lie between {low:g} and {high:g}, got {value:g}")
+        if self.replay is not None and not Path(self.replay).is_file():
+            raise ValueError(f"--replay {self.replay} is no file: give the ledger.jsonl of a finished run")
         if self.micro_batch != "auto" and not self.micro_batch.isdigit():
             raise ValueError(f"--micro-batch takes a number of tokens or auto, got {self.micro_batch!r}")
 
@@ -163,11 +157,7 @@ class Resolved:
 
     def to_toml(self) -> str:
         """The resolved configuration, as config.toml holds it; options that are not set are left out."""
-        return (
-            to_toml(dataclasses.asdict(self.run))
-            + "\n[method_options]\n"
-            + to_toml(dataclasses.asdict(self.method))
-        )
+        return to_toml(dataclasses.asdict(self.run)) + "\n[method_options]\n" + to_toml(dataclasses.asdict(self.method))
 
 
 class _Parser(HfArgumentParser):
@@ -248,9 +238,7 @@ def _fields(cls: Any, values: dict[str, Any]) -> dict[str, Any]:
 
 def _explain_unknown(token: str, method: str) -> str:
     name = token.lstrip("-").split("=")[0].replace("-", "_")
-    owners = [
-        m for m in methods.available() if name in {f.name for f in dataclasses.fields(methods.load(m).Config)}
-    ]
+    owners = [m for m in methods.available() if name in {f.name for f in dataclasses.fields(methods.load(m).Config)}]
     if token.startswith("-") and owners:
         return f"--method {method} does not read {token}; it is an option of {', '.join(owners)}"
     return f"unknown option {token!r}: --help lists them"

@@ -44,7 +44,12 @@ class Measurement:
 
 
 def measure(trainer: Trainer) -> Measurement:
-    """Time real steps, then put every parameter back; the optimiser starts anew."""
+    """Time real steps, then put every parameter back; the optimiser starts anew.
+
+    Raises:
+        BudgetTooSmall: the budget does not pay for one step.
+    """
+    require_a_step(trainer.parts, trainer.parts.step_cost(0))
     saved = {name: value.clone() for name, value in trainer.objective.state_dict().items()}
     first, *_ = warm_up = [_timed_step(trainer, number) for number in range(WARMUP_STEPS)]
     estimate = sum(warm_up[-1].values())
@@ -76,7 +81,7 @@ def _timed_step(trainer: Trainer, number: int) -> dict[str, float]:
     return trainer.clock.lap().seconds()
 
 
-def predict(parts: Parts, measured: Measurement, *, charge: str) -> dict[str, Any]:
+def predict(parts: Parts, measured: Measurement) -> dict[str, Any]:
     """Steps, tokens and epochs that the budget buys.
 
     Raises:
@@ -84,12 +89,9 @@ def predict(parts: Parts, measured: Measurement, *, charge: str) -> dict[str, An
     """
     budget, world = parts.config.budget, parts.world
     cost = parts.step_cost(0)
-    step_charged = measured.step_seconds * world.size
-    amount = Meter(budget, Totals(), step_charged).step_amount(cost)
-    if amount > budget.amount:
-        raise BudgetTooSmall(f"one step takes {_amount(amount, budget)}, the budget is {budget}: raise it, or lower --batch-tokens")
+    amount = require_a_step(parts, cost, measured.step_seconds * world.size)
     usable = budget.amount
-    if budget.unit == "gpu-seconds" and charge != "compute":
+    if budget.unit == "gpu-seconds" and parts.config.charge != "compute":
         usable -= measured.compile_seconds * world.size + _validation_seconds(parts, measured, budget.amount)
     steps = max(1, int(usable // amount))
     tokens = steps * cost.real
@@ -104,15 +106,25 @@ def predict(parts: Parts, measured: Measurement, *, charge: str) -> dict[str, An
     }
 
 
+def require_a_step(parts: Parts, cost: StepCost, step_charged: float = 0.0) -> float:
+    """What one step takes of the budget (in GPU-seconds as measured, else exactly).
+
+    Raises:
+        BudgetTooSmall: more than all of it.
+    """
+    budget = parts.config.budget
+    amount = Meter(budget, Totals(), step_charged).step_amount(cost)
+    if amount > budget.amount:
+        needed = Budget(budget.unit, amount)
+        raise BudgetTooSmall(f"one step takes {needed}, the budget is {budget}: raise it, or lower --batch-tokens")
+    return amount
+
+
 def _validation_seconds(parts: Parts, measured: Measurement, budget_seconds: float) -> float:
     """GPU-seconds of the validations within the loop: as many as were asked for, but 2% of the budget at most."""
     each = measured.validation_seconds * parts.world.size
     affordable = int(VALIDATION_SHARE * budget_seconds // each)
     return min(parts.config.validations, affordable) * each
-
-
-def _amount(amount: float, budget: Budget) -> str:
-    return str(Budget(budget.unit, amount))
 
 
 def make(resolved: Resolved, parts: Parts, measured: Measurement) -> dict[str, Any]:
@@ -150,7 +162,7 @@ def make(resolved: Resolved, parts: Parts, measured: Measurement) -> dict[str, A
         "compile": parts.compile,
         "activation_bytes": parts.activation_bytes(parts.micro_tokens),
         "validation_seconds": measured.validation_seconds,
-    } | predict(parts, measured, charge=config.charge)
+    } | predict(parts, measured)
 
 
 def _mfu(parts: Parts, cost: StepCost, measured: Measurement) -> float | None:

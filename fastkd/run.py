@@ -86,7 +86,7 @@ def train(trainer: Trainer, folder: Path, measured: plan.Measurement, setup_seco
 
 def export(parts: Parts, folder: Path) -> None:
     """The student as a Hugging Face folder with its model card."""
-    card = model_card(folder)
+    card = model_card(folder, mlm_head=parts.method.trains_mlm_head)
     hf.export(parts.student, parts.tokenizer, folder / "final", card=card, mlm_head=parts.method.trains_mlm_head)
 
 

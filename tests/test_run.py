@@ -1,0 +1,183 @@
+"""The run command, as users type it: every method and unit, its folder, its books, its refusals."""
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
+
+from fastkd import run
+from fastkd.budget import surviving_steps
+from fastkd.jsonl import read_jsonl
+from fastkd.models import hf
+
+BUDGET = ["--budget-tokens", "12000"]
+RELATION_METHODS = ("tinybert", "minilm", "minilmv2")
+
+
+def do(options: list[str], folder: Path) -> int:
+    return run.main([*options, "--output-dir", str(folder)])
+
+
+@pytest.mark.parametrize("method", RELATION_METHODS)
+def test_relation_methods_run_with_the_quickstart_teacher(method: str, small: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert do([*small, "--method", method, *BUDGET], folder) == 0
+    names = {path.name for path in folder.iterdir()}
+    expected = {
+        "config.toml",
+        "environment.json",
+        "ledger.jsonl",
+        "metrics.jsonl",
+        "checkpoints",
+        "final",
+        "report.html",
+    }
+    assert expected <= names
+    last = read_jsonl(folder / "ledger.jsonl")[-3]
+    assert last["flops"]["teacher"] > 0
+    assert json.loads((folder / "final" / "config.json").read_text())["architectures"] == ["BertModel"]
+    assert "was **not** trained" in (folder / "final" / "README.md").read_text()
+
+
+def test_mlm_runs_without_a_teacher_and_exports_its_head(mlm_run: Path) -> None:
+    steps = surviving_steps(mlm_run / "ledger.jsonl")
+    assert steps[-1]["flops"]["teacher"] == 0
+    assert "teacher" not in tomllib.loads((mlm_run / "config.toml").read_text())
+    assert AutoModelForMaskedLM.from_pretrained(mlm_run / "final").config.num_hidden_layers == 2
+    first, last = _first_and_last_validation(mlm_run)
+    assert last["loss"] < first["loss"]
+    assert 0 <= last["accuracy"] <= 1
+
+
+def _first_and_last_validation(folder: Path) -> tuple[dict, dict]:
+    validations = [x for x in read_jsonl(folder / "metrics.jsonl") if x.get("event") == "validation"]
+    return validations[0], validations[-1]
+
+
+def test_logit_kd_takes_a_finished_mlm_run(mlm_run: Path, small: list[str], tmp_path: Path) -> None:
+    options = [*small, "--method", "logit_kd", "--teacher", str(mlm_run), *BUDGET]
+    assert do(options, tmp_path / "run") == 0
+    parts = next(x for x in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "parts" in x)["parts"]
+    assert set(parts) == {"kl", "ce"}
+
+
+def test_logit_kd_refuses_a_teacher_without_a_head(small: list[str], tmp_path: Path, capsys) -> None:
+    assert do([*small, "--method", "logit_kd", *BUDGET], tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert "no MLM head" in error and "--method mlm" in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_student_that_transformers_loads_is_the_student(small: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert do([*small, "--method", "minilmv2", *BUDGET], folder) == 0
+    model = AutoModel.from_pretrained(folder / "final", attn_implementation="eager").eval()
+    loaded = hf.load(folder)
+    trained = load_file(sorted((folder / "checkpoints").iterdir())[-1] / "model.safetensors")
+    word_embeddings = model.get_input_embeddings().weight
+    assert torch.equal(word_embeddings, trained["student.word_embeddings.weight"])
+    assert torch.equal(loaded.encoder.word_embeddings.weight, word_embeddings)
+    assert AutoTokenizer.from_pretrained(folder / "final")("Hello world")["input_ids"][0] == 101
+
+
+@pytest.mark.parametrize(
+    ("flag", "amount", "spent"),
+    [
+        ("--budget-tokens", 20000, lambda line: line["tokens"]["real"]),
+        ("--budget-flops", 2e10, lambda line: sum(line["flops"].values())),
+        ("--budget-gpu-hours", 0.001, lambda line: line["charged_s"] / 3600),
+    ],
+)
+def test_every_unit_is_spent_to_within_a_step(
+    flag: str, amount: float, spent, small: list[str], tmp_path: Path
+) -> None:
+    assert do([*small, "--method", "mlm", flag, str(amount)], tmp_path / "run") == 0
+    steps = surviving_steps(tmp_path / "run" / "ledger.jsonl")
+    a_step = spent(steps[-1]) / len(steps)
+    slack = 0.5 if flag == "--budget-gpu-hours" else 0.0  # seconds are predicted, the others are known
+    assert -slack * a_step <= amount - spent(steps[-1]) <= (1.1 + slack) * a_step
+    assert steps[-1]["lr"] <= 0.0101 * 1e-3
+    assert steps[-1]["progress"] == 1.0
+
+
+def test_phases_and_events_sum_to_the_wall_clock(small: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert do([*small, "--method", "minilmv2", "--checkpoint-minutes", "0", *BUDGET], folder) == 0
+    lines = read_jsonl(folder / "ledger.jsonl")
+    phases = sum(sum(line["phase_s"].values()) for line in lines if "event" not in line)
+    events = sum(line["seconds"] for line in lines if line.get("charged"))
+    charged = [line for line in lines if "event" not in line][-1]["charged_s"]
+    assert phases + events == pytest.approx(lines[-1]["charged_s"], rel=1e-6)
+    assert phases + sum(x["seconds"] for x in lines[:-2] if x.get("charged")) >= charged - 1e-6
+
+
+def test_a_seed_gives_identical_parameters_and_another_gives_others(small: list[str], tmp_path: Path) -> None:
+    students = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert do([*small, "--method", "minilmv2", "--seed", str(seed), *BUDGET], tmp_path / name) == 0
+        students.append(load_file(tmp_path / name / "final" / "model.safetensors"))
+    assert all(torch.equal(students[0][key], students[1][key]) for key in students[0])
+    assert not torch.equal(
+        students[0]["embeddings.word_embeddings.weight"], students[2]["embeddings.word_embeddings.weight"]
+    )
+
+
+def test_a_gpu_second_run_is_replayed_bit_for_bit(small: list[str], tmp_path: Path) -> None:
+    options = [*small, "--method", "minilmv2", "--budget-gpu-hours", "0.0006"]
+    assert do(options, tmp_path / "run") == 0
+    assert do([*options, "--replay", str(tmp_path / "run" / "ledger.jsonl")], tmp_path / "replay") == 0
+    run_, replay = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("run", "replay"))
+    assert all(torch.equal(run_[key], replay[key]) for key in run_)
+
+
+def test_the_same_command_again_says_that_it_is_done(mlm_run: Path, small: list[str], capsys) -> None:
+    before = (mlm_run / "ledger.jsonl").read_bytes()
+    options = [*small, "--method", "mlm", "--budget-tokens", "60000"]
+    assert do(options, mlm_run) == 0
+    assert "finished already" in capsys.readouterr().out
+    assert (mlm_run / "ledger.jsonl").read_bytes() == before
+
+
+def test_another_configuration_is_refused_in_the_same_folder(mlm_run: Path, small: list[str], capsys) -> None:
+    assert do([*small, "--method", "mlm", "--budget-tokens", "70000"], mlm_run) == 2
+    assert "another configuration" in capsys.readouterr().err
+
+
+def test_init_from_teacher_copies_every_other_layer(small: list[str], quickstart_teacher: Path, tmp_path: Path) -> None:
+    options = [
+        *small,
+        "--method",
+        "minilmv2",
+        "--init-from-teacher",
+        "--student",
+        "3L-384H-12A",
+        "--budget-tokens",
+        "1100",
+    ]
+    assert do(options, tmp_path / "run") == 0
+    student, teacher = hf.load(tmp_path / "run").encoder, hf.load(quickstart_teacher).encoder
+    for number, source in enumerate((0, 2, 4)):
+        copied = student.layers[number].attention_output.weight - teacher.layers[source].attention_output.weight
+        assert copied.abs().max() < 1e-4  # one step at the final learning rate
+
+
+@pytest.mark.parametrize(
+    "extra", [["--as-released"], ["--as-released", "--method", "tinybert", "--student", "2L-384H-12A"]]
+)
+def test_released_objectives_run(extra: list[str], small: list[str], tmp_path: Path) -> None:
+    assert do([*small, *BUDGET, *extra], tmp_path / "run") == 0
+
+
+def test_the_devices_clock_is_the_ledgers(small: list[str], tmp_path: Path) -> None:
+    assert do([*small, *BUDGET], tmp_path / "run") == 0
+    for line in surviving_steps(tmp_path / "run" / "ledger.jsonl"):
+        assert set(line["phase_s"]) == {
+            "data", "teacher", "student", "loss", "backward", "optimizer", "communication", "other",
+        }  # fmt: skip
+        assert all(seconds >= 0 for seconds in line["phase_s"].values())
+        assert re.fullmatch(r"[\d.e-]+", str(line["charged_s"]))
