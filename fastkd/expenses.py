@@ -2,7 +2,7 @@
 
 from markupsafe import Markup
 
-from fastkd import plots, quantities
+from fastkd import bars, quantities
 from fastkd.run_folder import EventSum, Run
 from fastkd.tables import Cell, Table, numeric, share
 
@@ -19,19 +19,19 @@ def seconds_bar(run: Run) -> Markup:
     if not run.accounted_s:
         return Markup()
     pieces = [("", seconds_by_kind(run))]
-    return plots.stacked_bars("seconds", pieces, title="", x_label="charged GPU-seconds", legend=False)
+    return bars.stacked_bars("seconds", pieces, title="", x_label="charged GPU-seconds", legend=False)
 
 
 def seconds_table(run: Run) -> Table:
     """Phases, charged events, their sum beside the ledger's charge, and what was not charged."""
     charged = sorted(
-        (event for event in run.event_sums if event.charged), key=lambda event: plots.phase_order(event.name)
+        (event for event in run.event_sums if event.charged), key=lambda event: bars.phase_order(event.name)
     )
     free = [event for event in run.event_sums if not event.charged]
-    rows = [_phase_row(run, name) for name in sorted(run.phase_s, key=plots.phase_order)]
+    rows = [_phase_row(run, name) for name in sorted(run.phase_s, key=bars.phase_order)]
     rows += [_event_row(run, event) for event in charged]
     rows += _totals(run)
-    rows += [_free_row(event) for event in free]
+    rows += [_free_row(run, event) for event in free]
     return Table(("", "GPU-seconds", "share", "ms each"), rows, sums=3 + len(free), kind="narrow")
 
 
@@ -47,35 +47,32 @@ def _event_row(run: Run, event: EventSum) -> Row:
 
 def _row(run: Run, kind: str, label: str, name: str, seconds: float, each_ms: float | None) -> Row:
     return (
-        Cell(label, colour=plots.phase_colour(kind)),
-        numeric(name, seconds),
+        Cell(label, colour=bars.phase_colour(kind)),
+        _seconds(run, name, seconds),
         share(f"share.{name}", seconds, run.accounted_s),
         numeric(f"each.{name}", each_ms),
     )
 
 
+def _seconds(run: Run, name: str, seconds: float) -> Cell:
+    return numeric(name, seconds, quantities.aligned(seconds, run.accounted_s))
+
+
 def _totals(run: Run) -> list[Row]:
-    whole, difference = run.accounted_s, run.charged_s - run.accounted_s
+    whole = run.accounted_s
+    totals = (
+        ("sum of the above", "accounted_s", whole),
+        ("charged by the ledger", "ledger.charged_s", run.charged_s),
+        ("difference", "unaccounted_s", run.charged_s - whole),
+    )
     return [
-        ("sum of the above", numeric("accounted_s", whole), share("share.accounted_s", whole, whole), ""),
-        (
-            "charged by the ledger",
-            numeric("ledger.charged_s", run.charged_s),
-            share("share.charged_s", run.charged_s, whole),
-            "",
-        ),
-        (
-            "difference",
-            numeric("unaccounted_s", difference, quantities.number(round(difference, 6))),
-            share("share.unaccounted_s", difference, whole),
-            "",
-        ),
+        (label, _seconds(run, name, value), share(f"share.{name}", value, whole), "") for label, name, value in totals
     ]
 
 
-def _free_row(event: EventSum) -> Row:
+def _free_row(run: Run, event: EventSum) -> Row:
     label = f"not charged: {event.name} × {event.times}"
-    return label, numeric(f"free.{event.name}", event.seconds), "", ""
+    return label, _seconds(run, f"free.{event.name}", event.seconds), "", ""
 
 
 def arithmetic_table(run: Run) -> Table:

@@ -59,14 +59,15 @@ def cut_jsonl(path: Path, keep: Callable[[Record], bool]) -> None:
 
 def to_line(record: Mapping[str, Any]) -> str:
     """One line of strict JSON; numbers that are not finite become null, which strict JSON has no word for."""
-    return json.dumps(_finite(record), allow_nan=False) + "\n"
+    return json.dumps(finite(record), allow_nan=False) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A JSON value with null for each number that is not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

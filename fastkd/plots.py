@@ -1,11 +1,11 @@
-"""Plots of a report as inline SVG: curves and stacked bars, the same bytes for the same numbers.
+"""Plots of a report as inline SVG: curves and scores, the same bytes for the same numbers.
 
 Colours are Okabe and Ito's, told apart by the colour-blind; line styles, markers and labels tell them apart
 in black and white.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import matplotlib
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from fastkd import quantities
 
@@ -28,25 +28,11 @@ STYLES: tuple[tuple[str, Any, str], ...] = (
     (ORANGE, (0, (3, 1, 1, 1, 1, 1)), "v"),
     (BLACK, (0, (7, 2)), "P"),
     (SKY, "-", "X"),
+    ("#777777", (0, (4, 1)), "*"),
+    ("#8C510A", (0, (2, 1)), "<"),
 )
-# Where the seconds go. Neighbours differ in lightness; what is not a step is grey.
-PHASE_COLOURS = {
-    "teacher": ORANGE,
-    "student": BLUE,
-    "loss": YELLOW,
-    "backward": SKY,
-    "optimizer": GREEN,
-    "communication": PURPLE,
-    "data": VERMILLION,
-    "other": "#BBBBBB",
-    "validation": "#555555",
-    "checkpoint": "#999999",
-    "compile": "#333333",
-    "crash": BLACK,
-}
-HATCHES = {"teacher": "//", "communication": "xx"}
 INK, FAINT = "#222222", "#DDDDDD"
-_RC: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "path",
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
@@ -85,6 +71,7 @@ class Line:
     y: Sequence[float | None]
     band: tuple[Sequence[float | None], Sequence[float | None]] | None = None
     marked: bool = False
+    solid: bool = False  # whatever the style's dashes are
     style: int | None = None  # index into STYLES; its place among the lines unless given
 
 
@@ -98,7 +85,6 @@ def curves(
     x_scale: float = 1.0,
     x_max: float | None = None,
     from_zero: bool = False,
-    log_x: bool = False,
     size: tuple[float, float] = (4.7, 2.65),
 ) -> Markup:
     """Lines over one x-axis, as an inline SVG.
@@ -109,7 +95,7 @@ def curves(
         x_max: right end of the x-axis, before scaling.
         from_zero: the y-axis starts at 0.
     """
-    with matplotlib.rc_context(_RC | {"svg.hashsalt": name}):
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         for place, line in enumerate(lines):
@@ -117,16 +103,14 @@ def curves(
         axes.set_title(title)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        if log_x:
-            axes.set_xscale("log")
-        elif x_max:
+        if x_max:
             axes.set_xlim(-0.02 * x_max / x_scale, 1.02 * x_max / x_scale)
         if from_zero:
             axes.set_ylim(0, 1.08 * max((y for line in lines for y in line.y if y is not None), default=1.0) or 1.0)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
-        if len(lines) > 1 or any(line.band for line in lines):
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+        if any(line.label or line.band for line in lines):
             axes.legend()
-        return _svg(figure, name, f"{title}; horizontal: {x_label}")
+        return to_svg(figure, name, f"{title}; horizontal: {x_label}")
 
 
 def _draw(axes: Any, line: Line, style: tuple[str, Any, str], x_scale: float) -> None:
@@ -136,89 +120,85 @@ def _draw(axes: Any, line: Line, style: tuple[str, Any, str], x_scale: float) ->
         low, high = (_gaps(side) for side in line.band)
         axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0, label="lowest to highest")
     points = marker if line.marked or len(x) == 1 else ""
-    axes.plot(x, _gaps(line.y), color=colour, linestyle=dashes, marker=points, label=line.label)
+    linestyle = "-" if line.solid else dashes
+    axes.plot(x, _gaps(line.y), color=colour, linestyle=linestyle, marker=points, label=line.label)
 
 
 def _gaps(values: Sequence[float | None]) -> list[float]:
     return [float("nan") if value is None else value for value in values]
 
 
-def _tick(value: float) -> str:
-    if value == 0:
-        return "0"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+@dataclass(frozen=True)
+class Points:
+    """Scores of one label: a point (x, y, deviation of y or None) for each budget, and the seeds behind them.
+
+    `joined`: the points are one method at several budgets, and a line leads from one to the next.
+    """
+
+    label: str
+    means: Sequence[tuple[float, float, float | None]]
+    seeds: Sequence[tuple[float, float]] = ()
+    joined: bool = False
 
 
-def stacked_bars(
+def scores(
     name: str,
-    rows: Sequence[tuple[str, Mapping[str, float]]],
+    series: Sequence[Points],
+    levels: Sequence[tuple[str, float]] = (),
     *,
     title: str,
     x_label: str,
-    legend: bool = True,
-    width: float = 9.6,
+    x_scale: float = 1.0,
+    size: tuple[float, float] = (4.7, 3.3),
 ) -> Markup:
-    """One horizontal bar a row, split by phase in the order of `PHASE_COLOURS`, as an inline SVG.
+    """Scores against the budget: means with one standard deviation, seeds as small points, references as levels.
 
-    Pieces wide enough carry their share of the bar. `legend=False` where a table explains the colours.
+    Where all spent the same, to 5%, points stand side by side around it on an axis that starts at 0; where budgets
+    lie far apart, the axis is logarithmic.
     """
-    names = sorted({phase for _, parts in rows for phase in parts if parts[phase]}, key=phase_order)
-    longest = max((sum(parts.values()) for _, parts in rows), default=0.0) or 1.0
-    with matplotlib.rc_context(_RC | {"svg.hashsalt": name, "axes.grid.axis": "x"}):
-        figure = Figure(figsize=(width, 0.75 + 0.32 * len(rows) + 0.3 * legend), layout="constrained")
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
-        lefts = [0.0] * len(rows)
-        for phase in names:
-            for place, (_, parts) in enumerate(rows):
-                _piece(axes, place, lefts[place], parts.get(phase, 0.0), phase, sum(parts.values()), longest)
-                lefts[place] += parts.get(phase, 0.0)
-        axes.set_yticks(range(len(rows)), [label for label, _ in rows])
-        axes.tick_params(axis="y", length=0)
-        axes.set_ylim(len(rows) - 0.45, -0.55)
-        axes.set_xlim(0, longest)
+        spent = [x / x_scale for points in series for x, _, _ in points.means]
+        same = max(spent) <= 1.05 * min(spent)
+        for place, points in enumerate(series):
+            aside = (place - (len(series) - 1) / 2) * 0.03 * max(spent) if same else 0.0
+            _draw_points(axes, points, STYLES[place % len(STYLES)], x_scale, aside)
+        for label, value in levels:
+            axes.axhline(value, color="#999999", linewidth=0.9, linestyle=(0, (6, 3)), zorder=1)
+            axes.annotate(label, (0.995, value), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+                          fontsize=7.5, color="#555555")  # fmt: skip
+        axes.set_title(title)
         axes.set_xlabel(x_label)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
-        axes.spines["left"].set_visible(False)
-        if title:
-            axes.set_title(title)
-        if legend:
-            _legend(figure, names)
-        return _svg(figure, name, title or x_label)
+        axes.margins(x=0.12)
+        if same:
+            axes.set_xlim(0, 1.25 * max(spent))
+        elif max(spent) >= 5 * min(spent):
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+        figure.legend(loc="outside lower left", ncols=3, handlelength=2.2, columnspacing=1.2)
+        return to_svg(figure, name, f"{title}; horizontal: {x_label}")
 
 
-def _piece(axes: Any, place: int, left: float, seconds: float, phase: str, total: float, longest: float) -> None:
-    if seconds <= 0:
-        return
-    colour = phase_colour(phase)
-    axes.barh(place, seconds, 0.72, left, color=colour, hatch=HATCHES.get(phase), edgecolor="white", linewidth=0.8)
-    if seconds < 0.055 * longest:
-        return
-    label = f"{seconds / total:.0%}" if seconds < 0.13 * longest else f"{phase} {seconds / total:.0%}"
-    text = axes.text(left + seconds / 2, place, label, ha="center", va="center", fontsize=8)
-    dark = colour in (BLUE, GREEN, VERMILLION, BLACK, "#555555", "#333333")
-    text.set_color("white" if dark else INK)
-    if phase in HATCHES:
-        text.set_bbox({"facecolor": colour, "edgecolor": "none", "pad": 1.2})
+def _draw_points(axes: Any, points: Points, style: tuple[str, Any, str], x_scale: float, aside: float) -> None:
+    colour, dashes, marker = style
+    x, y = [x / x_scale + aside for x, _ in points.seeds], [y for _, y in points.seeds]
+    axes.scatter(x, y, s=9, marker=marker, color=colour, alpha=0.45, linewidths=0)
+    means = sorted(points.means)
+    x, y = [x / x_scale + aside for x, _, _ in means], [y for _, y, _ in means]
+    deviations = [deviation or 0.0 for _, _, deviation in means]
+    axes.errorbar(x, y, yerr=deviations, color=colour, linestyle=dashes if points.joined else "none", marker=marker,
+                  markersize=6, capsize=2.5, elinewidth=1, label=points.label, zorder=3)  # fmt: skip
 
 
-def _legend(figure: Any, names: Sequence[str]) -> None:
-    from matplotlib.patches import Patch
-
-    handles = [
-        Patch(facecolor=phase_colour(name), hatch=HATCHES.get(name), edgecolor="white", label=name) for name in names
-    ]
-    figure.legend(handles=handles, loc="outside lower left", ncols=8, handlelength=1.4, columnspacing=1.2)
-
-
-def phase_order(name: str) -> tuple[int, str]:
-    """Sorts phases and events as stacked bars hold them; unknown ones come last."""
-    order = list(PHASE_COLOURS)
-    return (order.index(name) if name in order else len(order)), name
-
-
-def phase_colour(name: str) -> str:
-    """Colour of a phase or event in stacked bars and in the table beside them."""
-    return PHASE_COLOURS.get(name, "#777777")
+def tick(value: float) -> str:
+    """A number on an axis."""
+    if value == 0:
+        return "0"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def x_axis(total: float | None, unit: str, reached: float) -> tuple[float, str]:
@@ -227,7 +207,7 @@ def x_axis(total: float | None, unit: str, reached: float) -> tuple[float, str]:
     return scale, f"{name} spent"
 
 
-def _svg(figure: Any, name: str, alt: str) -> Markup:
+def to_svg(figure: Any, name: str, alt: str) -> Markup:
     buffer = StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()

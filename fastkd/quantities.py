@@ -27,6 +27,17 @@ def number(value: float, digits: int = 4) -> str:
     return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(size)))}f}"
 
 
+def aligned(value: float, largest: float, digits: int = 4) -> str:
+    """`value` with as many decimals as `largest` needs for `digits` digits: for columns of one unit.
+
+    >>> aligned(0.0712, 35.63), aligned(35.63, 35.63), aligned(412.4, 57507.0)
+    ('0.07', '35.63', '412')
+    """
+    whole = math.floor(math.log10(abs(largest))) if largest else 0
+    text = f"{value:,.{max(0, digits - 1 - whole)}f}"
+    return text.removeprefix("-") if not text.strip("-0.") else text
+
+
 def scaled(value: float, unit: str) -> str:
     """`value` with an SI prefix on `unit`: 1.234 PFLOP, 12.00 kJ, 0 J."""
     for factor, prefix in (*_SI, *_SMALL):

@@ -197,7 +197,7 @@ def test_the_text_of_a_number_is_its_value(finished: Page) -> None:
     cells = re.findall(r'<data data-name="phase\.[a-z]+" value="([^"]+)">([^<]+)</data>', finished.text)
     assert len(cells) == len(PHASES)
     for value, text in cells:
-        assert float(text.replace(",", "")) == pytest.approx(float(value), rel=1e-3)
+        assert float(text.replace(",", "")) == pytest.approx(float(value), abs=0.005)
 
 
 def test_two_devices_are_charged_twice(tmp_path: Path) -> None:

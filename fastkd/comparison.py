@@ -1,0 +1,194 @@
+"""Results of a comparison: rows by method and seed, their means and spreads, and results.json."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from fastkd.jsonl import Record, finite
+
+RESULTS = "results.json"
+SCRATCH = "mlm"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean over `count` seeds; `deviation` is the sample standard deviation, None for a single one."""
+
+    mean: float
+    deviation: float | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """The seeds of one label under one match and one budget; `rows` are those that ran to their end."""
+
+    label: str
+    method: str
+    match: str | None
+    budget: float | None
+    rows: tuple[Record, ...]
+    failed: int
+
+    @property
+    def key(self) -> str:
+        """Names the group's numbers: label, match and budget."""
+        return "/".join(str(part) for part in (self.label, self.match, self.budget) if part is not None)
+
+    def spread(self, name: str) -> Spread | None:
+        """Of a field; None where no seed has it."""
+        return spread(row.get(name) for row in self.rows)
+
+    def score(self, name: str) -> Spread | None:
+        """Of a score; None where no seed has it."""
+        return spread(row["scores"].get(name) for row in self.rows)
+
+    def mean_of(self, field: str) -> dict[str, float]:
+        """Means of a field that is an object of numbers, such as `phase_s`."""
+        tables = [row[field] for row in self.rows if row.get(field)]
+        return {name: mean(table.get(name, 0.0) for table in tables) for table in tables[:1] for name in table}
+
+
+@dataclass(frozen=True)
+class Results:
+    """results.json, read back."""
+
+    match: str
+    teacher: str | None
+    environment: Record
+    command: list[str]
+    rows: tuple[Record, ...]
+    references: tuple[Record, ...]
+    headline: tuple[str, ...]
+
+    def groups(self) -> list[Group]:
+        """The rows by label, match and budget, in order of first appearance."""
+        members: dict[tuple[Any, ...], list[Record]] = {}
+        for row in self.rows:
+            members.setdefault((row["label"], row["match"], row["budget"]), []).append(row)
+        return [
+            Group(label, rows[0]["method"], match, budget,
+                  tuple(row for row in rows if row["status"] == "ok"),
+                  sum(row["status"] != "ok" for row in rows))
+            for (label, match, budget), rows in members.items()
+        ]  # fmt: skip
+
+    def largest(self, score: str) -> float:
+        """The largest size of a score: it sets the decimals that the score is written with."""
+        known = [row["scores"].get(score) for row in (*self.rows, *self.references)]
+        return max((abs(value) for value in known if value is not None), default=0.0)
+
+    def score_names(self) -> list[str]:
+        """Every score that a row or a reference has, the headline's first."""
+        found = [name for row in (*self.rows, *self.references) for name in row["scores"]]
+        return list(dict.fromkeys([*(name for name in self.headline if name in found), *found]))
+
+
+def spread(values: Iterable[float | None]) -> Spread | None:
+    """Mean and sample standard deviation of the values that are known; None where none is."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    return Spread(mean(known), stdev(known) if len(known) > 1 else None, len(known))
+
+
+def differences(group: Group, scratch: Group, score: str) -> Spread | None:
+    """A score's difference to scratch, over the seeds that both have: what the choice of method changes."""
+    base = {row["seed"]: row["scores"].get(score) for row in scratch.rows}
+    pairs = [(row["scores"].get(score), base.get(row["seed"])) for row in group.rows]
+    return spread(own - other for own, other in pairs if own is not None and other is not None)
+
+
+def write_results(
+    folder: Path,
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    match: str,
+    teacher: str | None,
+    environment: Mapping[str, Any],
+    command: list[str],
+    references: Iterable[Mapping[str, Any]] = (),
+    headline: Iterable[str] = (),
+) -> Path:
+    """Writes results.json, atomically.
+
+    Args:
+        rows: method, seed and status ("ok" or "failed"), and as far as known: label, match, budget, charged_s,
+            flops (by part), tokens, epochs, tokens_per_s, mfu, joules, teacher_share, phase_s, scores, curves
+            (charged_s, flops, tokens, loss), confounds, error. In the file `flops` is their sum beside
+            `flops_by_part`.
+        teacher: of the rows that are distilled, as --teacher names it.
+        references: label and scores of models that were not trained here: the teacher, the untrained student.
+        headline: the scores that the main table and the plots show; the first three unless given.
+    """
+    content = {
+        "match": match,
+        "teacher": teacher,
+        "command": command,
+        "environment": dict(environment),
+        "headline": list(headline),
+        "rows": [_row(row, match) for row in rows],
+        "references": [{"label": row["label"], "scores": dict(row["scores"])} for row in references],
+    }
+    path = Path(folder) / RESULTS
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{RESULTS}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(finite(content), file, indent=1, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    return path
+
+
+def read_results(folder: Path) -> Results:
+    """Reads results.json.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(folder) / RESULTS
+    if not path.exists():
+        raise ValueError(f"no {path}: python -m fastkd.compare writes it")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    names = content["headline"] or _first_scores(content["rows"])
+    return Results(
+        match=content["match"],
+        teacher=content["teacher"],
+        environment=content["environment"],
+        command=content["command"],
+        rows=tuple(content["rows"]),
+        references=tuple(content["references"]),
+        headline=tuple(names),
+    )
+
+
+def _first_scores(rows: list[Record]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row["scores"]))[:3]
+
+
+def _row(row: Mapping[str, Any], match: str) -> Record:
+    parts = row.get("flops")
+    if isinstance(parts, Mapping):
+        row = {**row, "flops": sum(parts.values()), "flops_by_part": dict(parts)}
+    known = ("charged_s", "flops", "tokens", "epochs", "tokens_per_s", "mfu", "joules", "teacher_share")
+    return {
+        "method": row["method"],
+        "label": row.get("label") or row["method"],
+        "seed": row["seed"],
+        "match": row.get("match") or match,
+        "budget": row.get("budget"),
+        "status": row["status"],
+        "error": row.get("error"),
+        **{name: row.get(name) for name in known},
+        "flops_by_part": row.get("flops_by_part") or {},
+        "phase_s": dict(row.get("phase_s") or {}),
+        "scores": dict(row.get("scores") or {}),
+        "confounds": list(row.get("confounds") or []),
+        "curves": [list(point) for point in row.get("curves") or []],
+    }
