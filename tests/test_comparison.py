@@ -34,8 +34,10 @@ def row(method: str, seed: int, **changes: Any) -> dict[str, Any]:
 
 
 def make(folder: Path, rows: list[dict[str, Any]], **options: Any) -> Path:
-    write_results(folder, rows, match="gpu-seconds", teacher="some/teacher", environment={"device": "A processor", "packages": {"torch": "2"}},
-                  command=["python", "-m", "fastkd.compare", "--methods", "mlm,minilmv2"], **options)  # fmt: skip
+    environment = {"device": "A processor", "packages": {"torch": "2"}}
+    command = ["python", "-m", "fastkd.compare", "--methods", "mlm,minilmv2"]
+    known = {"match": "gpu-seconds", "teacher": "some/teacher", "environment": environment, "command": command}
+    write_results(folder, rows, **known, **options)
     return build_comparison(folder)
 
 
