@@ -55,7 +55,11 @@ def parse(argv: Sequence[str]) -> tuple[str, GlueOptions]:
     """MODEL and the options of a command line. Raises ValueError for a mistake in it."""
     parser = _Parser(cast(Any, [GlueOptions]), prog="python -m fastkd.glue", allow_abbrev=False, description=__doc__)
     parser.add_argument("model", metavar="MODEL", help="run folder, Hugging Face folder, hub id, or 'quickstart'")
-    options, rest = parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
+    options, rest, unknown = parser.parse_args_into_dataclasses(
+        list(argv), return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise ValueError(f"no option {unknown[0]}: see --help")
     return rest.model, options
 
 

@@ -15,6 +15,7 @@ from fastkd.glue.tasks import Task
 
 ROW_SEED = 0  # of the subset that --train-rows keeps: the same for every model and seed
 POOL = 50  # batches that are sorted by length together: wider pools pad less and shuffle less
+TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model")
 OFFSET_FAMILIES = ("roberta", "xlm-roberta", "camembert")  # their positions start after the padding id
 
 
@@ -54,6 +55,9 @@ def load_rows(task: Task, data: Path | None, train_rows: int | None, test: Seque
 
 def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises ValueError where there is none, or it cannot pad."""
+    if not any(path for name in TOKENIZER_FILES for path in model.glob(name)):
+        # transformers would make one up that knows nothing but special tokens
+        raise ValueError(f"{model} holds no tokenizer (tokenizer.json, vocab.txt, …); save it beside the model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:

@@ -71,11 +71,11 @@ def finetune(job: Job) -> dict[str, Any]:
     metrics: dict[str, float] = {}
     for split in job.task.dev:
         labels = np.asarray(encoded.splits[split].labels)
-        values = score(job.task.metrics, labels, _predict(model, encoded, split, job.task))
+        values = score(job.task.metrics, labels, predict(model, encoded, split, job.task))
         metrics |= {f"{name}{split.removeprefix('dev').replace('_', ' ')}": value for name, value in values.items()}
     return {
         "metrics": metrics,
-        "predictions": {split: _predict(model, encoded, split, job.task).tolist() for split in job.test},
+        "predictions": {split: predict(model, encoded, split, job.task).tolist() for split in job.test},
         "seconds": time.perf_counter() - start,
         "loss": loss,
         "device": device,
@@ -184,7 +184,7 @@ def _train(model: PreTrainedModel, job: Job, encoded: EncodedTask) -> tuple[floa
 
 
 @torch.inference_mode()
-def _predict(model: PreTrainedModel, encoded: EncodedTask, split: str, task: Task) -> np.ndarray:
+def predict(model: PreTrainedModel, encoded: EncodedTask, split: str, task: Task) -> np.ndarray:
     """Class ids [N] int64, or scores [N] float32, in the split's order."""
     rows = encoded.splits[split]
     model.eval()

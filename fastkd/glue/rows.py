@@ -16,7 +16,7 @@ from fastkd.glue.tasks import Task
 Record = Mapping[str, Any]
 Located = Iterator[tuple[int, Record]]  # line or row, counted from 1, and its values by column
 FORMATS = (".tsv", ".csv", ".jsonl", ".parquet")
-MAX_BROKEN_SHARE = 0.001  # of rows that broken_rows excuses: beyond it a file has another layout
+BROKEN_SHARE, BROKEN_ROWS = 0.001, 8  # of rows that broken_rows excuses: beyond both a file has another layout
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,8 @@ def _delimited(task: Task, split: str, path: Path) -> Located:
         header = list(task.headless)
         yield number, _record(path, number, header, first)
     elif not _has_columns(task, split, first):
-        wanted = " or ".join(", ".join(names) for names in _columns(task, split))
-        raise ValueError(f"{path}:{number}: no column named {wanted} (it has {', '.join(first)}); {_remedy(task)}")
+        wanted = " or ".join(", ".join(names) for names in dict.fromkeys(_columns(task, split)))
+        raise ValueError(f"{path}:{number}: no columns {wanted} (it has {', '.join(first)}); {_remedy(task)}")
     for number, fields in lines:
         if task.broken_rows and len(fields) != len(header):
             yield number, {}
@@ -236,7 +236,7 @@ def _collect(task: Task, split: str, source: str, records: Located) -> Rows:
             column.append(_text(record[name], name, source, number))
         if not _is_test(task, split):
             labels.append(_label(task, record[names[-1]], source, number))
-    if broken > MAX_BROKEN_SHARE * len(texts[0]) + 1:
+    if broken > max(BROKEN_ROWS, BROKEN_SHARE * len(texts[0])):
         raise ValueError(f"{source}: {broken} rows have the wrong number of columns; download the file again")
     if not texts[0]:
         raise ValueError(f"{source}: no rows; download it again")

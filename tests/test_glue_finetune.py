@@ -1,0 +1,449 @@
+"""Fine-tuning on GLUE: what is learnt, what is cut and regrouped, and the command as users type it."""
+
+import dataclasses
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, BertConfig, BertModel, RobertaConfig, RobertaForSequenceClassification
+
+from fastkd.glue import __main__ as command_line
+from fastkd.glue.cells import Cell
+from fastkd.glue.encoded import EncodedTask, LengthGroupedBatches, Split, collate, cut_embeddings, encode, load_rows
+from fastkd.glue.evaluation import evaluate
+from fastkd.glue.finetune import Job, finetune, load_classifier, predict
+from fastkd.glue.protocol import HEADLINE, PAPER
+from fastkd.glue.scores import choose, markdown, to_json, update_card
+from fastkd.glue.tasks import TASKS
+
+QUICK = dataclasses.replace(HEADLINE, epochs=3)
+
+
+@pytest.fixture(scope="module")
+def student(quickstart_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random student as fastkd exports it: no pooler, BERT's vocabulary."""
+    folder = tmp_path_factory.mktemp("student")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=30522, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(quickstart_teacher).save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n\n# A student\n")
+    return folder
+
+
+@pytest.fixture
+def run_folder(student: Path, tmp_path: Path) -> Path:
+    """What a finished run leaves behind, as far as GLUE reads it."""
+    folder = tmp_path / "runs" / "one"
+    folder.mkdir(parents=True)
+    (folder / "ledger.jsonl").write_text('{"event": "export", "seconds": 1.0, "step": 3, "charged": false}\n')
+    (folder / "plan.json").write_text('{"teacher": {"source": "quickstart"}}')
+    subprocess.run(["cp", "-r", str(student), str(folder / "final")], check=True)
+    return folder
+
+
+def write_sst2(data: Path, train: int = 96, dev: int = 40) -> Path:
+    """Sentences of 3 to 12 words, positive where they hold "good"."""
+    generator = np.random.default_rng(0)
+    words = np.array(["the", "film", "was", "with", "plot", "and", "actors", "who", "speak", "of", "rain"])
+    folder = data / "SST-2"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("train", train), ("dev", dev), ("test", 6)):
+        lines = ["index\tsentence" if name == "test" else "sentence\tlabel"]
+        for i in range(rows):
+            positive = int(generator.integers(2))
+            sentence = [*generator.choice(words, generator.integers(2, 11)), "good" if positive else "bad"]
+            text = " ".join(sentence)
+            lines.append(f"{i}\t{text}" if name == "test" else f"{text}\t{positive}")
+        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    return data
+
+
+def write_rte(data: Path) -> Path:
+    folder = data / "RTE"
+    folder.mkdir(parents=True)
+    labels = ("entailment", "not_entailment")
+    rows = "".join(f"{i}\tIt rains.\tIt is {['wet', 'dry'][i % 2]}.\t{labels[i % 2]}\n" for i in range(40))
+    for name in ("train", "dev"):
+        (folder / f"{name}.tsv").write_text("index\tsentence1\tsentence2\tlabel\n" + rows)
+    return data
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_sst2(tmp_path / "data")
+
+
+def job(model: Path, data: Path, **changes: Any) -> Job:
+    return dataclasses.replace(Job(model, TASKS["sst2"], data, None, QUICK, 3e-3, 16, 0), **changes)
+
+
+def glue(*options: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-m", "fastkd.glue", *map(str, options)]
+    return subprocess.run(argv, capture_output=True, text=True, env=os.environ | environment, check=False)
+
+
+# --- one fine-tuning
+
+
+def test_learns_and_repeats_itself(student: Path, data: Path) -> None:
+    wanted = job(student, write_sst2(data, train=320), test=("test",))
+    first = finetune(wanted)
+    assert first["metrics"]["accuracy"] == 100
+    sentences = (data / "SST-2" / "test.tsv").read_text().splitlines()[1:]
+    assert first["predictions"]["test"] == [int("good" in sentence) for sentence in sentences]
+    assert finetune(wanted)["loss"] == first["loss"]
+    assert finetune(dataclasses.replace(wanted, seed=1))["loss"] != first["loss"]
+
+
+def test_regression_learns_and_is_scored_in_float32(student: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "stsb"
+    folder.mkdir()
+    rows = [{"sentence1": f"{i} cats", "sentence2": "cats " * (i % 6), "label": float(i % 6)} for i in range(120)]
+    for name in ("train", "validation"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = dataclasses.replace(TASKS["stsb"], test={"dev": "STS-B"})
+    encoded = encode(student, load_rows(TASKS["stsb"], tmp_path, None), 64)
+    assert encoded.splits["dev"].labels[:7] == [0, 1, 2, 3, 4, 5, 0]
+    protocol = dataclasses.replace(QUICK, epochs=10)
+    result = finetune(job(student, tmp_path, task=TASKS["stsb"], protocol=protocol))
+    assert result["metrics"]["pearson"] > 80 and result["metrics"]["spearman"] > 80
+    assert task.is_regression
+
+
+def test_predictions_are_those_of_the_whole_model_in_file_order(student: Path, data: Path) -> None:
+    """Oracle: transformers, row by row, with the whole vocabulary and no padding."""
+    task = dataclasses.replace(TASKS["sst2"], labels=(), metrics=("pearson",))
+    rows = load_rows(task, data, None)
+    torch.manual_seed(1)
+    model, tokenizer = load_classifier(student, task).eval(), AutoTokenizer.from_pretrained(student)
+    torch.nn.init.normal_(model.classifier.weight, std=5)
+    with torch.no_grad():
+        scores = [model(**tokenizer(text, return_tensors="pt")).logits.item() for text in rows["dev"].texts[0]]
+    encoded = encode(student, rows, 128)
+    cut_embeddings(model, encoded)
+    assert len(model.get_input_embeddings().weight) == len(encoded.used) < 200
+    assert predict(model, encoded, "dev", task) == pytest.approx(scores, abs=1e-5)
+    assert np.ptp(scores) > 1e-3
+
+
+def test_cut_embeddings_train_alike() -> None:
+    """Three steps of clipped AdamW on RoBERTa (padding id 1): the same losses and rows, cut or whole."""
+    config = RobertaConfig(
+        vocab_size=500, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=40, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    used = torch.tensor([0, 1, 2, 7, 44, 300, 499])
+    ids = torch.tensor([[3, 6, 4, 2, 1], [5, 0, 2, 1, 1], [6, 5, 4, 3, 2]])  # places in `used`, padded with 1
+    mask = (ids != 1).long()
+    losses, tables = [], []
+    for cut in (False, True):
+        torch.manual_seed(0)
+        model = RobertaForSequenceClassification(config)
+        if cut:
+            cut_embeddings(model, EncodedTask({}, used, 1))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
+        for _ in range(3):
+            loss = model(input_ids=ids if cut else used[ids], attention_mask=mask, labels=torch.tensor([0, 1, 1])).loss
+            losses.append(loss.item())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+        table = model.get_input_embeddings().weight.detach()
+        tables.append(table if cut else table[used])
+    assert losses[:3] == pytest.approx(losses[3:], rel=1e-6)
+    torch.testing.assert_close(tables[0], tables[1])
+
+
+def test_batches_hold_like_lengths_and_every_row_once() -> None:
+    lengths = np.random.default_rng(0).integers(3, 120, 1003).tolist()
+    batches = LengthGroupedBatches(lengths, 16, seed=0)
+    first, second = list(batches), list(batches)
+    assert sorted(row for batch in first for row in batch) == list(range(1003)) and len(first) == len(batches)
+    assert first != second and list(LengthGroupedBatches(lengths, 16, seed=0)) == first
+    padded = sum(len(batch) * max(lengths[row] for row in batch) for batch in first)
+    assert padded < 1.05 * sum(lengths)
+
+
+def test_padding() -> None:
+    split = Split({"input_ids": [[5, 6, 7], [8]], "token_type_ids": [[0, 1, 1], [0]]}, [1, 0])
+    batch = collate([split[0], split[1]], pad_token_id=3)
+    assert {name: value.tolist() for name, value in batch.items()} == {
+        "input_ids": [[5, 6, 7], [8, 3, 3]], "token_type_ids": [[0, 1, 1], [0, 0, 0]],
+        "attention_mask": [[1, 1, 1], [1, 0, 0]], "labels": [1, 0],
+    }  # fmt: skip
+
+
+def test_long_pairs_are_cut_to_what_the_model_takes(student: Path, tmp_path: Path) -> None:
+    data = write_rte(tmp_path)
+    train = data / "RTE" / "train.tsv"
+    train.write_text(train.read_text().replace("It rains.", "It rains. " * 50))
+    encoded = encode(student, load_rows(TASKS["rte"], data, 10), 128)
+    split = encoded.splits["train"]
+    assert set(split.lengths) == {64} and len(split) == 10
+    assert split.columns["token_type_ids"][0][-5:] == [1] * 5, "the shorter text is whole"
+
+
+def test_a_subset_is_fixed_and_random(data: Path) -> None:
+    whole, part, more = (load_rows(TASKS["sst2"], data, rows)["train"] for rows in (None, 20, 30))
+    assert part.texts == load_rows(TASKS["sst2"], data, 20)["train"].texts and len(part) == 20
+    assert part.texts[0] != whole.texts[0][:20] and set(part.texts[0]) <= set(more.texts[0])
+
+
+# --- over tasks and seeds
+
+
+def cells(**values: list[float]) -> list[tuple[Cell, dict[str, Any]]]:
+    """Cells of given metrics: task_lr_batch=[score of seed 0, …]."""
+    found = []
+    for key, scores in values.items():
+        name, rate, size = key.split("_")
+        for seed, value in enumerate(scores):
+            task = TASKS[name]
+            one = Job(Path(), task, None, None, PAPER, float(rate), int(size), seed)
+            metrics = {metric: value + 2 * i for i, metric in enumerate(task.metrics)}
+            found.append((Cell(one, {"train": 9}, {}, "", Path()), {"metrics": metrics, "seconds": 1.0}))
+    return found
+
+
+def test_the_grids_best_mean_counts_not_its_luckiest_seed() -> None:
+    scores = choose(cells(**{"rte_1e-5_16": [50.0, 70.0], "rte_3e-5_16": [62.0, 64.0]}))
+    assert scores["rte"].metrics["accuracy"] == {
+        "mean": 63.0, "std": pytest.approx(2**0.5), "seeds": [0, 1], "values": [62.0, 64.0],
+    }  # fmt: skip
+    assert scores["rte"].best == 1
+    assert "Best of the grid: RTE 3e-05, batch 16" in markdown(scores, PAPER) and "optimistic" in markdown(
+        scores, PAPER
+    )
+
+
+def test_an_average_takes_all_tasks_or_none() -> None:
+    complete = {f"{name}_1e-5_16": [60.0, 70.0] for name in PAPER.tasks}
+    scores = choose(cells(**complete))
+    # MRPC and QQP have a second metric, two points above the first: their score is the mean of both.
+    assert to_json(scores, PAPER)["average"]["score"]["values"] == pytest.approx([60 + 2 / 7, 70 + 2 / 7])
+    assert "| average | 7 tasks | 65.3 ± 7.1 |" in markdown(scores, PAPER)
+    del complete["qnli_1e-5_16"]
+    scores = choose(cells(**complete))
+    assert "average" not in to_json(scores, PAPER)
+    assert "| average" not in markdown(scores, PAPER) and "No average: QNLI missing" in markdown(scores, PAPER)
+
+
+def test_anchors_stand_beside_the_scores() -> None:
+    table = markdown(choose(cells(**{"sst2_1e-5_16": [91.0], "mrpc_1e-5_16": [84.0]})), PAPER)
+    assert "| SST-2 | accuracy | 91.0 | 92.7 | 91.3 | 92.4 | 92.3 |" in table
+    assert "| MRPC | accuracy / F1 | 84.0 / 86.0 | 88.6 | 87.5 |  |  |" in table
+
+
+def test_a_cards_section_is_put_once_and_replaced(tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    card.write_text("# Student\n\nText.\n")
+    update_card(card, "old\n")
+    card.write_text(card.read_text() + "\n## After\n")
+    update_card(card, "new \\1\n")
+    text = card.read_text()
+    assert text.startswith("# Student\n\nText.\n") and text.endswith("## After\n")
+    assert text.count("## GLUE") == 1 and "new \\1" in text and "old" not in text
+
+
+# --- the command
+
+
+def test_a_run_is_scored_once(run_folder: Path, tmp_path: Path) -> None:
+    data = write_rte(write_sst2(tmp_path / "data"))
+    options = (run_folder, "--data", data, "--seeds", 2, "--predict-test", "--tasks", "sst2", "--train-rows", "32")
+    first = glue(*options)
+    assert (first.returncode, first.stderr) == (0, ""), first.stderr
+    scores = json.loads((run_folder / "glue.json").read_text())
+    assert set(scores) == {"sst2"} and scores["sst2"]["accuracy"]["seeds"] == [0, 1]
+    card = (run_folder / "final" / "README.md").read_text()
+    assert card.startswith("---\nlicense") and "fixed random subset of 32 rows" in card
+    assert "fine-tuned on NLI and paraphrase pairs" in card
+    event = json.loads((run_folder / "ledger.jsonl").read_text().splitlines()[-1])
+    assert event["event"] == "glue" and event["charged"] is False and event["seconds"] > 0
+    submission = (run_folder / "submission" / "SST-2.tsv").read_text().splitlines()
+    assert submission[0] == "index\tprediction" and [line[:2] for line in submission[1:]] == [
+        f"{i}\t" for i in range(6)
+    ]
+
+    before = snapshot(run_folder)
+    again = glue(*options)
+    assert again.returncode == 0 and "2 of them finished before" in again.stdout
+    assert snapshot(run_folder) == before
+
+    log: list[str] = []
+    evaluate(run_folder, data=data, seeds=2, train_rows={"sst2": 32}, output_dir=run_folder, log=log.append)
+    assert "4 fine-tunings, 2 of them finished before" in log[1]
+    assert set(json.loads((run_folder / "glue.json").read_text())) == {"sst2", "rte"}
+    assert (run_folder / "final" / "README.md").read_text().count("## GLUE") == 1
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def start(*options: object) -> subprocess.Popen[str]:
+    argv = [sys.executable, "-u", "-m", "fastkd.glue", *map(str, options)]
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(process: subprocess.Popen[str], text: str) -> None:
+    assert process.stdout is not None
+    assert any(text in line for line in process.stdout), f"{text} never came"
+
+
+def test_killed_and_issued_again_it_repeats_nothing(run_folder: Path, data: Path) -> None:
+    options = (run_folder, "--data", data, "--seeds", 3)
+    process = start(*options)
+    wait_for(process, "[1/3]")
+    process.kill()
+    process.communicate()
+    assert not (run_folder / "glue.json").exists()
+    finished = snapshot(run_folder / "glue")
+    assert 1 <= len(finished) < 3
+    again = glue(*options)
+    assert f"{len(finished)} of them finished before" in again.stdout, again.stderr
+    after = snapshot(run_folder / "glue")
+    assert len(after) == 3 and finished.items() <= after.items()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_workers_share_the_cells_and_end_with_their_parent(run_folder: Path, data: Path) -> None:
+    write_sst2(data, train=4000)
+    process = start(run_folder, "--data", data, "--seeds", 2, "--jobs", 2)
+    wait_for(process, "2 at a time")
+    children: list[int] = []
+    while len(children) < 3:  # two workers and multiprocessing's resource tracker
+        children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    handles = [os.pidfd_open(pid) for pid in children]
+    process.kill()
+    process.communicate()
+    for handle in handles:
+        assert select.select([handle], [], [], 60)[0], "a worker outlived its parent"
+
+
+def test_a_terminated_evaluation_says_how_to_go_on(run_folder: Path, data: Path) -> None:
+    process = start(run_folder, "--data", data, "--seeds", 3)
+    wait_for(process, "[1/3]")
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 75 and "the same command continues" in errors
+    event = json.loads((run_folder / "ledger.jsonl").read_text().splitlines()[-1])
+    assert event["event"] == "glue" and event["finished"] >= 1 and event["seconds"] > 0
+
+
+def break_layer(folder: Path) -> None:
+    weights = load_file(folder / "final" / "model.safetensors")
+    weights.pop("encoder.layer.0.output.dense.weight")
+    save_file(weights, folder / "final" / "model.safetensors", metadata={"format": "pt"})
+
+
+def break_tokenizer(folder: Path) -> None:
+    for path in (folder / "final").glob("tokenizer*"):
+        path.unlink()
+
+
+def unfinish(folder: Path) -> None:
+    (folder / "final").rename(folder / "other")
+
+
+REFUSED: dict[str, tuple[Callable[[Path], None] | None, list[str], str]] = {
+    "protocol": (None, ["--protocol", "best"], "invalid choice: 'best'"),
+    "option": (None, ["--seed", "3"], "no option --seed: see --help"),
+    "seeds": (None, ["--seeds", "0"], "--seeds must be at least 1, not 0"),
+    "task": (None, ["--tasks", "sst2,squad"], "unknown task 'squad': choose from cola"),
+    "absent task": (None, ["--tasks", "cola"], "has no folder CoLA"),
+    "rows": (None, ["--train-rows", "many"], "--train-rows takes 20000 or sst2=20000"),
+    "rows of another task": (None, ["--train-rows", "rte=3"], "--train-rows names 'rte', which is not evaluated"),
+    "no rows": (None, ["--train-rows", "0"], "--train-rows must be at least 1"),
+    "data": (None, ["--data", "nowhere"], "--data nowhere is not a folder"),
+    "task file": (None, ["--task-file", "absent.toml"], "absent.toml: not a readable TOML file"),
+    "weights": (break_layer, [], "lacks bert.encoder.layer.0.output.dense.weight and 0 more weights"),
+    "tokenizer": (break_tokenizer, [], "tokenizer"),
+    "unfinished": (unfinish, [], "the run is not finished: issue its command again"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_in_one_line_with_nothing_written(
+    case: str, run_folder: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage, options, message = REFUSED[case]
+    if damage is not None:
+        damage(run_folder)
+    before = snapshot(run_folder)
+    assert command_line.main([str(run_folder), "--data", str(data), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    assert snapshot(run_folder) == before
+
+
+def test_a_bad_row_is_refused_before_anything_is_written(run_folder: Path, data: Path) -> None:
+    with (data / "SST-2" / "dev.tsv").open("a") as file:
+        file.write("A row\tmaybe\n")
+    before = snapshot(run_folder)
+    with pytest.raises(ValueError, match=r"dev\.tsv:42: label 'maybe' is neither one of negative, positive"):
+        evaluate(run_folder, data=data)
+    assert snapshot(run_folder) == before
+
+
+def test_weights_that_are_not_finite_are_named(run_folder: Path, data: Path) -> None:
+    weights = load_file(run_folder / "final" / "model.safetensors")
+    weights["encoder.layer.0.output.dense.weight"].fill_(float("nan"))
+    save_file(weights, run_folder / "final" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="SST-2, seed 0: the loss is nan; are the model's weights finite"):
+        evaluate(run_folder, data=data, seeds=1)
+
+
+def test_the_packages_of_the_extra_are_asked_for(run_folder: Path, data: Path) -> None:
+    """A process in which scikit-learn cannot be imported."""
+    code = (
+        "import sys; sys.modules['sklearn'] = None; from fastkd.glue.__main__ import main; "
+        f"sys.exit(main([{str(run_folder)!r}, '--data', {str(data)!r}]))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert found.stderr == 'error: GLUE needs scikit-learn: pip install "fastkd[glue]"\n'
+
+
+def test_another_model_or_protocol_is_scored_anew(run_folder: Path, data: Path) -> None:
+    log: list[str] = []
+    evaluate(run_folder, data=data, seeds=1, log=log.append)
+    weights = load_file(run_folder / "final" / "model.safetensors")
+    weights["encoder.layer.0.output.dense.bias"] += 1
+    save_file(weights, run_folder / "final" / "model.safetensors", metadata={"format": "pt"})
+    evaluate(run_folder, data=data, seeds=1, log=log.append)
+    assert [line for line in log if "finished before" in line][-1].startswith("SST-2: 1 fine-tunings, 0 of them")
+
+
+def test_a_task_file_is_scored_beside_glue(student: Path, data: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "tone.toml").write_text(
+        'name = "tone"\ntexts = ["said"]\nlabels = ["low", "mid", "high"]\nmetrics = ["macro_f1"]\n'
+        'train = "train.csv"\ndev = "train.csv"\ntest = "test.csv"\n'
+    )
+    (own / "train.csv").write_text("said,label\n" + "hum,low\nah,mid\neek,high\n" * 8)
+    (own / "test.csv").write_text("said\nhum\neek\n")
+    result = evaluate(
+        student, ["sst2"], data, seeds=1, output_dir=tmp_path / "out", task_files=[own / "tone.toml"], train_rows=16,
+        predict_test=True, log=lambda line: None,
+    )  # fmt: skip
+    assert set(result["scores"]) == {"sst2", "tone"} and result["average"] is None
+    assert "RTE" in result["missing"] and "SST-2" not in result["missing"]
+    answers = (tmp_path / "out" / "submission" / "tone.tsv").read_text().split()
+    assert answers[:3] == ["index", "prediction", "0"] and set(answers[3::2]) <= {"low", "mid", "high"}
