@@ -24,9 +24,7 @@ CHARGED_EVENTS: dict[str, frozenset[str]] = {
     "loop": frozenset({"validation", "checkpoint", "compile", "crash"}),
     "all": frozenset({"validation", "checkpoint", "compile", "crash", "setup"}),
 }
-LAST_STEP_MARGIN = (
-    0.25  # of a step: with less than this to spare after one more step, the step counts as the last
-)
+LAST_STEP_MARGIN = 0.25  # of a step: with less than this to spare after one more step, the step counts as the last
 PARTS = ("student", "teacher", "loss")
 
 
@@ -119,9 +117,7 @@ class Meter:
 class Ledger:
     """``ledger.jsonl``: one line a step, and lines with ``event`` between them. Append-only; nothing is rewritten."""
 
-    def __init__(
-        self, path: Path, charge: Charge, totals: Totals, devices: int = 1, *, write: bool = True
-    ) -> None:
+    def __init__(self, path: Path, charge: Charge, totals: Totals, devices: int = 1, *, write: bool = True) -> None:
         """``devices``: seconds are charged once for each. ``write``: only rank 0 writes."""
         self.totals, self.charge, self.devices = totals, charge, devices
         self.last: dict[str, Any] = {}  # the last step's line

@@ -275,3 +275,27 @@ class Monitor:
 
 def _optional(value: float | None) -> str:
     return "not finite" if value is None or not math.isfinite(value) else f"{value:.4f}"
+
+
+class SilentMonitor(Monitor):
+    """The monitor of every rank but 0: nothing is written or shown."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def rewind(self, step: int) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        pass
+
+    def _show(self, force: bool = False) -> None:
+        pass

@@ -114,7 +114,9 @@ def prepare(resolved: Resolved, world: World) -> Parts:
     like, tokenizer = _tokenizer(config, loaded)
     student_config = hf.student_config(config.student, like, tokenizer)
     if config.seq_length > student_config.max_length:
-        raise ValueError(f"--seq-length {config.seq_length} is beyond the model's {student_config.max_length} positions")
+        raise ValueError(
+            f"--seq-length {config.seq_length} is beyond the model's {student_config.max_length} positions"
+        )
     method = methods.load(config.method).METHOD(resolved.method, student_config, loaded.config if loaded else None)
     if loaded is not None:
         check_teacher(loaded, student_config, tokenizer, method.teacher_needs)

@@ -161,9 +161,7 @@ class EnergyMeter:
             joules=self._try(lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3),
             watts=self._try(lambda: nvml.nvmlDeviceGetPowerUsage(self._handle) / 1e3),
             clock_mhz=self._try(lambda: nvml.nvmlDeviceGetClockInfo(self._handle, nvml.NVML_CLOCK_SM)),
-            throttled=self._try(
-                lambda: bool(nvml.nvmlDeviceGetCurrentClocksEventReasons(self._handle) & thermal)
-            ),
+            throttled=self._try(lambda: bool(nvml.nvmlDeviceGetCurrentClocksEventReasons(self._handle) & thermal)),
         )
 
     @staticmethod

@@ -62,15 +62,9 @@ def train(trainer: Trainer, folder: Path, measured: plan.Measurement, setup_seco
     """From the checkpoint, if there is one, to the end of the budget."""
     config, world = trainer.parts.config, trainer.world
     budget = config.budget
-    shown = monitor.Monitor(
-        folder,
-        budget.amount,
-        budget.unit,
-        log_to=tuple(config.log_to) if world.is_main else (),
-        resume=True,
-        log_every=config.log_every,
-        stream=None if world.is_main else open(os.devnull, "w"),  # noqa: SIM115
-    )
+    watch = monitor.Monitor if world.is_main else monitor.SilentMonitor
+    log_to = tuple(config.log_to) if world.is_main else ()
+    shown = watch(folder, budget.amount, budget.unit, log_to=log_to, resume=True, log_every=config.log_every)
     with shown:
         loop = Loop(trainer, folder, shown, measured.step_seconds)
         loop.ledger.event("setup", setup_seconds)

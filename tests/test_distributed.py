@@ -1,0 +1,96 @@
+"""Two ranks do what one does with twice the micro-batch; a lost rank ends the job with a checkpoint."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from fastkd import checkpoint, run
+from fastkd.budget import surviving_steps
+from fastkd.jsonl import read_jsonl
+
+
+def torchrun(*options: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    return [*launcher, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "fastkd.run", *options]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"} | extra
+
+
+@pytest.mark.parametrize("method", ["mlm", "minilmv2", "tinybert"])
+def test_two_ranks_equal_one_with_twice_the_micro_batch(method: str, small: list[str], tmp_path: Path) -> None:
+    options = [*small, "--method", method, "--budget-tokens", "8500"]
+    assert run.main([*options, "--micro-batch", "1024", "--output-dir", str(tmp_path / "one")]) == 0
+    argv = torchrun(*options, "--micro-batch", "512", "--output-dir", str(tmp_path / "two"))
+    result = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two"))
+    assert max(float((one[key] - two[key]).abs().max()) for key in one) <= 1e-5
+    alone, together = (surviving_steps(tmp_path / name / "ledger.jsonl") for name in ("one", "two"))
+    assert len(alone) == len(together)
+    for a, b in zip(alone, together, strict=True):
+        assert a["flops"] == b["flops"] and a["tokens"] == b["tokens"] and a["progress"] == b["progress"]
+    seconds = sum(sum(line["phase_s"].values()) for line in together)
+    events = sum(
+        x["seconds"]
+        for x in read_jsonl(tmp_path / "two" / "ledger.jsonl")
+        if x.get("charged") and x["step"] < len(together)
+    )
+    assert together[-1]["charged_s"] == pytest.approx(2 * (seconds + events), rel=1e-6)
+
+
+def test_accumulated_micro_batches_equal_one(small: list[str], tmp_path: Path) -> None:
+    options = [*small, "--method", "tinybert", "--budget-tokens", "8500"]
+    for micro in ("1024", "512"):
+        assert run.main([*options, "--micro-batch", micro, "--output-dir", str(tmp_path / micro)]) == 0
+    one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("1024", "512"))
+    assert max(float((one[key] - two[key]).abs().max()) for key in one) <= 1e-5
+
+
+def workers(launcher: int) -> list[int]:
+    """Process ids of the ranks, the lowest first."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    return sorted(int(child) for child in children)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_job_with_a_checkpoint(victim: int, small: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    options = [*small, "--method", "mlm", "--budget-tokens", "50000000", "--output-dir", str(folder)]
+    with subprocess.Popen(
+        torchrun(*options), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as launcher:
+        while len(surviving_steps(folder / "ledger.jsonl")) < 5:
+            assert launcher.poll() is None
+            time.sleep(0.05)  # between two looks at the file
+        os.kill(workers(launcher.pid)[victim], signal.SIGKILL)
+        killed = time.monotonic()
+        assert launcher.wait(timeout=90) != 0
+        assert time.monotonic() - killed < 60
+    found = checkpoint.newest(folder / "checkpoints")
+    assert found is not None and found.state["step"] >= 5
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(small: list[str], tmp_path: Path) -> None:
+    argv = torchrun(
+        *small,
+        "--method",
+        "mlm",
+        "--budget-tokens",
+        "8500",
+        "--batch-tokens",
+        "512",
+        "--output-dir",
+        str(tmp_path / "run"),
+    )
+    result = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=300)
+    assert result.returncode != 0
+    assert "batch_tokens is 512" in result.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,102 @@
+"""Killed or interrupted anywhere, the same command again gives the parameters of the run that was left alone."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastkd import run
+from fastkd.budget import surviving_steps
+from fastkd.jsonl import read_jsonl
+
+Command = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def options(small: list[str]) -> list[str]:
+    return [*small, "--method", "mlm", "--budget-tokens", "60000", "--checkpoint-minutes", "0.01", "--warmup", "0.3"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert run.main([*options, "--output-dir", str(folder)]) == 0
+    return load_file(folder / "final" / "model.safetensors")
+
+
+def stop_at(step: int, how: signal.Signals, argv: list[str], folder: Path) -> int:
+    """Start the run as a process, send it a signal once its ledger holds the step; the exit code."""
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            steps = [line for line in read_jsonl(folder / "ledger.jsonl") if "event" not in line]
+            if steps and steps[-1]["step"] >= step:
+                process.send_signal(how)
+                return process.wait(timeout=60)
+            time.sleep(0.005)  # between two looks at the file
+        return process.returncode
+
+
+@pytest.mark.parametrize("step", [1, 17, 43])
+def test_kill_9_then_the_same_command(
+    step: int, options: list[str], uninterrupted: dict[str, torch.Tensor], command: Command, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    argv = command("run", *options, "--output-dir", folder)
+    assert stop_at(step, signal.SIGKILL, argv, folder) == -signal.SIGKILL
+    assert subprocess.run(argv, capture_output=True, timeout=300).returncode == 0
+    student = load_file(folder / "final" / "model.safetensors")
+    assert all(torch.equal(student[key], uninterrupted[key]) for key in uninterrupted)
+    steps = surviving_steps(folder / "ledger.jsonl")
+    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
+    crashes = [line for line in read_jsonl(folder / "ledger.jsonl") if line.get("event") == "crash"]
+    assert all(crash["seconds"] > 0 and crash["charged"] for crash in crashes)
+    charged = [line["charged_s"] for line in read_jsonl(folder / "ledger.jsonl")]
+    assert charged == sorted(charged)
+
+
+def test_kill_9_twice_at_the_same_place(
+    options: list[str], uninterrupted: dict[str, torch.Tensor], command: Command, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    argv = command("run", *options, "--output-dir", folder)
+    for step in (10, 20):
+        assert stop_at(step, signal.SIGKILL, argv, folder) == -signal.SIGKILL
+    (folder / "ledger.jsonl").open("a").write('{"step": 99, "torn')
+    assert subprocess.run(argv, capture_output=True, timeout=300).returncode == 0
+    student = load_file(folder / "final" / "model.safetensors")
+    assert all(torch.equal(student[key], uninterrupted[key]) for key in uninterrupted)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_is_saved_and_resumed(
+    how: signal.Signals, options: list[str], uninterrupted: dict[str, torch.Tensor], command: Command, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    argv = command("run", *options, "--checkpoint-minutes", 60, "--output-dir", folder)
+    assert stop_at(5, how, argv, folder) == 75
+    assert any((folder / "checkpoints").iterdir())
+    assert not (folder / "final").exists()
+    result = subprocess.run(argv, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    student = load_file(folder / "final" / "model.safetensors")
+    assert all(torch.equal(student[key], uninterrupted[key]) for key in uninterrupted)
+    events = [line["event"] for line in read_jsonl(folder / "ledger.jsonl") if "event" in line]
+    assert "crash" not in events
+
+
+def test_a_lost_folder_of_checkpoints_starts_over(
+    options: list[str], uninterrupted: dict[str, torch.Tensor], command: Command, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    argv = command("run", *options, "--checkpoint-minutes", 60, "--output-dir", folder)
+    assert stop_at(8, signal.SIGKILL, argv, folder) == -signal.SIGKILL
+    assert not os.path.exists(folder / "checkpoints")
+    assert subprocess.run(argv, capture_output=True, timeout=300).returncode == 0
+    student = load_file(folder / "final" / "model.safetensors")
+    assert all(torch.equal(student[key], uninterrupted[key]) for key in uninterrupted)
