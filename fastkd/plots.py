@@ -209,9 +209,10 @@ def x_axis(total: float | None, unit: str, reached: float) -> tuple[float, str]:
 
 def to_svg(figure: Any, name: str, alt: str) -> Markup:
     buffer = StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    figure.savefig(buffer, format="svg")
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
+    # The metadata hold the date and the version of the library: not what the numbers say.
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
     # Several drawings share a page: ids are made unique by the drawing's name.
     text = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{name}-", text)

@@ -151,6 +151,13 @@ def test_metrics_survive_kill_9_and_a_resume_goes_on_after_them(tmp_path: Path) 
     assert [line["step"] for line in read_jsonl(tmp_path / "metrics.jsonl")] == list(range(1, 42))
 
 
+def test_a_resume_writes_on_after_a_torn_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
+    with monitor(tmp_path, resume=True) as shown:
+        shown.step(step_line(2))
+    assert [line["step"] for line in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
 @pytest.mark.parametrize(("log_every", "due"), [(1, [0, 1, 2, 3, 4, 5, 6]), (3, [0, 1, 3, 6])])
 def test_due_is_the_first_step_and_every_so_many(tmp_path: Path, log_every: int, due: list[int]) -> None:
     shown = monitor(tmp_path, log_every=log_every)

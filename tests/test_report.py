@@ -221,6 +221,12 @@ def test_lost_steps_count_once_as_the_crash(tmp_path: Path) -> None:
     assert numbers["accounted_s"] == pytest.approx(numbers["charged_s"]) == pytest.approx(7.0)
 
 
+def test_seconds_that_no_phase_holds_are_told(tmp_path: Path) -> None:
+    write_lines(tmp_path / "ledger.jsonl", [step_line(1, 1.0), step_line(2, 2.5)])
+    numbers = Page(build_report(tmp_path)).numbers
+    assert numbers["accounted_s"] == pytest.approx(2.0) and numbers["unaccounted_s"] == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize(("unit", "spent"), [("flops", 57 * 296_600_000_011), ("tokens", 57 * 4_091)])
 def test_curves_run_over_the_governing_unit(tmp_path: Path, unit: str, spent: float) -> None:
     plan = PLAN | {"budget": {"unit": unit, "amount": spent * 60 / 57}}
