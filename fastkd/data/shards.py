@@ -14,9 +14,9 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -222,16 +222,16 @@ def _writable(root: Path) -> Iterator[None]:
         ) from error
 
 
-def _build(chunks: Iterator[Tokens], vocab_size: int, recipe: dict[str, Any], final: Path) -> None:
+def _build(chunks: Generator[Tokens], vocab_size: int, recipe: dict[str, Any], final: Path) -> None:
     """Write a build beside its place, then rename it there. The caller holds the lock."""
     building = final.with_name(f".{final.name}.building")  # one name: what a killed build left is removed here
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
     try:
         start = time.monotonic()
-        writer = Writer(building, vocab_size)
-        writer.add(chunks, recipe["validation_fraction"])
-        index = writer.finish() | {"tokenizer_hash": recipe["tokenizer_hash"], "recipe": recipe}
+        with closing(chunks), closing(Writer(building, vocab_size)) as writer:
+            writer.add(chunks, recipe["validation_fraction"])
+            index = writer.finish() | {"tokenizer_hash": recipe["tokenizer_hash"], "recipe": recipe}
         write_durably(building / "index.json", json.dumps(index, indent=1).encode())
         sync_folder(building)
         building.rename(final)

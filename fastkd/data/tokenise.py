@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -35,14 +35,8 @@ class Tokens:
     lengths: np.ndarray  # [documents] int64
     hashes: np.ndarray  # [documents] uint64 of the text: equal for equal documents
 
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (hash, ids) per document."""
-        ends = np.cumsum(self.lengths)
-        for digest, start, end in zip(self.hashes.tolist(), (ends - self.lengths).tolist(), ends.tolist(), strict=True):
-            yield digest, self.ids[start:end]
 
-
-def tokenise(documents: Iterable[str], tokenizer_json: str, *, workers: int | None = None) -> Iterator[Tokens]:
+def tokenise(documents: Iterable[str], tokenizer_json: str, *, workers: int | None = None) -> Generator[Tokens]:
     """Tokenise documents, keeping their order.
 
     Args:
@@ -140,7 +134,7 @@ class _Worker:
         self._process.communicate()
 
 
-def _in_processes(chunks: Iterator[list[str]], tokenizer_json: str, workers: int) -> Iterator[Tokens]:
+def _in_processes(chunks: Iterator[list[str]], tokenizer_json: str, workers: int) -> Generator[Tokens]:
     """Each thread borrows an idle worker for a chunk; at most two chunks a worker are under way."""
     with ExitStack() as stack:
         idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()

@@ -26,6 +26,11 @@ class Writer:
         self._unigrams = np.zeros(vocab_size, np.int64)
         self._splits = {split: _Split(folder / f"{split}.tokens.bin", self._dtype) for split in ("train", "validation")}
 
+    def close(self) -> None:
+        """Close the token files, whether or not the build was finished."""
+        for split in self._splits.values():
+            split.close()
+
     def add(self, chunks: Iterable[Tokens], validation_fraction: float) -> None:
         """Write a whole corpus. Raises ``ValueError`` where it does not hold two different documents."""
         held_out, train = HeldOut(), self._splits["train"]
@@ -56,7 +61,7 @@ class Writer:
         files = {}
         for name, split in self._splits.items():
             offsets = f"{name}.offsets.bin"
-            files[f"{name}.tokens.bin"] = split.close()
+            files[f"{name}.tokens.bin"] = split.finish()
             files[offsets] = write_durably(self._folder / offsets, split.offsets().tobytes())
         files["unigrams.bin"] = write_durably(self._folder / "unigrams.bin", self._unigrams.tobytes())
         return {
@@ -108,11 +113,13 @@ class _Split:
     def offsets(self) -> np.ndarray:
         return np.concatenate([[0], *self.lengths]).cumsum(dtype=np.int64)
 
-    def close(self) -> str:
+    def finish(self) -> str:
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._file.close()
         return self._sha256.hexdigest()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def write_durably(path: Path, data: bytes) -> str:

@@ -1,0 +1,343 @@
+"""Shards: the tokens that transformers would give, whole or not at all, whoever builds, dies or flips a bit."""
+
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hub_server import serve
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from fastkd.data.corpus import documents
+from fastkd.data.shards import Shards, build_shards, tokenizer_hash
+from fastkd.data.tokenise import PIECE_CHARACTERS, tokenise
+
+BUILD = """
+import logging, sys
+from types import SimpleNamespace
+from tokenizers import Tokenizer
+from fastkd.data.shards import build_shards
+logging.basicConfig(level="INFO", format="%(message)s")
+teacher, corpus, folder = sys.argv[1:4]
+if len(sys.argv) > 4:
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]),) * 2)
+try:
+    tokenizer = SimpleNamespace(backend_tokenizer=Tokenizer.from_file(teacher + "/tokenizer.json"))
+    print(build_shards(corpus, tokenizer, folder, workers=2).folder)
+except ValueError as error:
+    sys.exit(f"ValueError: {error}")
+"""
+
+
+@pytest.fixture(scope="module")
+def tokenizer(quickstart_teacher: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(quickstart_teacher)
+
+
+@pytest.fixture(scope="module")
+def articles() -> list[str]:
+    return list(documents("quickstart", limit=300))
+
+
+def write(path: Path, texts: list[str]) -> str:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+def stored(shards: Shards, split: str) -> list[list[int]]:
+    tokens, offsets = shards.documents(split)
+    return [tokens[a:b].tolist() for a, b in pairwise(offsets)]
+
+
+def build_process(teacher: Path, corpus: str, folder: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", BUILD, str(teacher), corpus, str(folder), *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_the_tokens_are_those_of_transformers(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, articles: list[str]
+) -> None:
+    odd = ["naïve Łódź 東京 🙂", "\ud800 half a pair", "x" * 500, "plain"]
+    shards = build_shards(write(tmp_path / "a.jsonl", articles + odd), tokenizer, tmp_path / "shards")
+    expected = tokenizer([text.replace("\ud800", "?") for text in articles + odd], add_special_tokens=False).input_ids
+    train, validation = stored(shards, "train"), stored(shards, "validation")
+    assert Counter(map(tuple, train + validation)) == Counter(map(tuple, expected))
+    assert shards.documents()[0].dtype == np.uint16
+    assert isinstance(shards.documents()[0], np.memmap)
+    assert shards.unique_tokens == sum(map(len, train))
+    assert shards.vocab_size == len(tokenizer)
+    assert shards.tokenizer_hash == tokenizer_hash(tokenizer)
+    assert shards.unigram_counts().tolist() == np.bincount(np.concatenate(train), minlength=len(tokenizer)).tolist()
+
+
+def test_special_tokens_spelt_in_a_text_are_words(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    texts = ["a [MASK] in a text", "the [SEP] of [CLS] and [PAD]"]
+    shards = build_shards(write(tmp_path / "a.jsonl", texts), tokenizer, tmp_path / "shards")
+    found = [token for split in ("train", "validation") for token in shards.documents(split)[0].tolist()]
+    assert not set(found) & set(tokenizer.all_special_ids)
+    assert len(found) == 20
+
+
+def test_a_vocabulary_past_uint16_is_stored_in_uint32(tmp_path: Path) -> None:
+    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(70_000)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    texts = ["w69999 w65536", "w65535 w1"]
+    shards = build_shards(
+        write(tmp_path / "a.jsonl", texts), PreTrainedTokenizerFast(tokenizer_object=backend), tmp_path / "shards"
+    )
+    assert shards.documents()[0].dtype == np.uint32
+    assert sorted(stored(shards, "train") + stored(shards, "validation")) == [[65535, 1], [69999, 65536]]
+
+
+def test_workers_change_nothing_and_a_long_document_is_one(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, articles: list[str]
+) -> None:
+    long = " ".join(articles * 15)
+    assert len(long) > 2 * PIECE_CHARACTERS
+    texts = [*articles, long, *articles]
+    backend = tokenizer.backend_tokenizer.to_str()
+    alone = list(tokenise(texts, backend, workers=0))
+    for workers in (1, 3):
+        chunks = list(tokenise(texts, backend, workers=workers))
+        assert len(chunks) == len(alone) > 1
+        for found, expected in zip(chunks, alone, strict=True):
+            assert np.array_equal(found.ids, expected.ids)
+            assert np.array_equal(found.lengths, expected.lengths)
+            assert np.array_equal(found.hashes, expected.hashes)
+    whole = tokenizer(" ".join(articles), add_special_tokens=False).input_ids
+    lengths = np.concatenate([chunk.lengths for chunk in alone])
+    start = int(lengths[: len(articles)].sum())
+    ids = np.concatenate([chunk.ids for chunk in alone])[start : start + int(lengths[len(articles)])]
+    assert ids.tolist() == whole * 15
+
+
+def test_a_dead_tokeniser_process_is_reported(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(RuntimeError, match=r"a tokeniser process died \(exit code 1\)"):
+        list(tokenise(["text"], "no tokenizer", workers=1))
+
+
+def test_the_split_depends_on_the_documents_alone(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, articles: list[str]
+) -> None:
+    mixed = articles + articles[:40]
+    random.Random(1).shuffle(mixed)
+    splits = []
+    for name, texts in {"a": articles + articles[:40], "b": mixed}.items():
+        path = write(tmp_path / f"{name}.jsonl", texts)
+        shards = build_shards(path, tokenizer, tmp_path / "shards", validation_fraction=0.1)
+        splits.append({split: Counter(map(tuple, stored(shards, split))) for split in ("train", "validation")})
+    assert splits[0] == splits[1]
+    assert not splits[0]["train"].keys() & splits[0]["validation"].keys(), "a copy of a held-out document is trained on"
+    assert len(splits[0]["validation"]) == 34
+
+
+def test_the_held_out_split_has_one_document_at_least_and_2000_at_most(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    sizes = {2: 1, 20: 1, 100: 2, 7_000: 2_000}
+    for count, expected in sizes.items():
+        path = write(tmp_path / "a.jsonl", [f"document {i}" for i in range(count)])
+        fraction = 0.5 if count == 7_000 else 0.02
+        shards = build_shards(path, tokenizer, tmp_path / "shards", validation_fraction=fraction)
+        assert len(stored(shards, "validation")) == expected
+        assert len(stored(shards, "train")) == count - expected
+
+
+def test_a_corpus_that_cannot_be_split_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    folder = tmp_path / "shards"
+    for texts in (["one"], ["same", "same", "same"]):
+        with pytest.raises(ValueError, match=r"at least two different ones .* blank lines separate documents"):
+            build_shards(write(tmp_path / "a.jsonl", texts), tokenizer, folder)
+    assert not list(folder.glob("*/")), "something was left behind"
+    for fraction in (0, 1, -0.1):
+        with pytest.raises(ValueError, match="validation_fraction"):
+            build_shards(write(tmp_path / "a.jsonl", ["a", "b"]), tokenizer, folder, validation_fraction=fraction)
+
+
+def test_an_empty_corpus_and_a_slow_tokenizer_are_refused_before_anything_is_written(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(ValueError, match="is empty"):
+        build_shards(str(tmp_path / "empty.txt"), tokenizer, tmp_path / "shards")
+    with pytest.raises(ValueError, match=r"object has no Rust tokenizer behind it"):
+        build_shards(write(tmp_path / "a.jsonl", ["a", "b"]), object(), tmp_path / "shards")
+    assert not (tmp_path / "shards").exists()
+
+
+def test_a_line_that_is_wrong_far_down_leaves_nothing(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = tmp_path / "a.jsonl"
+    write(path, [f"document {i}" for i in range(500)])
+    path.write_text(path.read_text() + "{\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl:501: not a JSON object"):
+        build_shards(str(path), tokenizer, tmp_path / "shards")
+    assert not list((tmp_path / "shards").glob("*/"))
+
+
+def test_a_build_is_used_again_only_for_the_same_corpus_tokenizer_and_split(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, quickstart_teacher: Path
+) -> None:
+    folder, path = tmp_path / "shards", write(tmp_path / "a.jsonl", ["One", "Two", "Three"])
+    first = build_shards(path, tokenizer, folder)
+    written = (first.folder / "index.json").stat().st_mtime_ns
+    moved = write(tmp_path / "elsewhere.jsonl", ["One", "Two", "Three"])
+    assert build_shards(moved, tokenizer, folder, workers=2).folder == first.folder
+    assert (first.folder / "index.json").stat().st_mtime_ns == written
+    cased = AutoTokenizer.from_pretrained(quickstart_teacher, do_lower_case=False)
+    others = [
+        build_shards(path, cased, folder),
+        build_shards(path, tokenizer, folder, validation_fraction=0.5),
+        build_shards(write(tmp_path / "b.jsonl", ["One", "Two", "Four"]), tokenizer, folder),
+        build_shards([path, path], tokenizer, folder),
+    ]
+    assert len({first.folder, *(shards.folder for shards in others)}) == 5
+
+
+def test_padding_and_truncation_set_on_a_tokenizer_change_nothing(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, quickstart_teacher: Path, articles: list[str]
+) -> None:
+    used = AutoTokenizer.from_pretrained(quickstart_teacher)
+    used(articles[:3], padding="max_length", truncation=True, max_length=16)
+    path = write(tmp_path / "a.jsonl", articles[:5])
+    assert build_shards(path, used, tmp_path / "1").index == build_shards(path, tokenizer, tmp_path / "2").index
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["train.tokens.bin", "validation.offsets.bin", "unigrams.bin", "index.json"])
+@pytest.mark.parametrize("damage", [flip, lambda path: os.truncate(path, 5), Path.unlink])
+def test_a_damaged_build_is_refused_and_built_again(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture, name: str, damage
+) -> None:
+    path = write(tmp_path / "a.jsonl", [f"document {i}" for i in range(30)])
+    shards = build_shards(path, tokenizer, tmp_path / "shards")
+    before = {file.name: file.read_bytes() for file in shards.folder.iterdir()}
+    if name == "index.json" and damage is flip:
+        (shards.folder / name).write_text("{")
+    else:
+        damage(shards.folder / name)
+    with pytest.raises(ValueError, match=rf"delete '{shards.folder}', the next run builds it again"):
+        Shards(shards.folder)
+    with caplog.at_level(logging.WARNING):
+        again = build_shards(path, tokenizer, tmp_path / "shards")
+    assert "building it again" in caplog.text
+    assert {file.name: file.read_bytes() for file in again.folder.iterdir()} == before
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"cannot write shards to .*/file/shards' .* set XDG_CACHE_HOME"):
+        build_shards(write(tmp_path / "a.jsonl", ["a", "b"]), tokenizer, tmp_path / "file" / "shards")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sets a limit that Windows does not have")
+def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path: Path, quickstart_teacher: Path) -> None:
+    """A limit on the size of files stands for the disk: both refuse the write."""
+    build = build_process(quickstart_teacher, "quickstart", tmp_path / "shards", "500000")
+    _, stderr = build.communicate()
+    assert build.returncode == 1
+    assert "ValueError: cannot write shards to" in stderr and "free its disk" in stderr
+    assert not list((tmp_path / "shards").glob("**/*.bin"))
+
+
+@pytest.fixture(scope="module")
+def long_corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Some seconds of tokenising."""
+    return write(tmp_path_factory.mktemp("long") / "a.jsonl", list(documents("quickstart")) * 2)
+
+
+def children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGINT])
+def test_a_build_that_dies_leaves_nothing_half_built_and_no_process(
+    tmp_path: Path,
+    quickstart_teacher: Path,
+    long_corpus: str,
+    tokenizer: PreTrainedTokenizerBase,
+    death: signal.Signals,
+) -> None:
+    folder = tmp_path / "shards"
+    build = build_process(quickstart_teacher, long_corpus, folder)
+    while not any(path.stat().st_size for path in folder.glob(".*.building/train.tokens.bin")):
+        assert build.poll() is None
+    workers = children(build.pid)
+    build.send_signal(death)
+    build.communicate()
+    assert len(workers) == 2
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        pass
+    half_built = list(folder.glob(".*.building"))
+    assert bool(half_built) == (death == signal.SIGKILL)
+    assert not list(folder.glob("[!.]*/"))
+    shards = build_shards(long_corpus, tokenizer, folder)
+    assert shards.index["documents"]["train"] + shards.index["documents"]["validation"] == 2 * 10_033
+    assert list(folder.glob("*/")) == [shards.folder], "what the killed build had written is still there"
+
+
+def test_of_processes_that_want_the_same_build_one_makes_it(
+    tmp_path: Path, quickstart_teacher: Path, long_corpus: str
+) -> None:
+    builds = [build_process(quickstart_teacher, long_corpus, tmp_path / "shards") for _ in range(3)]
+    results = [build.communicate() for build in builds]
+    assert [build.returncode for build in builds] == [0, 0, 0], results
+    assert len({stdout for stdout, _ in results}) == 1
+    assert sum("built " in stderr for _, stderr in results) == 1
+
+
+def test_shards_of_a_hub_dataset_serve_when_the_hub_does_not(
+    tmp_path: Path, quickstart_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    write(repository / "train.jsonl", ["one", "two", "three"])
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    with serve("some/data", repository) as address:
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        online = build_process(quickstart_teacher, "some/data", tmp_path / "shards")
+        first, stderr = online.communicate()
+        assert online.returncode == 0, stderr
+    offline = build_process(quickstart_teacher, "some/data", tmp_path / "shards")
+    assert offline.communicate()[0] == first
+    other = build_process(quickstart_teacher, "some/data:big", tmp_path / "shards")
+    _, stderr = other.communicate()
+    assert other.returncode == 1 and "--preset quickstart" in stderr.splitlines()[-1]
+
+
+def test_the_unigram_cross_entropy_is_that_of_the_training_frequencies(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, articles: list[str]
+) -> None:
+    shards = build_shards(write(tmp_path / "a.jsonl", articles), tokenizer, tmp_path / "shards")
+    train, held_out = (torch.tensor(shards.documents(split)[0].astype(int)) for split in ("train", "validation"))
+    counts = torch.ones(len(tokenizer), dtype=torch.float64).scatter_add(0, train, torch.ones_like(train).double())
+    expected = torch.nn.functional.cross_entropy(counts.log().expand(len(held_out), -1), held_out)
+    assert shards.unigram_cross_entropy() == pytest.approx(expected.item(), rel=1e-12)
+    counts[tokenizer.all_special_ids] = 0
+    ordinary = held_out[~torch.isin(held_out, torch.tensor(tokenizer.all_special_ids))]
+    expected = torch.nn.functional.cross_entropy(counts.log().expand(len(ordinary), -1), ordinary)
+    assert shards.unigram_cross_entropy(tokenizer.all_special_ids) == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_an_unknown_split_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    shards = build_shards(write(tmp_path / "a.jsonl", ["a", "b"]), tokenizer, tmp_path / "shards")
+    with pytest.raises(ValueError, match="unknown split 'test': take one of train, validation"):
+        shards.documents("test")
