@@ -39,9 +39,7 @@ def pack(lengths: tuple[int, ...], vocab: int, *, seed: int = 0, empty: int = 3)
     return PackedBatch(
         input_ids=torch.randint(5, vocab, (total,), generator=generator),
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
-        cu_seqlens=torch.tensor(
-            [0, *torch.tensor(lengths).cumsum(0).tolist(), *[total] * empty], dtype=torch.int32
-        ),
+        cu_seqlens=torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist(), *[total] * empty], dtype=torch.int32),
         max_seqlen=max(lengths) + 5,
         predicted=torch.randperm(total, generator=generator)[: max(1, total // 7)].sort().values,
         lengths=lengths,
@@ -79,9 +77,7 @@ def roberta() -> RobertaForMaskedLM:
 def spread(model: PreTrainedModel) -> PreTrainedModel:
     """Weights large enough that attention is peaked, and biases and LayerNorms that are not trivial."""
     for name, parameter in model.named_parameters():
-        parameter.add_(
-            torch.randn_like(parameter) * (0.1 if "LayerNorm" in name or "layer_norm" in name else 0.15)
-        )
+        parameter.add_(torch.randn_like(parameter) * (0.1 if "LayerNorm" in name or "layer_norm" in name else 0.15))
     return model
 
 
@@ -89,9 +85,7 @@ EVERYTHING = Needs(logits=True, hidden=(0, 1, 2, 3), qkv=(1, 2, 3), last_rows=Tr
 
 
 @pytest.mark.parametrize("make", [bert, roberta])
-@pytest.mark.parametrize(
-    "lengths", [RAGGED, (16,) * 4, (1,), (59,)], ids=["ragged", "equal", "one token", "one"]
-)
+@pytest.mark.parametrize("lengths", [RAGGED, (16,) * 4, (1,), (59,)], ids=["ragged", "equal", "one token", "one"])
 def test_random_model_equals_transformers(make, lengths: tuple[int, ...]) -> None:
     model = make()
     batch = pack(lengths, 211)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastkd.models.attention_cpu import cpu_attention
+
 BACKENDS = ("flash_attn", "varlen_attn", "sdpa")  # fastest first
 
 
@@ -75,10 +77,11 @@ def varlen_attention(
 ) -> Tensor:  # [Tq, H, d]
     """softmax(q kᵀ / √d) v within each sequence; zero-length sequences are allowed.
 
-    ``max_q`` and ``max_k`` bound the lengths (host integers: nothing here waits for the device); ``dropout``
-    is the probability of dropping an attention weight.
+    ``max_q`` and ``max_k`` bound the lengths (host integers: nothing here waits for a GPU); ``dropout`` is the
+    probability of dropping an attention weight; ``backend`` as in `choose_backend`, which refuses with ValueError.
     """
-    backend = choose_backend(q.device, q.dtype, dropout, backend)
+    if backend is None or not torch.compiler.is_compiling():  # the encoder has chosen before a graph is traced
+        backend = choose_backend(q.device, q.dtype, dropout, backend)
     if backend == "flash_attn":
         from flash_attn import flash_attn_varlen_func
 
@@ -89,6 +92,8 @@ def varlen_attention(
         out = varlen_attn(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k)
         assert isinstance(out, Tensor)  # a tuple only where auxiliary outputs are asked for
         return out
+    if q.device.type == "cpu" and not dropout and not torch.compiler.is_compiling():
+        return cpu_attention(q, k, v, cu_seqlens_q, cu_seqlens_k)
     return _padded_sdpa(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, dropout)
 
 

@@ -40,9 +40,7 @@ class EncoderConfig:
         if self.hidden_act != "gelu":
             raise ValueError(f"activation {self.hidden_act!r} is not supported; use a checkpoint with 'gelu'")
         if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"width {self.hidden_size} is not divisible by {self.num_heads} heads; change either"
-            )
+            raise ValueError(f"width {self.hidden_size} is not divisible by {self.num_heads} heads; change either")
 
     @property
     def head_dim(self) -> int:
@@ -112,7 +110,11 @@ class Packed(Protocol):
 
 
 class Layer(nn.Module):
-    """One post-LN transformer layer with a fused QKV projection."""
+    """One post-LN transformer layer with a fused QKV projection.
+
+    The residual stream and the LayerNorms are float32 whatever the products' dtype is: post-LN students lose
+    accuracy when the stream is rounded at every layer, and on a CPU bfloat16 LayerNorms are no faster.
+    """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -125,45 +127,60 @@ class Layer(nn.Module):
         self.down = nn.Linear(config.intermediate_size, D)
         self.output_norm = nn.LayerNorm(D, eps=eps)
 
-    def heads(self, x: Tensor) -> Tensor:
-        """[T, D] → [T, H, d]."""
-        return x.unflatten(-1, (self.num_heads, -1))
-
     def forward(
-        self, x: Tensor, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout: float, backend: str | None
-    ) -> Tensor:
-        """Layer input x [T, D] and its projection qkv [T, 3D] → layer output [T, D]."""
-        q, k, v = (self.heads(part) for part in qkv.chunk(3, dim=-1))
-        context = varlen_attention(
-            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout=dropout, backend=backend
-        )
-        return self.feed_forward(x, context.flatten(1), dropout)
-
-    def forward_rows(
         self,
-        x: Tensor,
-        rows: Tensor,
-        cu_seqlens: Tensor,
+        x: Tensor,  # [T, D]
+        cu_seqlens: Tensor,  # [B+1]
         max_seqlen: int,
         dropout: float,
         backend: str | None,
-    ) -> Tensor:
-        """The rows [M] (ascending) of forward's output alone: [M, D]; keys and values of all of x."""
-        D = x.shape[-1]
-        x_rows = x.index_select(0, rows)
-        q = self.heads(F.linear(x_rows, self.qkv.weight[:D], self.qkv.bias[:D]))
-        kv = F.linear(x, self.qkv.weight[D:], self.qkv.bias[D:])
-        k, v = (self.heads(part) for part in kv.chunk(2, dim=-1))
-        cu_rows = torch.searchsorted(rows, cu_seqlens.long()).int()
-        context = varlen_attention(
-            q, k, v, cu_rows, cu_seqlens, max_seqlen, max_seqlen, dropout=dropout, backend=backend
-        )
-        return self.feed_forward(x_rows, context.flatten(1), dropout)
+        rows: Tensor | None = None,  # [M], ascending
+    ) -> tuple[Tensor, Tensor | None]:
+        """Layer output [T, D] and QKV projection [T, 3D]; with ``rows``, those rows of the output alone: [M, D], None.
 
-    def feed_forward(self, x: Tensor, context: Tensor, dropout: float) -> Tensor:
-        """From the layer's input and its attention's context, row by row, to the layer's output."""
-        x = self.attention_norm(x + F.dropout(self.attention_output(context), dropout, training=dropout > 0))
-        return self.output_norm(x + F.dropout(self.down(F.gelu(self.up(x))), dropout, training=dropout > 0))
+        Keys and values cover all of x either way.
+        """
+        sequences = (cu_seqlens, max_seqlen, dropout, backend)
+        if rows is None:
+            qkv = self.project(x)
+            q, k, v = qkv.chunk(3, dim=-1)
+            return self._feed_forward(x, self._attend(q, k, v, cu_seqlens, *sequences), dropout), qkv
+        x_rows, D = x.index_select(0, rows), x.shape[-1]
+        q = _linear(x_rows, self.qkv.weight[:D], self.qkv.bias[:D])
+        k, v = _linear(x, self.qkv.weight[D:], self.qkv.bias[D:]).chunk(2, dim=-1)
+        cu_rows = torch.searchsorted(rows, cu_seqlens.long()).int()
+        return self._feed_forward(x_rows, self._attend(q, k, v, cu_rows, *sequences), dropout), None
+
+    def project(self, x: Tensor) -> Tensor:
+        """[T, D] → queries, keys and values side by side, [T, 3D]."""
+        return _linear(x, self.qkv.weight, self.qkv.bias)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        longest: int,
+        dropout: float,
+        backend: str | None,
+    ) -> Tensor:
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in (q, k, v))
+        context = varlen_attention(q, k, v, cu_q, cu_k, longest, longest, dropout=dropout, backend=backend)
+        return context.flatten(1)
+
+    def _feed_forward(self, x: Tensor, context: Tensor, dropout: float) -> Tensor:
+        """From the layer's input and its attention's context to the layer's output, row by row."""
+        attended = self.attention_output(context)
+        x = self.attention_norm(x + F.dropout(attended, dropout, training=dropout > 0))
+        expanded = self.down(F.gelu(_linear(x, self.up.weight, self.up.bias)))
+        return self.output_norm(x + F.dropout(expanded, dropout, training=dropout > 0))
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x Wᵀ + b with x in the weight's dtype: a teacher's is bfloat16; of a student's, autocast takes care."""
+    return F.linear(x.to(weight.dtype), weight, bias)
 
 
 class Head(nn.Module):
@@ -176,8 +193,9 @@ class Head(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[M, D] → [M, D]."""
-        return self.norm(F.gelu(self.dense(x)))
+        """[M, D] → [M, D] float32."""
+        x = F.gelu(_linear(x, self.dense.weight, self.dense.bias))
+        return self.norm(x.to(self.norm.weight.dtype))
 
 
 class Encoder(nn.Module):
@@ -188,9 +206,7 @@ class Encoder(nn.Module):
     padding token's embedding 0.
     """
 
-    def __init__(
-        self, config: EncoderConfig, *, mlm_head: bool, attention: str | None = None, seed: int = 0
-    ) -> None:
+    def __init__(self, config: EncoderConfig, *, mlm_head: bool, attention: str | None = None, seed: int = 0) -> None:
         super().__init__()
         self.config, self.attention = config, attention
         D = config.hidden_size
@@ -241,35 +257,32 @@ class Encoder(nn.Module):
         """
         out, depth = Outputs(), needs.depth(self.config.num_layers)
         sequences = (batch.cu_seqlens, batch.max_seqlen, dropout, self._backend(ids.device, dropout))
-        x = self.embed(ids, batch.position_ids, dropout)
-        rows = None
+        x, rows = self.embed(ids, batch.position_ids, dropout), None
         for number in range(1, depth + 1):
             layer = cast(Layer, self.layers[number - 1])
             if number - 1 in needs.hidden:
                 out.hidden[number - 1] = x
-            if number == depth and needs.rows and not {number} & {*needs.hidden, *needs.qkv}:
-                rows = layer.forward_rows(x, batch.predicted, *sequences)
-                break
-            qkv = layer.qkv(x)
+            last, read = number == depth, number in needs.hidden or number in needs.qkv
+            if last and needs.rows and not read:
+                rows, _ = layer(x, *sequences, rows=batch.predicted)
+                return self._finish(out, rows, needs)
+            if last and not needs.rows and number not in needs.hidden:
+                qkv = layer.project(x)
+            else:
+                x, qkv = layer(x, *sequences)
             if number in needs.qkv:
-                out.qkv[number] = tuple(qkv.chunk(3, dim=-1))
-            if number == depth and not needs.rows and number not in needs.hidden:
-                break
-            x = layer(x, qkv, *sequences)
-        else:
-            if depth in needs.hidden:
-                out.hidden[depth] = x
-            rows = x.index_select(0, batch.predicted) if needs.rows else None
-        return self._finish(out, rows, needs)
+                q, k, v = qkv.chunk(3, dim=-1)
+                out.qkv[number] = q, k, v
+        if depth in needs.hidden:
+            out.hidden[depth] = x
+        return self._finish(out, x.index_select(0, batch.predicted) if needs.rows else None, needs)
 
     def _finish(self, out: Outputs, rows: Tensor | None, needs: Needs) -> Outputs:
         if needs.last_rows:
             out.last_rows = rows
         if needs.logits:
             if self.head is None or rows is None:
-                raise ValueError(
-                    "this encoder has no MLM head; use a method without logits, such as minilmv2"
-                )
+                raise ValueError("this encoder has no MLM head; use a method without logits, such as minilmv2")
             out.head_rows = self.head(rows)
         return out
 

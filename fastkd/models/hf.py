@@ -87,9 +87,7 @@ def load(source: str | Path, *, device: torch.device | str = "cpu", sha256: str 
         with _quiet():
             hf_config = AutoConfig.from_pretrained(where)
             config = from_hf(hf_config)
-            model, info = AutoModelForMaskedLM.from_pretrained(
-                where, dtype=torch.float32, output_loading_info=True
-            )
+            model, info = AutoModelForMaskedLM.from_pretrained(where, dtype=torch.float32, output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(where)
     except OSError as error:
         raise ValueError(f"cannot load {str(source)!r} ({_first_line(error)}); {REMEDY}") from error
@@ -250,9 +248,7 @@ def to_hf_model(encoder: Encoder, *, mlm_head: bool) -> PreTrainedModel:
     return model.eval()
 
 
-def export(
-    encoder: Encoder, tokenizer: PreTrainedTokenizerBase, folder: Path, *, card: str, mlm_head: bool
-) -> None:
+def export(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, folder: Path, *, card: str, mlm_head: bool) -> None:
     """Write a Hugging Face folder (weights, configuration, tokenizer, README.md), whole or not at all.
 
     ``mlm_head`` is whether the head was trained: if not, the bare model is written. A folder already there is
@@ -302,9 +298,7 @@ def student_config(spec: str, like: EncoderConfig, tokenizer: PreTrainedTokenize
     layers, width, heads, intermediate = (int(g) if g else None for g in match.groups())
     assert layers is not None and width is not None and heads is not None
     if len(tokenizer) > like.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {like.vocab_size}; use the model's own"
-        )
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {like.vocab_size}; use the model's own")
     return replace(
         like,
         num_layers=layers,

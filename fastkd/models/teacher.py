@@ -7,7 +7,7 @@ import hashlib
 import json
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from fastkd.models.encoder import Encoder, EncoderConfig, Needs, Outputs, Packed
@@ -17,10 +17,12 @@ PROBES = ("Hello World", "naïve Café, don't STOP!", "東京 2024 — état-maj
 
 
 class Teacher:
-    """A teacher that computes what ``needs`` reads, in ``dtype`` on ``device``, without gradients.
+    """A teacher that computes what ``needs`` reads, on ``device``, without gradients.
 
-    Layers above the deepest one read, and the MLM head where no logits are, are dropped from memory. It is no
-    nn.Module: nothing can put it into training mode or hand its parameters to an optimiser.
+    Products run in ``dtype``: their weights and the word embeddings are cast to it once, and LayerNorms, positions
+    and the residual stream stay float32, as under autocast. Layers above the deepest one read, and the MLM head where
+    no logits are, are dropped from memory. It is no nn.Module: nothing can put it into training mode or hand its
+    parameters to an optimiser.
     """
 
     def __init__(
@@ -34,7 +36,7 @@ class Teacher:
         compile: bool = False,
     ) -> None:
         self.needs, self.config = needs, loaded.config
-        self.encoder = _cut(loaded.encoder, needs).to(device=device, dtype=dtype)
+        self.encoder = _cast(_cut(loaded.encoder, needs).to(device), dtype)
         self.encoder.attention = attention
         if compile:
             for layer in self.encoder.layers:
@@ -42,8 +44,9 @@ class Teacher:
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor, batch: Packed) -> Outputs:
-        """The forward of Encoder on [T] ids."""
-        return self.encoder(ids, batch, self.needs)
+        """The forward of Encoder on [T] ids, whether or not the caller is under autocast."""
+        with torch.autocast(ids.device.type, enabled=False):
+            return self.encoder(ids, batch, self.needs)
 
     @property
     def decoder_weight(self) -> Tensor:
@@ -52,7 +55,7 @@ class Teacher:
 
     @property
     def decoder_bias(self) -> Tensor:
-        """[V] in the compute dtype."""
+        """[V] float32: it is added to float32 sums."""
         return self.encoder.decoder_bias
 
 
@@ -63,6 +66,14 @@ def _cut(encoder: Encoder, needs: Needs) -> Encoder:
     cut.layers = encoder.layers[: needs.depth(encoder.config.num_layers)]
     cut.head = encoder.head if needs.logits else None
     return copy.deepcopy(cut).eval().requires_grad_(False)
+
+
+def _cast(encoder: Encoder, dtype: torch.dtype) -> Encoder:
+    """The weights of all products, and the table that is also the decoder's, in ``dtype``."""
+    for module in encoder.modules():
+        if isinstance(module, nn.Linear) or module is encoder.word_embeddings:
+            module.to(dtype)
+    return encoder
 
 
 def check_teacher(
@@ -88,8 +99,7 @@ def check_teacher(
         raise ValueError(f"teacher {teacher.source} has another tokenizer than the student; use one for both")
     if needs.logits and config.vocab_size != student.vocab_size:
         raise ValueError(
-            f"teacher {teacher.source} has {config.vocab_size} tokens, the student {student.vocab_size}; "
-            "use equal ones"
+            f"teacher {teacher.source} has {config.vocab_size} tokens, the student {student.vocab_size}; use equal ones"
         )
     deepest = max((*needs.hidden, *needs.qkv, 0))
     if deepest > config.num_layers:
