@@ -255,12 +255,6 @@ def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path: Path, quickstart_t
     assert not list((tmp_path / "shards").glob("**/*.bin"))
 
 
-@pytest.fixture(scope="module")
-def long_corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Some seconds of tokenising."""
-    return write(tmp_path_factory.mktemp("long") / "a.jsonl", list(documents("quickstart")) * 2)
-
-
 def children(pid: int) -> list[int]:
     tasks = Path(f"/proc/{pid}/task").iterdir()
     return [int(child) for task in tasks for child in (task / "children").read_text().split()]
@@ -271,32 +265,30 @@ def children(pid: int) -> list[int]:
 def test_a_build_that_dies_leaves_nothing_half_built_and_no_process(
     tmp_path: Path,
     quickstart_teacher: Path,
-    long_corpus: str,
     tokenizer: PreTrainedTokenizerBase,
     death: signal.Signals,
 ) -> None:
-    folder = tmp_path / "shards"
-    build = build_process(quickstart_teacher, long_corpus, folder)
-    while not any(path.stat().st_size for path in folder.glob(".*.building/train.tokens.bin")):
+    folder, corpus = tmp_path / "shards", "quickstart"
+    build = build_process(quickstart_teacher, corpus, folder)
+    workers: list[int] = []
+    while len(workers) < 2:
         assert build.poll() is None
-    workers = children(build.pid)
+        workers = children(build.pid)
+    assert list(folder.glob(".*.building"))
     build.send_signal(death)
     build.communicate()
-    assert len(workers) == 2
     while any(Path(f"/proc/{worker}").exists() for worker in workers):
         pass
-    half_built = list(folder.glob(".*.building"))
-    assert bool(half_built) == (death == signal.SIGKILL)
+    assert bool(list(folder.glob(".*.building"))) == (death == signal.SIGKILL)
     assert not list(folder.glob("[!.]*/"))
-    shards = build_shards(long_corpus, tokenizer, folder)
-    assert shards.index["documents"]["train"] + shards.index["documents"]["validation"] == 2 * 10_033
-    assert list(folder.glob("*/")) == [shards.folder], "what the killed build had written is still there"
+    if death == signal.SIGKILL:
+        shards = build_shards(corpus, tokenizer, folder)
+        assert shards.index["documents"] == {"train": 9_832, "validation": 201}
+        assert list(folder.glob("*/")) == [shards.folder], "what the killed build had written is still there"
 
 
-def test_of_processes_that_want_the_same_build_one_makes_it(
-    tmp_path: Path, quickstart_teacher: Path, long_corpus: str
-) -> None:
-    builds = [build_process(quickstart_teacher, long_corpus, tmp_path / "shards") for _ in range(3)]
+def test_of_processes_that_want_the_same_build_one_makes_it(tmp_path: Path, quickstart_teacher: Path) -> None:
+    builds = [build_process(quickstart_teacher, "quickstart", tmp_path / "shards") for _ in range(3)]
     results = [build.communicate() for build in builds]
     assert [build.returncode for build in builds] == [0, 0, 0], results
     assert len({stdout for stdout, _ in results}) == 1

@@ -5,7 +5,7 @@ T tokens of a micro-batch, B sequences at most, M predicted positions; P tokens 
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
@@ -122,7 +122,7 @@ class BatchStream:
         """This rank's micro-batches of step ``i``, on the device."""
         return [self._batch(plain) for plain in self._assemble(i)]
 
-    def prefetch(self, start: int) -> Iterator[list[Batch]]:
+    def prefetch(self, start: int) -> Generator[list[Batch], None, None]:
         """Yield step(start), step(start + 1), …; a thread assembles the next ones on the host meanwhile.
 
         What the device does (copies, masks) is queued from the caller's thread and stream. An exception of the thread
@@ -144,7 +144,7 @@ class BatchStream:
 
     def unique_of(self, i: int) -> int:
         """Different corpus tokens consumed before step ``i``."""
-        return round(min(self.epoch_of(i), 1.0) * self.unique_tokens)
+        return round(min(self._packer.passes(i * self._packs_per_step), 1.0) * self.unique_tokens)
 
     def tokens_of(self, i: int) -> StepTokens:
         """What step ``i`` holds over all ranks."""

@@ -143,9 +143,13 @@ class Packer:
         self._epoch = lru_cache(maxsize=2)(self._shuffle)
         self.max_sequences = self._bound()
 
+    def passes(self, packs: int) -> float:
+        """How often a number of packs goes through the text, by its tokens."""
+        return packs * self._span / self._total
+
     def epochs(self, packs: int) -> float:
-        """Epochs that a number of packs makes."""
-        return packs / (self.packs_per_epoch if self._copies == 1 else self._total / self._span)
+        """Epochs that a number of packs makes: an epoch ends where the next one is shuffled, short of its last tokens."""
+        return packs / self.packs_per_epoch if self._copies == 1 else self.passes(packs)
 
     def place(self, pack: int) -> tuple[int, int]:
         """(epoch, pack of the epoch) of a pack of the endless row."""
@@ -188,8 +192,8 @@ class _Epoch:
         self._text = text
         self._span = span
         count = len(text.length)
-        order = shuffled(count * copies, key)
-        self._order = (order % count if copies > 1 else order).astype(np.uint32 if count < 2**32 else np.int64)
+        order = np.concatenate([shuffled(count, key_of(key, copy)) for copy in range(copies)])
+        self._order = order.astype(np.uint32 if count < 2**32 else np.int64)
         begin = np.cumsum(text.length[self._order] + 2, dtype=np.int64)
         total = int(begin[-1])
         begin -= text.length[self._order] + 2
