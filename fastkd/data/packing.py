@@ -148,7 +148,7 @@ class Packer:
         return packs * self._span / self._total
 
     def epochs(self, packs: int) -> float:
-        """Epochs that a number of packs makes: an epoch ends where the next one is shuffled, short of its last tokens."""
+        """Epochs that a number of packs makes: one ends where the next is shuffled, short of its last tokens."""
         return packs / self.packs_per_epoch if self._copies == 1 else self.passes(packs)
 
     def place(self, pack: int) -> tuple[int, int]:
