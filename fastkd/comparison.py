@@ -9,6 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from fastkd.jsonl import Record, finite
+from fastkd.run_folder import read_run
 
 RESULTS = "results.json"
 SCRATCH = "mlm"
@@ -101,6 +102,36 @@ def differences(group: Group, scratch: Group, score: str) -> Spread | None:
     base = {row["seed"]: row["scores"].get(score) for row in scratch.rows}
     pairs = [(row["scores"].get(score), base.get(row["seed"])) for row in group.rows]
     return spread(own - other for own, other in pairs if own is not None and other is not None)
+
+
+def row_from_run(run_folder: Path) -> Record:
+    """What a run's ledger says of it, as a row of `write_results`; seed and method come from its configuration.
+
+    Raises:
+        ValueError: no such folder, or a run without a single step.
+    """
+    run = read_run(run_folder)
+    if run.last is None:
+        raise ValueError(f"{run_folder} has no step yet: issue its command again")
+    lines = {step["step"]: step for step in run.steps}
+    ends = [(point, lines[point.steps[1]]) for point in run.bins()]
+    return {
+        "method": run.config["method"],
+        "seed": run.config["seed"],
+        "status": "ok" if run.finished else "failed",
+        "charged_s": run.charged_s,
+        "flops": dict(run.last["flops"]),
+        "tokens": run.last["tokens"]["real"],
+        "epochs": run.last["epoch"],
+        "tokens_per_s": run.tokens_per_s,
+        "mfu": run.flops_per_s / run.peak_flops if run.peak_flops and run.flops_per_s else None,
+        "joules": run.last["joules"],
+        "teacher_share": run.teacher_share,
+        "phase_s": run.seconds_by_kind,
+        "curves": [
+            (end["charged_s"], sum(end["flops"].values()), end["tokens"]["real"], point.loss) for point, end in ends
+        ],
+    }
 
 
 def write_results(

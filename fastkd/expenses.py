@@ -9,16 +9,11 @@ from fastkd.tables import Cell, Table, numeric, share
 Row = tuple[Cell | str, ...]
 
 
-def seconds_by_kind(run: Run) -> dict[str, float]:
-    """GPU-seconds by phase and charged event: the pieces of `charged_s`."""
-    return {**run.phase_s, **{event.name: event.seconds for event in run.event_sums if event.charged}}
-
-
 def seconds_bar(run: Run) -> Markup:
     """The pieces of `charged_s` as one bar; nothing where nothing was charged. `seconds_table` is its legend."""
     if not run.accounted_s:
         return Markup()
-    pieces = [("", seconds_by_kind(run))]
+    pieces = [("", run.seconds_by_kind)]
     return bars.stacked_bars("seconds", pieces, title="", x_label="charged GPU-seconds", legend=False)
 
 
@@ -115,6 +110,5 @@ def efficiency_table(run: Run) -> Table:
 
 
 def _use_row(run: Run, name: str, label: str, possible: float | None) -> Row:
-    reached = sum(run.last["flops"].values()) / run.step_s if run.last and run.step_s else None
-    use = reached / possible if reached is not None and possible else None
+    use = run.flops_per_s / possible if run.flops_per_s is not None and possible else None
     return label, numeric(name, use, f"{use or 0:.1%}")

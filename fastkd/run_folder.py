@@ -96,6 +96,16 @@ class Run:
         return [total for total in sums.values() if total.seconds > 0]
 
     @property
+    def seconds_by_kind(self) -> dict[str, float]:
+        """GPU-seconds by phase and charged event: the pieces of `charged_s`."""
+        return {**self.phase_s, **{event.name: event.seconds for event in self.event_sums if event.charged}}
+
+    @property
+    def flops_per_s(self) -> float | None:
+        """FLOPs over the GPU-seconds of the steps: what one device does."""
+        return sum(self.last["flops"].values()) / self.step_s if self.last and self.step_s else None
+
+    @property
     def tokens_per_s(self) -> float | None:
         """Tokens over the wall-clock seconds of the steps, all devices together."""
         return self.last["tokens"]["real"] * self.devices / self.step_s if self.last and self.step_s else None
@@ -123,7 +133,7 @@ class Run:
     @property
     def accounted_s(self) -> float:
         """Phases of all steps and charged events: what `charged_s` must be made of."""
-        return self.step_s + sum(event.seconds for event in self.event_sums if event.charged)
+        return sum(self.seconds_by_kind.values())
 
     @property
     def validations(self) -> list[Record]:

@@ -8,9 +8,9 @@ from statistics import mean, stdev
 from typing import Any
 
 import pytest
-from test_report import Page
+from test_report import Page, make_run
 
-from fastkd.comparison import read_results, write_results
+from fastkd.comparison import read_results, row_from_run, write_results
 from fastkd.comparison_report import build_comparison
 
 FLOPS = {"mlm": (2e14, 0.0, 1e12), "minilmv2": (1.5e14, 1.2e14, 4e12)}
@@ -129,6 +129,25 @@ def test_rows_agree_in_what_was_matched(built: Path, tmp_path: Path) -> None:
     text = (tmp_path / "RESULTS.md").read_text()
     assert "Matched on gpu-seconds: 4 rows" in text
     assert "Matched on flops: 2 rows between 2.01e+14 and 2.74e+14 FLOP, 26.64% apart" in text
+
+
+def test_a_row_is_what_its_runs_ledger_says(tmp_path: Path) -> None:
+    found = row_from_run(make_run(tmp_path / "run", joules=True))
+    seconds = [1.0 + 0.003 * (step % 7) for step in range(1, 58)]
+    assert found["method"] == "minilmv2" and found["seed"] == 3 and found["status"] == "ok"
+    assert found["charged_s"] == pytest.approx(sum(seconds) + 0.64) == pytest.approx(sum(found["phase_s"].values()))
+    assert found["flops"]["teacher"] == 82_000_000_003 * 57 and found["tokens"] == 4_091 * 57
+    assert found["tokens_per_s"] == pytest.approx(4_091 * 57 / sum(seconds))
+    assert found["mfu"] == pytest.approx(sum(found["flops"].values()) / sum(seconds) / 1e12)
+    assert found["joules"] == 310.5 * 57 and found["teacher_share"] == pytest.approx(0.2)
+    assert found["curves"][-1][:3] == (pytest.approx(sum(seconds) + 0.64), sum(found["flops"].values()), 4_091 * 57)
+    page = Page(make(tmp_path / "compared", [found | {"scores": {"average": 60.0}}]))
+    assert page.numbers["row.0.charged_s"] == found["charged_s"]
+
+
+def test_a_run_without_a_step_is_no_row(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no step yet"):
+        row_from_run(tmp_path)
 
 
 # ---- what goes wrong ----------------------------------------------------------------------------------------
