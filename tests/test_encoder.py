@@ -1,114 +1,252 @@
 """The encoder against transformers' eager forward, and its partial forwards against its full one."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from packed_text import RAGGED, VOCAB, PackedText, bert, pack, roberta
 from torch import Tensor
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    PreTrainedModel,
-    RobertaConfig,
-    RobertaForMaskedLM,
-)
+from transformers import AutoModel, PreTrainedModel
 
-from fastkd.models.encoder import Encoder, EncoderConfig, Needs, Outputs
+from fastkd.models.encoder import Encoder, EncoderConfig, Layer, Needs, Outputs
 from fastkd.models.hf import from_hf_model, load
 
-RAGGED = (17, 1, 40, 3, 40, 9, 2, 25)
-
-
-@dataclass(frozen=True)
-class PackedBatch:
-    """The fields of fastkd.data.batches.Batch that the encoder reads."""
-
-    input_ids: Tensor
-    position_ids: Tensor
-    cu_seqlens: Tensor
-    max_seqlen: int
-    predicted: Tensor
-    lengths: tuple[int, ...]
-
-
-def pack(lengths: tuple[int, ...], vocab: int, *, seed: int = 0, empty: int = 3) -> PackedBatch:
-    """Random text of these lengths laid end to end, ``empty`` zero-length sequences at the end, a seventh predicted."""
-    generator = torch.Generator().manual_seed(seed)
-    total = sum(lengths)
-    return PackedBatch(
-        input_ids=torch.randint(5, vocab, (total,), generator=generator),
-        position_ids=torch.cat([torch.arange(length) for length in lengths]),
-        cu_seqlens=torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist(), *[total] * empty], dtype=torch.int32),
-        max_seqlen=max(lengths) + 5,
-        predicted=torch.randperm(total, generator=generator)[: max(1, total // 7)].sort().values,
-        lengths=lengths,
-    )
-
-
-def eager_forward(model: PreTrainedModel, batch: PackedBatch) -> tuple[list[Tensor], Tensor]:
-    """transformers' hidden states ([T, D] each) and logits [T, V], from a padded batch."""
-    rows = torch.split(batch.input_ids, list(batch.lengths))
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=model.config.pad_token_id)
-    real = torch.arange(ids.shape[1]) < torch.tensor(batch.lengths)[:, None]
-    out = model(input_ids=ids, attention_mask=real.long(), output_hidden_states=True)
-    return [hidden[real] for hidden in out.hidden_states], out.logits[real]
-
-
-def bert(**changes: int) -> BertForMaskedLM:
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=211, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=100,
-        max_position_embeddings=64, attn_implementation="eager", **changes,
-    )  # fmt: skip
-    return spread(BertForMaskedLM(config).eval())
-
-
-def roberta() -> RobertaForMaskedLM:
-    torch.manual_seed(0)
-    config = RobertaConfig(
-        vocab_size=211, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=100,
-        max_position_embeddings=66, type_vocab_size=1, pad_token_id=1, attn_implementation="eager",
-    )  # fmt: skip
-    return spread(RobertaForMaskedLM(config).eval())
-
-
-@torch.no_grad()
-def spread(model: PreTrainedModel) -> PreTrainedModel:
-    """Weights large enough that attention is peaked, and biases and LayerNorms that are not trivial."""
-    for name, parameter in model.named_parameters():
-        parameter.add_(torch.randn_like(parameter) * (0.1 if "LayerNorm" in name or "layer_norm" in name else 0.15))
-    return model
-
-
 EVERYTHING = Needs(logits=True, hidden=(0, 1, 2, 3), qkv=(1, 2, 3), last_rows=True)
+TINY = EncoderConfig("bert", VOCAB, 48, 3, 4, 100, max_positions=64)
+
+
+def eager(model: PreTrainedModel, text: PackedText) -> tuple[list[Tensor], Tensor]:
+    """transformers' hidden states, [T, D] each, and logits at predicted rows [M, V]."""
+    ids, real = text.padded(model.config.pad_token_id)
+    out = model(input_ids=ids, attention_mask=real.long(), output_hidden_states=True)
+    return [hidden[real] for hidden in out.hidden_states], out.logits[real][text.predicted]
+
+
+def logits(encoder: Encoder, out: Outputs) -> Tensor:
+    assert out.head_rows is not None
+    return out.head_rows @ encoder.decoder_weight.T + encoder.decoder_bias
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    ours, theirs = ours.detach().float(), theirs.detach().float()
+    return float((ours - theirs).norm() / theirs.norm())
 
 
 @pytest.mark.parametrize("make", [bert, roberta])
-@pytest.mark.parametrize("lengths", [RAGGED, (16,) * 4, (1,), (59,)], ids=["ragged", "equal", "one token", "one"])
-def test_random_model_equals_transformers(make, lengths: tuple[int, ...]) -> None:
-    model = make()
-    batch = pack(lengths, 211)
-    hidden, logits = eager_forward(model, batch)
+@pytest.mark.parametrize("lengths", [RAGGED, (16,) * 4, (1,), (59,)], ids=["ragged", "equal", "one token", "one text"])
+def test_random_model_equals_transformers(make: Callable[[], PreTrainedModel], lengths: tuple[int, ...]) -> None:
+    model, text = make(), pack(lengths)
+    hidden, theirs = eager(model, text)
     encoder = from_hf_model(model, mlm_head=True)
-    out = encoder(batch.input_ids, batch, EVERYTHING)
-    assert out.head_rows is not None
-    ours = out.head_rows @ encoder.decoder_weight.T + encoder.decoder_bias
-    for layer, theirs in enumerate(hidden):
-        torch.testing.assert_close(out.hidden[layer], theirs, atol=1e-5, rtol=0)
-    torch.testing.assert_close(ours, logits[batch.predicted], atol=1e-5, rtol=1e-5)
+    out = encoder(text.input_ids, text, EVERYTHING)
+    for layer, state in enumerate(hidden):
+        torch.testing.assert_close(out.hidden[layer], state, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(encoder, out), theirs, atol=1e-5, rtol=0)
 
 
 def test_quickstart_teacher_equals_transformers(quickstart_teacher: Path) -> None:
-    from transformers import AutoModel
-
     model = AutoModel.from_pretrained(quickstart_teacher, attn_implementation="eager")
-    batch = pack((128, 5, 60, 127, 1, 33), 30522)
-    rows = torch.split(batch.input_ids, list(batch.lengths))
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    real = torch.arange(ids.shape[1]) < torch.tensor(batch.lengths)[:, None]
+    text = pack((128, 5, 60, 127, 1, 33), vocab=30522)
+    ids, real = text.padded(0)
     with torch.no_grad():
         theirs = model(input_ids=ids, attention_mask=real.long(), output_hidden_states=True).hidden_states
-        ours = load(quickstart_teacher).encoder(batch.input_ids, batch, Needs(hidden=tuple(range(7)))).hidden
+        ours = load(quickstart_teacher).encoder(text.input_ids, text, Needs(hidden=tuple(range(7)))).hidden
     for layer, hidden in enumerate(theirs):
         torch.testing.assert_close(ours[layer], hidden[real], atol=1e-5, rtol=0)
+
+
+def test_gradients_equal_transformers() -> None:
+    model, text = bert(), pack(RAGGED)
+    _, theirs = eager(model, text)
+    encoder = from_hf_model(model, mlm_head=True)
+    ours = logits(encoder, encoder(text.input_ids, text, Needs(logits=True)))
+    direction = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
+    (theirs * direction).sum().backward()
+    (ours * direction).sum().backward()
+    layer = model.bert.encoder.layer[1]
+    pairs = {
+        "word": (encoder.word_embeddings, model.bert.embeddings.word_embeddings),
+        "position": (encoder.position_embeddings, model.bert.embeddings.position_embeddings),
+        "type": (encoder.type_embeddings, model.bert.embeddings.token_type_embeddings),
+        "attention": (encoder.layers[1].attention_output, layer.attention.output.dense),
+        "norm": (encoder.layers[1].attention_norm, layer.attention.output.LayerNorm),
+        "up": (encoder.layers[1].up, layer.intermediate.dense),
+        "head": (encoder.head.dense, model.cls.predictions.transform.dense),
+    }
+    for name, (mine, other) in pairs.items():
+        assert relative_error(mine.weight.grad, other.weight.grad) < 1e-5, name
+    own = layer.attention.self
+    fused = torch.cat([own.query.weight.grad, own.key.weight.grad, own.value.weight.grad])
+    assert relative_error(encoder.layers[1].qkv.weight.grad, fused) < 1e-5
+
+
+PARTIAL = [
+    Needs(logits=True),
+    Needs(last_rows=True),
+    Needs(logits=True, last_rows=True),
+    Needs(qkv=(3,)),
+    Needs(qkv=(2,)),
+    Needs(hidden=(0,)),
+    Needs(hidden=(1,), qkv=(1, 2)),
+    Needs(hidden=(3,)),
+    Needs(logits=True, qkv=(3,)),
+    Needs(logits=True, hidden=(3, 0)),
+]
+
+
+def selected(out: Outputs, needs: Needs) -> list[Tensor]:
+    """What ``needs`` reads, out of any outputs that hold it."""
+    rows = [out.head_rows if needs.logits else None, out.last_rows if needs.last_rows else None]
+    return [
+        *(row for row in rows if row is not None),
+        *(out.hidden[layer] for layer in needs.hidden),
+        *(part for layer in needs.qkv for part in out.qkv[layer]),
+    ]
+
+
+def gradients(encoder: Encoder, outputs: list[Tensor]) -> dict[str, Tensor]:
+    """Gradients of a fixed random functional of the outputs."""
+    generator = torch.Generator().manual_seed(2)
+    loss = sum((x * torch.randn(x.shape, generator=generator)).sum() for x in outputs)
+    assert isinstance(loss, Tensor)
+    encoder.zero_grad()
+    loss.backward()
+    return {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("needs", PARTIAL, ids=str)
+def test_partial_forward_is_exact(needs: Needs) -> None:
+    encoder, text = from_hf_model(bert(), mlm_head=True), pack(RAGGED)
+    partial = selected(encoder(text.input_ids, text, needs), needs)
+    full = selected(encoder(text.input_ids, text, EVERYTHING), needs)
+    for ours, whole in zip(partial, full, strict=True):
+        torch.testing.assert_close(ours, whole, atol=1e-6, rtol=1e-6)
+    mine, plain = gradients(encoder, partial), gradients(encoder, full)
+    for name, gradient in plain.items():
+        if name in mine:
+            assert relative_error(mine[name], gradient) < 1e-5, name
+        else:  # not run: the plain computation has nothing to say there either
+            assert not gradient.any(), name
+
+
+def test_layers_above_the_need_are_not_run() -> None:
+    encoder, text = from_hf_model(bert(), mlm_head=True), pack(RAGGED)
+    reached = gradients(encoder, selected(encoder(text.input_ids, text, Needs(qkv=(2,))), Needs(qkv=(2,))))
+    assert "layers.0.down.weight" in reached and "layers.1.qkv.weight" in reached
+    assert not [name for name in reached if name.startswith(("layers.2.", "head."))]
+    assert not [name for name in reached if name.startswith("layers.1.") and "qkv" not in name]
+
+
+def test_union_reads_what_either_reads() -> None:
+    union = Needs(hidden=(2,), qkv=(1,)).union(Needs(logits=True, hidden=(0, 2), qkv=(3,)))
+    assert union == Needs(logits=True, hidden=(0, 2), qkv=(1, 3))
+    assert [n.depth(3) for n in (union, Needs(hidden=(0,)), Needs(qkv=(2,), hidden=(1,)))] == [3, 0, 2]
+
+
+def test_predictions_may_miss_whole_sequences() -> None:
+    encoder, text = from_hf_model(bert(), mlm_head=True), pack(RAGGED)
+    few = PackedText(**{**vars(text), "predicted": torch.tensor([20, 21, 100])})
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            rows = encoder(few.input_ids, few, Needs(last_rows=True))
+            whole = encoder(few.input_ids, few, Needs(hidden=(3,))).hidden[3][few.predicted]
+        tolerance = 1e-6 if dtype == torch.float32 else 3e-2
+        torch.testing.assert_close(rows.last_rows, whole, atol=tolerance, rtol=tolerance)
+        for name, gradient in gradients(encoder, selected(rows, Needs(last_rows=True))).items():
+            assert gradient.isfinite().all(), name
+
+
+@pytest.mark.parametrize("lengths", [RAGGED, (16,) * 4], ids=["ragged", "equal"])
+def test_bfloat16_errs_no_more_than_transformers(lengths: tuple[int, ...]) -> None:
+    model, text = bert(), pack(lengths)
+    exact, exact_logits = eager(model, text)
+    encoder = from_hf_model(model, mlm_head=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs, their_logits = eager(model, text)
+        out = encoder(text.input_ids, text, EVERYTHING)
+        ours = logits(encoder, out)
+    for layer in range(1, 4):
+        assert out.hidden[layer].dtype == torch.float32  # the residual stream
+        assert relative_error(out.hidden[layer], exact[layer]) < 1.2 * relative_error(theirs[layer], exact[layer])
+    assert relative_error(ours, exact_logits) < 1.2 * relative_error(their_logits, exact_logits)
+
+
+def test_bfloat16_gradients_are_bfloat16_close() -> None:
+    encoder, text = from_hf_model(bert(), mlm_head=True), pack(RAGGED)
+    needs = Needs(logits=True, qkv=(3,))
+    exact = {k: v.clone() for k, v in gradients(encoder, selected(encoder(text.input_ids, text, needs), needs)).items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = selected(encoder(text.input_ids, text, needs), needs)
+    for name, gradient in gradients(encoder, outputs).items():
+        assert gradient.dtype == torch.float32
+        assert relative_error(gradient, exact[name]) < 0.05, name
+
+
+# Dynamo itself looks at .grad of a layer's input, which is no leaf.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_layers_trace_as_one_graph_each() -> None:
+    encoder, text = from_hf_model(bert(), mlm_head=True), pack(RAGGED)
+    needs = Needs(logits=True, hidden=(1,))
+    plain = gradients(encoder, selected(encoder(text.input_ids, text, needs), needs))
+    plain = {name: gradient.clone() for name, gradient in plain.items()}
+    for layer in encoder.layers:
+        assert isinstance(layer, Layer)
+        layer.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    traced = gradients(encoder, selected(encoder(text.input_ids, text, needs), needs))
+    for name, gradient in plain.items():
+        assert relative_error(traced[name], gradient) < 1e-5, name
+
+
+def test_dropout_is_off_unless_asked_for() -> None:
+    encoder, text = from_hf_model(bert(), mlm_head=True), pack(RAGGED)
+    encoder.train()
+    first, again = (encoder(text.input_ids, text, Needs(hidden=(3,))).hidden[3] for _ in range(2))
+    assert torch.equal(first, again)
+    for needs in (Needs(hidden=(0, 3)), Needs(last_rows=True)):
+        one, two = (encoder(text.input_ids, text, needs, dropout=0.1) for _ in range(2))
+        for a, b in zip(selected(one, needs), selected(two, needs), strict=True):
+            assert not torch.equal(a, b)
+    dropped = encoder(text.input_ids, text, Needs(hidden=(0,)), dropout=0.25).hidden[0]
+    assert float((dropped == 0).float().mean()) == pytest.approx(0.25, abs=0.02)
+
+
+def test_initialisation_is_berts_and_depends_on_the_seed() -> None:
+    one, same, other = (Encoder(TINY, mlm_head=True, seed=seed).state_dict() for seed in (1, 1, 2))
+    for name, parameter in one.items():
+        assert torch.equal(parameter, same[name])
+        if name.endswith("bias") or "norm" in name:
+            assert torch.equal(parameter, torch.full_like(parameter, float("norm.weight" in name))), name
+        else:
+            assert not torch.equal(parameter, other[name]), name
+            deviation = 0.02 * (1 + 4 / parameter.numel() ** 0.5)
+            assert 0.02**2 / deviation < float(parameter.std()) < deviation, name
+    assert not one["word_embeddings.weight"][0].any()
+
+
+def test_padding_has_no_embedding_gradient() -> None:
+    encoder, text = from_hf_model(bert(), mlm_head=True), pack(RAGGED)
+    text.input_ids[3:6] = 0
+    reached = gradients(encoder, selected(encoder(text.input_ids, text, Needs(hidden=(1,))), Needs(hidden=(1,))))
+    assert not reached["word_embeddings.weight"][0].any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 5}, "width 48 is not divisible by 5 heads"),
+        ({"family": "t5"}, "model family 't5'"),
+        ({"hidden_act": "relu"}, "activation 'relu'"),
+    ],
+)
+def test_impossible_shapes_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EncoderConfig(**{**vars(TINY), **changes})  # type: ignore[arg-type]
+
+
+def test_logits_without_a_head_are_refused() -> None:
+    encoder, text = Encoder(TINY, mlm_head=False), pack(RAGGED)
+    with pytest.raises(ValueError, match="no MLM head"):
+        encoder(text.input_ids, text, Needs(logits=True))
+    with pytest.raises(ValueError, match="no MLM head"):
+        _ = encoder.decoder_bias

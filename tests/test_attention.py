@@ -1,0 +1,191 @@
+"""varlen_attention against attention written out for each sequence in float64, and its backends against each other."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastkd.models.attention import BACKENDS, available_backends, choose_backend, varlen_attention
+from fastkd.models.attention_cpu import plan
+
+HEADS, WIDTH = 3, 8
+Lengths = tuple[int, ...]
+
+
+def boundaries(lengths: Lengths) -> Tensor:
+    return torch.tensor((0, *lengths)).cumsum(0).int()
+
+
+def inputs(lengths_q: Lengths, lengths_k: Lengths, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """q, k and v as slices of one fused projection, as the encoder's are."""
+    generator = torch.Generator().manual_seed(0)
+    rows = max(sum(lengths_q), sum(lengths_k))
+    fused = torch.randn(rows, 3, HEADS, WIDTH, generator=generator, dtype=torch.float64).mul(2).to(dtype)
+    return [fused[: sum(lengths_q), 0], fused[: sum(lengths_k), 1], fused[: sum(lengths_k), 2]]
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor, lengths_q: Lengths, lengths_k: Lengths) -> Tensor:
+    """softmax(q kᵀ / √d) v, sequence by sequence, as in a textbook."""
+    rows = []
+    for q_b, k_b, v_b in zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True):
+        weights = torch.softmax(torch.einsum("ihd,jhd->hij", q_b, k_b) / WIDTH**0.5, dim=-1)
+        rows.append(torch.einsum("hij,jhd->ihd", weights, v_b))
+    return torch.cat(rows)
+
+
+def with_gradients(function, tensors: list[Tensor]) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    """The function's output and its gradients in a fixed direction, in float64."""
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    out = function(*leaves)
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.device)
+    out.backward(direction.to(out.dtype))
+    return [out.detach().double(), *(leaf.grad.double() for leaf in leaves if leaf.grad is not None)]
+
+
+def ours(lengths_q: Lengths, lengths_k: Lengths, *, slack: int = 0, dropout: float = 0.0, backend: str | None = None):  # type: ignore[no-untyped-def]
+    cu = boundaries(lengths_q), boundaries(lengths_k)
+    longest = max(lengths_q) + slack, max(lengths_k) + slack
+    return lambda q, k, v: varlen_attention(q, k, v, *cu, *longest, dropout=dropout, backend=backend)
+
+
+def traced(lengths_q: Lengths, lengths_k: Lengths):  # type: ignore[no-untyped-def]
+    """The path that a graph, or a GPU without another backend, takes: SDPA over padded sequences."""
+    function = ours(lengths_q, lengths_k, slack=3, backend="sdpa")
+    torch.compiler.reset()
+    return torch.compile(function, backend="eager", fullgraph=True)
+
+
+CASES = [
+    ((7,), (7,)),
+    ((1,), (1,)),
+    ((5, 1, 12, 3), (5, 1, 12, 3)),
+    ((6, 6, 6), (6, 6, 6)),
+    ((4, 0, 9, 0, 0), (4, 0, 9, 0, 0)),  # empty sequences
+    ((2, 1, 3), (9, 16, 4)),  # predicted rows
+    ((2, 0, 3, 0), (9, 16, 4, 7)),  # sequences without a predicted row, the last one too
+    ((33, 64, 65, 128, 17), (33, 64, 65, 128, 17)),
+]
+
+
+@pytest.mark.parametrize(("lengths_q", "lengths_k"), CASES, ids=str)
+def test_equals_attention_written_out(lengths_q: Lengths, lengths_k: Lengths) -> None:
+    tensors = inputs(lengths_q, lengths_k)
+    expected = with_gradients(lambda q, k, v: written_out(q, k, v, lengths_q, lengths_k), tensors)
+    for function in (ours(lengths_q, lengths_k), traced(lengths_q, lengths_k)):
+        for mine, theirs in zip(with_gradients(function, tensors), expected, strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("lengths_q", "lengths_k"), CASES, ids=str)
+def test_bfloat16_is_within_its_rounding(lengths_q: Lengths, lengths_k: Lengths) -> None:
+    tensors = inputs(lengths_q, lengths_k, torch.bfloat16)
+    exact = [x.double() for x in tensors]
+    expected = with_gradients(lambda q, k, v: written_out(q, k, v, lengths_q, lengths_k), exact)
+    plain = with_gradients(lambda q, k, v: written_out(q, k, v, lengths_q, lengths_k), tensors)
+    mine = with_gradients(ours(lengths_q, lengths_k), tensors)
+    for out, reference, true in zip(mine, plain, expected, strict=True):
+        error, allowed, size = (float(x.norm()) for x in (out - true, reference - true, true))
+        assert error <= max(1.5 * allowed, 1e-3 * size), f"{error:.2e} against {allowed:.2e} of {size:.2e}"
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 20)), min_size=1, max_size=12))
+def test_any_lengths(pairs: list[tuple[int, int]]) -> None:
+    lengths_k = tuple(k for _, k in pairs)
+    lengths_q = tuple(min(q, k) for q, k in pairs)
+    if not sum(lengths_q):
+        lengths_q = lengths_k
+    tensors = inputs(lengths_q, lengths_k)
+    expected = with_gradients(lambda q, k, v: written_out(q, k, v, lengths_q, lengths_k), tensors)
+    for mine, true in zip(with_gradients(ours(lengths_q, lengths_k), tensors), expected, strict=True):
+        torch.testing.assert_close(mine, true, atol=1e-12, rtol=1e-12)
+    half = with_gradients(ours(lengths_q, lengths_k), [x.bfloat16() for x in tensors])
+    for mine, true in zip(half, expected, strict=True):
+        torch.testing.assert_close(mine, true, atol=0.15, rtol=0.15)
+
+
+def test_groups_hold_every_row_once_and_pad_little() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = tuple(torch.randint(1, 129, (64,), generator=generator).tolist())
+    keys = plan(lengths, lengths).keys
+    assert torch.equal(keys.gather[keys.scatter], torch.arange(sum(lengths)))
+    assert len(keys.padding) + sum(lengths) == len(keys.gather) == sum(b * s for b, s in keys.sizes)
+    pairs = sum(b * s * s for b, s in keys.sizes)
+    assert pairs < 1.4 * sum(n * n for n in lengths) < 64 * 128**2
+
+
+def test_no_sequence_sees_another() -> None:
+    lengths = (5, 9, 4)
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = inputs(lengths, lengths, dtype)
+        before = ours(lengths, lengths)(q, k, v)
+        k, v = k.clone(), v.clone()
+        k[5:14], v[5:14] = 50.0, -50.0
+        after = ours(lengths, lengths)(q, k, v)
+        assert torch.equal(before[:5], after[:5]) and torch.equal(before[14:], after[14:])
+        assert not torch.equal(before[5:14], after[5:14])
+
+
+def test_dropout_drops_attention_weights() -> None:
+    lengths = (40, 24)
+    q, k, v = inputs(lengths, lengths, torch.float32)
+    torch.manual_seed(0)
+    draws = torch.stack([ours(lengths, lengths, dropout=0.3)(q, k, v) for _ in range(300)])
+    assert draws.std(dim=0).mean() > 0.1
+    error = (draws.mean(dim=0) - ours(lengths, lengths)(q, k, v)).abs()
+    assert float((error / (draws.std(dim=0) / 300**0.5)).mean()) < 1.2  # of a normal mean: 0.8 standard errors
+
+
+def test_a_second_derivative_is_refused() -> None:
+    q, k, v = (x.requires_grad_() for x in inputs((4, 3), (4, 3), torch.bfloat16))
+    (gradient,) = torch.autograd.grad(ours((4, 3), (4, 3))(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_two_runs_give_identical_bits() -> None:
+    lengths = (33, 64, 65, 128, 17)
+    for dtype in (torch.float32, torch.bfloat16):
+        first, again = (with_gradients(ours(lengths, lengths), inputs(lengths, lengths, dtype)) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_the_cpu_takes_sdpa_and_refuses_the_rest() -> None:
+    assert choose_backend("cpu", torch.bfloat16) == "sdpa" == choose_backend("cpu", torch.float32, 0.1, "sdpa")
+    assert available_backends()[-1] == "sdpa"
+    with pytest.raises(ValueError, match="'flash' is unknown; take one of flash_attn, varlen_attn, sdpa"):
+        choose_backend("cpu", torch.bfloat16, override="flash")
+    for backend in BACKENDS[:2]:
+        with pytest.raises(ValueError, match=f"--attention {backend} .*use --attention sdpa"):
+            choose_backend("cpu", torch.bfloat16, override=backend)
+        with pytest.raises(ValueError, match=f"--attention {backend}"):
+            varlen_attention(*inputs((3,), (3,)), boundaries((3,)), boundaries((3,)), 3, 3, backend=backend)
+
+
+@pytest.mark.gpu
+def test_gpu_backends_agree() -> None:
+    lengths_q, lengths_k = (2, 1, 30, 0), (90, 16, 300, 7)
+    for sizes in ((lengths_q, lengths_k), (lengths_k, lengths_k)):
+        tensors = [x.cuda() for x in inputs(*sizes, torch.bfloat16)]
+        exact = [x.double() for x in tensors]
+        true = with_gradients(lambda q, k, v, n=sizes: written_out(q, k, v, *n), exact)
+        cu, longest = [boundaries(n).cuda() for n in sizes], [max(n) for n in sizes]
+        for backend in available_backends():
+            function = lambda q, k, v: varlen_attention(q, k, v, *cu, *longest, backend=backend)  # noqa: B023, E731
+            for mine, theirs in zip(with_gradients(function, tensors), true, strict=True):
+                assert float((mine - theirs).norm() / theirs.norm()) < 1e-2, backend
+
+
+@pytest.mark.gpu
+def test_gpu_takes_the_fastest_and_refuses_dropout_where_it_cannot() -> None:
+    fastest = available_backends()[0]
+    assert choose_backend("cuda", torch.bfloat16) == fastest != "sdpa"
+    assert choose_backend("cuda", torch.float32) == "sdpa"
+    with pytest.raises(ValueError, match="cannot drop attention weights; use --dropout 0"):
+        choose_backend("cuda", torch.bfloat16, 0.1, "varlen_attn")
+    for dropout, backend in itertools.product((0.0, 0.1), available_backends()):
+        if not (dropout and backend == "varlen_attn"):
+            assert choose_backend("cuda", torch.bfloat16, dropout, backend) == backend
