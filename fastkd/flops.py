@@ -40,13 +40,14 @@ def linear_kd_flops(predicted: int, vocab: int, student_width: int, teacher_widt
     return 2 * predicted * vocab * (3 * student_width + teacher_width)
 
 
-def relation_kl_flops(pairs: int, student_width: int, teacher_width: int, *, cross: bool = False) -> int:
-    """Scores of student and teacher and the student's gradient: 2·pairs·(2·Ds + Dt) for a self-relation, whose
-    (G + Gᵀ)S is one product, and 2·pairs·(3·Ds + Dt) for a cross relation, which has two."""
-    products = 3 if cross else 2
-    return 2 * pairs * (products * student_width + teacher_width)
+def relation_kl_flops(pairs: int, student_width: int, teacher_width: int) -> int:
+    """Scores of both models and the student's two gradients: 2·pairs·(3·Ds + Dt), self-relation or query–key alike.
+
+    The fused self-relation makes one product of its two gradients; what is counted is the plain definition's.
+    """
+    return 2 * pairs * (3 * student_width + teacher_width)
 
 
 def score_mse_flops(pairs: int, student_width: int, teacher_width: int) -> int:
-    """Scores of student and teacher and two gradients: 2·pairs·(3·Ds + Dt)."""
+    """Scores of both models and the student's two gradients: 2·pairs·(3·Ds + Dt)."""
     return 2 * pairs * (3 * student_width + teacher_width)

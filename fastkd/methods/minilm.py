@@ -57,4 +57,4 @@ class METHOD(Method):
     def loss_flops(self, *, tokens: int, pairs: int, predicted: int) -> int:
         assert self.teacher_config is not None
         widths = self.student_config.hidden_size, self.teacher_config.hidden_size
-        return flops.relation_kl_flops(pairs, *widths, cross=True) + flops.relation_kl_flops(pairs, *widths)
+        return 2 * flops.relation_kl_flops(pairs, *widths)
