@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -83,24 +84,31 @@ def load(source: str | Path, *, device: torch.device | str = "cpu", sha256: str 
     digest = file_sha256(Path(where) / "model.safetensors") if Path(where).is_dir() else None
     if sha256 is not None and digest != sha256:
         raise ValueError(f"{where}/model.safetensors has sha256 {digest}, not {sha256}; download it again")
-    try:
-        with _quiet():
-            hf_config = AutoConfig.from_pretrained(where)
-            config = from_hf(hf_config)
-            model, info = AutoModelForMaskedLM.from_pretrained(where, dtype=torch.float32, output_loading_info=True)
-            tokenizer = AutoTokenizer.from_pretrained(where)
-    except OSError as error:
-        raise ValueError(f"cannot load {str(source)!r} ({_first_line(error)}); {REMEDY}") from error
-    encoder = from_hf_model(model, mlm_head=not _head_missing(info["missing_keys"], config, where))
+    with _readable(source):
+        hf_config = AutoConfig.from_pretrained(where)
+    config = from_hf(hf_config)
+    with _readable(source):
+        model, found = AutoModelForMaskedLM.from_pretrained(
+            where, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(where)
+    encoder = from_hf_model(model, mlm_head=_has_head(found, where)).to(device)
     revision = None if digest else getattr(hf_config, "_commit_hash", None)
-    return Loaded(encoder.to(device), config, tokenizer, str(source), digest, revision)
+    return Loaded(encoder, config, tokenizer, str(source), digest, revision)
 
 
 REMEDY = "name a hub id, a Hugging Face folder or a finished run, or use --preset quickstart"
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+@contextlib.contextmanager
+def _readable(source: str | Path) -> Iterator[None]:
+    """transformers' reading, without bars and reports; what it cannot read becomes one line."""
+    try:
+        with _quiet():
+            yield
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"cannot load {str(source)!r} ({reason}); {REMEDY}") from error
 
 
 def _resolve(source: str | Path) -> str:
@@ -137,12 +145,16 @@ def file_sha256(path: Path) -> str | None:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _head_missing(missing: set[str], config: EncoderConfig, where: str) -> bool:
-    """Whether the checkpoint lacks the MLM head; raises where it lacks anything else."""
-    head = {key for key in missing if key.startswith(("cls.", "lm_head."))}
-    if missing - head:
-        raise ValueError(f"{where} lacks {sorted(missing - head)[0]} and {len(missing) - 1} more; {REMEDY}")
-    return bool(head)
+def _has_head(found: dict[str, Any], where: str) -> bool:
+    """Whether the checkpoint holds the MLM head; raises where anything else is missing or of another shape."""
+    if found["mismatched_keys"]:
+        name, stored, wanted = sorted(found["mismatched_keys"])[0]
+        raise ValueError(f"{where}: {name} is {list(stored)}, but its config.json wants {list(wanted)}; {REMEDY}")
+    head = {key for key in found["missing_keys"] if key.startswith(("cls.", "lm_head."))}
+    other = sorted(set(found["missing_keys"]) - head)
+    if other:
+        raise ValueError(f"{where} lacks {other[0]} and {len(other) - 1} more; {REMEDY}")
+    return not head
 
 
 def from_hf(config: PreTrainedConfig) -> EncoderConfig:
@@ -254,14 +266,16 @@ def export(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, folder: Path, *
     ``mlm_head`` is whether the head was trained: if not, the bare model is written. A folder already there is
     replaced.
     """
-    folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     written = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    with _quiet():
-        to_hf_model(encoder, mlm_head=mlm_head).save_pretrained(written)
-    tokenizer.save_pretrained(written)
-    (written / "README.md").write_text(card, encoding="utf-8")
-    _replace(written, folder)
+    try:
+        with _quiet():
+            to_hf_model(encoder, mlm_head=mlm_head).save_pretrained(written)
+        tokenizer.save_pretrained(written)
+        (written / "README.md").write_text(card, encoding="utf-8")
+        _replace(written, folder)
+    finally:
+        shutil.rmtree(written, ignore_errors=True)
 
 
 def _replace(written: Path, folder: Path) -> None:

@@ -1,0 +1,223 @@
+"""Hugging Face checkpoints: what is exported loads elsewhere as it was, and what is refused says why."""
+
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from packed_text import RAGGED, VOCAB, bert, pack, roberta
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from fastkd.models.encoder import Encoder, Needs
+from fastkd.models.hf import export, from_hf, from_hf_model, init_from_teacher, load, student_config, to_hf
+
+ALL = Needs(hidden=(0, 1, 2, 3))
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    special = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]", "pad": "[PAD]"}
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(VOCAB - 5))]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, **{f"{name}_token": token for name, token in special.items()}
+    )
+
+
+def encoder_of(make: Callable[[], PreTrainedModel], mlm_head: bool = True) -> Encoder:
+    return from_hf_model(make(), mlm_head=mlm_head)
+
+
+def same_parameters(one: Encoder, other: Encoder) -> bool:
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("make", [bert, roberta])
+def test_exported_masked_lm_loads_in_transformers(
+    make: Callable[[], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    encoder, text = encoder_of(make), pack(RAGGED)
+    export(encoder, tokenizer, tmp_path / "final", card="# A student\n", mlm_head=True)
+    with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
+        warnings.simplefilter("error")
+        logging.getLogger("transformers").propagate = True
+        model = AutoModelForMaskedLM.from_pretrained(tmp_path / "final").eval()
+        logging.getLogger("transformers").propagate = False
+        assert not caplog.records
+        body = AutoModel.from_pretrained(tmp_path / "final", add_pooling_layer=False).eval()
+    ids, real = text.padded(model.config.pad_token_id)
+    out = encoder(text.input_ids, text, replace(ALL, logits=True))
+    assert out.head_rows is not None
+    with torch.no_grad():
+        theirs = model(ids, attention_mask=real.long(), output_hidden_states=True)
+        bare = body(ids, attention_mask=real.long()).last_hidden_state[real]
+    for layer, hidden in out.hidden.items():
+        torch.testing.assert_close(hidden, theirs.hidden_states[layer][real], atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.hidden[3], bare, atol=1e-5, rtol=0)
+    ours = out.head_rows @ encoder.decoder_weight.T + encoder.decoder_bias
+    torch.testing.assert_close(ours, theirs.logits[real][text.predicted], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("make", [bert, roberta])
+def test_exported_bare_model_lacks_the_pooler_alone(
+    make: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    encoder, text = encoder_of(make), pack(RAGGED)
+    export(encoder, tokenizer, tmp_path / "final", card="# A student\n", mlm_head=False)
+    model, found = AutoModel.from_pretrained(tmp_path / "final", output_loading_info=True)
+    assert {name.split(".")[0] for name in found["missing_keys"]} <= {"pooler"}
+    assert not found["unexpected_keys"] and not found["mismatched_keys"]
+    ids, real = text.padded(model.config.pad_token_id)
+    with torch.no_grad():
+        theirs = model.eval()(ids, attention_mask=real.long()).last_hidden_state[real]
+    torch.testing.assert_close(encoder(text.input_ids, text, ALL).hidden[3], theirs, atol=1e-5, rtol=0)
+    assert load(tmp_path / "final").encoder.head is None
+
+
+@pytest.mark.parametrize("make", [bert, roberta])
+def test_round_trip_keeps_every_bit(
+    make: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    encoder = encoder_of(make)
+    export(encoder, tokenizer, tmp_path / "final", card="# A student\n", mlm_head=True)
+    loaded = load(tmp_path)  # a finished run: its final/
+    assert same_parameters(loaded.encoder, encoder)
+    assert loaded.config == encoder.config == from_hf(to_hf(encoder.config))
+    assert loaded.tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert loaded.source == str(tmp_path) and loaded.revision is None
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in loaded.encoder.parameters())
+
+
+def test_export_is_whole_and_replaces(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    first, second = encoder_of(bert), encoder_of(lambda: bert(seed=1))
+    for encoder in (first, second):
+        export(encoder, tokenizer, tmp_path / "run" / "final", card="# A student\n", mlm_head=True)
+    assert same_parameters(load(tmp_path / "run").encoder, second)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["final"]
+    assert (tmp_path / "run" / "final" / "README.md").read_text() == "# A student\n"
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "final")("w1 w2")["input_ids"] == [6, 7]
+    # An export that fails leaves what was there.
+    with pytest.raises(AttributeError):
+        export(first, None, tmp_path / "run" / "final", card="", mlm_head=True)  # type: ignore[arg-type]
+    assert same_parameters(load(tmp_path / "run").encoder, second)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["final"]
+
+
+def test_quickstart_teacher_is_verified(quickstart_teacher: Path, tmp_path: Path) -> None:
+    digest = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+    loaded = load(quickstart_teacher, sha256=digest)
+    assert loaded.sha256 == digest and loaded.encoder.head is None
+    assert (loaded.config.num_layers, loaded.config.hidden_size, loaded.config.num_heads) == (6, 384, 12)
+    broken = tmp_path / "model"
+    shutil.copytree(quickstart_teacher, broken)
+    with (broken / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")
+    with pytest.raises(ValueError, match=f"has sha256 .* not {digest}; download it again"):
+        load(broken, sha256=digest)
+
+
+def edited(folder: Path, **changes: object) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+def test_what_cannot_be_loaded_is_refused_in_one_line(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    encoder = encoder_of(bert)
+
+    def folder(name: str) -> Path:
+        export(encoder, tokenizer, tmp_path / name, card="", mlm_head=True)
+        return tmp_path / name
+
+    cut = folder("cut")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:1000])
+    (tmp_path / "empty").mkdir()
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=VOCAB)).save_pretrained(tmp_path / "gpt2")
+    without = folder("without")
+    (without / "model.safetensors").unlink()
+    cases = {
+        tmp_path / "empty": "holds no config.json and no finished run",
+        tmp_path / "absent": "cannot load .*absent",
+        tmp_path / "gpt2": "model type 'gpt2' is not supported; use bert or roberta",
+        edited(folder("relu"), hidden_act="relu"): "activation 'relu' is not supported",
+        edited(folder("decoder"), is_decoder=True): "only encoders with absolute positions",
+        edited(folder("untied"), tie_word_embeddings=False): "an untied decoder is not supported",
+        edited(folder("deeper"), num_hidden_layers=4): "lacks bert.encoder.layer.3",
+        edited(
+            folder("wider"), intermediate_size=64
+        ): "intermediate.dense.* is .*100.*, but its config.json wants .*64",
+        cut: "cannot load .*cut",
+        without: "cannot load .*without",
+    }
+    for source, message in cases.items():
+        with pytest.raises(ValueError, match=message) as caught:
+            load(source)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"cannot load 'no-such/model'.*--preset quickstart"):
+        load("no-such/model")
+
+
+def test_student_spec(tokenizer: PreTrainedTokenizerFast) -> None:
+    like = encoder_of(roberta).config
+    short, full = (student_config(spec, like, tokenizer) for spec in ("2L-64H-4A", "2L-64H-4A-100I"))
+    assert short == replace(like, num_layers=2, hidden_size=64, num_heads=4, intermediate_size=256)
+    assert full == replace(short, intermediate_size=100)
+    for spec in ("", "3L-384H", "3l-384h-12a", "0L-64H-4A", "2L-64H-4A-", "2L-64H-4A-100I-1", "x2L-64H-4A"):
+        with pytest.raises(ValueError, match=f"student {spec!r} is malformed; write it as 3L-384H-12A"):
+            student_config(spec, like, tokenizer)
+    with pytest.raises(ValueError, match="width 64 is not divisible by 5 heads"):
+        student_config("2L-64H-5A", like, tokenizer)
+    with pytest.raises(ValueError, match=f"the tokenizer has {VOCAB} tokens, the model 100"):
+        student_config("2L-64H-4A", replace(like, vocab_size=100), tokenizer)
+
+
+def test_student_starts_from_every_other_teacher_layer() -> None:
+    teacher = encoder_of(lambda: bert(layers=6))
+    student = Encoder(replace(teacher.config, num_layers=3, initializer_range=0.1), mlm_head=True)
+    init_from_teacher(student, teacher)
+    for i in range(3):
+        mine, theirs = student.layers[i].state_dict(), teacher.layers[2 * i].state_dict()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert torch.equal(student.word_embeddings.weight, teacher.word_embeddings.weight)
+    assert student.head is not None and teacher.head is not None
+    assert torch.equal(student.head.dense.weight, teacher.head.dense.weight)
+    student.word_embeddings.weight.data.zero_()
+    assert teacher.word_embeddings.weight.any()  # a copy, not the teacher's own
+
+
+def test_student_starts_from_a_teacher_without_a_head() -> None:
+    teacher = encoder_of(bert, mlm_head=False)
+    student = Encoder(replace(teacher.config, num_layers=2), mlm_head=True, seed=3)
+    head = Encoder(student.config, mlm_head=True, seed=3).head
+    init_from_teacher(student, teacher)
+    assert student.head is not None and head is not None
+    assert torch.equal(student.head.dense.weight, head.dense.weight)  # stays as it was initialised
+
+
+@pytest.mark.parametrize(
+    "change", [{"hidden_size": 96}, {"num_heads": 8}, {"intermediate_size": 64}, {"num_layers": 4}]
+)
+def test_student_of_another_shape_cannot_start_from_the_teacher(change: dict[str, int]) -> None:
+    teacher = encoder_of(bert)
+    with pytest.raises(ValueError, match=r"--init-from-teacher needs the teacher's shape.*3L-48H-4A-100I.*--student"):
+        init_from_teacher(Encoder(replace(teacher.config, **change), mlm_head=True), teacher)  # type: ignore[arg-type]

@@ -1,0 +1,133 @@
+"""The frozen teacher: what it computes, what it keeps, whom it refuses to teach."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from packed_text import RAGGED, VOCAB, bert, pack
+from transformers import AutoTokenizer
+
+from fastkd.models.encoder import Encoder, EncoderConfig, Needs
+from fastkd.models.hf import Loaded, from_hf_model, load
+from fastkd.models.teacher import Teacher, check_teacher, tokenizer_hash
+
+
+@pytest.fixture(scope="module")
+def quickstart(quickstart_teacher: Path) -> Loaded:
+    return load(quickstart_teacher)
+
+
+@pytest.fixture
+def random_teacher(quickstart: Loaded) -> Loaded:
+    """A small teacher with an MLM head; its tokenizer is not read."""
+    encoder = from_hf_model(bert(), mlm_head=True)
+    return Loaded(encoder, encoder.config, quickstart.tokenizer, "random")
+
+
+def make(loaded: Loaded, needs: Needs, dtype: torch.dtype = torch.float32) -> Teacher:
+    return Teacher(loaded, needs, device="cpu", dtype=dtype)
+
+
+def test_computes_what_the_encoder_does(random_teacher: Loaded) -> None:
+    text, needs = pack(RAGGED), Needs(logits=True, hidden=(0, 2), qkv=(1,))
+    plain = random_teacher.encoder(text.input_ids, text, needs)
+    taught = make(random_teacher, needs)(text.input_ids, text)
+    assert plain.head_rows is not None and taught.head_rows is not None
+    torch.testing.assert_close(taught.head_rows, plain.head_rows, atol=0, rtol=0)
+    assert taught.head_rows.is_inference()
+    for layer in needs.hidden:
+        assert torch.equal(taught.hidden[layer], plain.hidden[layer])
+
+
+def test_bfloat16_is_autocasts_arithmetic(random_teacher: Loaded) -> None:
+    text, needs = pack(RAGGED), Needs(logits=True, hidden=(3,), qkv=(2,))
+    exact = random_teacher.encoder(text.input_ids, text, needs)
+    teacher = make(random_teacher, needs, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = random_teacher.encoder(text.input_ids, text, needs)
+        inside = teacher(text.input_ids, text)
+    outside = teacher(text.input_ids, text)
+    assert torch.equal(inside.hidden[3], outside.hidden[3])  # whether or not the caller is under autocast
+    assert outside.hidden[3].dtype == torch.float32 and outside.qkv[2][0].dtype == torch.bfloat16
+    error, allowed = (float((x.hidden[3] - exact.hidden[3]).detach().norm()) for x in (outside, autocast))
+    assert error < 1.3 * allowed
+    assert teacher.decoder_weight.dtype == torch.bfloat16 and teacher.decoder_bias.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("needs", "layers", "head"),
+    [(Needs(qkv=(2,)), 2, False), (Needs(hidden=(0,)), 0, False), (Needs(logits=True), 3, True)],
+    ids=str,
+)
+def test_keeps_only_what_is_read(random_teacher: Loaded, needs: Needs, layers: int, head: bool) -> None:
+    teacher = make(random_teacher, needs, torch.bfloat16)
+    assert len(teacher.encoder.layers) == layers and (teacher.encoder.head is not None) == head
+    text = pack(RAGGED)
+    teacher(text.input_ids, text)
+    # The checkpoint itself is left whole and trainable: a student may start from it.
+    assert len(random_teacher.encoder.layers) == 3 and random_teacher.encoder.head is not None
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in random_teacher.encoder.parameters())
+
+
+def test_never_trains(random_teacher: Loaded) -> None:
+    teacher, text = make(random_teacher, Needs(hidden=(3,))), pack(RAGGED)
+    assert not isinstance(teacher, torch.nn.Module)
+    assert not teacher.encoder.training and not any(p.requires_grad for p in teacher.encoder.parameters())
+    holder = torch.nn.Linear(1, 1)
+    holder.teacher = teacher  # type: ignore[assignment]
+    before = teacher(text.input_ids, text).hidden[3]
+    holder.train()
+    assert [name for name, _ in holder.named_parameters()] == ["weight", "bias"]
+    assert not teacher.encoder.training and torch.equal(before, teacher(text.input_ids, text).hidden[3])
+
+
+def test_one_tokenizer_one_hash(quickstart: Loaded, quickstart_teacher: Path, tmp_path: Path) -> None:
+    mine = tokenizer_hash(quickstart.tokenizer)
+    assert mine == tokenizer_hash(AutoTokenizer.from_pretrained(quickstart_teacher))
+    quickstart.tokenizer.save_pretrained(tmp_path)
+    assert mine == tokenizer_hash(AutoTokenizer.from_pretrained(tmp_path))
+    (tmp_path / "tokenizer.json").write_text(
+        (tmp_path / "tokenizer.json").read_text().replace('"lowercase":true', '"lowercase":false').replace(
+            '"lowercase": true', '"lowercase": false'
+        )
+    )  # fmt: skip
+    assert mine != tokenizer_hash(AutoTokenizer.from_pretrained(tmp_path, do_lower_case=False))
+    longer = AutoTokenizer.from_pretrained(quickstart_teacher)
+    longer.add_tokens(["fastkdtoken"])
+    assert mine != tokenizer_hash(longer)
+
+
+def student(loaded: Loaded, **changes: int) -> EncoderConfig:
+    return replace(loaded.config, num_layers=3, **changes)  # type: ignore[arg-type]
+
+
+def test_a_fitting_teacher_is_accepted(quickstart: Loaded, random_teacher: Loaded) -> None:
+    tokenizer = quickstart.tokenizer
+    check_teacher(quickstart, student(quickstart), tokenizer, Needs(qkv=(6,)))
+    check_teacher(quickstart, student(quickstart, hidden_size=96, num_heads=4), tokenizer, Needs(qkv=(6,)))
+    check_teacher(random_teacher, student(random_teacher), tokenizer, Needs(logits=True))
+
+
+def test_an_unfit_teacher_is_refused(quickstart: Loaded, random_teacher: Loaded) -> None:
+    tokenizer, other = quickstart.tokenizer, AutoTokenizer.from_pretrained(quickstart.tokenizer.name_or_path)
+    other.add_tokens(["fastkdtoken"])
+    with pytest.raises(ValueError, match="no MLM head; train one with --method mlm, or use --method minilmv2"):
+        check_teacher(quickstart, student(quickstart), tokenizer, Needs(logits=True))
+    with pytest.raises(ValueError, match="has another tokenizer than the student"):
+        check_teacher(quickstart, student(quickstart), other, Needs(qkv=(6,)))
+    with pytest.raises(ValueError, match=f"has {VOCAB} tokens, the student 300"):
+        check_teacher(random_teacher, student(random_teacher, vocab_size=300), tokenizer, Needs(logits=True))
+    with pytest.raises(ValueError, match="has 6 layers, not 7"):
+        check_teacher(quickstart, student(quickstart), tokenizer, Needs(qkv=(7,)))
+
+
+def test_the_student_is_not_the_teacher(random_teacher: Loaded) -> None:
+    """Training a student that started as the teacher leaves the teacher as it was."""
+    teacher, text = make(random_teacher, Needs(hidden=(3,))), pack(RAGGED)
+    before = teacher(text.input_ids, text).hidden[3]
+    pupil: Encoder = random_teacher.encoder
+    with torch.no_grad():
+        for parameter in pupil.parameters():
+            parameter.add_(1.0)
+    assert torch.equal(before, teacher(text.input_ids, text).hidden[3])
