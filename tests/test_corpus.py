@@ -167,6 +167,13 @@ def test_an_unreachable_hub_names_what_needs_none() -> None:
         check("some/data:config:train")
 
 
+def read(address: str, home: Path, *specs: str) -> subprocess.CompletedProcess[str]:
+    """Print the documents of hub datasets, or what is wrong with them, a line each."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address, "HF_HOME": str(home / "home")}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    return subprocess.run([sys.executable, "-c", READ, *specs], env=environment, capture_output=True, text=True)
+
+
 def test_hub_datasets_stream_from_a_hub(tmp_path: Path) -> None:
     """A server on this machine that speaks the hub's protocol; ``datasets`` reads the address when it is imported."""
     repository = tmp_path / "repository"
@@ -185,11 +192,17 @@ def test_hub_datasets_stream_from_a_hub(tmp_path: Path) -> None:
         "no/data",
     ]
     with serve("some/data", repository) as address:
-        environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
-        result = subprocess.run([sys.executable, "-c", READ, *specs], env=environment, capture_output=True, text=True)
+        result = read(address, tmp_path, *specs)
     lines = result.stdout.splitlines()
     assert lines[:3] == ["['one', 'two', 'three']"] * 3, result.stderr
     assert "Available: ['small']" in lines[3]
     assert "Available splits: ['train']" in lines[4]
     assert "neither a file here nor a dataset on the hub" in lines[5]
     assert len(lines) == len(specs)
+
+
+def test_a_dataset_behind_a_script_is_pointed_to_its_parquet_copy(tmp_path: Path) -> None:
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "repository" / "data.py").write_text("raise SystemExit")
+    with serve("some/data", tmp_path / "repository") as address:
+        assert "some/data@refs/convert/parquet" in read(address, tmp_path, "some/data").stdout

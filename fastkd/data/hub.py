@@ -88,4 +88,6 @@ class HubDataset:
             raise ValueError(f"corpus {self.name!r}: {' '.join(str(error).split())}") from error
         except Exception as error:  # the hub's HTTP library, and so its exceptions, changes from version to version
             reason = " ".join(str(error).split()) or type(error).__name__
+            if "scripts are no longer supported" in reason:
+                remedy = f"{self.name}@refs/convert/parquet is the hub's own copy without the script, where it made one"
             raise HubUnreachable(f"cannot read corpus {self.name!r} from the hub ({reason}): {remedy}") from error
