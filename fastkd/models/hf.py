@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
@@ -32,33 +31,15 @@ from transformers import (
 )
 from transformers import logging as hf_logging
 
+from fastkd.models import parameter_names
 from fastkd.models.encoder import Encoder, EncoderConfig
 
 CLASSES = {
     "bert": (BertConfig, BertForMaskedLM, BertModel),
     "roberta": (RobertaConfig, RobertaForMaskedLM, RobertaModel),
 }
-BODY = {
-    "word_embeddings": "embeddings.word_embeddings",
-    "position_embeddings": "embeddings.position_embeddings",
-    "type_embeddings": "embeddings.token_type_embeddings",
-    "embedding_norm": "embeddings.LayerNorm",
-}
-LAYER = {
-    "attention_output": "attention.output.dense",
-    "attention_norm": "attention.output.LayerNorm",
-    "up": "intermediate.dense",
-    "down": "output.dense",
-    "output_norm": "output.LayerNorm",
-}
-HEAD = {
-    "bert": {
-        "head.dense": "cls.predictions.transform.dense",
-        "head.norm": "cls.predictions.transform.LayerNorm",
-        "head": "cls.predictions",
-    },
-    "roberta": {"head.dense": "lm_head.dense", "head.norm": "lm_head.layer_norm", "head": "lm_head"},
-}
+
+REMEDY = "name a hub id, a Hugging Face folder or a finished run, or use --preset quickstart"
 
 
 @dataclass(frozen=True)
@@ -95,9 +76,6 @@ def load(source: str | Path, *, device: torch.device | str = "cpu", sha256: str 
     encoder = from_hf_model(model, mlm_head=_has_head(found, where)).to(device)
     revision = None if digest else getattr(hf_config, "_commit_hash", None)
     return Loaded(encoder, config, tokenizer, str(source), digest, revision)
-
-
-REMEDY = "name a hub id, a Hugging Face folder or a finished run, or use --preset quickstart"
 
 
 @contextlib.contextmanager
@@ -198,54 +176,13 @@ def to_hf(config: EncoderConfig) -> PreTrainedConfig:
     )
 
 
-def _names(config: EncoderConfig, mlm_head: bool, prefix: str) -> dict[str, str]:
-    """Module names of the encoder → transformers', the fused QKV left out."""
-    names = {ours: f"{prefix}{theirs}" for ours, theirs in BODY.items()}
-    for i in range(config.num_layers):
-        layer = f"{prefix}encoder.layer.{i}"
-        names |= {f"layers.{i}.{ours}": f"{layer}.{theirs}" for ours, theirs in LAYER.items()}
-    return names | (HEAD[config.family] if mlm_head else {})
-
-
 def from_hf_model(model: PreTrainedModel, *, mlm_head: bool) -> Encoder:
     """An encoder with the weights of a BertForMaskedLM or RobertaForMaskedLM."""
     config = from_hf(model.config)
     with torch.device("meta"):
         encoder = Encoder(config, mlm_head=mlm_head)
-    encoder.load_state_dict(_state_from_hf(model.state_dict(), config, mlm_head), assign=True)
+    encoder.load_state_dict(parameter_names.from_hf(model.state_dict(), config, mlm_head=mlm_head), assign=True)
     return encoder.requires_grad_(True)
-
-
-def _state_from_hf(theirs: dict[str, Tensor], config: EncoderConfig, mlm_head: bool) -> dict[str, Tensor]:
-    prefix, state = f"{config.family}.", {}
-    for ours, name in _names(config, mlm_head, prefix).items():
-        for kind in ("weight", "bias"):
-            if f"{name}.{kind}" in theirs:
-                state[f"{ours}.{kind}"] = theirs[f"{name}.{kind}"].clone()
-    for i in range(config.num_layers):
-        for kind in ("weight", "bias"):
-            attention = f"{prefix}encoder.layer.{i}.attention.self"
-            parts = [theirs[f"{attention}.{part}.{kind}"] for part in ("query", "key", "value")]
-            state[f"layers.{i}.qkv.{kind}"] = torch.cat(parts)
-    return state
-
-
-def _state_to_hf(encoder: Encoder, mlm_head: bool) -> dict[str, Tensor]:
-    config, ours = encoder.config, encoder.state_dict()
-    prefix, state = f"{config.family}." if mlm_head else "", {}
-    for name, theirs in _names(config, mlm_head, prefix).items():
-        for kind in ("weight", "bias"):
-            if f"{name}.{kind}" in ours:
-                state[f"{theirs}.{kind}"] = ours[f"{name}.{kind}"]
-    for i in range(config.num_layers):
-        for kind in ("weight", "bias"):
-            parts = ours[f"layers.{i}.qkv.{kind}"].chunk(3)
-            for part, tensor in zip(("query", "key", "value"), parts, strict=True):
-                state[f"{prefix}encoder.layer.{i}.attention.self.{part}.{kind}"] = tensor
-    if mlm_head:
-        decoder = HEAD[config.family]["head"] + ".decoder"
-        state |= {f"{decoder}.weight": encoder.decoder_weight, f"{decoder}.bias": encoder.decoder_bias}
-    return state
 
 
 def to_hf_model(encoder: Encoder, *, mlm_head: bool) -> PreTrainedModel:
@@ -254,9 +191,7 @@ def to_hf_model(encoder: Encoder, *, mlm_head: bool) -> PreTrainedModel:
     config = encoder.config
     _, masked_lm, bare = CLASSES[config.family]
     model = masked_lm(to_hf(config)) if mlm_head else bare(to_hf(config), add_pooling_layer=False)
-    with torch.no_grad():
-        state = {k: v.detach().float().cpu().contiguous() for k, v in _state_to_hf(encoder, mlm_head).items()}
-        model.load_state_dict(state, strict=True)
+    model.load_state_dict(parameter_names.to_hf(encoder, mlm_head=mlm_head), strict=True)
     return model.eval()
 
 
