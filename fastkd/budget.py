@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from fastkd.jsonl import read_jsonl, to_line
+from fastkd.jsonl import drop_torn_line, read_jsonl, to_line
 
 Unit = Literal["gpu-seconds", "flops", "tokens"]
 Charge = Literal["loop", "compute", "all"]
@@ -121,6 +121,8 @@ class Ledger:
         """``devices``: seconds are charged once for each. ``write``: only rank 0 writes."""
         self.totals, self.charge, self.devices = totals, charge, devices
         self.last: dict[str, Any] = {}  # the last step's line
+        if write:
+            drop_torn_line(path)
         self._file = open(path, "a", encoding="utf-8") if write else None  # noqa: SIM115 (closed by close())
 
     def step(

@@ -1,7 +1,7 @@
 """Checkpoints: safetensors and JSON, written atomically, verified at load, two kept.
 
-A checkpoint is a folder ``step-N`` with ``model.safetensors``, ``optimizer.safetensors``, ``state.json`` and, written last,
-``manifest.json`` with the sha256 of each. It is built beside its place, synced to the disk, and renamed into it.
+A checkpoint is a folder ``step-N`` with ``model.safetensors``, ``optimizer.safetensors``, ``state.json`` and, written
+last, ``manifest.json`` with the sha256 of each. It is built beside its place, synced to the disk, and renamed into it.
 """
 
 from __future__ import annotations

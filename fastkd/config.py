@@ -22,6 +22,23 @@ from fastkd import methods
 from fastkd.budget import Budget, Charge
 
 PRESETS = Path(__file__).parent / "presets"
+# The range of each number, both ends included; None where an option may be left out.
+RANGES: dict[str, tuple[float, float]] = {
+    "warmup": (0, 0.99),
+    "dropout": (0, 0.99),
+    "mask_rate": (0.01, 0.9),
+    "seq_length": (8, 8192),
+    "clip_norm": (0, 1e9),
+    "lr": (1e-9, 10),
+    "weight_decay": (0, 1),
+    "adam_beta2": (0, 0.99999),
+    "unique_tokens": (1, 1e15),
+    "log_every": (1, 1e9),
+    "checkpoint_minutes": (0, 1e9),
+    "validations": (0, 1e6),
+    "trace": (0, 1000),
+    "seed": (0, 2**63 - 1),
+}
 # Options that change what is shown or where it lies, not what is trained: no part of a run's name.
 PRESENTATION = ("output_dir", "log_to", "log_every", "trace")
 
@@ -48,6 +65,7 @@ class RunConfig:
         ["quickstart"],
         "hub datasets (id[:config[:split]]), or text, jsonl, parquet files and globs (.gz too)",
     )
+    unique_tokens: int | None = option(None, "use only so many tokens of the corpus, in whole documents")
     text_field: str = option("text", "field or column that holds a document in jsonl, parquet and hub datasets")
     budget_gpu_hours: float | None = option(None, "budget in GPU-hours, summed over devices")
     budget_flops: float | None = option(None, "budget in FLOPs of student, teacher and loss")
@@ -113,15 +131,9 @@ class RunConfig:
             ValueError: naming the option, its value and its range.
         """
         _ = self.budget
-        ranges: tuple[tuple[str, float, float, float], ...] = (
-            ("warmup", self.warmup, 0, 0.99), ("dropout", self.dropout, 0, 0.99), ("mask_rate", self.mask_rate, 0.01, 0.9),
-            ("seq_length", self.seq_length, 8, 8192), ("clip_norm", self.clip_norm, 0, 1e9), ("lr", self.lr or 1e-4, 1e-9, 10),
-            ("weight_decay", self.weight_decay, 0, 1), ("adam_beta2", self.adam_beta2, 0, 0.99999), ("log_every", self.log_every, 1, 1e9),
-            ("checkpoint_minutes", self.checkpoint_minutes, 0, 1e9), ("validations", self.validations, 0, 1e6),
-            ("trace", self.trace, 0, 1000), ("seed", self.seed, 0, 2**63 - 1),
-        )  # fmt: skip
-        for name, value, low, high in ranges:
-            if not low <= value <= high:
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"{flag} must lie between {low:g} and {high:g}, got {value:g}")
         if self.replay is not None and not Path(self.replay).is_file():
@@ -155,6 +167,17 @@ class Resolved:
             name += "-" + hashlib.sha256(json.dumps(others).encode()).hexdigest()[:6]
         return Path(root) / name
 
+    def command(self) -> list[str]:
+        """The command line that means this run."""
+        values, argv = dataclasses.asdict(self.run) | dataclasses.asdict(self.method), ["python", "-m", "fastkd.run"]
+        for name in sorted(self.explicit):
+            value = values[name]
+            if value is None or value is False or value == []:
+                continue
+            argv.append("--" + name.replace("_", "-"))
+            argv += [] if value is True else [str(item) for item in (value if isinstance(value, list) else [value])]
+        return argv
+
     def to_toml(self) -> str:
         """The resolved configuration, as config.toml holds it; options that are not set are left out."""
         return to_toml(dataclasses.asdict(self.run)) + "\n[method_options]\n" + to_toml(dataclasses.asdict(self.method))
@@ -173,22 +196,51 @@ def parse(argv: Sequence[str], prog: str = "python -m fastkd.run") -> Resolved:
     Raises:
         ValueError: an unknown preset, method or option, a value of the wrong kind, or one out of range.
     """
-    chosen, _ = _namespace(_Parser([RunConfig], prog=prog, add_help=False, allow_abbrev=False), argv)
-    preset_name, reason = _choose_preset(chosen.get("preset", "auto"))
-    preset = read_preset(preset_name)
-    module = methods.load(chosen.get("method", preset.get("method", RunConfig.method)))
+    only: list[Any] = [RunConfig]
+    chosen, _ = _namespace(_Parser(only, prog=prog, add_help=False, allow_abbrev=False), argv)
+    preset_name, _ = _choose_preset(chosen.get("preset", "auto"))
+    module = methods.load(chosen.get("method", read_preset(preset_name).get("method", RunConfig.method)))
     epilog = "Options of another method are listed by --method NAME --help."
-    parser = _Parser([RunConfig, module.Config], prog=prog, epilog=epilog, allow_abbrev=False)
+    types: list[Any] = [RunConfig, module.Config]
+    parser = _Parser(types, prog=prog, epilog=epilog, allow_abbrev=False)
     explicit, unknown = _namespace(parser, argv)
     if unknown:
         raise ValueError(_explain_unknown(unknown[0], module.METHOD.name))
+    return resolve(explicit)
+
+
+def resolve(explicit: dict[str, Any]) -> Resolved:
+    """The run that explicit options mean, on top of their preset and the defaults.
+
+    Raises:
+        ValueError: an unknown preset or method, or a value out of range.
+    """
+    preset_name, reason = _choose_preset(explicit.get("preset", "auto"))
+    preset = read_preset(preset_name)
+    module = methods.load(explicit.get("method", preset.get("method", RunConfig.method)))
     values = preset | explicit | {"preset": preset_name, "method": module.METHOD.name}
     if not module.METHOD.uses_teacher:
         values = _without_teacher(values, explicit)
     run = RunConfig(**_fields(RunConfig, values))
     run.check()
-    method = module.Config(**_fields(module.Config, values))
-    return Resolved(run, method, reason, frozenset(explicit))
+    return Resolved(run, module.Config(**_fields(module.Config, values)), reason, frozenset(explicit))
+
+
+def split_options(argv: Sequence[str], own: Any, prog: str) -> tuple[Any, dict[str, Any]]:
+    """Read a command line that holds the options of ``own`` (a dataclass) beside those of runs and of all methods.
+
+    Returns an ``own`` and the run's explicit options.
+
+    Raises:
+        ValueError: an unknown option, or a value of the wrong kind.
+    """
+    types: list[Any] = [RunConfig, *(methods.load(name).Config for name in methods.available()), own]
+    parser = _Parser(types, prog=prog, conflict_handler="resolve", allow_abbrev=False)
+    given, unknown = _namespace(parser, argv)
+    if unknown:
+        raise ValueError(f"unknown option {unknown[0]!r}: --help lists them")
+    names = {f.name for f in dataclasses.fields(own)}
+    return own(**{k: v for k, v in given.items() if k in names}), {k: v for k, v in given.items() if k not in names}
 
 
 def _without_teacher(values: dict[str, Any], explicit: dict[str, Any]) -> dict[str, Any]:

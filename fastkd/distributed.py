@@ -6,6 +6,7 @@ the host a step carries its decisions out and everybody's interrupts in.
 
 from __future__ import annotations
 
+import functools
 import os
 from contextlib import suppress
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ def start() -> World:
 def finish(world: World) -> None:
     """Leave the process group; a peer that died already must not turn a clean exit into an error."""
     if world.size > 1 and dist.is_initialized():
+        _patient_group.cache_clear()
         with suppress(RuntimeError):
             dist.destroy_process_group()
 
@@ -77,11 +79,11 @@ def agree(world: World, decision: Decision) -> Decision:
 
 
 def any_rank(world: World, flag: bool) -> bool:
-    """Whether the flag is set on any rank."""
+    """Whether the flag is set on any rank. Waits as long as the slowest rank takes."""
     if world.size == 1:
         return flag
     value = torch.tensor(float(flag))
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=_patient_group())
     return bool(value.item())
 
 
@@ -94,6 +96,11 @@ def mean(world: World, values: torch.Tensor) -> torch.Tensor:
 
 
 def barrier(world: World) -> None:
-    """Wait for every rank."""
-    if world.size > 1:
-        dist.barrier()
+    """Wait for every rank, for as long as it takes: rank 0 may be tokenising a corpus or fine-tuning."""
+    any_rank(world, False)
+
+
+@functools.cache
+def _patient_group() -> dist.ProcessGroup:
+    """Host collectives without the short time-out; a peer that dies still ends them at once."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=1))

@@ -41,6 +41,14 @@ def _parse(line: bytes) -> Record | None:
     return record if isinstance(record, dict) else None
 
 
+def drop_torn_line(path: Path) -> None:
+    """Cuts off a last line without an end, as a kill leaves it, so that what is appended has its own."""
+    if path.exists():
+        with path.open("rb+") as file:
+            whole = file.read().rfind(b"\n") + 1
+            file.truncate(whole)
+
+
 def cut_jsonl(path: Path, keep: Callable[[Record], bool]) -> None:
     """Rewrites a JSON-lines file with the records that `keep` accepts, atomically: all or nothing happens."""
     kept = [record for record in read_jsonl(path) if keep(record)]

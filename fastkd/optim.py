@@ -25,7 +25,10 @@ def adamw(
 
 
 def clip(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale gradients to at most ``max_norm`` in the 2-norm, in place (0: do not clip). Returns the norm before, on the device."""
+    """Scale gradients to at most ``max_norm`` in the 2-norm, in place (0: do not clip).
+
+    Returns the norm before, on the device.
+    """
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm(grads, foreach=True)
     if max_norm > 0:

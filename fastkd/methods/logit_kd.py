@@ -9,7 +9,6 @@ weights 5, 2 and 1, the cosine between last hidden states); Bui et al. 2024.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +72,7 @@ class METHOD(Method):
         teacher_model: Teacher | None,
     ) -> MethodLoss:
         assert teacher is not None and teacher_model is not None
+        assert student.head_rows is not None
         out = linear_kd(
             student.head_rows,
             student_model.decoder_weight,

@@ -42,6 +42,7 @@ class METHOD(Method):
         student_model: Encoder,
         teacher_model: Teacher | None,
     ) -> MethodLoss:
+        assert student.head_rows is not None
         out = linear_kd(
             student.head_rows,
             student_model.decoder_weight,

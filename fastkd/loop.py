@@ -1,0 +1,301 @@
+"""The loop: steps until the budget is spent. Rank 0 decides, the ledger is charged, the run is validated and saved."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+from fastkd import checkpoint, memory, profiler, schedule
+from fastkd.budget import Ledger, Meter, StepCost, Totals, surviving_steps
+from fastkd.data.batches import Batch
+from fastkd.distributed import Decision, agree, barrier, mean
+from fastkd.jsonl import read_jsonl
+from fastkd.methods import MethodLoss
+from fastkd.monitor import Monitor
+from fastkd.train import Trainer
+
+STEPS_AHEAD = 2  # of the device: so its clock is the one that counts, and no step waits for the host
+VALIDATION_SHARE = 0.02  # of what is charged: validations that would cost more are left out
+SKIPS_TOLERATED = 20  # steps in a row without a finite gradient
+
+
+class Interrupted(Exception):
+    """Asked to stop (Ctrl-C, SIGTERM); the run is saved and can be resumed."""
+
+
+@dataclass
+class IssuedStep:
+    """A step that was given to the device; its seconds and loss are read once the device is done."""
+
+    cost: StepCost
+    progress: float
+    lr: float
+    epoch: float
+    lap: profiler.Lap
+    loss: Tensor  # on the host; valid once the lap has ended
+    skipped: Tensor
+
+
+class Loop:
+    """Steps until the budget is spent: decides, charges, validates, saves."""
+
+    def __init__(self, trainer: Trainer, folder: Path, monitor: Monitor, step_seconds: float) -> None:
+        self.trainer, self.parts, self.world = trainer, trainer.parts, trainer.world
+        self.folder, self.monitor, self.config = folder, monitor, trainer.parts.config
+        self.totals = self._restore()
+        self.ledger = Ledger(
+            folder / "ledger.jsonl", self.config.charge, self.totals, self.world.size, write=self.world.is_main
+        )
+        self._account_for_the_past()
+        self.meter = Meter(self.config.budget, self.totals, step_seconds * self.world.size)
+        self.energy = profiler.EnergyMeter(trainer.device)
+        self.issued: deque[IssuedStep] = deque()
+        self.replayed = self._read_replay()
+        self.saved_at = time.monotonic()
+        self.validation_s, self.validations, self._validated_at = 0.0, 0, 0
+        self.skipped_in_a_row = 0
+        self.seconds = 0.0  # of steps, in this process
+        self._logged = (self.totals.tokens["real"], 0.0)
+        self._interrupted = self._unsaved = False
+
+    # ---- past and end ---------------------------------------------------------------------------------------
+
+    def _restore(self) -> Totals:
+        found = checkpoint.newest(self.folder / "checkpoints")
+        if found is None:
+            return Totals()
+        found.restore(self.trainer.objective, self.trainer.optimizer)
+        return Totals(**found.state["totals"])
+
+    def _account_for_the_past(self) -> None:
+        """Take over what the ledger charged after the checkpoint: events as they are, lost steps as a crash."""
+        lines = read_jsonl(self.folder / "ledger.jsonl")
+        if not lines:
+            return
+        lost = [s for s in surviving_steps(self.folder / "ledger.jsonl") if s["step"] > self.totals.step]
+        lost_s = sum(sum(s["phase_s"].values()) for s in lost)
+        beyond = max(line.get("charged_s", 0.0) for line in lines) - self.totals.charged_s
+        self.totals.charged_s += max(0.0, beyond - lost_s * self.world.size)
+        self.monitor.rewind(self.totals.step)
+        if lost:
+            self.ledger.event("crash", lost_s, lost_steps=len(lost))
+            self.monitor.say(f"resumed at step {self.totals.step}: {len(lost)} steps after its checkpoint are repeated")
+
+    def _read_replay(self) -> list[float] | None:
+        if self.config.replay is None:
+            return None
+        return [line["progress"] for line in surviving_steps(Path(self.config.replay))]
+
+    def run(self, traced: Callable[[], None] = lambda: None) -> None:
+        """Train until no further step fits; ``traced`` is called after each step.
+
+        Raises:
+            Interrupted: after a signal, once saved.
+        """
+        stream = self.parts.stream.prefetch(self.totals.step)
+        with self._signals(), contextlib.closing(stream):
+            try:
+                self._run(stream, traced)
+            except RuntimeError:
+                # A peer is gone or the device failed: what this rank holds is the last whole step.
+                with contextlib.suppress(RuntimeError):
+                    self._rescue()
+                raise
+
+    def _run(self, stream: Iterator[list[Batch]], traced: Callable[[], None]) -> None:
+        self.trainer.clock = profiler.PhaseClock(self.trainer.device)
+        while True:
+            while len(self.issued) >= STEPS_AHEAD or (self.issued and self.trainer.device.type == "cpu"):
+                self._settle()
+            self.trainer.clock.mark("other")
+            decision = agree(self.world, self._decide())
+            self.trainer.clock.mark("communication")
+            if decision.stop or decision.interrupted:
+                break
+            if decision.validate:
+                self._validate_between_steps(decision.progress)
+            if decision.checkpoint:
+                self.save()
+            self._issue(next(stream), decision.progress)
+            traced()
+        while self.issued:
+            self._settle()
+        if decision.interrupted:
+            self.save()
+            raise Interrupted(f"stopped at step {self.totals.step}; issue the same command again to resume")
+
+    # ---- rank 0's decisions ---------------------------------------------------------------------------------
+
+    def _decide(self) -> Decision:
+        if not self.world.is_main:
+            return Decision(0.0, interrupted=self._interrupted)
+        progress = self._progress()
+        if progress is None:
+            return Decision(0.0, stop=True)
+        return Decision(
+            progress,
+            validate=self._validation_due(progress),
+            checkpoint=self._checkpoint_due(),
+            interrupted=self._interrupted,
+        )
+
+    def _progress(self) -> float | None:
+        number = self.totals.step + len(self.issued)
+        if self.replayed is not None:
+            return self.replayed[number] if number < len(self.replayed) else None
+        return self.meter.next_progress(self.parts.step_cost(number), in_flight=len(self.issued))
+
+    def _validation_due(self, progress: float) -> bool:
+        """Whether a multiple of 1/validations was passed, and validating keeps within its share of the cost."""
+        reached = int(progress * self.config.validations)
+        if reached <= self._validated_at or progress >= 1:
+            return False
+        self._validated_at = reached
+        cost = self.validation_s * (self.validations + 1) * self.world.size
+        return cost <= VALIDATION_SHARE * self.totals.charged_s
+
+    def _checkpoint_due(self) -> bool:
+        return self._unsaved and time.monotonic() - self.saved_at >= self.config.checkpoint_minutes * 60
+
+    # ---- one step, from issue to charge ---------------------------------------------------------------------
+
+    def _issue(self, batches: list[Batch], progress: float) -> None:
+        """Give a step to the device. Where memory runs out on any rank, all halve their micro-batch and repeat it."""
+        trainer, number = self.trainer, self.totals.step + len(self.issued)
+        trainer.clock.mark("data")
+        lr = schedule.learning_rate(progress, self.parts.lr, self.config.warmup)
+        if self.config.dropout:
+            torch.manual_seed(self.config.seed + number * self.world.size + self.world.rank)
+        loss, norm, last = self._step_within_memory(batches, number, lr)
+        host = torch.empty(2, dtype=torch.float32, pin_memory=loss.is_cuda)
+        host.copy_(torch.stack([loss.float(), trainer.skipped]), non_blocking=True)
+        trainer.clock.mark("other")
+        epoch = self.parts.stream.epoch_of(number + 1)
+        step = IssuedStep(self.parts.step_cost(number), progress, lr, epoch, trainer.clock.lap(), host[0], host[1])
+        self.issued.append(step)
+        self._unsaved = True
+        if self.monitor.due(number + 1):
+            self._log(norm, last)
+
+    def _step_within_memory(self, batches: list[Batch], number: int, lr: float) -> tuple[Tensor, Tensor, MethodLoss]:
+        if self.trainer.device.type != "cuda":
+            return self.trainer.step(batches, lr)
+        while True:
+            try:
+                return self.trainer.step(batches, lr)
+            except torch.cuda.OutOfMemoryError:
+                self.trainer.objective.zero_grad(set_to_none=True)
+                torch.cuda.empty_cache()
+                batches = self._halve_micro_batch(number)
+
+    def _halve_micro_batch(self, number: int) -> list[Batch]:
+        smaller = memory.smaller_micro_batch(self.parts.micro_tokens, self.parts.pack_tokens)
+        if smaller is None:
+            raise ValueError("out of memory with one pack a micro-batch: give a smaller --student or --seq-length")
+        self.monitor.say(f"out of memory: micro-batch {self.parts.micro_tokens} → {smaller} tokens")
+        self.parts.set_micro_batch(smaller)
+        return self.parts.stream.step(number)
+
+    def _settle(self) -> None:
+        """Charge the oldest step that was issued, once the device has finished it."""
+        step = self.issued.popleft()
+        phase_s = step.lap.seconds()
+        charged = self.ledger.step(
+            step.cost, phase_s, progress=step.progress, epoch=step.epoch,
+            unique=self.parts.stream.unique_of(self.totals.step + 1), joules=self.energy.joules_since_last(),
+            lr=step.lr, loss=float(step.loss),
+        )  # fmt: skip
+        self.meter.observe(charged)
+        self.seconds += charged / self.world.size
+        self.monitor.advance(min(1.0, self.meter.charged() / self.config.budget.amount))
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if step.skipped else 0
+        if self.skipped_in_a_row >= SKIPS_TOLERATED:
+            raise ValueError(f"the gradient was not finite in {SKIPS_TOLERATED} steps in a row: give a smaller --lr")
+
+    def _log(self, norm: Tensor, last: MethodLoss) -> None:
+        """Write one line of metrics; the only place in the loop that waits for the device."""
+        while self.issued:
+            self._settle()
+        parts = mean(self.world, torch.stack([v.float() for v in last.parts.values()]).cpu()).tolist()
+        if not self.world.is_main:
+            return
+        t, line = self.totals, self.ledger.last
+        (tokens, seconds), self._logged = self._logged, (t.tokens["real"], self.seconds)
+        self.monitor.step({
+            "step": t.step, "progress": line["progress"], "charged_s": t.charged_s, "tokens": t.tokens["real"],
+            "loss": line["loss"], "parts": dict(zip(last.parts, parts, strict=True)), "lr": line["lr"],
+            "grad_norm": float(norm), "tokens_per_s": (t.tokens["real"] - tokens) / (self.seconds - seconds),
+            "peak_memory_bytes": profiler.peak_memory_bytes(self.trainer.device),
+        })  # fmt: skip
+
+    # ---- between steps --------------------------------------------------------------------------------------
+
+    def _validate_between_steps(self, progress: float) -> None:
+        while self.issued:
+            self._settle()
+        self.validations += 1
+        self.record_validation(progress, in_loop=True)
+
+    def record_validation(self, progress: float, *, in_loop: bool) -> None:
+        """Validate and write it down. Before the first and after the last step it costs the budget nothing."""
+        if not in_loop:
+            self.trainer.clock = profiler.PhaseClock(self.trainer.device)
+        found = self.trainer.validate()
+        self.validation_s = self.trainer.clock.event("validation")
+        self.ledger.event("validation", self.validation_s, in_loop=in_loop)
+        t = self.totals
+        if self.world.is_main:
+            self.monitor.validation({
+                "step": t.step, "progress": progress, "charged_s": t.charged_s, "tokens": t.tokens["real"],
+                **asdict(found),
+            })  # fmt: skip
+
+    def finish(self) -> None:
+        """Save the end and close the ledger: an export that fails can be repeated."""
+        if self._unsaved:
+            self.save(in_loop=False)
+        self.ledger.close()
+
+    def save(self, *, in_loop: bool = True) -> None:
+        """Write a checkpoint of the last finished step."""
+        while self.issued:
+            self._settle()
+        self.ledger.sync()
+        if self.world.is_main:
+            self._write_checkpoint()
+        barrier(self.world)
+        self.ledger.event("checkpoint", self.trainer.clock.event("checkpoint"), in_loop=in_loop)
+
+    def _rescue(self) -> None:
+        """Save without asking peers, who may be gone; of several survivors one writes."""
+        while self.issued:
+            self._settle()
+        building = self.folder / "checkpoints" / f".building-step-{self.totals.step}"
+        if self._unsaved and not building.exists():
+            self._write_checkpoint()
+
+    def _write_checkpoint(self) -> None:
+        state = {"step": self.totals.step, "totals": asdict(self.totals)}
+        checkpoint.save(self.folder / "checkpoints", self.trainer.objective, self.trainer.optimizer, state)
+        self.saved_at, self._unsaved = time.monotonic(), False
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        def interrupt(number: int, frame: FrameType | None) -> None:
+            self._interrupted = True
+
+        before = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,116 @@
+"""Rows of a comparison: how one is written, which run it means, what sets it apart, and what came of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastkd import methods
+from fastkd.comparison import row_from_run
+from fastkd.config import RunConfig, resolve
+from fastkd.jsonl import Record
+
+# What a row may differ in without being marked: its method, and where and when it ran.
+FREE = {
+    "method",
+    "teacher",
+    "tokenizer",
+    "output_dir",
+    "seed",
+    "lr",
+    "budget_gpu_hours",
+    "budget_flops",
+    "budget_tokens",
+}
+ROW_OPTIONS = {
+    "as_released": "the released objective, not the paper's formula",
+    "init_from_teacher": "the student starts from teacher layers, the others at random",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method, options of this row alone, and a teacher of this row alone."""
+
+    method: str
+    options: tuple[str, ...] = ()
+    teacher: str | None = None
+
+    @property
+    def label(self) -> str:
+        """How tables call it."""
+        extras = "".join(f" +{name.replace('_', '-')}" for name in self.options)
+        return self.method + extras + (f" @{Path(self.teacher).name}" if self.teacher else "")
+
+    @property
+    def slug(self) -> str:
+        """How its folder is called."""
+        return self.label.replace(" ", "").replace("+", "-").replace("@", "-at-")
+
+    def run_options(self, shared: dict[str, Any]) -> dict[str, Any]:
+        """Explicit options of its run: the shared ones that its method reads, and its own."""
+        module = methods.load(self.method)
+        known = {f.name for cls in (RunConfig, module.Config) for f in dataclasses.fields(cls)}
+        options = {name: value for name, value in shared.items() if name in known}
+        if self.teacher is not None:
+            options["teacher"] = self.teacher
+        if not module.METHOD.uses_teacher:
+            lender = options.pop("teacher", None)
+            options.setdefault("tokenizer", lender)
+            options = {name: value for name, value in options.items() if value is not None}
+        return options | {"method": self.method} | dict.fromkeys(self.options, True)
+
+
+def parse_row(spec: str) -> Row:
+    """A row from METHOD[+option…][@TEACHER].
+
+    Raises:
+        ValueError: an unknown method, or an option that its method or a row does not have.
+    """
+    head, _, teacher = spec.strip().partition("@")
+    method, *options = (part.strip().replace("-", "_") for part in head.split("+"))
+    module = methods.load(method)
+    read = {f.name for f in dataclasses.fields(module.Config)} | (
+        {"init_from_teacher"} if module.METHOD.uses_teacher else set()
+    )
+    for name in options:
+        if name not in ROW_OPTIONS or name not in read:
+            allowed = ", ".join("+" + known.replace("_", "-") for known in ROW_OPTIONS if known in read)
+            raise ValueError(f"row {spec!r}: {method} takes {allowed or 'no option'}, not +{name.replace('_', '-')}")
+    if teacher and not module.METHOD.uses_teacher:
+        raise ValueError(f"row {spec!r}: {method} trains without a teacher: leave @{teacher} out")
+    return Row(method, tuple(options), teacher or None)
+
+
+def confounds(row: Row, rows: Sequence[Row], shared: dict[str, Any], lr: float, base_lr: float) -> list[str]:
+    """What sets a row apart from the comparison's first (scratch) row besides its method."""
+    base = next((other for other in rows if other.method == "mlm"), rows[0])
+    mine, theirs = (_settings(each, shared) for each in (row, base))
+    found = [ROW_OPTIONS[name] for name in row.options]
+    if lr != base_lr:
+        found.append(f"learning rate {lr:g}, {base.label} has {base_lr:g}")
+    distilled = [_settings(other, shared)["teacher"] for other in rows if other.method != "mlm"]
+    common = max(set(distilled), key=distilled.count, default=None)
+    if mine["teacher"] is not None and mine["teacher"] != common:
+        found.append(f"teacher {mine['teacher']}, other rows have {common}")
+    named = {*FREE, *ROW_OPTIONS}
+    return found + [
+        f"{k} {mine[k]}, {base.label} has {theirs[k]}" for k in mine if k not in named and mine[k] != theirs[k]
+    ]
+
+
+def _settings(row: Row, shared: dict[str, Any]) -> dict[str, Any]:
+    return dataclasses.asdict(resolve({"budget_tokens": 1} | row.run_options(shared)).run)
+
+
+def results_row(
+    row: Row, *, folder: Path, seed: int, budget: float, scores: dict[str, float], error: str | None, marks: list[str]
+) -> Record:
+    """A row as results.json holds it: what its run's ledger says, its scores, and what sets it apart."""
+    head: Record = {"method": row.method, "label": row.label, "seed": seed, "budget": budget, "confounds": marks}
+    if error is not None or not (folder / "final").is_dir():
+        return head | {"status": "failed", "error": error or "not finished"}
+    return row_from_run(folder) | head | {"scores": scores}

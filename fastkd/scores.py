@@ -1,0 +1,78 @@
+"""Scores of a comparison's rows: held-out masked-language-modelling, and fine-tuning where labelled data is given."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastkd.glue.evaluation import evaluate, require_extra
+from fastkd.glue.tasks import choose_tasks
+from fastkd.run_folder import read_run
+
+MLM_LOSS, MLM_ACCURACY = "held-out MLM loss", "held-out MLM accuracy"
+
+
+class Scorer:
+    """Scores models and finds what was scored before."""
+
+    def __init__(self, data: str | None, tasks: str | None, train_rows: str | None, seeds: int) -> None:
+        """Options as ``CompareConfig`` describes them.
+
+        Raises:
+            ValueError: a folder that is not there, or tasks without data.
+        """
+        self.data, self.seeds = data, seeds
+        self.tasks = tasks.split(",") if tasks else None
+        self.train_rows = _train_rows(train_rows)
+        if data is None and (tasks or train_rows):
+            raise ValueError("--glue-tasks and --glue-train-rows need --glue: a folder of labelled data, or hub")
+        if data is not None:
+            require_extra()
+            if data != "hub" and not Path(data).is_dir():
+                raise ValueError(f"--glue {data} is not a folder: give the one that holds SST-2, MRPC, …, or hub")
+            choose_tasks(self.tasks or (), ())
+
+    def fine_tune(self, model: Path | str, output_dir: Path) -> None:
+        """Fine-tune and score a model into ``output_dir/glue.json``; what is there already is not repeated."""
+        if self.data is not None:
+            data = None if self.data == "hub" else self.data
+            evaluate(model, self.tasks, data, "headline", self.seeds, output_dir, train_rows=self.train_rows)
+
+    @staticmethod
+    def of(folder: Path) -> dict[str, float]:
+        """All scores that lie in a run folder, fine-tuning first."""
+        found = glue_scores(folder)
+        validations = read_run(folder).validations if (folder / "metrics.jsonl").exists() else []
+        return found | (mlm_scores(validations[-1]) if validations else {})
+
+
+def mlm_scores(validation: Mapping[str, Any]) -> dict[str, float]:
+    """The scores of one validation, where a head was trained."""
+    if validation.get("mlm_loss") is None:
+        return {}
+    return {MLM_LOSS: validation["mlm_loss"], MLM_ACCURACY: 100 * validation["accuracy"]}
+
+
+def glue_scores(folder: Path) -> dict[str, float]:
+    """Means of glue.json, named by task and metric; empty where there is none."""
+    path = folder / "glue.json"
+    if not path.exists():
+        return {}
+    content = json.loads(path.read_text())
+    titles = {name: task.title for name, task in choose_tasks([k for k in content if k != "average"], ()).items()}
+    return {
+        f"{title} {metric.replace('_', ' ')}": values["mean"]
+        for name, title in titles.items()
+        for metric, values in content[name].items()
+    }
+
+
+def _train_rows(text: str | None) -> int | dict[str, int] | None:
+    if text is None or text.isdigit():
+        return int(text) if text else None
+    pairs = [part.partition("=") for part in text.split(",")]
+    if any(not value.isdigit() for _, _, value in pairs):
+        raise ValueError(f"--glue-train-rows takes 10000 or sst2=10000,mnli=50000, got {text!r}")
+    return {name.strip(): int(value) for name, _, value in pairs}
