@@ -425,6 +425,18 @@ def test_packs_of_any_corpus_are_full_and_lose_nothing(
         assert np.array_equal(ids[ids >= 0] if packing == "full-sentences" else places, ids[ids >= 0])
 
 
+def test_a_few_long_documents_among_many_short_ones_keep_to_the_static_bound() -> None:
+    """Here one shuffle in three puts more sequences into a pack than the bound has room for."""
+    offsets = np.cumsum([0, *[1] * 200, *[126] * 46])
+    tokens = np.arange(offsets[-1])
+    text = Text(tokens, offsets, seq_length=128, packing="documents", separator=-1, max_tokens=None)
+    packer = Packer(text, pack_tokens=PACK, seed=5)
+    assert packer.packs_per_epoch == 3
+    for pack in range(3 * 60):
+        length, _ = packer.fragments(pack, pack + 1).sizes(1, PACK)
+        assert len(length) <= packer.max_sequences
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 1_000])
 def test_a_shuffle_is_a_permutation_that_depends_on_its_key(count: int) -> None:
     assert sorted(shuffled(count, 7).tolist()) == list(range(count))

@@ -32,7 +32,7 @@ class SpecialIds:
         missing = [name for name, token in ids.items() if token is None]
         if missing:
             raise ValueError(f"the tokenizer has no {', '.join(missing)} token: take that of a BERT or RoBERTa")
-        return cls(**ids, all_special=frozenset(tokenizer.all_special_ids) | frozenset(ids.values()))
+        return cls(**ids, all_special=frozenset(tokenizer.all_special_ids))
 
 
 @dataclass(frozen=True)
