@@ -55,6 +55,16 @@ def test_bfloat16_is_autocasts_arithmetic(random_teacher: Loaded) -> None:
     assert teacher.decoder_weight.dtype == torch.bfloat16 and teacher.decoder_bias.dtype == torch.float32
 
 
+def test_a_student_learns_on_the_batch_that_the_teacher_read(random_teacher: Loaded) -> None:
+    """What the teacher leaves behind in inference mode can be part of the student's graph."""
+    text, needs = pack((31, 7, 12), seed=5), Needs(hidden=(3,))
+    taught = make(random_teacher, needs, torch.bfloat16)(text.input_ids, text)
+    with torch.autocast("cpu", torch.bfloat16):
+        learned = random_teacher.encoder(text.input_ids, text, needs)
+    (learned.hidden[3] - taught.hidden[3].clone()).square().sum().backward()
+    assert all(p.grad is not None for p in random_teacher.encoder.layers.parameters())
+
+
 @pytest.mark.parametrize(
     ("needs", "layers", "head"),
     [(Needs(qkv=(2,)), 2, False), (Needs(hidden=(0,)), 0, False), (Needs(logits=True), 3, True)],

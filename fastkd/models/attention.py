@@ -58,6 +58,8 @@ def _refusal(name: str, device: torch.device, dtype: torch.dtype, dropout: float
         return f"is not available here (it needs CUDA and {install}); use --attention sdpa"
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return f"needs 16-bit tensors on CUDA, not {dtype} on {device.type}; use --attention sdpa"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "needs a GPU of compute capability 8.0; use --attention sdpa"
     if dropout and name == "varlen_attn":
         return f"cannot drop attention weights; use --dropout 0 (now {dropout}) or --attention sdpa"
     return None

@@ -34,7 +34,7 @@ def _one_by_one(q: Tensor, k: Tensor, v: Tensor, lengths_q: tuple[int, ...], len
     contexts = [
         F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in part))[0].transpose(0, 1)
         for part in parts
-        if part[0].shape[0]
+        if part[0].shape[0]  # a batch ends in empty sequences
     ]
     return torch.cat(contexts)
 
@@ -72,9 +72,8 @@ def plan(lengths_q: tuple[int, ...], lengths_k: tuple[int, ...]) -> Plan:
         if length:
             groups[(length * GROUPS - 1) // longest].append(sequence)
     groups = [group for group in groups if group]
-    with torch.inference_mode(False):  # a plan made for the teacher serves the student's autograd too
-        keys = _side(groups, lengths_k)
-        return Plan(_side(groups, lengths_q), keys, _biases(keys))
+    keys = _side(groups, lengths_k)
+    return Plan(_side(groups, lengths_q), keys, _biases(keys))
 
 
 def _side(groups: list[list[int]], lengths: tuple[int, ...]) -> Side:
@@ -82,7 +81,7 @@ def _side(groups: list[list[int]], lengths: tuple[int, ...]) -> Side:
     gathers, reals, sizes = [], [], []
     for group in groups:
         own = torch.tensor([lengths[i] for i in group])[:, None]
-        place = torch.arange(max(1, int(own.max())))
+        place = torch.arange(int(own.max()))
         gathers.append((starts[group][:, None] + place * (place < own)).flatten())
         reals.append((place < own).flatten())
         sizes.append((len(group), len(place)))
