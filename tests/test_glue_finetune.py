@@ -321,19 +321,34 @@ def test_killed_and_issued_again_it_repeats_nothing(run_folder: Path, data: Path
     assert len(after) == 3 and finished.items() <= after.items()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_workers_share_the_cells_and_end_with_their_parent(run_folder: Path, data: Path) -> None:
+def start_two_workers(run_folder: Path, data: Path) -> tuple[subprocess.Popen[str], list[int]]:
+    """An evaluation of two long fine-tunings side by side, and the ids of its child processes."""
     write_sst2(data, train=4000)
     process = start(run_folder, "--data", data, "--seeds", 2, "--jobs", 2)
     wait_for(process, "2 at a time")
     children: list[int] = []
     while len(children) < 3:  # two workers and multiprocessing's resource tracker
         children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    return process, children
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_workers_end_with_their_parent(run_folder: Path, data: Path) -> None:
+    process, children = start_two_workers(run_folder, data)
     handles = [os.pidfd_open(pid) for pid in children]
     process.kill()
     process.communicate()
     for handle in handles:
         assert select.select([handle], [], [], 60)[0], "a worker outlived its parent"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_worker_that_dies_is_named(run_folder: Path, data: Path) -> None:
+    process, children = start_two_workers(run_folder, data)
+    os.kill(max(children), signal.SIGKILL)  # the tracker was started first
+    _, errors = process.communicate()
+    assert process.returncode == 1
+    assert "seed 1, died (exit code -9); the same command continues" in errors and errors.count("\n") == 1
 
 
 def test_a_terminated_evaluation_says_how_to_go_on(run_folder: Path, data: Path) -> None:

@@ -90,8 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(model: str, options: GlueOptions) -> int:
-    from fastkd.glue.evaluation import evaluate  # after --help: these load transformers' Trainer
+    from huggingface_hub.utils import logging as hub_logging
 
+    from fastkd.glue.evaluation import evaluate  # after --help: this loads transformers' Trainer
+
+    hub_logging.set_verbosity_error()  # its retries; what comes of them is said in one line
     result = evaluate(
         model,
         options.tasks.split(",") if options.tasks else None,

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,22 @@ class Plan:
 
     source: Source
     protocol: Protocol
-    cells: list[Cell]
     output_dir: Path
     jobs: int
-    notes: list[str]  # oddities of the data, in one line each
+    cells: list[Cell] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # oddities of the data, in one line each
+
+    def add(self, task: Task, data: Path | None, seeds: int, train_rows: int | None, predict_test: bool) -> None:
+        """Read a task's files and plan its fine-tunings. Raises ValueError for a file that is wrong."""
+        test, absent = _test_splits(task, data, predict_test)
+        splits = load_rows(task, data, train_rows, test)
+        self.notes.extend([*absent, *_oddities(task, splits, train_rows)])
+        sizes = {split: len(rows) for split, rows in splits.items()}
+        digests = {split: rows.sha256 for split, rows in splits.items()}
+        for rate, size in self.protocol.grid:
+            for seed in range(seeds):
+                job = Job(self.source.folder, task, data, train_rows, self.protocol, rate, size, seed, test)
+                self.cells.append(Cell(job, sizes, digests, self.source.sha256, self.output_dir))
 
 
 def evaluate(
@@ -64,7 +76,8 @@ def evaluate(
     tasks: names; None: those of the protocol that ``data`` holds (only those of ``task_files`` where these are given).
     data: a folder with the official files, or in the hub's column names; None: the hub.
     protocol: ``headline`` or ``paper``. seeds: how many, from 0; None: the protocol's.
-    output_dir: where glue.json, glue.md and finished fine-tunings go; None: the run folder, or ``runs/glue-…``.
+    output_dir: where glue.json, glue.md and finished fine-tunings go; None: the run folder, or ``runs/glue-…``. A run's
+    ledger and model card are kept up wherever that is.
     train_rows: at most so many training rows, a fixed random subset, of all tasks or of those named.
     jobs: fine-tunings side by side; None: one a GPU.
 
@@ -76,11 +89,22 @@ def evaluate(
         ValueError: the user's mistakes, in one line, before anything is written.
     """
     require_extra()
-    plan = make_plan(
-        find_model(model), tasks, Path(data) if data is not None else None, protocol, seeds,
-        Path(output_dir) if output_dir is not None else None, [Path(path) for path in task_files], train_rows,
-        predict_test, jobs,
-    )  # fmt: skip
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {protocol!r}: choose from {', '.join(PROTOCOLS)}")
+    for option, value in (("seeds", seeds), ("jobs", jobs)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{option} must be at least 1, not {value}")
+    source = find_model(model)
+    folder = Path(output_dir) if output_dir is not None else source.output_dir
+    for written in (folder, source.run or folder):
+        _check_writable(written)
+    data = Path(data) if data is not None else None
+    chosen = _choose(tasks, [Path(path) for path in task_files], PROTOCOLS[protocol], data)
+    limits = _limits(train_rows, chosen)
+    check_model(source.folder)
+    plan = Plan(source, PROTOCOLS[protocol], folder, jobs or max(1, len(visible_gpus())))
+    for task in chosen.values():
+        plan.add(task, data, seeds or plan.protocol.seeds, limits.get(task.name), predict_test)
     return carry_out(plan, log)
 
 
@@ -90,38 +114,6 @@ def require_extra() -> None:
     if missing:
         name = {"sklearn": "scikit-learn"}.get(missing[0], missing[0])
         raise ValueError(f'GLUE needs {name}: pip install "fastkd[glue]"')
-
-
-def make_plan(
-    source: Source, names: Sequence[str] | None, data: Path | None, protocol_name: str, seeds: int | None,
-    output_dir: Path | None, task_files: Sequence[Path], train_rows: int | Mapping[str, int] | None,
-    predict_test: bool, jobs: int | None,
-) -> Plan:  # fmt: skip
-    """Check all options, files and the model; writes nothing. Raises ValueError, see ``evaluate``."""
-    if protocol_name not in PROTOCOLS:
-        raise ValueError(f"unknown protocol {protocol_name!r}: choose from {', '.join(PROTOCOLS)}")
-    protocol = PROTOCOLS[protocol_name]
-    for option, value in (("seeds", seeds), ("jobs", jobs)):
-        if value is not None and value < 1:
-            raise ValueError(f"--{option} must be at least 1, not {value}")
-    chosen = _choose(names, task_files, protocol, data)
-    limits = _limits(train_rows, chosen)
-    folder = output_dir or source.output_dir
-    for written in (folder, source.run or folder):
-        _check_writable(written)
-    check_model(source.folder)
-    cells, notes = [], []
-    for task in chosen.values():
-        test, absent = _test_splits(task, data, predict_test)
-        splits = load_rows(task, data, limits.get(task.name), test)
-        notes += [*absent, *_oddities(task, splits, limits.get(task.name))]
-        sizes = {split: len(rows) for split, rows in splits.items()}
-        digests = {split: rows.sha256 for split, rows in splits.items()}
-        for rate, size in protocol.grid:
-            for seed in range(seeds or protocol.seeds):
-                job = Job(source.folder, task, data, limits.get(task.name), protocol, rate, size, seed, test)
-                cells.append(Cell(job, sizes, digests, source.sha256, folder))
-    return Plan(source, protocol, cells, folder, jobs or max(1, len(visible_gpus())), notes)
 
 
 def _choose(

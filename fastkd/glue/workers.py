@@ -24,6 +24,8 @@ def run_cells(cells: list[Cell], jobs: int) -> Iterator[tuple[Cell, dict[str, An
         ValueError: what a cell raised.
         ChildProcessError: a worker process died.
     """
+    if not cells:
+        return
     jobs = min(jobs, len(cells))
     if jobs == 1 and torch.cuda.device_count() <= 1:
         for cell in cells:
@@ -49,18 +51,18 @@ def run_cells(cells: list[Cell], jobs: int) -> Iterator[tuple[Cell, dict[str, An
 
 
 def _share_out(cells: list[Cell], workers: dict[Connection, SpawnProcess]) -> Iterator[tuple[Cell, dict[str, Any]]]:
-    waiting, running = cells[::-1], dict[Connection, Cell]()
-    for connection in workers:
-        running[connection] = waiting.pop()
-        connection.send(running[connection])
-    while running:
+    waiting, free, running = cells[::-1], list(workers)[::-1], dict[Connection, Cell]()
+    while waiting or running:
+        while free and waiting:
+            connection, cell = free.pop(), waiting.pop()
+            running[connection] = cell
+            with contextlib.suppress(BrokenPipeError):  # a process that died is found when its result is read
+                connection.send(cell)
         ready = set(multiprocessing.connection.wait(list(running)))
         for connection in [one for one in running if one in ready]:
             cell = running.pop(connection)
             yield cell, _receive(connection, cell, workers[connection])
-            if waiting:
-                running[connection] = waiting.pop()
-                connection.send(running[connection])
+            free.append(connection)
 
 
 def _receive(connection: Connection, cell: Cell, process: SpawnProcess) -> dict[str, Any]:
@@ -103,7 +105,6 @@ def _end_with_parent() -> None:
 
 def visible_gpus() -> list[str]:
     """What CUDA_VISIBLE_DEVICES would name, without touching a GPU."""
+    count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [name for name in named.split(",") if name]
-    return [str(i) for i in range(torch.cuda.device_count())]
+    return named.split(",")[:count] if named else [str(i) for i in range(count)]
