@@ -4,7 +4,8 @@
 
 Variants take turns, a task at a time, so that a machine that slows down slows all of them. ``plain`` is what
 transformers' run_glue example does with padding by batch: float32, rows in random order, scores at the end; ``plain
-bf16`` is the same with ``bf16=True``. Times start after imports and hold loading, tokenising, training and scoring.
+bf16`` is the same with ``bf16=True``. Times start after imports and hold loading, tokenising, training and scoring. A
+sample holds fewer words than a whole task, so that cutting the vocabulary gains some 4% more here than there.
 """
 
 from __future__ import annotations

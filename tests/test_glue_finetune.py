@@ -21,8 +21,8 @@ from fastkd.glue import __main__ as command_line
 from fastkd.glue.cells import Cell
 from fastkd.glue.encoded import EncodedTask, LengthGroupedBatches, Split, collate, cut_embeddings, encode, load_rows
 from fastkd.glue.evaluation import evaluate
-from fastkd.glue.finetune import Job, finetune, load_classifier, predict
-from fastkd.glue.protocol import HEADLINE, PAPER
+from fastkd.glue.finetune import Job, finetune, load_classifier, predict, training_arguments
+from fastkd.glue.protocol import HEADLINE, PAPER, Protocol
 from fastkd.glue.scores import choose, markdown, to_json, update_card
 from fastkd.glue.tasks import TASKS
 
@@ -113,15 +113,29 @@ def test_regression_learns_and_is_scored_in_float32(student: Path, tmp_path: Pat
     folder = tmp_path / "stsb"
     folder.mkdir()
     rows = [{"sentence1": f"{i} cats", "sentence2": "cats " * (i % 6), "label": float(i % 6)} for i in range(120)]
-    for name in ("train", "validation"):
+    for name in ("train", "validation", "test"):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = dataclasses.replace(TASKS["stsb"], test={"dev": "STS-B"})
-    encoded = encode(student, load_rows(TASKS["stsb"], tmp_path, None), 64)
-    assert encoded.splits["dev"].labels[:7] == [0, 1, 2, 3, 4, 5, 0]
     protocol = dataclasses.replace(QUICK, epochs=10)
-    result = finetune(job(student, tmp_path, task=TASKS["stsb"], protocol=protocol))
+    result = finetune(job(student, tmp_path, task=TASKS["stsb"], protocol=protocol, test=("test",)))
     assert result["metrics"]["pearson"] > 80 and result["metrics"]["spearman"] > 80
-    assert task.is_regression
+    scores = torch.tensor(result["predictions"]["test"], dtype=torch.float64)
+    assert np.corrcoef(scores, [row["label"] for row in rows])[0, 1] * 100 == pytest.approx(
+        result["metrics"]["pearson"]
+    )
+    assert (scores != scores.to(torch.bfloat16)).any(), "rounded to bfloat16"
+
+
+@pytest.mark.parametrize("protocol", [HEADLINE, PAPER])
+def test_the_recipe(protocol: Protocol, tmp_path: Path) -> None:
+    for rate, size in protocol.grid:
+        one = Job(tmp_path, TASKS["rte"], None, None, protocol, rate, size, 3)
+        found = training_arguments(one, 2490, str(tmp_path))
+        assert (found.learning_rate, found.train_batch_size, found.num_train_epochs) == (rate, size, 5)
+        assert (found.lr_scheduler_type, found.weight_decay, found.seed) == ("cosine", 0, 3)
+        assert found.warmup_steps == -(-5 * -(-2490 // size) // 10)
+    assert HEADLINE.grid == [(4e-5, 16)] and HEADLINE.seeds == 5 and len(HEADLINE.tasks) == 8
+    assert {rate for rate, _ in PAPER.grid} == {1e-5, 3e-5, 5e-5, 8e-5} and len(PAPER.grid) == 8
+    assert set(HEADLINE.tasks) - set(PAPER.tasks) == {"stsb"} and protocol.max_length == 128
 
 
 def test_predictions_are_those_of_the_whole_model_in_file_order(student: Path, data: Path) -> None:
@@ -216,7 +230,7 @@ def cells(**values: list[float]) -> list[tuple[Cell, dict[str, Any]]]:
             task = TASKS[name]
             one = Job(Path(), task, None, None, PAPER, float(rate), int(size), seed)
             metrics = {metric: value + 2 * i for i, metric in enumerate(task.metrics)}
-            found.append((Cell(one, {"train": 9}, {}, "", Path()), {"metrics": metrics, "seconds": 1.0}))
+            found.append((Cell(one, {"train": 9}, Path()), {"metrics": metrics, "seconds": 1.0}))
     return found
 
 
@@ -435,14 +449,38 @@ def test_the_packages_of_the_extra_are_asked_for(run_folder: Path, data: Path) -
     assert found.stderr == 'error: GLUE needs scikit-learn: pip install "fastkd[glue]"\n'
 
 
-def test_another_model_or_protocol_is_scored_anew(run_folder: Path, data: Path) -> None:
+def test_other_weights_or_rows_are_scored_anew(run_folder: Path, data: Path) -> None:
     log: list[str] = []
-    evaluate(run_folder, data=data, seeds=1, log=log.append)
+
+    def reused() -> str:
+        evaluate(run_folder, data=data, seeds=1, log=log.append)
+        return [line for line in log if "finished before" in line][-1].split(", ")[1].split(" of")[0]
+
+    assert reused() == "0" and reused() == "1"
     weights = load_file(run_folder / "final" / "model.safetensors")
     weights["encoder.layer.0.output.dense.bias"] += 1
     save_file(weights, run_folder / "final" / "model.safetensors", metadata={"format": "pt"})
-    evaluate(run_folder, data=data, seeds=1, log=log.append)
-    assert [line for line in log if "finished before" in line][-1].startswith("SST-2: 1 fine-tunings, 0 of them")
+    assert reused() == "0" and reused() == "1"
+    with (data / "SST-2" / "train.tsv").open("a") as file:
+        file.write("one more\t1\n")
+    assert reused() == "0" and reused() == "1"
+
+
+def test_a_file_that_changes_meanwhile_is_noticed(run_folder: Path, data: Path) -> None:
+    def change(line: str) -> None:
+        if "finished before" in line:
+            write_sst2(data, train=97)
+
+    with pytest.raises(ValueError, match=r"SST-2/train\.tsv has changed since the evaluation began"):
+        evaluate(run_folder, data=data, seeds=1, log=change)
+
+
+def test_predictions_that_were_not_asked_for_before_are_made(run_folder: Path, data: Path) -> None:
+    evaluate(run_folder, data=data, seeds=1, log=lambda line: None)
+    assert evaluate(run_folder, data=data, seeds=1, predict_test=True, log=lambda line: None)["submission"]
+    finished = snapshot(run_folder / "glue")
+    evaluate(run_folder, data=data, seeds=1, log=lambda line: None)
+    assert snapshot(run_folder / "glue") == finished, "predictions are kept where they are not asked for again"
 
 
 def test_a_task_file_is_scored_beside_glue(student: Path, data: Path, tmp_path: Path) -> None:

@@ -24,8 +24,6 @@ class Cell:
 
     job: Job
     rows: Mapping[str, int]  # of each split, after --train-rows
-    sha256: Mapping[str, str]  # of each split's content
-    model_sha256: str
     output_dir: Path
 
     @property
@@ -33,11 +31,11 @@ class Cell:
         """What the scores depend on; the device and the versions are recorded beside them instead."""
         job, task, protocol = self.job, self.job.task, self.job.protocol
         return {
-            "model": self.model_sha256,
+            "model": job.model_sha256,
             "task": task.name,
             "labels": task.labels,
             "metrics": task.metrics,
-            "content": {split: self.sha256[split] for split in (task.train, *task.dev)},
+            "content": {split: sha256 for split, sha256 in job.content if split not in job.test},
             "epochs": protocol.epochs,
             "warmup": protocol.warmup,
             "max_length": protocol.max_length,
@@ -60,8 +58,11 @@ class Cell:
             result: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return None
-        wanted = {split: self.sha256[split] for split in self.job.test}
-        return result if wanted.items() <= result["test_content"].items() else None
+        return result if self._test_content.items() <= result["test_content"].items() else None
+
+    @property
+    def _test_content(self) -> dict[str, str]:
+        return {split: sha256 for split, sha256 in self.job.content if split in self.job.test}
 
     def run(self) -> dict[str, Any]:
         """Fine-tune, and put the result on the disk before anything else happens."""
@@ -69,7 +70,7 @@ class Cell:
             **self.identity,
             "rows": dict(self.rows),
             **finetune(self.job),
-            "test_content": {split: self.sha256[split] for split in self.job.test},
+            "test_content": self._test_content,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
         write_atomically(self.path, json.dumps(result) + "\n")

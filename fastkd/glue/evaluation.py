@@ -49,11 +49,12 @@ class Plan:
         splits = load_rows(task, data, train_rows, test)
         self.notes.extend([*absent, *_oddities(task, splits, train_rows)])
         sizes = {split: len(rows) for split, rows in splits.items()}
-        digests = {split: rows.sha256 for split, rows in splits.items()}
+        content = tuple((split, rows.sha256) for split, rows in splits.items())
+        model, digest = self.source.folder, self.source.sha256
         for rate, size in self.protocol.grid:
             for seed in range(seeds):
-                job = Job(self.source.folder, task, data, train_rows, self.protocol, rate, size, seed, test)
-                self.cells.append(Cell(job, sizes, digests, self.source.sha256, self.output_dir))
+                job = Job(model, task, data, train_rows, self.protocol, rate, size, seed, test, digest, content)
+                self.cells.append(Cell(job, sizes, self.output_dir))
 
 
 def evaluate(

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ class Job:
     batch_size: int
     seed: int
     test: tuple[str, ...] = ()  # splits to predict
+    model_sha256: str = ""
+    content: tuple[tuple[str, str], ...] = ()  # digest of each split, where files that change must be noticed
 
 
 def finetune(job: Job) -> dict[str, Any]:
@@ -58,10 +60,10 @@ def finetune(job: Job) -> dict[str, Any]:
     ``seconds``, ``loss`` (mean over the training), ``device`` and ``dtype``.
 
     Raises:
-        ValueError: weights are missing from the model, or the loss is not finite.
+        ValueError: weights are missing from the model, a file has changed, or the loss is not finite.
     """
     start = time.perf_counter()
-    encoded = _encoded(job.model, job.task, job.data, job.train_rows, job.protocol.max_length, job.test)
+    encoded = _encoded(replace(job, learning_rate=0.0, batch_size=0, seed=0))
     set_seed(job.seed)
     model = load_classifier(job.model, job.task)
     cut_embeddings(model, encoded)
@@ -84,11 +86,13 @@ def finetune(job: Job) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)
-def _encoded(
-    model: Path, task: Task, data: Path | None, train_rows: int | None, max_length: int, test: tuple[str, ...]
-) -> EncodedTask:
+def _encoded(job: Job) -> EncodedTask:
     """One task at a time: its seeds and grid share the tokenised rows."""
-    return encode(model, load_rows(task, data, train_rows, test), max_length)
+    splits = load_rows(job.task, job.data, job.train_rows, job.test)
+    for split, sha256 in job.content:
+        if splits[split].sha256 != sha256:
+            raise ValueError(f"{splits[split].source} has changed since the evaluation began: issue the command again")
+    return encode(job.model, splits, job.protocol.max_length)
 
 
 def check_model(folder: Path) -> None:
@@ -162,25 +166,29 @@ class _Trainer(Trainer):
         return DataLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator, pin_memory=pin)
 
 
+def training_arguments(job: Job, rows: int, folder: str) -> TrainingArguments:
+    """The protocol's recipe for ``rows`` training rows; nothing is logged or saved, nor is the device waited for."""
+    steps = job.protocol.epochs * math.ceil(rows / job.batch_size)
+    return TrainingArguments(
+        folder, seed=job.seed, per_device_train_batch_size=job.batch_size, num_train_epochs=job.protocol.epochs,
+        learning_rate=job.learning_rate, lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(job.protocol.warmup * steps), weight_decay=0.0, optim="adamw_torch_fused",
+        bf16=fast_bf16(), use_cpu=not torch.cuda.is_available(), save_strategy="no", logging_strategy="no",
+        logging_nan_inf_filter=False, report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+
+
 def _train(model: PreTrainedModel, job: Job, encoded: EncodedTask) -> tuple[float, str, bool]:
     train = encoded.splits[job.task.train]
-    steps = job.protocol.epochs * math.ceil(len(train) / job.batch_size)
-    bf16 = fast_bf16()
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder, seed=job.seed, per_device_train_batch_size=job.batch_size,
-            num_train_epochs=job.protocol.epochs, learning_rate=job.learning_rate, lr_scheduler_type="cosine",
-            warmup_steps=math.ceil(job.protocol.warmup * steps), weight_decay=0.0, optim="adamw_torch_fused",
-            bf16=bf16, use_cpu=not torch.cuda.is_available(), save_strategy="no", logging_strategy="no",
-            logging_nan_inf_filter=False, report_to="none", disable_tqdm=True,
-        )  # fmt: skip
+        arguments = training_arguments(job, len(train), folder)
         trainer = _Trainer(encoded, train, model=model, args=arguments)
         trainer.remove_callback(PrinterCallback)
         with _quiet():
             loss = trainer.train().training_loss
         # Scores are computed in float32: bfloat16 would round STS-B's predictions to steps of 1/64.
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
-    return loss, arguments.device.type, bf16
+    return loss, arguments.device.type, arguments.bf16
 
 
 @torch.inference_mode()
