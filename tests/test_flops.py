@@ -70,8 +70,10 @@ def test_partial_forward_and_backward(needs: Needs, lengths: tuple[int, ...]) ->
     outputs: list[Tensor] = []
     forward = counted(lambda: outputs.extend(tensors(encoder(text.input_ids, text, needs))))
     backward = counted(lambda: torch.autograd.backward([x.sum() for x in outputs]))
-    assert closed == pytest.approx(forward, rel=0.01)
-    assert flops.backward_flops(closed) == pytest.approx(backward, rel=0.01)
+    # Exact where every row has the same number of keys; else predicted rows are taken to attend to an average sequence.
+    tolerance = 1e-9 if lengths == EQUAL else 0.01
+    assert closed == pytest.approx(forward, rel=tolerance)
+    assert flops.backward_flops(closed) == pytest.approx(backward, rel=tolerance)
 
 
 def plain_loss(

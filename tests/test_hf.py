@@ -107,6 +107,14 @@ def test_round_trip_keeps_every_bit(
     assert all(p.requires_grad and p.dtype == torch.float32 for p in loaded.encoder.parameters())
 
 
+def test_encoder_is_a_copy_of_the_model() -> None:
+    model = bert()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for parameter in from_hf_model(model, mlm_head=True).parameters():
+        parameter.data.zero_()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_export_is_whole_and_replaces(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     first, second = encoder_of(bert), encoder_of(lambda: bert(seed=1))
     for encoder in (first, second):

@@ -55,6 +55,17 @@ def test_bfloat16_is_autocasts_arithmetic(random_teacher: Loaded) -> None:
     assert teacher.decoder_weight.dtype == torch.bfloat16 and teacher.decoder_bias.dtype == torch.float32
 
 
+def test_a_float32_teacher_stays_float32_under_autocast(random_teacher: Loaded) -> None:
+    text, needs = pack(RAGGED), Needs(logits=True, qkv=(3,))
+    teacher = make(random_teacher, needs)
+    plain = teacher(text.input_ids, text)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = teacher(text.input_ids, text)
+    assert plain.head_rows is not None and inside.head_rows is not None
+    assert torch.equal(plain.head_rows, inside.head_rows)
+    assert inside.qkv[3][0].dtype == torch.float32
+
+
 def test_a_student_learns_on_the_batch_that_the_teacher_read(random_teacher: Loaded) -> None:
     """What the teacher leaves behind in inference mode can be part of the student's graph."""
     text, needs = pack((31, 7, 12), seed=5), Needs(hidden=(3,))
