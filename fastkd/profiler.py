@@ -190,7 +190,7 @@ def trace(path: Path, steps: int) -> Iterator[Callable[[], None]]:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    schedule = torch.profiler.schedule(wait=1, warmup=1, active=steps)
+    schedule = torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1)
     with torch.profiler.profile(
         activities=activities, schedule=schedule, on_trace_ready=lambda p: p.export_chrome_trace(str(path))
     ) as recorder:

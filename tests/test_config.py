@@ -1,0 +1,75 @@
+"""Every option is told, read, and refused where it cannot work."""
+
+import dataclasses
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from fastkd import config, methods
+from fastkd.config import RunConfig, parse, read_preset, resolve
+
+BUDGET = ["--budget-gpu-hours", "1"]
+
+
+def test_every_option_has_help() -> None:
+    configs = [RunConfig, *(methods.load(name).Config for name in methods.available())]
+    for cls in configs:
+        for field in dataclasses.fields(cls):
+            assert field.metadata.get("help"), (cls, field.name)
+
+
+def test_every_option_is_read() -> None:
+    sources = "\n".join(p.read_text() for p in Path(config.__file__).parent.rglob("*.py") if p.name != "config.py")
+    own = Path(config.__file__).read_text()
+    for field in dataclasses.fields(RunConfig):
+        read = re.search(rf"(config|run)\.{field.name}\b", sources) or re.search(rf"self\.(run\.)?{field.name}\b", own)
+        assert read or field.name == "preset", field.name
+
+
+@pytest.mark.parametrize("path", sorted(config.PRESETS.glob("*.toml")), ids=lambda path: path.stem)
+def test_presets_name_options_alone(path: Path) -> None:
+    values = read_preset(path.stem)
+    assert set(values) <= {f.name for f in dataclasses.fields(RunConfig)}
+    assert resolve({"preset": path.stem, "budget_tokens": 1}).run.student == values["student"]
+
+
+def test_the_command_line_overrides_the_preset() -> None:
+    run = parse([*BUDGET, "--preset", "quickstart", "--student", "2L-48H-12A", "--batch-tokens", "2048"]).run
+    assert (run.student, run.batch_tokens, run.teacher) == ("2L-48H-12A", 2048, "quickstart")
+
+
+def test_config_toml_reads_back(tmp_path: Path) -> None:
+    resolved = parse([*BUDGET, "--preset", "quickstart", "--method", "logit_kd", "--temperature", "3"])
+    values = tomllib.loads(resolved.to_toml())
+    assert values["method_options"]["temperature"] == 3.0
+    assert values["budget_gpu_hours"] == 1.0
+    assert values["corpus"] == ["quickstart"]
+
+
+def test_the_recorded_command_means_the_same_run() -> None:
+    argv = [*BUDGET, "--preset", "quickstart", "--corpus", "a.txt", "b.txt", "--as-released", "--lr", "1e-3"]
+    resolved = parse(argv)
+    assert parse(resolved.command()[3:]) == resolved
+
+
+def test_the_same_command_has_the_same_folder_and_another_has_another() -> None:
+    one, same = (parse([*BUDGET, "--preset", "quickstart", "--lr", "1e-3"]).default_output_dir() for _ in range(2))
+    other = parse([*BUDGET, "--preset", "quickstart", "--lr", "2e-3"]).default_output_dir()
+    shown = parse([*BUDGET, "--preset", "quickstart", "--lr", "1e-3", "--log-every", "3"]).default_output_dir()
+    assert one == same == shown != other
+    assert parse([*BUDGET, "--preset", "quickstart"]).default_output_dir() == Path("runs/quickstart-minilmv2-1h")
+
+
+def test_scratch_training_borrows_the_presets_tokenizer() -> None:
+    run = parse([*BUDGET, "--preset", "quickstart", "--method", "mlm"]).run
+    assert (run.teacher, run.tokenizer) == (None, "quickstart")
+
+
+def test_help_shows_units_and_the_methods_own_options(capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(["--help", "--method", "logit_kd", "--preset", "quickstart"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--temperature" in shown and "GPU-hours" in shown
