@@ -23,11 +23,12 @@ from fastkd.data.shards import Shards, build_shards, tokenizer_hash
 from fastkd.data.tokenise import PIECE_CHARACTERS, tokenise
 
 BUILD = """
-import logging, sys
+import logging, signal, sys
 from types import SimpleNamespace
 from tokenizers import Tokenizer
 from fastkd.data.shards import build_shards
 logging.basicConfig(level="INFO", format="%(message)s")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts in the background
 teacher, corpus, folder = sys.argv[1:4]
 if len(sys.argv) > 4:
     import resource
@@ -68,11 +69,12 @@ def build_process(teacher: Path, corpus: str, folder: Path, *more: str) -> subpr
 def test_the_tokens_are_those_of_transformers(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, articles: list[str]
 ) -> None:
-    odd = ["naïve Łódź 東京 🙂", "\ud800 half a pair", "x" * 500, "plain"]
+    odd = ["naïve Łódź 東京 🙂", "\ud800 half a pair", "x" * 500, "\u200b", "plain"]
     shards = build_shards(write(tmp_path / "a.jsonl", articles + odd), tokenizer, tmp_path / "shards")
     expected = tokenizer([text.replace("\ud800", "?") for text in articles + odd], add_special_tokens=False).input_ids
     train, validation = stored(shards, "train"), stored(shards, "validation")
-    assert Counter(map(tuple, train + validation)) == Counter(map(tuple, expected))
+    assert expected[-2] == [], "a document without a token"
+    assert Counter(map(tuple, train + validation)) == Counter(map(tuple, filter(None, expected)))
     assert shards.documents()[0].dtype == np.uint16
     assert isinstance(shards.documents()[0], np.memmap)
     assert shards.unique_tokens == sum(map(len, train))
@@ -138,6 +140,7 @@ def test_the_split_depends_on_the_documents_alone(
         shards = build_shards(path, tokenizer, tmp_path / "shards", validation_fraction=0.1)
         splits.append({split: Counter(map(tuple, stored(shards, split))) for split in ("train", "validation")})
     assert splits[0] == splits[1]
+    assert splits[0]["train"].total() + splits[0]["validation"].total() == 340
     assert not splits[0]["train"].keys() & splits[0]["validation"].keys(), "a copy of a held-out document is trained on"
     assert len(splits[0]["validation"]) == 34
 
@@ -145,10 +148,9 @@ def test_the_split_depends_on_the_documents_alone(
 def test_the_held_out_split_has_one_document_at_least_and_2000_at_most(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    sizes = {2: 1, 20: 1, 100: 2, 7_000: 2_000}
-    for count, expected in sizes.items():
+    sizes = {(2, 0.02): 1, (20, 0.02): 1, (100, 0.02): 2, (7_000, 0.5): 2_000, (3, 0.99): 2}
+    for (count, fraction), expected in sizes.items():
         path = write(tmp_path / "a.jsonl", [f"document {i}" for i in range(count)])
-        fraction = 0.5 if count == 7_000 else 0.02
         shards = build_shards(path, tokenizer, tmp_path / "shards", validation_fraction=fraction)
         assert len(stored(shards, "validation")) == expected
         assert len(stored(shards, "train")) == count - expected

@@ -24,7 +24,7 @@ class HeldOut:
         return -self._largest[0] if len(self._kept) == MOST else 2**64 - 1
 
     def offer(self, digest: int, ids: np.ndarray) -> list[np.ndarray]:
-        """Take a document with a hash up to the threshold; return those that leave for the training split."""
+        """Take a document; return those that leave for the training split, perhaps this one."""
         if digest in self._kept:
             self._kept[digest].append(ids.copy())
             return []

@@ -78,7 +78,7 @@ class Writer:
         starts = ends - chunk.lengths
         first = 0
         for d in np.flatnonzero(chunk.hashes <= np.uint64(held_out.threshold)).tolist():
-            if not chunk.lengths[d] or int(chunk.hashes[d]) > held_out.threshold:
+            if not chunk.lengths[d]:
                 continue
             self._train(chunk.ids[starts[first] : starts[d]], chunk.lengths[first:d])
             for ids in held_out.offer(int(chunk.hashes[d]), chunk.ids[starts[d] : ends[d]]):
