@@ -8,21 +8,31 @@ With z = x Wᵀ + b for student and teacher, p = softmax(z_s/τ), q = softmax(z_
     dz_s = [kl_weight·τ·(p − q) + ce_weight·(softmax(z_s) − onehot(y))] / N,  dx = dz W,  dW = dzᵀ x,  db = Σ dz.
 
 The loss is a scalar, so its gradient is made in the forward pass, a chunk of rows at a time, and the backward
-only scales it. Shapes: M rows, V vocabulary, D_s and D_t widths, R rows of a chunk, C columns of a block.
+only scales it. Shapes: M rows, V vocabulary, D width (D_s, D_t), R rows of a chunk, C columns of a block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastkd.kernels import tiling
+
+try:
+    import triton.language as tl
+except ImportError:  # macOS and Windows: every backend but "triton" works
+    tl = None
+
 IGNORED = -100
-_BLOCK_COLUMNS = 1024
-_CHUNK_BYTES = 128 << 20  # the blocked path's buffers: exponentials of both models for a chunk of rows
+_COLUMNS = 1024  # of a block of the blocked path
+_CHUNK_BYTES = 96 << 20  # of a chunk's exponentials in the blocked path
 
 
 class LinearKD(NamedTuple):
@@ -66,18 +76,21 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-# ---- both paths -----------------------------------------------------------------------------------------------
+# ---- what both paths share ------------------------------------------------------------------------------------
 
 
 class _Head(NamedTuple):
-    """One model's side of the loss: rows [M, D], output embedding [V, D] and bias [V]."""
+    """One model's side of the loss."""
 
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
+    hidden: Tensor  # [M, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
 
-    def rows(self, rows: slice | Tensor) -> _Head:
-        return self._replace(hidden=self.hidden[rows])
+    def rows(self, rows: slice | Tensor, dtype: torch.dtype | None = None) -> _Head:
+        return self._replace(hidden=self.hidden[rows].to(dtype or self.hidden.dtype))
+
+    def cast(self, dtype: torch.dtype) -> _Head:
+        return self._replace(hidden=self.hidden.to(dtype).contiguous(), weight=self.weight.to(dtype).contiguous())
 
 
 class _Terms(NamedTuple):
@@ -85,142 +98,516 @@ class _Terms(NamedTuple):
     ce_weight: float
     temperature: float
 
+    @property
+    def two_softmaxes(self) -> bool:
+        """Whether the cross-entropy's softmax is not the divergence's."""
+        return self.ce_weight != 0 and self.temperature != 1
 
-class _Result(NamedTuple):
-    """Sums over rows, and gradients not divided by N yet; a gradient nobody asked for is None."""
 
-    kl: Tensor
-    ce: Tensor
-    total: Tensor  # rows not ignored
+class _Gradients(NamedTuple):
+    """N times the gradients, in float32 (float64 for float64); one that is not wanted is None."""
+
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
 
+    @property
+    def wanted(self) -> bool:
+        return any(x is not None for x in self)
+
+
+class _Sums(NamedTuple):
+    """Sums over the rows that are not ignored, and their number N."""
+
+    kl: Tensor
+    ce: Tensor
+    rows: Tensor
+
+
+# ---- Triton ---------------------------------------------------------------------------------------------------
+#
+# A chunk of R rows takes three steps. Both models' logits are never rounded at their own magnitude: a tile of
+# TILE columns is stored as its difference from its row maxima.
+#   1. _logits_kernel, once a model: x Wᵀ + b → centred logits [R, V] in x's dtype; per tile and row, in float32
+#      from the accumulators, max and Σ exp; the label's logit [R]
+#   2. _gradient_kernel: both models' tiles and statistics → N·dz in place of the student's logits; KL, CE [R]
+#   3. the vendor's GEMM: dz, W → dx; dzᵀ, x → dW in float32
+
+
+_IGNORED = tiling.constant(IGNORED)
+_LOG2_E = tiling.constant(math.log2(math.e))
+_LN_2 = tiling.constant(math.log(2.0))
+
+
+@tiling.jit
+def _logits_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,  # [R, WIDTH]
+    weight_ptr,  # [V, WIDTH]
+    bias_ptr,  # [V]
+    labels_ptr,  # [R]
+    logits_ptr,  # [R, stride], as the statistics with rows up to a multiple of BLOCK_M
+    maximum_ptr,  # [R, tiles]
+    sum_ptr,  # [R, tiles]: Σ exp((z − max)/τ)
+    sum_ce_ptr,  # [R, tiles]: Σ exp(z − max)
+    rows,
+    vocabulary,
+    stride,
+    exponent,  # log₂e / τ
+    WIDTH: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_LABELS: tl.constexpr,  # ignored rows may be skipped
+    HAS_SUM_CE: tl.constexpr,
+    UPCAST: tl.constexpr,  # the interpreter's tl.dot is wrong for bf16 operands
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # Row blocks run fastest: those of one weight tile share it in L2, and x stays there throughout.
+    first_row = tl.program_id(0) * BLOCK_M
+    first_column = tl.program_id(1) * BLOCK_N
+    rows_M, columns_N, depth_K = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    if HAS_LABELS:
+        labels = tl.load(labels_ptr + first_row + rows_M, mask=first_row + rows_M < rows, other=_IGNORED)
+        if tl.max(labels, 0) == _IGNORED:
+            return
+
+    # Rows and columns past the end read the last one, so that loads need no mask. Such a row is never read again,
+    # and a bias of −∞ takes such a column out of the maximum and the sum. Offsets inside a tile fit 32 bits.
+    x_ptr += first_row.to(tl.int64) * WIDTH
+    weight_ptr += first_column.to(tl.int64) * WIDTH
+    x_ptrs = x_ptr + tl.minimum(rows_M, rows - 1 - first_row)[:, None] * WIDTH + depth_K[None, :]
+    last = tl.minimum(columns_N, vocabulary - 1 - first_column)
+    weight_ptrs = weight_ptr + last[None, :] * WIDTH + depth_K[:, None]
+    z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, WIDTH, BLOCK_K):
+        if WIDTH % BLOCK_K == 0:
+            x, weight = tl.load(x_ptrs + k), tl.load(weight_ptrs + k)
+        else:
+            x = tl.load(x_ptrs + k, mask=depth_K[None, :] < WIDTH - k, other=0.0)
+            weight = tl.load(weight_ptrs + k, mask=depth_K[:, None] < WIDTH - k, other=0.0)
+        if UPCAST:
+            x, weight = x.to(tl.float32), weight.to(tl.float32)
+        z = tl.dot(x, weight, z, input_precision="ieee")
+    bias = tl.where(first_column + columns_N < vocabulary, 0.0, float("-inf"))
+    if HAS_BIAS:
+        bias += tl.load(bias_ptr + first_column + last).to(tl.float32)
+    z += bias[None, :]
+
+    maximum = tl.max(z, 1)
+    z -= maximum[:, None]
+    statistics = (first_row + rows_M) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(maximum_ptr + statistics, maximum)
+    tl.store(sum_ptr + statistics, tl.sum(tl.exp2(z * exponent), 1))
+    if HAS_SUM_CE:
+        tl.store(sum_ce_ptr + statistics, tl.sum(tl.exp2(z * _LOG2_E), 1))
+    logits_ptr += first_row.to(tl.int64) * stride + first_column
+    tl.store(logits_ptr + rows_M[:, None] * stride + columns_N[None, :], z.to(logits_ptr.dtype.element_ty))
+
+
+@tiling.jit
+def _normalizer(maxima, sums, exponent):  # type: ignore[no-untyped-def]
+    """Row maximum of the logits and log₂ Σ exp((z − maximum)/τ), from the tiles' statistics."""
+    maximum = tl.max(maxima, 0)
+    return maximum, tl.log2(tl.sum(sums * tl.exp2((maxima - maximum) * exponent), 0))
+
+
+@tiling.jit
+def _gradient_kernel(  # type: ignore[no-untyped-def]
+    student_ptr,  # [R, stride] centred logits, replaced by N·dz
+    student_maximum_ptr,  # [R, TILES]
+    student_sum_ptr,  # [R, TILES]
+    student_sum_ce_ptr,  # [R, TILES]
+    teacher_ptr,  # [R, stride] centred logits
+    teacher_maximum_ptr,  # [R, TILES]
+    teacher_sum_ptr,  # [R, TILES]
+    labels_ptr,  # [R]
+    x_ptr,  # [R, WIDTH] and
+    weight_ptr,  # [V, WIDTH] and
+    bias_ptr,  # [V], the student's, for the label's logit
+    kl_ptr,  # [R]: Σ q (log q − log p)
+    ce_ptr,  # [R]
+    stride,
+    exponent,  # log₂e / τ
+    kl_factor,  # kl_weight·τ
+    ce_weight,
+    VOCABULARY: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTH_UP: tl.constexpr,  # the power of two from WIDTH on
+    TILE: tl.constexpr,  # columns that share a maximum
+    TILES: tl.constexpr,  # ⌈VOCABULARY / TILE⌉
+    TILES_UP: tl.constexpr,  # the power of two from TILES on
+    HAS_TEACHER: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_LABELS: tl.constexpr,
+    HAS_CE: tl.constexpr,
+    HAS_SUM_CE: tl.constexpr,  # the cross-entropy's softmax is not the divergence's
+    WRITE: tl.constexpr,  # the gradient is wanted
+    BLOCK_N: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    student_ptr += row * stride
+    tiles_G = tl.arange(0, BLOCK_N // TILE)
+    columns_GC = tiles_G[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    label = tl.full((), _IGNORED, tl.int64)
+    if HAS_LABELS:
+        label = tl.load(labels_ptr + row)
+        if label == _IGNORED:
+            tl.store(kl_ptr + row, 0.0)
+            tl.store(ce_ptr + row, 0.0)
+            if WRITE:
+                zeros = tl.zeros((BLOCK_N // TILE, TILE), student_ptr.dtype.element_ty)
+                for start in range(0, VOCABULARY, BLOCK_N):
+                    tl.store(student_ptr + start + columns_GC, zeros, mask=start + columns_GC < VOCABULARY)
+            return
+
+    all_T = tl.arange(0, TILES_UP)
+    in_T = all_T < TILES
+    student_maximum_ptr += row * TILES
+    maxima = tl.load(student_maximum_ptr + all_T, mask=in_T, other=float("-inf"))
+    sums = tl.load(student_sum_ptr + row * TILES + all_T, mask=in_T, other=0.0)
+    max_s, log_s = _normalizer(maxima, sums, exponent)
+    log_ce = log_s
+    if HAS_SUM_CE:
+        sums = tl.load(student_sum_ce_ptr + row * TILES + all_T, mask=in_T, other=0.0)
+        _, log_ce = _normalizer(maxima, sums, _LOG2_E)
+    max_t, log_t = max_s, log_s
+    if HAS_TEACHER:
+        teacher_ptr += row * stride
+        teacher_maximum_ptr += row * TILES
+        maxima = tl.load(teacher_maximum_ptr + all_T, mask=in_T, other=float("-inf"))
+        sums = tl.load(teacher_sum_ptr + row * TILES + all_T, mask=in_T, other=0.0)
+        max_t, log_t = _normalizer(maxima, sums, exponent)
+
+    kl_GC = tl.zeros((BLOCK_N // TILE, TILE), tl.float32)
+    for start in range(0, VOCABULARY, BLOCK_N):
+        columns = start + columns_GC
+        inside = columns < VOCABULARY
+        tiles = start // TILE + tiles_G
+        z_s = tl.load(student_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        shift = tl.load(student_maximum_ptr + tiles, mask=tiles < TILES, other=0.0) - max_s
+        log2_p = z_s * exponent + (shift * exponent - log_s)[:, None]
+        p = tl.exp2(log2_p)
+        dz = tl.zeros((BLOCK_N // TILE, TILE), tl.float32)
+        if HAS_TEACHER:
+            z_t = tl.load(teacher_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+            shift_t = tl.load(teacher_maximum_ptr + tiles, mask=tiles < TILES, other=0.0) - max_t
+            log2_q = z_t * exponent + (shift_t * exponent - log_t)[:, None]
+            q = tl.exp2(log2_q)
+            # Σ(p − q) = 0, and with it every term is ≥ 0 and of second order in p − q: a rounding of the logits
+            # moves the sum in second order only, where Σ q (log q − log p) alone cancels for a good student.
+            kl_GC += tl.where(inside, q * (log2_q - log2_p) * _LN_2 + (p - q), 0.0)
+            dz += kl_factor * (p - q)
+        if HAS_CE:
+            if HAS_SUM_CE:
+                p = tl.exp2(z_s * _LOG2_E + (shift * _LOG2_E - log_ce)[:, None])
+            dz += ce_weight * (p - tl.where(columns == label, 1.0, 0.0))
+        if WRITE:
+            tl.store(student_ptr + columns, dz.to(student_ptr.dtype.element_ty), mask=inside)
+    tl.store(kl_ptr + row, tl.sum(tl.sum(kl_GC, 1), 0))
+    ce = 0.0
+    if HAS_CE:
+        depth = tl.arange(0, WIDTH_UP)
+        x = tl.load(x_ptr + row * WIDTH + depth, mask=depth < WIDTH, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + label * WIDTH + depth, mask=depth < WIDTH, other=0.0).to(tl.float32)
+        z_y = tl.sum(x * weight, 0)
+        if HAS_BIAS:
+            z_y += tl.load(bias_ptr + label).to(tl.float32)
+        ce = max_s - z_y + log_ce * _LN_2
+    tl.store(ce_ptr + row, ce)
+
+
+class _Logits(NamedTuple):
+    """Centred logits of a chunk and their tiles' statistics, reused by every chunk."""
+
+    centred: Tensor  # [R, stride]
+    maximum: Tensor  # [R, tiles]
+    total: Tensor  # [R, tiles]: Σ exp((z − max)/τ)
+    total_ce: Tensor | None  # [R, tiles]: Σ exp(z − max)
+
+    @classmethod
+    def empty(cls, like: Tensor, rows: int, vocabulary: int, tile: tiling.Tile, with_ce: bool) -> _Logits:
+        tiles = -(-vocabulary // tile.block_n)
+        rows = -(-rows // tile.block_m) * tile.block_m
+        centred = like.new_empty((rows, tiles * tile.block_n))
+        maximum, total, total_ce = (like.new_empty((rows, tiles), dtype=torch.float32) for _ in range(3))
+        return cls(centred, maximum, total, total_ce if with_ce else None)
+
+
+def _logits(head: _Head, labels: Tensor | None, out: _Logits, temperature: float, tile: tiling.Tile) -> None:
+    """Step 1 for one model: fill ``out``."""
+    rows, width = head.hidden.shape
+    vocabulary = head.weight.shape[0]
+    grid = (-(-rows // tile.block_m), -(-vocabulary // tile.block_n))
+    _logits_kernel[grid](
+        head.hidden,
+        head.weight,
+        head.bias,
+        labels,
+        out.centred,
+        out.maximum,
+        out.total,
+        out.total_ce,
+        rows,
+        vocabulary,
+        out.centred.stride(0),
+        math.log2(math.e) / temperature,
+        WIDTH=width,
+        HAS_BIAS=head.bias is not None,
+        HAS_LABELS=labels is not None,
+        HAS_SUM_CE=out.total_ce is not None,
+        UPCAST=tiling.INTERPRETED,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def _gradient(
+    head: _Head,
+    student: _Logits,
+    teacher: _Logits | None,
+    labels: Tensor | None,
+    kl: Tensor,
+    ce: Tensor,
+    terms: _Terms,
+    tile: tiling.Tile,
+    write: bool,
+) -> None:
+    """Step 2: fill ``kl`` and ``ce`` [R], and leave N·dz in the student's logits."""
+    vocabulary, width = head.weight.shape
+    launch = tiling.tile("linear_kd.gradient", width=vocabulary, arch=tiling.architecture(kl.device))
+    tiles = student.maximum.shape[1]
+    _gradient_kernel[(len(kl),)](
+        student.centred,
+        student.maximum,
+        student.total,
+        student.total_ce,
+        None if teacher is None else teacher.centred,
+        None if teacher is None else teacher.maximum,
+        None if teacher is None else teacher.total,
+        labels,
+        head.hidden,
+        head.weight,
+        head.bias,
+        kl,
+        ce,
+        student.centred.stride(0),
+        math.log2(math.e) / terms.temperature,
+        terms.kl_weight * terms.temperature,
+        terms.ce_weight,
+        VOCABULARY=vocabulary,
+        WIDTH=width,
+        WIDTH_UP=_power_of_two(width),
+        TILE=tile.block_n,
+        TILES=tiles,
+        TILES_UP=_power_of_two(tiles),
+        HAS_TEACHER=teacher is not None,
+        HAS_BIAS=head.bias is not None,
+        HAS_LABELS=labels is not None,
+        HAS_CE=terms.ce_weight != 0,
+        HAS_SUM_CE=student.total_ce is not None,
+        WRITE=write,
+        BLOCK_N=launch.block_n,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+
+
+def _triton(
+    student: _Head,
+    teacher: _Head | None,
+    labels: Tensor | None,
+    terms: _Terms,
+    chunk_rows: int,
+    dtype: torch.dtype,
+    out: _Gradients,
+) -> _Sums:
+    """The three steps for each chunk of rows. A bias may keep another dtype."""
+    student = student.cast(dtype)
+    teacher = None if teacher is None else teacher.cast(dtype)
+    x, vocabulary = student.hidden, student.weight.shape[0]
+    kl, ce = (x.new_zeros(len(x), dtype=torch.float32) for _ in range(2))
+    tile = _logits_tile(student, teacher)
+    rows = min(chunk_rows, len(x))
+    logits_s = _Logits.empty(x, rows, vocabulary, tile, terms.two_softmaxes)
+    logits_t = None if teacher is None else _Logits.empty(x, rows, vocabulary, tile, False)
+    for start in range(0, len(x), chunk_rows):
+        part = slice(start, start + chunk_rows)
+        y, head = None if labels is None else labels[part], student.rows(part)
+        with torch.cuda.device_of(x):
+            _logits(head, y, logits_s, terms.temperature, tile)
+            if teacher is not None and logits_t is not None:
+                _logits(teacher.rows(part), y, logits_t, terms.temperature, tile)
+            _gradient(head, logits_s, logits_t, y, kl[part], ce[part], terms, tile, out.wanted)
+        _products(logits_s.centred[: len(head.hidden), :vocabulary], head, start, out)
+    return _Sums(terms.temperature**2 * kl.sum(), ce.sum(), _valid(x, labels).sum())
+
+
+def _logits_tile(student: _Head, teacher: _Head | None) -> tiling.Tile:
+    """One tile for both models, since their blocks of columns share dz."""
+    x = student.hidden
+    width = max(x.shape[1], 0 if teacher is None else teacher.hidden.shape[1])
+    kernel = _logits_tile_name(x.dtype, x.shape[1], width)
+    return tiling.tile(kernel, width=width, arch=tiling.architecture(x.device))
+
+
+def _logits_tile_name(dtype: torch.dtype, *widths: int) -> str:
+    if dtype == torch.float32:
+        return "linear_kd.logits_float32"
+    return "linear_kd.logits_ragged" if any(width % 64 for width in widths) else "linear_kd.logits"
+
+
+def _products(dz: Tensor, student: _Head, start: int, out: _Gradients) -> None:
+    """Step 3 for one chunk: dx of its rows, and its share of dW and db."""
+    if out.hidden is not None:
+        _wide_product(dz, student.weight, out.hidden[start : start + len(dz)])
+    if out.weight is not None and start == 0:
+        _wide_product(dz.t(), student.hidden, out.weight)
+    elif out.weight is not None:
+        out.weight.add_(_wide_product(dz.t(), student.hidden, torch.empty_like(out.weight)))
+    if out.bias is not None:
+        out.bias.add_(dz.sum(0, dtype=out.bias.dtype))
+
+
+def _wide_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """a b of half-precision matrices, kept in the float32 it is accumulated in."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a.float(), b.float(), out=out)
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest from ``n`` on."""
+    return 1 << (n - 1).bit_length()
+
 
 # ---- blocked PyTorch ------------------------------------------------------------------------------------------
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b. In float32 on a CPU through oneDNN, which is 2.3 times as fast as MKL on AMD and equal on Intel."""
-    if x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], None)
-    return F.linear(x, weight, bias)
+#
+# A chunk of R rows in two passes over blocks of C columns, so that a block stays in cache through its operations.
+#   1. x Wᵀ + b of both models → exp((z − m)/τ) with the block's row maxima m, kept for the chunk; block statistics
+#   2. exponentials and statistics → dz of a block → its share of dx, dW, db
+# One exponential a logit, and no logit is kept: the divergence's cross term is summed in the first pass.
 
 
 class _Softmax:
-    """Exponentials [R, V] of a chunk's logits, each block of columns relative to its own row maximum."""
+    """exp(z/τ) of a chunk's rows, each block of columns relative to its own row maxima."""
 
-    def __init__(self, like: Tensor, vocabulary: int) -> None:
-        self.exponentials = like.new_empty((like.shape[0], vocabulary))
-        self._maxima: list[Tensor] = []
-        self._sums: list[Tensor] = []
+    def __init__(self, exponentials: Tensor) -> None:
+        self.exponentials = exponentials  # [R, V]
+        self.blocks: list[tuple[Tensor, Tensor]] = []
 
     def add(self, columns: slice, centred: Tensor, maximum: Tensor) -> Tensor:
-        """Take one block of logits, given as its difference from its row maxima; return its exponentials."""
+        """Take a block of logits, given as its difference from its row maxima; return its exponentials."""
         block = torch.exp(centred, out=self.exponentials[:, columns])
-        self._maxima.append(maximum)
-        self._sums.append(block.sum(1))
+        self.blocks.append((maximum, block.sum(1)))
         return block
 
     def close(self) -> None:
-        """Turn the blocks' statistics [blocks, R] into each block's factor to a probability."""
-        self.maxima = torch.stack(self._maxima).double()
-        self.sums = torch.stack(self._sums).double()
+        """Turn the blocks' statistics into each block's factor to a probability. In float64: R × blocks numbers."""
+        maxima, sums = zip(*self.blocks, strict=True)
+        self.maxima, self.sums = torch.stack(maxima).double(), torch.stack(sums).double()
         self.maximum = self.maxima.amax(0)
         factor = torch.exp(self.maxima - self.maximum)
         self.total = (factor * self.sums).sum(0)
         self.factor = factor / self.total
 
-    def probabilities(self, block: int, columns: slice, weight: Tensor) -> Tensor:
-        """weight · softmax of one block, in place of its exponentials."""
+    def weighted(self, block: int, columns: slice, weight: Tensor) -> Tensor:
+        """weight · softmax of one block [R, C], weight [R]."""
         factor = (weight * self.factor[block]).to(self.exponentials.dtype)
-        return self.exponentials[:, columns].mul_(factor[:, None])
+        return self.exponentials[:, columns] * factor[:, None]
 
 
 class _Chunk:
-    """Pass one over the columns makes exponentials and statistics, pass two dz; both models, R rows."""
+    """Both models' softmaxes for R rows: p and q at temperature τ, p_ce the student's at 1."""
 
-    def __init__(self, student: _Head, teacher: _Head | None, labels: Tensor | None, terms: _Terms) -> None:
-        self.terms, self.student, self.teacher = terms, student, teacher
-        self.vocabulary = student.weight.shape[0]
-        self.blocks = [
-            slice(start, min(start + _BLOCK_COLUMNS, self.vocabulary))
-            for start in range(0, self.vocabulary, _BLOCK_COLUMNS)
-        ]
-        hidden = _at_least_float32(student.hidden)
-        self.valid = torch.ones_like(hidden[:, 0]) if labels is None else (labels != IGNORED).to(hidden.dtype)
-        self.valid = self.valid.double()
-        self.student_kl = _Softmax(hidden, self.vocabulary) if teacher is not None else None
-        self.teacher_kl = _Softmax(hidden, self.vocabulary) if teacher is not None else None
-        self.shared = teacher is not None and terms.temperature == 1.0
-        self.student_ce = self.student_kl if self.shared else None
-        if terms.ce_weight and not self.shared:
-            self.student_ce = _Softmax(hidden, self.vocabulary)
+    def __init__(self, student: _Head, teacher: _Head | None, labels: Tensor | None, terms: _Terms, buffers: Tensor):
+        self.terms, self.labels, self.student, self.teacher = terms, labels, student, teacher
+        self.valid = _valid(student.hidden, labels).double()
+        softmaxes = [_Softmax(buffer[: len(student.hidden)]) for buffer in buffers]
+        self.p = self.p_ce = softmaxes.pop()
+        self.q = softmaxes.pop() if teacher is not None else None
+        if terms.two_softmaxes:
+            self.p_ce = softmaxes.pop()
         self.cross: list[Tensor] = []
 
     def read_logits(self) -> None:
         """Pass one."""
-        for columns in self.blocks:
+        for columns in _blocks(self.student):
             z_s, m_s = _centred_logits(self.student, columns)
-            if self.student_ce is not None and not self.shared:
-                self.student_ce.add(columns, z_s, m_s)
-            if self.teacher is None or self.student_kl is None or self.teacher_kl is None:
-                continue
-            z_t, m_t = _centred_logits(self.teacher, columns)
-            if self.terms.temperature != 1.0:
-                z_s /= self.terms.temperature
-                z_t /= self.terms.temperature
-                m_s, m_t = m_s / self.terms.temperature, m_t / self.terms.temperature
-            self.student_kl.add(columns, z_s, m_s)
-            q = self.teacher_kl.add(columns, z_t, m_t)
-            self.cross.append(torch.linalg.vecdot(q, z_t.sub_(z_s)))
-        for softmax in {self.student_kl, self.teacher_kl, self.student_ce}:
+            if self.p_ce is not self.p:
+                self.p_ce.add(columns, z_s, m_s)
+            z_s, m_s = self._tempered(z_s, m_s)
+            self.p.add(columns, z_s, m_s)
+            if self.teacher is not None and self.q is not None:
+                z_t, m_t = self._tempered(*_centred_logits(self.teacher, columns))
+                q = self.q.add(columns, z_t, m_t)
+                self.cross.append(torch.linalg.vecdot(q, z_t.sub_(z_s)))
+        for softmax in {self.p, self.p_ce, self.q}:
             if softmax is not None:
                 softmax.close()
 
+    def _tempered(self, centred: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
+        if self.terms.temperature == 1:
+            return centred, maximum
+        return centred.div_(self.terms.temperature), maximum / self.terms.temperature
+
     def kl(self) -> Tensor:
-        """τ² Σ_rows KL(q‖p). Differences of maxima and of totals, not of log-sum-exps, so that it is 0 when p = q."""
-        p, q = self.student_kl, self.teacher_kl
-        if p is None or q is None:
-            return self.valid.new_zeros(())
-        offsets = (q.maxima - p.maxima) - (q.maximum - p.maximum)
-        cross = (q.factor * (torch.stack(self.cross).double() + q.sums * offsets)).sum(0)
-        rows = (cross - torch.log(q.total / p.total)).mul(self.valid)
-        return self.terms.temperature**2 * rows.sum()
+        """τ² Σ_rows KL(q‖p), from differences of logits, of maxima and a ratio of totals.
 
-    def ce(self, labels: Tensor | None) -> Tensor:
+        log-sum-exps are ten times the logits' gap: their float32 rounding would show in a good student's divergence.
+        """
+        if self.q is None:
+            return self.valid.new_zeros(())
+        offsets = (self.q.maxima - self.p.maxima) - (self.q.maximum - self.p.maximum)
+        cross = self.q.factor * (torch.stack(self.cross).double() + self.q.sums * offsets)
+        rows = cross.sum(0) - torch.log(self.q.total / self.p.total)
+        return self.terms.temperature**2 * (rows * self.valid).sum()
+
+    def ce(self) -> Tensor:
         """Σ_rows −log softmax(z_s)[y]."""
-        if labels is None or self.student_ce is None or not self.terms.ce_weight:
+        if self.labels is None or not self.terms.ce_weight:
             return self.valid.new_zeros(())
-        target = self.student.weight[labels.clamp(min=0)].to(self.student_ce.exponentials.dtype)
-        logit = torch.linalg.vecdot(_at_least_float32(self.student.hidden), target).double()
+        y = self.labels.clamp(min=0)
+        logit = torch.linalg.vecdot(self.student.hidden, self.student.weight[y].to(self.student.hidden.dtype)).double()
         if self.student.bias is not None:
-            logit += self.student.bias[labels.clamp(min=0)]
-        rows = (self.student_ce.maximum - logit + torch.log(self.student_ce.total)).mul(self.valid)
-        return rows.sum()
+            logit += self.student.bias[y]
+        rows = self.p_ce.maximum - logit + torch.log(self.p_ce.total)
+        return (rows * self.valid).sum()
 
-    def gradients(self) -> Iterator[tuple[slice, Tensor]]:
-        """Pass two: N·dz of each block of columns, the one-hot apart. Overwrites the exponentials."""
-        kl = self.terms.kl_weight * self.terms.temperature * self.valid
+    def dz(self) -> Iterator[tuple[slice, Tensor]]:
+        """Pass two: N·dz of each block of columns, without the one-hot."""
+        kl = self.terms.kl_weight * self.terms.temperature * self.valid if self.q is not None else 0 * self.valid
         ce = self.terms.ce_weight * self.valid
-        for i, columns in enumerate(self.blocks):
-            if self.student_kl is None or self.teacher_kl is None:
-                assert self.student_ce is not None
-                yield columns, self.student_ce.probabilities(i, columns, ce)
-                continue
-            dz = self.student_kl.probabilities(i, columns, kl + ce if self.shared else kl)
-            dz -= self.teacher_kl.probabilities(i, columns, kl)
-            if self.student_ce is not None and not self.shared:
-                dz += self.student_ce.probabilities(i, columns, ce)
+        for i, columns in enumerate(_blocks(self.student)):
+            dz = self.p.weighted(i, columns, kl + ce if self.p_ce is self.p else kl)
+            if self.q is not None:
+                dz -= self.q.weighted(i, columns, kl)
+            if self.p_ce is not self.p:
+                dz += self.p_ce.weighted(i, columns, ce)
             yield columns, dz
+
+
+def _blocks(head: _Head) -> list[slice]:
+    vocabulary = head.weight.shape[0]
+    return [slice(start, min(start + _COLUMNS, vocabulary)) for start in range(0, vocabulary, _COLUMNS)]
 
 
 def _centred_logits(head: _Head, columns: slice) -> tuple[Tensor, Tensor]:
     """Logits [R, C] minus their row maxima, and the maxima [R]."""
-    bias = None if head.bias is None else _at_least_float32(head.bias[columns])
-    z = _linear(_at_least_float32(head.hidden), _at_least_float32(head.weight[columns]), bias)
+    dtype = head.hidden.dtype
+    bias = None if head.bias is None else head.bias[columns].to(dtype)
+    z = _linear(head.hidden, head.weight[columns].to(dtype), bias)
     maximum = z.amax(1)
     return z.sub_(maximum[:, None]), maximum
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b. In float32 on a CPU through oneDNN, 2.3 times as fast as MKL on AMD."""
+    if x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], None)
+    return F.linear(x, weight, bias)
 
 
 def _blocked(
@@ -229,72 +616,84 @@ def _blocked(
     labels: Tensor | None,
     terms: _Terms,
     chunk_rows: int,
-    needs: tuple[bool, bool, bool],
-) -> _Result:
-    """The loss a chunk of rows at a time, each chunk in two passes over cache-sized blocks of columns."""
-    x, weight = student.hidden, student.weight
-    float_type = torch.promote_types(x.dtype, torch.float32)
-    dx = x.new_zeros(x.shape, dtype=float_type) if needs[0] else None
-    dw = x.new_zeros(weight.shape, dtype=float_type) if needs[1] else None
-    db = x.new_zeros(weight.shape[:1], dtype=float_type) if needs[2] else None
-    everyone = torch.arange(len(x), device=x.device)
-    kept = everyone
-    if labels is not None and x.device.type == "cpu":  # elsewhere choosing rows would wait for the device
+    dtype: torch.dtype,
+    out: _Gradients,
+) -> _Sums:
+    """Every chunk of rows. On a CPU ignored rows are left out; elsewhere, finding them would wait for the device.
+
+    Logits are float32 whatever the operands, so that ``dtype`` rounds only those of the products for dx and dW.
+    """
+    x = student.hidden
+    wide = torch.promote_types(dtype, torch.float32)
+    kept = torch.arange(len(x), device=x.device)
+    if labels is not None and x.device.type == "cpu":
         kept = (labels != IGNORED).nonzero()[:, 0]
-    count = x.new_zeros((), dtype=torch.float64)
-    kl, ce = torch.zeros_like(count), torch.zeros_like(count)
-    for rows in kept.split(chunk_rows):
-        if not len(rows):
-            continue
+    softmaxes = 1 + (teacher is not None) + terms.two_softmaxes
+    buffers = x.new_empty((softmaxes, min(chunk_rows, len(kept)), len(student.weight)), dtype=wide)
+    sums = x.new_zeros(3, dtype=torch.float64)
+    for rows in kept.split(chunk_rows) if len(kept) else ():
         y = None if labels is None else labels[rows]
-        chunk = _Chunk(student.rows(rows), None if teacher is None else teacher.rows(rows), y, terms)
+        part_t = None if teacher is None else teacher.rows(rows, wide)
+        chunk = _Chunk(student.rows(rows, wide), part_t, y, terms, buffers)
         chunk.read_logits()
-        count += chunk.valid.sum()
-        kl += chunk.kl()
-        ce += chunk.ce(y)
-        if any(needs):
-            _accumulate(chunk, rows, y, dx, dw, db)
-    return _Result(kl, ce, count, dx, dw, db)
+        sums += torch.stack([chunk.kl(), chunk.ce(), chunk.valid.sum()])
+        if out.wanted:
+            _accumulate(chunk, rows, _gradient_dtype(dtype, x.device), out)
+    return _Sums(*sums)
 
 
-def _accumulate(
-    chunk: _Chunk, rows: Tensor, labels: Tensor | None, dx: Tensor | None, dw: Tensor | None, db: Tensor | None
-) -> None:
-    """Add one chunk's share of N·dx, N·dW and N·db."""
-    x, weight = chunk.student.hidden, chunk.student.weight
-    part = None if dx is None else dx.new_zeros((len(rows), dx.shape[1]))
-    for columns, dz in chunk.gradients():
-        low = dz.to(x.dtype)
-        if part is not None:
-            part += _linear(low, weight[columns].t())
-        if dw is not None:
-            dw[columns] += _linear(low.t(), x.t())
-        if db is not None:
-            db[columns] += dz.sum(0)
-    if labels is not None and chunk.terms.ce_weight:
-        hot, ce = labels.clamp(min=0), (chunk.terms.ce_weight * chunk.valid).to(_at_least_float32(x).dtype)
-        if part is not None:
-            part -= ce[:, None] * weight[hot]
-        if dw is not None:
-            dw.index_add_(0, hot, (ce[:, None] * x).to(dw.dtype), alpha=-1)
-        if db is not None:
-            db.index_add_(0, hot, ce.to(db.dtype), alpha=-1)
-    if dx is not None and part is not None:
-        dx[rows] = part
+def _gradient_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """``dtype``, but on a CPU half precision only where it multiplies in hardware: else it is a slower float32."""
+    fast = device.type != "cpu" or (dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported())
+    return dtype if fast else torch.promote_types(dtype, torch.float32)
+
+
+def _accumulate(chunk: _Chunk, rows: Tensor, dtype: torch.dtype, out: _Gradients) -> None:
+    """Add a chunk's share of N·dx, N·dW and N·db."""
+    x, weight = chunk.student.hidden.to(dtype), chunk.student.weight
+    dx = torch.zeros_like(chunk.student.hidden)
+    for columns, dz in chunk.dz():
+        if out.bias is not None:
+            out.bias[columns] += dz.sum(0)
+        dz = dz.to(dtype)
+        if out.hidden is not None:
+            dx += _linear(dz, weight[columns].to(dtype).t())
+        if out.weight is not None:
+            out.weight[columns] += _linear(dz.t(), x.t())
+    if chunk.labels is not None and chunk.terms.ce_weight:
+        _subtract_one_hot(chunk, dx, out)
+    if out.hidden is not None:
+        out.hidden[rows] = dx
+
+
+def _subtract_one_hot(chunk: _Chunk, dx: Tensor, out: _Gradients) -> None:
+    """The label's −ce_weight in dz, unrounded."""
+    assert chunk.labels is not None
+    y, ce = chunk.labels.clamp(min=0), (chunk.terms.ce_weight * chunk.valid).to(dx.dtype)
+    dx -= ce[:, None] * chunk.student.weight[y]
+    if out.weight is not None:
+        out.weight.index_add_(0, y, ce[:, None] * chunk.student.hidden, alpha=-1)
+    if out.bias is not None:
+        out.bias.index_add_(0, y, ce, alpha=-1)
+
+
+def _valid(x: Tensor, labels: Tensor | None) -> Tensor:
+    """[M], 1 for a row that counts and 0 for an ignored one."""
+    return torch.ones_like(x[:, 0], dtype=torch.bool) if labels is None else labels != IGNORED
 
 
 # ---- the operator ---------------------------------------------------------------------------------------------
 
-_SCHEMA = (
-    "(Tensor student_hidden, Tensor student_weight, Tensor? labels, Tensor? student_bias, Tensor? teacher_hidden, "
+_ARGUMENTS = (
+    "Tensor student_hidden, Tensor student_weight, Tensor? labels, Tensor? student_bias, Tensor? teacher_hidden, "
     "Tensor? teacher_weight, Tensor? teacher_bias, float kl_weight, float ce_weight, float temperature, "
-    "int chunk_rows, str backend, ScalarType? autocast, bool need_hidden, bool need_weight, bool need_bias) "
-    "-> (Tensor loss, Tensor kl, Tensor ce, Tensor scale, Tensor dx, Tensor dw, Tensor db)"
+    "int chunk_rows, str backend, ScalarType dtype, bool need_hidden, bool need_weight, bool need_bias"
 )
+_RETURNS = "Tensor loss, Tensor kl, Tensor ce, Tensor scale, Tensor dx, Tensor dw, Tensor db"
 
 
-@torch.library.custom_op("fastkd::linear_kd", mutates_args=(), schema=_SCHEMA)
-def _linear_kd(
+@torch.library.custom_op("fastkd::linear_kd", mutates_args=(), schema=f"({_ARGUMENTS}) -> ({_RETURNS})")
+def _operator(
     student_hidden: Tensor,
     student_weight: Tensor,
     labels: Tensor | None,
@@ -307,36 +706,41 @@ def _linear_kd(
     temperature: float,
     chunk_rows: int,
     backend: str,
-    autocast: torch.dtype | None,
+    dtype: torch.dtype,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, ...]:
-    terms = _Terms(kl_weight, ce_weight, temperature)
+    """The values, N times the gradients (empty where not needed) and their scale 1/N."""
+    teacher = None
+    if teacher_hidden is not None and teacher_weight is not None:
+        teacher = _Head(teacher_hidden, teacher_weight, teacher_bias)
+    student = _Head(student_hidden, student_weight, student_bias)
+    terms = _Terms(kl_weight, ce_weight, temperature if teacher is not None else 1.0)
+    outputs = _empty_outputs(student_hidden, student_weight, dtype, need_hidden, need_weight, need_bias)
+    needed = (need_hidden, need_weight, need_bias)
+    out = _Gradients(*(x.zero_() if need else None for x, need in zip(outputs[4:], needed, strict=True)))
+    path = _triton if backend == "triton" else _blocked
     with torch.autocast(student_hidden.device.type, enabled=False):
-        student = _head(student_hidden, student_weight, student_bias, autocast)
-        teacher = None
-        if teacher_hidden is not None and teacher_weight is not None and kl_weight:
-            teacher = _head(teacher_hidden, teacher_weight, teacher_bias, autocast)
-        result = _blocked(student, teacher, labels, terms, chunk_rows, (need_hidden, need_weight, need_bias))
-        scale = 1 / result.total.clamp(min=1)
-        float_type = torch.promote_types(student.hidden.dtype, torch.float32)
-        kl, ce = result.kl * scale, result.ce * scale
-        values = [x.to(float_type) for x in (kl_weight * kl + ce_weight * ce, kl, ce, scale)]
-        absent = student_hidden.new_empty(0, dtype=float_type)
-        return (*values, *(absent.clone() if x is None else x for x in result[3:]))
+        sums = path(student, teacher, labels, terms, chunk_rows, dtype, out)
+    scale = 1 / sums.rows.double().clamp(min=1)
+    kl, ce = sums.kl * scale, sums.ce * scale
+    for x, value in zip(outputs, (kl_weight * kl + ce_weight * ce, kl, ce, scale), strict=False):
+        x.copy_(value)
+    return outputs
 
 
-def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, autocast: torch.dtype | None) -> _Head:
-    """Bring rows and weight to one dtype: autocast's, unless they are float64, else the wider of the two."""
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    if autocast is not None and dtype != torch.float64:
-        dtype = autocast
-    return _Head(hidden.to(dtype), weight.to(dtype), bias)
+def _empty_outputs(
+    hidden: Tensor, weight: Tensor, dtype: torch.dtype, need_hidden: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, ...]:
+    wide = torch.promote_types(dtype, torch.float32)
+    shapes = (hidden.shape if need_hidden else (0,), weight.shape if need_weight else (0,))
+    bias_shape = weight.shape[:1] if need_bias else (0,)
+    return tuple(hidden.new_empty(shape, dtype=wide) for shape in ((), (), (), (), *shapes, bias_shape))
 
 
-@_linear_kd.register_fake
-def _(
+@_operator.register_fake
+def _fake(
     student_hidden: Tensor,
     student_weight: Tensor,
     labels: Tensor | None,
@@ -349,51 +753,43 @@ def _(
     temperature: float,
     chunk_rows: int,
     backend: str,
-    autocast: torch.dtype | None,
+    dtype: torch.dtype,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, ...]:
-    dtype = torch.promote_types(torch.promote_types(student_hidden.dtype, student_weight.dtype), torch.float32)
-    vocabulary, width = student_weight.shape
-
-    def empty(*shape: int) -> Tensor:
-        return student_hidden.new_empty(shape, dtype=dtype)
-
-    return (
-        *(empty() for _ in range(4)),
-        empty(len(student_hidden), width) if need_hidden else empty(0),
-        empty(vocabulary, width) if need_weight else empty(0),
-        empty(vocabulary) if need_bias else empty(0),
-    )
+    return _empty_outputs(student_hidden, student_weight, dtype, need_hidden, need_weight, need_bias)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    hidden, weight, _, bias = inputs[:4]
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, kl, ce, scale, *gradients = output
-    ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-    ctx.needs = inputs[-3:]
+    ctx.needed = inputs[-3:]
+    ctx.dtypes = [None if x is None else x.dtype for x in (inputs[0], inputs[1], inputs[3])]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(kl, ce, scale, *gradients)
     ctx.save_for_backward(scale, *gradients)
 
 
-def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
+def _scale_gradients(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
-        raise RuntimeError("linear_kd has no second derivative: call backward without create_graph=True")
+        raise RuntimeError(
+            "linear_kd has no second derivative: leave out create_graph=True, or use backend='reference'"
+        )
+    if grad_loss is None:
+        return (None,) * 16
     scale, *gradients = ctx.saved_tensors
-    factor = grad * scale
+    factor = grad_loss * scale
     dx, dw, db = (
-        (x * factor).to(dtype) if need else None
-        for x, dtype, need in zip(gradients, ctx.dtypes, ctx.needs, strict=True)
+        (x * factor).to(dtype) if needed else None
+        for x, dtype, needed in zip(gradients, ctx.dtypes, ctx.needed, strict=True)
     )
-    return (dx, dw, None, db, *[None] * 12)
+    return dx, dw, None, db, *[None] * 12
 
 
-_linear_kd.register_autograd(_backward, setup_context=_setup_context)
+_operator.register_autograd(_scale_gradients, setup_context=_save_gradients)
 
 
-# ---- public ---------------------------------------------------------------------------------------------------
+# ---- the public function --------------------------------------------------------------------------------------
 
 
 def linear_kd(
@@ -413,13 +809,31 @@ def linear_kd(
 ) -> LinearKD:
     """kl_weight·KL(teacher ‖ student) + ce_weight·CE through both output heads, without an [M, V] matrix.
 
-    Args: ``student_hidden`` [M, D_s] rows at predicted positions, after the head's transform;
-    ``student_weight`` [V, D_s] and ``student_bias`` [V]; ``labels`` [M] int64 with -100 where a row is ignored;
-    ``teacher_hidden`` [M, D_t], ``teacher_weight`` [V, D_t], ``teacher_bias`` [V], or none of them for
-    cross-entropy alone; ``chunk_rows`` rows whose logits are held at a time; ``backend`` "triton" (default on
-    CUDA), "blocked" (default elsewhere) or "reference".
+    Args:
+        student_hidden: [M, D_s], the rows at predicted positions after the head's transform.
+        student_weight: [V, D_s], the output embedding.
+        labels: [M] int64, -100 where a row is ignored. Needed when ce_weight > 0. Rows beyond the predicted ones
+            should not be passed: on a GPU an ignored row still takes part in the products that make dx and dW.
+        student_bias: [V].
+        teacher_hidden, teacher_weight, teacher_bias: [M, D_t], [V, D_t] and [V]; never differentiated. None:
+            cross-entropy alone.
+        kl_weight, ce_weight: a term with weight 0 is not computed and reads 0.
+        temperature: τ, of the divergence alone.
+        chunk_rows: rows whose logits are in memory at a time; by default up to 4,096 on a GPU, and on a CPU what
+            fits 96 MiB.
+        backend: "triton" (the default on a GPU), "blocked" (the default elsewhere) or "reference".
+
+    Under autocast the products run in its dtype, else in the widest dtype given. Logits are float32, except that the
+    Triton path stores those of half-precision operands in half precision, relative to their tile's maximum. The
+    gradients are accumulated in float32 and arrive in each parameter's dtype. With no row left the loss is 0.
+
+    Raises ValueError for shapes, labels or weights that do not fit together; RuntimeError for a second derivative.
     """
-    teacher_is_used = teacher_hidden is not None and kl_weight != 0
+    if not kl_weight:
+        teacher_hidden = teacher_weight = teacher_bias = None
+    given = (student_hidden, student_weight, labels, student_bias, teacher_hidden, teacher_weight, teacher_bias)
+    _check(*given, kl_weight, ce_weight, temperature, chunk_rows)
+    backend = tiling.backend(backend, student_hidden)
     if backend == "reference":
         return reference(
             student_hidden,
@@ -433,28 +847,228 @@ def linear_kd(
             ce_weight=ce_weight,
             temperature=temperature,
         )
-    device = student_hidden.device.type
-    grad = torch.is_grad_enabled()
-    loss, kl, ce, *_ = _linear_kd(
-        student_hidden,
-        student_weight,
-        labels,
-        student_bias,
-        teacher_hidden,
-        teacher_weight,
-        teacher_bias,
-        kl_weight,
-        ce_weight,
-        temperature,
-        chunk_rows or _default_rows(student_weight, teacher_is_used),
-        "blocked",
-        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
-        grad and student_hidden.requires_grad,
-        grad and student_weight.requires_grad,
-        grad and student_bias is not None and student_bias.requires_grad,
-    )
+    learns = [
+        x is not None and x.requires_grad and torch.is_grad_enabled()
+        for x in (student_hidden, student_weight, student_bias)
+    ]
+    rows = chunk_rows or _default_chunk(student_hidden, student_weight, teacher_hidden is not None, backend)
+    dtype = _product_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
+    loss, kl, ce, *_ = _operator(*given, kl_weight, ce_weight, temperature, rows, backend, dtype, *learns)
     return LinearKD(loss, kl.detach(), ce.detach())
 
 
-def _default_rows(weight: Tensor, teacher_is_used: bool) -> int:
-    return max(64, _CHUNK_BYTES // (weight.shape[0] * 4 * (2 if teacher_is_used else 1)))
+def _product_dtype(*operands: Tensor | None) -> torch.dtype:
+    """Autocast's dtype where it is on and nothing is float64, else the widest of the operands'."""
+    tensors = [x for x in operands if x is not None]
+    device = tensors[0].device.type
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return dtype
+
+
+def _default_chunk(hidden: Tensor, weight: Tensor, with_teacher: bool, backend: str) -> int:
+    """Equal chunks of at most 4,096 rows on a GPU, of ``_CHUNK_BYTES`` of logits on a CPU; a multiple of 16."""
+    rows = len(hidden)
+    largest = 4096 if backend == "triton" else max(64, _CHUNK_BYTES // (4 * len(weight) * (1 + with_teacher)))
+    chunks = max(1, -(-rows // largest))
+    return max(16, -(-rows // (16 * chunks)) * 16)
+
+
+def _check(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    labels: Tensor | None,
+    student_bias: Tensor | None,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    kl_weight: float,
+    ce_weight: float,
+    temperature: float,
+    chunk_rows: int | None,
+) -> None:
+    if not temperature > 0:
+        raise ValueError(f"linear_kd: temperature is {temperature}, give one above 0")
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"linear_kd: chunk_rows is {chunk_rows}, give at least 1")
+    if ce_weight and labels is None:
+        raise ValueError(f"linear_kd: ce_weight is {ce_weight} but labels is None: pass labels or ce_weight=0")
+    if (teacher_hidden is None) != (teacher_weight is None):
+        raise ValueError("linear_kd: give both teacher_hidden and teacher_weight, or neither")
+    if teacher_hidden is None and not ce_weight:
+        raise ValueError("linear_kd: nothing to compute: give teacher_hidden with a kl_weight, or a ce_weight")
+    _check_head("student", student_hidden, student_weight, student_bias)
+    rows, vocabulary = len(student_hidden), len(student_weight)
+    if labels is not None and (labels.shape != (rows,) or labels.dtype != torch.int64):
+        shape = list(labels.shape)
+        raise ValueError(f"linear_kd: labels are {labels.dtype} {shape}, give int64 [{rows}], one a row")
+    if teacher_hidden is not None and teacher_weight is not None:
+        _check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
+        if len(teacher_hidden) != rows:
+            raise ValueError(f"linear_kd: {len(teacher_hidden)} teacher rows for {rows} student rows, give as many")
+        if len(teacher_weight) != vocabulary:
+            sizes = f"{len(teacher_weight):,} for the teacher, {vocabulary:,} for the student"
+            raise ValueError(f"linear_kd: vocabularies differ, {sizes}: cut both weights to the ids they share")
+
+
+def _check_head(model: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        shapes = f"hidden {list(hidden.shape)} and weight {list(weight.shape)}"
+        raise ValueError(f"linear_kd: the {model}'s {shapes} do not fit, give [M, D] and [V, D]")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"linear_kd: the {model}'s bias is {list(bias.shape)}, give [{weight.shape[0]}]")
+
+
+# ---- what tests, benches and the audit iterate over -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes, dtype and values of one call.
+
+    ``spread`` is the standard deviation of the logits, 8 being a peaked softmax; ``gap`` that of the student's
+    difference from the teacher (None: unrelated models), which needs a teacher at least as wide.
+    """
+
+    name: str
+    rows: int
+    vocabulary: int
+    student_width: int
+    teacher_width: int | None  # None: cross-entropy alone
+    dtype: torch.dtype = torch.float32
+    spread: float = 2.0
+    gap: float | None = None
+    kl_weight: float = 1.0
+    ce_weight: float = 0.0
+    temperature: float = 1.0
+    bias: bool = True
+    ignored: int | None = None  # rows; None: no labels unless the cross-entropy needs them
+
+    @property
+    def tolerance(self) -> float:
+        """‖out − ref‖/‖ref‖ against float64, of the value and of every gradient."""
+        return {torch.float64: 1e-10, torch.float32: 1e-5}.get(self.dtype, 1e-2)
+
+    def inputs(self, device: str | torch.device = "cpu", seed: int = 0) -> dict[str, Any]:
+        """Keyword arguments of ``linear_kd``; the student's tensors ask for gradients."""
+        generator = torch.Generator().manual_seed(seed)
+        m, v, d = self.rows, self.vocabulary, self.student_width
+        draw = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
+        tensors = {"student_hidden": draw(m, d), "student_weight": draw(v, d) * self.spread / math.sqrt(d)}
+        if self.bias:
+            tensors["student_bias"] = draw(v) / 2
+        if self.teacher_width is not None:
+            tensors |= self._teacher(tensors, self.teacher_width, draw)
+        arguments: dict[str, Any] = {name: x.to(device, self.dtype) for name, x in tensors.items()}
+        for name in ("student_hidden", "student_weight", "student_bias"):
+            if name in arguments:
+                arguments[name].requires_grad_()
+        if self.ignored is not None or self.ce_weight:
+            labels = torch.randint(v, (m,), generator=generator)
+            labels[torch.randperm(m, generator=generator)[: self.ignored or 0]] = IGNORED
+            arguments["labels"] = labels.to(device)
+        terms = {"kl_weight": self.kl_weight, "ce_weight": self.ce_weight, "temperature": self.temperature}
+        return arguments | terms
+
+    def _teacher(self, student: dict[str, Tensor], width: int, draw: Callable[..., Tensor]) -> dict[str, Tensor]:
+        weight = draw(self.vocabulary, width) / math.sqrt(width) * (self.spread if self.gap is None else self.gap)
+        hidden, d = draw(self.rows, width), self.student_width
+        if self.gap is not None:  # the student's logits plus an independent difference
+            hidden[:, :d] = student["student_hidden"]
+            weight[:, :d] += student["student_weight"]
+        teacher = {"teacher_hidden": hidden, "teacher_weight": weight}
+        if self.bias:
+            near = self.gap is not None
+            teacher["teacher_bias"] = student["student_bias"] if near else draw(self.vocabulary) / 2
+        return teacher
+
+
+_half = torch.bfloat16
+CASES = (
+    Case("kl", 70, 1000, 32, 48),
+    Case("kl-no-bias", 33, 257, 16, 16, bias=False),
+    Case("ce", 40, 1000, 32, None, ce_weight=1.0, kl_weight=0.0, ignored=7),
+    Case("kl-ce", 150, 1500, 40, 24, kl_weight=0.5, ce_weight=0.7, ignored=11),
+    Case("kl-ce-tempered", 70, 1000, 32, 48, kl_weight=0.3, ce_weight=0.7, temperature=2.5, ignored=7),
+    Case("tempered", 64, 1024, 64, 64, temperature=0.5),
+    Case("odd", 123, 507, 252, 77, ce_weight=0.5),
+    Case("one-row", 1, 130, 8, 12, ce_weight=0.5, bias=False),
+    Case("tiny-vocabulary", 20, 5, 8, 8, ce_weight=0.5),
+    Case("last-column-alone", 20, 1025, 24, 24, ce_weight=0.5),
+    Case("all-ignored-but-one", 65, 600, 16, 24, ce_weight=0.5, ignored=64),
+    Case("peaked", 60, 2000, 64, 96, spread=8.0, ce_weight=0.5),
+    Case("near-equal", 60, 2000, 64, 96, spread=1.0, gap=0.1),
+    Case("peaked-near-equal", 60, 2000, 64, 96, spread=8.0, gap=0.1),
+    Case("uncased", 9, 30522, 48, 64, spread=4.0, ce_weight=0.5, ignored=2),
+    Case("modern", 4, 50368, 32, 48, spread=4.0, ce_weight=0.5),
+    Case("half-kl-ce", 150, 1500, 40, 24, _half, kl_weight=0.5, ce_weight=0.7, temperature=2.0, ignored=11),
+    Case("half-peaked", 60, 2000, 64, 96, _half, spread=8.0, ce_weight=0.5),
+    Case("half-near-equal", 60, 2000, 64, 96, _half, spread=4.0, gap=0.3),
+    Case("half-peaked-near-equal", 60, 2000, 64, 96, _half, spread=8.0, gap=0.1),
+    Case("half-uncased", 9, 30522, 48, 64, _half, spread=4.0, gap=0.3, ignored=2),
+    Case("float16", 60, 2000, 64, 96, torch.float16, spread=4.0, gap=0.3, ce_weight=0.5),
+)
+BENCHES = (
+    Case("kl 384/768", 4096, 30522, 384, 768, _half, spread=4.0),
+    Case("kl 768/1024", 4096, 30522, 768, 1024, _half, spread=4.0),
+    Case("kl+ce 768/768", 4096, 50368, 768, 768, _half, spread=4.0, ce_weight=0.5, temperature=2.0),
+    Case("ce 768", 4096, 30522, 768, None, _half, spread=4.0, kl_weight=0.0, ce_weight=1.0),
+    Case("kl 384/768 float32", 4096, 30522, 384, 768, spread=4.0),
+)
+
+_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def _logits_build(dtype: torch.dtype, width: int, *, least: bool = False) -> tiling.Build:
+    """The logits' kernel with every option on, or with none but a bias."""
+    half, pointer = dtype != torch.float32, f"*{_TYPES[dtype]}"
+    signature = {"x_ptr": pointer, "weight_ptr": pointer, "bias_ptr": "*fp32", "logits_ptr": pointer}
+    signature |= {"maximum_ptr": "*fp32", "sum_ptr": "*fp32", "rows": "i32", "vocabulary": "i32", "stride": "i32"}
+    optional = {"labels_ptr": "*i64", "sum_ce_ptr": "*fp32"}
+    absent = dict.fromkeys(optional, None) if least else {}
+    flags = {"HAS_BIAS": True, "HAS_LABELS": not least, "HAS_SUM_CE": not least}
+    return tiling.Build(
+        name=f"linear_kd.logits {_TYPES[dtype]} D={width}{' KL alone' if least else ''}",
+        kernel=_logits_kernel,
+        signature=signature | {"exponent": "fp32"} | ({} if least else optional),
+        constants={**absent, **flags, "WIDTH": width, "UPCAST": False},
+        tile=_logits_tile_name(dtype, width),
+        width=width,
+        divisible=("stride",),
+        matrix=half,
+    )
+
+
+def _gradient_build(dtype: torch.dtype, tile: int, *, vocabulary: int = 30522, width: int = 768) -> tiling.Build:
+    """The gradient's kernel with every option on."""
+    statistics = ("student_maximum_ptr", "student_sum_ptr", "student_sum_ce_ptr", "teacher_maximum_ptr")
+    halves = ("student_ptr", "teacher_ptr", "x_ptr", "weight_ptr")
+    floats = (*statistics, "teacher_sum_ptr", "bias_ptr", "kl_ptr", "ce_ptr")
+    signature = {**dict.fromkeys(halves, f"*{_TYPES[dtype]}"), **dict.fromkeys(floats, "*fp32")}
+    signature |= {"labels_ptr": "*i64", "stride": "i32", "exponent": "fp32", "kl_factor": "fp32", "ce_weight": "fp32"}
+    tiles = -(-vocabulary // tile)
+    sizes = {"VOCABULARY": vocabulary, "TILE": tile, "TILES": tiles, "TILES_UP": _power_of_two(tiles)}
+    flags = ("HAS_TEACHER", "HAS_BIAS", "HAS_LABELS", "HAS_CE", "HAS_SUM_CE", "WRITE")
+    return tiling.Build(
+        name=f"linear_kd.gradient {_TYPES[dtype]} V={vocabulary} tiles of {tile}",
+        kernel=_gradient_kernel,
+        signature=signature,
+        constants={**dict.fromkeys(flags, True), **sizes, "WIDTH": width, "WIDTH_UP": _power_of_two(width)},
+        tile="linear_kd.gradient",
+        width=vocabulary,
+        blocks=("BLOCK_N",),
+        divisible=("stride",),
+        matrix=False,
+    )
+
+
+AUDIT = (
+    *(_logits_build(torch.bfloat16, width) for width in (312, 384, 768, 1024)),
+    *(_logits_build(torch.bfloat16, width, least=True) for width in (384, 768, 1024)),
+    _logits_build(torch.float16, 768),
+    _logits_build(torch.float32, 384),
+    *(_gradient_build(torch.bfloat16, tile) for tile in (128, 256)),
+    _gradient_build(torch.bfloat16, 128, vocabulary=50368, width=1024),
+    _gradient_build(torch.float32, 64),
+)

@@ -1,8 +1,8 @@
-"""Packed sequences on a CPU: which rows form a block, and the same rows regrouped by head.
+"""Packed sequences: what ``relation_kl`` and ``score_mse`` share.
 
-The blocked paths of `relation_kl` and `score_mse` share this frame. Sequences of similar length are batched with
-their heads into one block of bounded size, so a batch of short sequences costs a few large matrix products instead of
-thousands of tiny ones. A group of unequal lengths is padded with rows of zeros: they score zero against every row.
+Rows of a [T, D] tensor are tokens, sequences lie end to end, and ``cu_seqlens`` says where; a head is a slice of D/A
+columns. Here are the tiles of that layout in Triton, the blocks of it on a CPU, the checks of both losses' arguments
+and the cases that tests and benches iterate over.
 """
 
 from __future__ import annotations
@@ -12,17 +12,178 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-ENTRIES_PER_THREAD = 1 << 18  # of one float32 score tile: the three tiles of a block stay in a core's share of cache
+from fastkd.kernels import tiling
+from fastkd.kernels.tiling import Build, jit
+
+try:
+    import triton.language as tl
+except ImportError:
+    tl = None
+
 MASKED = -1e30  # score of a padded key: finite, so that the difference of two of them is 0 and not NaN
+MAX_HEAD_WIDTH = 128  # of the Triton kernels, which hold a head's whole width
+_ENTRIES_PER_THREAD = 1 << 18  # of one float32 score tile: the three tiles of a block stay in a core's share of cache
+
+
+# ---- arguments ------------------------------------------------------------------------------------------------
+
+
+def check_pair(op: str, who: str, query: Tensor, key: Tensor, like: Tensor, num_heads: int) -> None:
+    """Raise ValueError unless query and key are [T, D] with D a multiple of ``num_heads`` and T that of ``like``."""
+    if query.ndim != 2 or query.shape != key.shape or query.shape[0] != like.shape[0]:
+        shapes = f"{tuple(query.shape)} and {tuple(key.shape)}"
+        raise ValueError(f"{op}: {who} has shapes {shapes}: give [{like.shape[0]}, D] both, one row a token")
+    if num_heads < 1 or query.shape[1] % num_heads:
+        raise ValueError(
+            f"{op}: {who} width {query.shape[1]} is no multiple of num_heads={num_heads}: choose a divisor"
+        )
+
+
+def check_cu_seqlens(op: str, cu_seqlens: Tensor, like: Tensor) -> None:
+    """Raise ValueError unless ``cu_seqlens`` is an integer [B+1] beside ``like``; its values are read on a CPU only."""
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        given = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+        raise ValueError(f"{op}: cu_seqlens is {given}: give B+1 int32 row numbers, from 0 to {like.shape[0]}")
+    if cu_seqlens.device != like.device:
+        raise ValueError(f"{op}: cu_seqlens is on {cu_seqlens.device}, its rows on {like.device}: move it there")
+
+
+def choose_backend(op: str, backend: str | None, like: Tensor, head_width: int) -> str:
+    """``tiling.backend``, with a ValueError for a head too wide for the Triton kernels."""
+    backend = tiling.backend(backend, like)
+    if backend == "triton" and head_width > MAX_HEAD_WIDTH:
+        raise ValueError(f"{op}: head width {head_width} exceeds {MAX_HEAD_WIDTH}: use more heads or backend='blocked'")
+    return backend
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def padded(cu_seqlens: Tensor, bound: int) -> Group:
+    """All sequences as one group, padded to ``bound``, without reading ``cu_seqlens`` on the host."""
+    return Group(*padded_rows(cu_seqlens, bound), padded=True)
+
+
+def padded_rows(cu_seqlens: Tensor, bound: int) -> tuple[Tensor, Tensor]:
+    """Row numbers [B, bound] of every sequence's tokens (0 where padded), and which are tokens."""
+    position = torch.arange(bound, device=cu_seqlens.device)
+    valid = position < cu_seqlens.diff()[:, None]
+    return torch.where(valid, cu_seqlens[:-1, None] + position, 0), valid
+
+
+# ---- Triton ---------------------------------------------------------------------------------------------------
+
+
+@jit
+def _tile(  # type: ignore[no-untyped-def]
+    pointer, stride, first, count, head, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Pointers [ROWS, COLUMNS] to one head's slice of packed rows, and which are inside."""
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    return pointer + (first + row).to(tl.int64) * stride + head * WIDTH + column, (row < count) & (column < WIDTH)
+
+
+@jit
+def load_tile(  # type: ignore[no-untyped-def]
+    source,  # (pointer, stride of a row)
+    first, count, head, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """``count`` rows from ``first`` on, zero past them and past the head's width."""
+    pointers, inside = _tile(source[0], source[1], first, count, head, WIDTH, ROWS, COLUMNS)
+    return tl.load(pointers, mask=inside, other=0.0).to(DTYPE)
+
+
+@jit
+def store_tile(  # type: ignore[no-untyped-def]
+    pointer, stride, first, count, head, value, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """The same rows, in the dtype of the pointer."""
+    pointers, inside = _tile(pointer, stride, first, count, head, WIDTH, ROWS, COLUMNS)
+    tl.store(pointers, value.to(pointer.dtype.element_ty), mask=inside)
+
+
+@jit
+def row_block(cu_ptr, BLOCK_M: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Program (head, row block, sequence): first row and rows of its block, start and length of its sequence."""
+    sequence, offset = tl.program_id(2), tl.program_id(1) * BLOCK_M
+    start = tl.load(cu_ptr + sequence)
+    count = tl.load(cu_ptr + sequence + 1) - start
+    return start + offset, tl.minimum(count - offset, BLOCK_M), start, count
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """Column slices of a wider projection as they are: a kernel takes the stride of a row."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def pad_width(width: int) -> int:
+    """Columns of a head's tile: a power of two, at least the matrix unit's 16."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def dot_dtype(dtype: torch.dtype) -> Any:
+    """The dtype of the kernels' matrix operands. The interpreter multiplies bfloat16 wrongly: float32 there."""
+    if tiling.INTERPRETED or dtype == torch.float32:
+        return tl.float32
+    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+
+
+def build(
+    kernel: Any,
+    tile: str,
+    *,
+    widths: tuple[int, int],
+    length: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    constants: dict[str, Any] | None = None,
+) -> Build:
+    """A variant of a kernel for the audit. Argument types follow from the names that both losses' kernels share."""
+    half, pads = dtype != torch.float32, [pad_width(width) for width in widths]
+    pointers = {"cu_ptr": "*i32", "stats_ptr": "*fp32", "loss_ptr": "*fp32"}
+    signature = {}
+    for name in () if tl is None else kernel.arg_names:
+        if name.endswith("_ptr"):
+            signature[name] = pointers.get(name, "*bf16" if half else "*fp32")
+        elif name.endswith("_stride") or name in ("total", "width"):
+            signature[name] = "i32"
+        elif name.startswith(("alpha", "scale")):
+            signature[name] = "fp32"
+    extra = constants or {}
+    label = ", ".join([f"{widths[0]}/{widths[1]}", *(k.lower() for k, v in extra.items() if v)])
+    return Build(
+        name=f"{tile} {label}" + (f", n ≤ {length}" if length else ""),
+        kernel=kernel,
+        signature=signature,
+        constants={
+            "WIDTH_S": widths[0], "WIDTH_T": widths[1], "PAD_S": pads[0], "PAD_T": pads[1],
+            "DOT": None if tl is None else (tl.bfloat16 if half else tl.float32), **extra,
+        },
+        tile=tile,
+        width=max(pads),
+        length=length,
+        blocks=("BLOCK_M",) if length else ("BLOCK_M", "BLOCK_N"),
+        divisible=tuple(name for name in signature if name.endswith("_stride") or name == "width"),
+        matrix=half,
+    )  # fmt: skip
+
+
+# ---- blocks on a CPU ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Group:
-    """Sequences of one block, padded to the longest: `rows[g, i]` is the packed row of token i of sequence g."""
+    """Sequences of one block, padded to the longest: ``rows[g, i]`` is the packed row of token i of sequence g.
+
+    Padded rows are zeros: they score zero against every row.
+    """
 
     rows: Tensor  # [G, n] int64, 0 where padded
     valid: Tensor  # [G, n] bool
@@ -32,40 +193,49 @@ class Group:
     def length(self) -> int:
         return self.rows.shape[1]
 
-    def heads(self, x: Tensor, num_heads: int, dtype: torch.dtype, *, feature: str | None = None) -> Tensor:
-        """[T, D] → [G·A, n, D/A], padded rows zero.
+    def heads(self, x: Tensor, num_heads: int, *, feature: str | None = None) -> Tensor:
+        """[T, D] → [G·A, n, D/A] in float32 or float64, padded rows zero.
 
-        In a padded group, `feature="key"` appends a column that is 0 for a token and `MASKED` for padding, and
-        `feature="query"` one of ones: their product masks padded keys inside the matrix product, at no extra pass.
+        In a padded group, ``feature="key"`` appends a column that is 0 for a token and ``MASKED`` for padding, and
+        ``feature="query"`` one of ones: their product masks padded keys inside the matrix product, at no extra pass.
         """
         (size, length), width = self.rows.shape, x.shape[1] // num_heads
         extra = int(self.padded and feature is not None)
-        out = torch.empty(size, num_heads, length, width + extra, dtype=dtype, device=x.device)
+        out = torch.empty(size, num_heads, length, width + extra, dtype=accumulator(x.dtype), device=x.device)
         gathered = x.index_select(0, self.rows.flatten()).view(size, length, num_heads, width)
         if self.padded:
             gathered.mul_(self.valid[:, :, None, None])
         out[..., :width].copy_(gathered.transpose(1, 2))
         if extra:
-            mask = torch.where(self.valid, 0.0, MASKED)[:, None] if feature == "key" else 1.0
-            out[..., width] = mask
+            out[..., width] = torch.where(self.valid, 0.0, MASKED)[:, None] if feature == "key" else 1.0
         return out.flatten(0, 1)
 
     def scatter(self, out: Tensor, heads: Tensor) -> None:
-        """Write [G·A, n, D/A] back to the rows of `out` [T, D], in its dtype."""
+        """Write [G·A, n, D/A] back to the rows of ``out`` [T, D], zero so far, in its dtype."""
         size, length = self.rows.shape
         tokens = heads.unflatten(0, (size, -1)).transpose(1, 2).reshape(size * length, -1).to(out.dtype)
-        rows = self.rows.flatten()
-        if self.padded:
-            keep = self.valid.flatten()
-            rows, tokens = rows[keep], tokens[keep]
-        out.index_copy_(0, rows, tokens)
+        if self.padded:  # gradients of padding are zeros: added to row 0 they change nothing, and need no selection
+            out.index_add_(0, self.rows.flatten(), tokens)
+        else:
+            out.index_copy_(0, self.rows.flatten(), tokens)
 
 
-def groups(cu_seqlens: Tensor, num_heads: int) -> Iterator[Group]:
-    """Every non-empty sequence once, longest first; a group's score tiles hold `ENTRIES_PER_THREAD` or one sequence."""
+def groups(cu_seqlens: Tensor, num_heads: int, rows: int, max_seqlen: int) -> Iterator[Group]:
+    """Every sequence that is not empty once, longest first.
+
+    Sequences of similar length share a group as long as its score tile fits a block, so that a batch of short ones
+    costs a few large matrix products instead of thousands of tiny ones. A longer sequence is a group of its own.
+    Raises ValueError where ``cu_seqlens`` does not cut ``rows`` rows into sequences of at most ``max_seqlen``.
+    """
     starts = cu_seqlens.tolist()
+    if starts[0] != 0 or starts[-1] != rows or starts != sorted(starts):
+        raise ValueError(f"cu_seqlens runs from {starts[0]} to {starts[-1]}: let it rise from 0 to the {rows} rows")
     spans = [(b - a, a) for a, b in itertools.pairwise(starts) if b > a]
     spans.sort(key=lambda span: (-span[0], span[1]))
+    if spans and spans[0][0] > max_seqlen:
+        raise ValueError(
+            f"a sequence has {spans[0][0]} tokens, max_seqlen is {max_seqlen}: give a bound of every length"
+        )
     device, budget = cu_seqlens.device, _entries()
     while spans:
         longest = spans[0][0]
@@ -76,8 +246,7 @@ def groups(cu_seqlens: Tensor, num_heads: int) -> Iterator[Group]:
         spans = spans[size:]
         position = torch.arange(longest, device=device)
         valid = position < lengths[:, None]
-        rows = torch.where(valid, first[:, None] + position, 0)
-        yield Group(rows, valid, padded=int(lengths[-1]) != longest)
+        yield Group(torch.where(valid, first[:, None] + position, 0), valid, padded=int(lengths[-1]) != longest)
 
 
 def blocks(pairs: int, length: int) -> Iterator[tuple[slice, slice]]:
@@ -85,9 +254,27 @@ def blocks(pairs: int, length: int) -> Iterator[tuple[slice, slice]]:
     budget = _entries()
     rows = length if pairs * length * length <= budget else min(length, max(64, budget // (4 * length)))
     step = max(1, min(pairs, budget // (rows * length)))
-    for p in range(0, pairs, step):
-        for i in range(0, length, rows):
-            yield slice(p, min(p + step, pairs)), slice(i, min(i + rows, length))
+    for pair in range(0, pairs, step):
+        for row in range(0, length, rows):
+            yield slice(pair, min(pair + step, pairs)), slice(row, min(row + rows, length))
+
+
+class Buffers:
+    """Score tiles that every block of a call reuses."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._flat = [torch.empty(0, dtype=accumulator(like.dtype), device=like.device) for _ in range(3)]
+
+    def take(self, index: int, shape: tuple[int, ...]) -> Tensor:
+        size = math.prod(shape)
+        if self._flat[index].numel() < size:
+            self._flat[index] = self._flat[index].new_empty(size)
+        return self._flat[index][:size].view(shape)
+
+    def product(self, index: int, a: Tensor, b: Tensor, alpha: float) -> Tensor:
+        """alpha · a bᵀ."""
+        out = self.take(index, (*a.shape[:2], b.shape[1]))
+        return torch.baddbmm(out, a, b.transpose(1, 2), beta=0, alpha=alpha, out=out)
 
 
 @contextmanager
@@ -111,23 +298,71 @@ def exact_products(*inputs: Tensor) -> Iterator[None]:
             matmul.fp32_precision = before
 
 
-class Buffers:
-    """Score tiles that every block of a call reuses."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.flat = [torch.empty(0, dtype=dtype, device=device) for _ in range(3)]
-
-    def take(self, index: int, shape: torch.Size | tuple[int, ...]) -> Tensor:
-        size = math.prod(shape)
-        if self.flat[index].numel() < size:
-            self.flat[index] = self.flat[index].new_empty(size)
-        return self.flat[index][:size].view(shape)
-
-    def product(self, index: int, a: Tensor, b: Tensor, alpha: float) -> Tensor:
-        """alpha · a bᵀ."""
-        out = self.take(index, (*a.shape[:2], b.shape[1]))
-        return torch.baddbmm(out, a, b.transpose(1, 2), beta=0, alpha=alpha, out=out)
-
-
 def _entries() -> int:
-    return ENTRIES_PER_THREAD * torch.get_num_threads()
+    return _ENTRIES_PER_THREAD * torch.get_num_threads()
+
+
+# ---- cases ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes, dtype and values of one call, for tests and benches.
+
+    ``spread`` is the standard deviation of the scores, 8 being a peaked softmax; ``gap`` that of the student's
+    difference from the teacher (None: unrelated models), which needs equal widths.
+    """
+
+    name: str
+    lengths: tuple[int, ...]
+    num_heads: int
+    student_width: int
+    teacher_width: int
+    dtype: torch.dtype = torch.float32
+    cross: bool = False
+    spread: float = 1.0
+    gap: float | None = None
+
+    @property
+    def tolerance(self) -> float:
+        """‖out − ref‖/‖ref‖ against float64, of the value and of every gradient."""
+        return 1e-5 if self.dtype == torch.float32 else 1e-2
+
+    @property
+    def scores(self) -> int:
+        """Entries of one model's score matrices."""
+        return self.num_heads * sum(n * n for n in self.lengths)
+
+    def inputs(self, device: torch.device | str = "cpu", seed: int = 0) -> dict[str, Any]:
+        """Keyword arguments of ``relation_kl``; the student's tensors ask for gradients."""
+        q_s, k_s, q_t, k_t = self.tensors(device, seed)
+        keys = {"student_key": k_s.requires_grad_(), "teacher_key": k_t} if self.cross else {}
+        return {"student": q_s.requires_grad_(), "teacher": q_t, **keys, **self.layout(device)}
+
+    def layout(self, device: torch.device | str) -> dict[str, Any]:
+        cu_seqlens = torch.tensor([0, *itertools.accumulate(self.lengths)], dtype=torch.int32, device=device)
+        return {"cu_seqlens": cu_seqlens, "num_heads": self.num_heads, "max_seqlen": max(self.lengths)}
+
+    def tensors(self, device: torch.device | str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Student query and key [T, Ds], teacher query and key [T, Dt]: column slices of fused projections.
+
+        Rows scatter around seven centres, so that a row of a peaked self-relation has rivals to its own diagonal.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.arange(sum(self.lengths))
+
+        def noise(rows: int, width: int, deviation: float) -> Tensor:
+            return torch.randn(rows, 3 * width, generator=generator) * deviation
+
+        def model(width: int) -> Tensor:
+            centres, own = noise(7, width, self.spread**0.5), noise(len(tokens), width, self.spread**0.5)
+            return 0.9**0.5 * centres[tokens % 7] + 0.1**0.5 * own
+
+        teacher = model(self.teacher_width)
+        if self.gap is None:
+            student = model(self.student_width)
+        else:  # the scores of s + δ differ by √2·|s|·|δ| in standard deviation
+            student = teacher + noise(len(tokens), self.student_width, self.gap / (2 * self.spread) ** 0.5)
+        q_s, k_s, _ = student.to(device, self.dtype).split(self.student_width, dim=1)
+        q_t, k_t, _ = teacher.to(device, self.dtype).split(self.teacher_width, dim=1)
+        return q_s.detach(), k_s.detach(), q_t, k_t

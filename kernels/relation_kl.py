@@ -4,11 +4,13 @@ Per sequence and relation head, with Z = α_s q kᵀ of the student, Y = α_t Q 
 
     loss = 1/(A·T) Σ_{heads, rows i} KL(P_i ‖ Q_i),   Q = softmax_row(Z),  P = softmax_row(Y)
 
-With G = Q − P the gradients are dq = α_s G k /(A·T) and dk = α_s Gᵀ q /(A·T); a self-relation, where q = k = s, adds
-them up: ds = α_s (G + Gᵀ) s /(A·T). The loss is a scalar, so they are made in the forward and scaled in the backward.
+With G = Q − P the gradients are dq = α_s G k/(A·T) and dk = α_s Gᵀ q/(A·T). A self-relation has q = k = s, so
+ds = α_s (G + Gᵀ) s/(A·T), and Z_ji = Z_ij: a block of rows finds its G_ji in the tile it has, with the other row's
+softmax statistics, and alone owns its gradient. No atomics, no transpose, the same bits every time. The loss is a
+scalar, so the gradient is made in the forward and scaled in the backward.
 
-Sources: MiniLM (Wang et al. 2020, arXiv 2002.10957, eq. 4-8) for query-key attention and value relations, MiniLMv2 (Wang
-et al. 2021, arXiv 2012.15828, eq. 5-7) for multi-head self-relations of queries, keys and values.
+Sources: MiniLM (Wang et al. 2020, arXiv 2002.10957, eq. 4-8): query-key attention and value relations. MiniLMv2
+(Wang et al. 2021, arXiv 2012.15828, eq. 5-7): multi-head self-relations of queries, keys and values.
 
 Shapes: T packed tokens, B sequences, A relation heads, D width (s student, t teacher), n length of a sequence.
 """
@@ -16,52 +18,21 @@ Shapes: T packed tokens, B sequences, A relation heads, D width (s student, t te
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastkd.kernels import packed
+from fastkd.kernels import packed, tiling
+from fastkd.kernels.packed import Case, build, load_tile, row_block, store_tile
+from fastkd.kernels.tiling import jit
+
+try:
+    import triton.language as tl
+except ImportError:
+    tl = None
 
 LN2 = math.log(2)
-
-
-def relation_kl(
-    student: Tensor,  # [T, Ds]
-    teacher: Tensor,  # [T, Dt]
-    cu_seqlens: Tensor,  # [B+1] int32
-    num_heads: int,
-    *,
-    student_key: Tensor | None = None,  # [T, Ds]
-    teacher_key: Tensor | None = None,  # [T, Dt]
-    max_seqlen: int | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """KL(teacher ‖ student) of the relations of packed sequences, averaged over heads and rows; a float32 scalar.
-
-    `student` and `teacher` hold queries, keys or values, one row a token, and are regrouped into `num_heads` slices,
-    whatever heads the models have. Without keys it is the self-relation of MiniLMv2, with both keys the query-key
-    attention of MiniLM. Sequences lie end to end: `cu_seqlens` runs from 0 to T and may repeat T (empty sequences).
-    `max_seqlen` bounds every length; without it the Triton backend assumes T and launches needless programs.
-    Differentiable once, in the student's tensors; their gradients have their dtype. Float64 is kept as float64.
-    Column slices of a fused projection need no copy.
-
-    Raises ValueError for shapes that do not fit.
-    """
-    _check(student, teacher, cu_seqlens, num_heads, student_key, teacher_key)
-    teacher = teacher.detach()
-    teacher_key = None if teacher_key is None else teacher_key.detach()
-    if backend == "reference":
-        return reference(
-            student,
-            teacher,
-            cu_seqlens,
-            num_heads,
-            student_key=student_key,
-            teacher_key=teacher_key,
-            max_seqlen=max_seqlen,
-        )
-    bound = student.shape[0] if max_seqlen is None else max_seqlen
-    return _relation_kl(student, student_key, teacher, teacher_key, cu_seqlens, num_heads, bound, "blocked")[0]
 
 
 def reference(
@@ -75,60 +46,483 @@ def reference(
     max_seqlen: int | None = None,
 ) -> Tensor:
     """The definition, batched and padded as it is usually written: every [B, A, n, n] matrix in memory."""
-    bound = student.shape[0] if max_seqlen is None else max_seqlen
-    starts, lengths = cu_seqlens[:-1, None], cu_seqlens.diff()[:, None]
-    position = torch.arange(bound, device=student.device)
-    valid = position < lengths  # [B, n]
-    rows = torch.where(valid, starts + position, 0)
+    rows, valid = packed.padded_rows(cu_seqlens, len(student) if max_seqlen is None else max_seqlen)
 
     def log_relation(query: Tensor, key: Tensor) -> Tensor:
         q, k = (x[rows].unflatten(2, (num_heads, -1)).transpose(1, 2) for x in (query, key))
-        scores = (q @ k.transpose(2, 3)).to(torch.promote_types(query.dtype, torch.float32)) / math.sqrt(q.shape[-1])
+        scores = (q @ k.transpose(2, 3)).to(packed.accumulator(query.dtype)) / math.sqrt(q.shape[-1])
         return scores.masked_fill(~valid[:, None, None], packed.MASKED).log_softmax(-1)
 
     log_q = log_relation(student, student if student_key is None else student_key)
     log_p = log_relation(teacher, teacher if teacher_key is None else teacher_key)
-    rows_kl = (log_p.exp() * (log_p - log_q)).sum(-1)  # [B, A, n]
-    return torch.where(valid[:, None], rows_kl, 0).sum() / (num_heads * student.shape[0])
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)  # [B, A, n]
+    return torch.where(valid[:, None], divergence, 0).sum() / (num_heads * len(student))
+
+
+# ---- Triton ---------------------------------------------------------------------------------------------------
+#
+# Sequences of one tile's length: one launch, a program holds both score tiles of a sequence and head.
+# Longer ones: _stats_kernel streams columns → row maxima and sums of exponentials, [4, A, T];
+#              _self_kernel or _cross_kernel streams them again → loss and gradient of a block of rows.
+# Exponentials are powers of two, with 1/ln 2 in the scale of the scores. A padded row loads as zeros, so Q = P and
+# G = 0 there; padded columns are masked. Maxima are subtracted first, so no power exceeds 1.
+
+
+@jit
+def _scores(q, k, columns):  # type: ignore[no-untyped-def]
+    """Products of a tile's rows and keys, not scaled yet, masked past ``columns``."""
+    z = tl.dot(q, tl.trans(k), input_precision="ieee")
+    return tl.where((tl.arange(0, k.shape[0]) < columns)[None, :], z, -1e30)
+
+
+@jit
+def _short_tile(  # type: ignore[no-untyped-def]
+    sources, dq_ptr, dk_ptr, start, count, head, width, alpha, scale_s, scale_t,
+    WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
+    DOT: tl.constexpr, CROSS: tl.constexpr, LENGTH: tl.constexpr,
+):  # fmt: skip
+    """Loss and gradient of a sequence and head. In this order both score tiles fit the registers, 128 × 128 as well."""
+    query_s, key_s, query_t, key_t = sources
+    q = load_tile(query_s, start, count, head, WIDTH_S, LENGTH, PAD_S, DOT)
+    k = q
+    if CROSS:
+        k = load_tile(key_s, start, count, head, WIDTH_S, LENGTH, PAD_S, DOT)
+    z = _scores(q, k, count)
+    qt = load_tile(query_t, start, count, head, WIDTH_T, LENGTH, PAD_T, DOT)
+    kt = qt
+    if CROSS:
+        kt = load_tile(key_t, start, count, head, WIDTH_T, LENGTH, PAD_T, DOT)
+    y = _scores(qt, kt, count)
+    max_t = tl.max(y, 1) * scale_t
+    e_t = tl.exp2(y * scale_t - max_t[:, None])
+    sum_t = tl.sum(e_t, 1)
+    kl = tl.sum(e_t * (y * scale_t - z * scale_s), 1) / sum_t
+    max_s = tl.max(z, 1) * scale_s
+    e_s = tl.exp2(z * scale_s - max_s[:, None])
+    sum_s = tl.sum(e_s, 1)
+    kl -= (max_t - max_s) + tl.log2(sum_t / sum_s)
+    g = (e_s * (1 / sum_s)[:, None] - e_t * (1 / sum_t)[:, None]).to(DOT)
+    dq = tl.dot(g, k, input_precision="ieee")
+    if CROSS:
+        dk = tl.dot(tl.trans(g), q, input_precision="ieee") * alpha
+        store_tile(dk_ptr, width, start, count, head, dk, WIDTH_S, LENGTH, PAD_S)
+    else:
+        dq = tl.dot(tl.trans(g), q, dq, input_precision="ieee")
+    store_tile(dq_ptr, width, start, count, head, dq * alpha, WIDTH_S, LENGTH, PAD_S)
+    return tl.sum(kl)
+
+
+@jit
+def _short_kernel(  # type: ignore[no-untyped-def]
+    q_ptr, k_ptr,  # [T, Ds]; k_ptr is q_ptr in a self-relation
+    qt_ptr, kt_ptr,  # [T, Dt]
+    cu_ptr,  # [B+1]
+    dq_ptr, dk_ptr,  # [T, Ds], without 1/(A·T)
+    loss_ptr,  # [B, A]: KL in bits, summed over the rows of a sequence
+    q_stride, k_stride, qt_stride, kt_stride, width, alpha, scale_s, scale_t,
+    WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
+    DOT: tl.constexpr, CROSS: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Program (head, sequence), at most BLOCK_M tokens; a tile half as long serves sequences half as long."""
+    head, sequence = tl.program_id(0), tl.program_id(1)
+    start = tl.load(cu_ptr + sequence)
+    count = tl.load(cu_ptr + sequence + 1) - start
+    sources = ((q_ptr, q_stride), (k_ptr, k_stride), (qt_ptr, qt_stride), (kt_ptr, kt_stride))
+    loss = 0.0
+    if count > BLOCK_M // 2:
+        loss = _short_tile(
+            sources, dq_ptr, dk_ptr, start, count, head, width, alpha, scale_s, scale_t,
+            WIDTH_S, WIDTH_T, PAD_S, PAD_T, DOT, CROSS, BLOCK_M,
+        )  # fmt: skip
+    elif count > 0:
+        loss = _short_tile(
+            sources, dq_ptr, dk_ptr, start, count, head, width, alpha, scale_s, scale_t,
+            WIDTH_S, WIDTH_T, PAD_S, PAD_T, DOT, CROSS, BLOCK_M // 2,
+        )  # fmt: skip
+    tl.store(loss_ptr + sequence * tl.num_programs(0) + head, loss)
+
+
+@jit
+def _stats_kernel(  # type: ignore[no-untyped-def]
+    q_ptr, k_ptr, qt_ptr, kt_ptr, cu_ptr,
+    stats_ptr,  # [4, A, T]: the student's row maxima and reciprocal row sums of powers, then the teacher's
+    q_stride, k_stride, qt_stride, kt_stride, total, scale_s, scale_t,
+    WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program (head, row block, sequence): softmax statistics of a block of rows."""
+    head = tl.program_id(0)
+    first, rows, start, count = row_block(cu_ptr, BLOCK_M)
+    if rows > 0:
+        q = load_tile((q_ptr, q_stride), first, rows, head, WIDTH_S, BLOCK_M, PAD_S, DOT)
+        qt = load_tile((qt_ptr, qt_stride), first, rows, head, WIDTH_T, BLOCK_M, PAD_T, DOT)
+        max_s = tl.full([BLOCK_M], -1e30, tl.float32)
+        max_t = tl.full([BLOCK_M], -1e30, tl.float32)
+        sum_s = tl.zeros([BLOCK_M], tl.float32)
+        sum_t = tl.zeros([BLOCK_M], tl.float32)
+        for j in range(0, count, BLOCK_N):
+            k = load_tile((k_ptr, k_stride), start + j, count - j, head, WIDTH_S, BLOCK_N, PAD_S, DOT)
+            max_s, sum_s = _online(_scores(q, k, count - j), scale_s, max_s, sum_s)
+            kt = load_tile((kt_ptr, kt_stride), start + j, count - j, head, WIDTH_T, BLOCK_N, PAD_T, DOT)
+            max_t, sum_t = _online(_scores(qt, kt, count - j), scale_t, max_t, sum_t)
+        row = tl.arange(0, BLOCK_M)
+        plane = tl.num_programs(0).to(tl.int64) * total
+        out = stats_ptr + head.to(tl.int64) * total + first + row
+        tl.store(out, max_s, mask=row < rows)
+        tl.store(out + plane, 1 / sum_s, mask=row < rows)
+        tl.store(out + 2 * plane, max_t, mask=row < rows)
+        tl.store(out + 3 * plane, 1 / sum_t, mask=row < rows)
+
+
+@jit
+def _online(z, scale, maximum, total):  # type: ignore[no-untyped-def]
+    """Take one tile into the running row maxima and sums."""
+    new = tl.maximum(maximum, tl.max(z, 1) * scale)
+    total = total * tl.exp2(maximum - new) + tl.sum(tl.exp2(z * scale - new[:, None]), 1)
+    return new, total
+
+
+@jit
+def _load_stats(stats_ptr, plane, first, count, centre, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Maxima and reciprocal sums of one model's rows; ``centre`` and 1 past the end, where nothing may overflow."""
+    row = tl.arange(0, ROWS)
+    maximum = tl.load(stats_ptr + first + row, mask=row < count, other=centre)
+    return maximum, tl.load(stats_ptr + plane + first + row, mask=row < count, other=1.0)
+
+
+@jit
+def _spread(stats_ptr, start, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Range of a sequence's row maxima."""
+    row = tl.arange(0, BLOCK)
+    low = tl.full([BLOCK], 1e30, tl.float32)
+    high = tl.full([BLOCK], -1e30, tl.float32)
+    for i in range(0, count, BLOCK):
+        inside = row < count - i
+        low = tl.minimum(low, tl.load(stats_ptr + start + i + row, mask=inside, other=1e30))
+        high = tl.maximum(high, tl.load(stats_ptr + start + i + row, mask=inside, other=-1e30))
+    return tl.max(high) - tl.min(low)
+
+
+@jit
+def _both_ways(z, scale, max_i, inverse_i, weight_i, column, SINGLE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Q_ij and Q_ij + Q_ji of a tile of symmetric scores.
+
+    While a sequence's row maxima differ by little, one power serves both:
+    Q_ji = Q_ij · (sum_i 2^(max_i − c)) · (2^(c − max_j) / sum_j).
+    """
+    own = tl.exp2(z * scale - max_i[:, None]) * inverse_i[:, None]
+    if SINGLE:
+        return own, own + own * (weight_i[:, None] * column[None, :])
+    return own, own + tl.exp2(z * scale - column[None, :])
+
+
+@jit
+def _column(  # type: ignore[no-untyped-def]
+    stats_ptr, plane, first, count, centre, ROWS: tl.constexpr, SINGLE: tl.constexpr
+):
+    """What ``_both_ways`` takes of each column: 2^(c − max)/sum, or max + log₂ sum."""
+    maximum, inverse = _load_stats(stats_ptr, plane, first, count, centre, ROWS)
+    if SINGLE:
+        return tl.exp2(centre - maximum) * inverse
+    return maximum - tl.log2(inverse)
+
+
+@jit
+def _self_rows(  # type: ignore[no-untyped-def]
+    student, teacher, stats_ptr, plane, first, rows, start, count, head, scale_s, scale_t,
+    WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SINGLE: tl.constexpr,
+):  # fmt: skip
+    """(G + Gᵀ) s and the KL of a block of rows."""
+    s = load_tile(student, first, rows, head, WIDTH_S, BLOCK_M, PAD_S, DOT)
+    r = load_tile(teacher, first, rows, head, WIDTH_T, BLOCK_M, PAD_T, DOT)
+    stats_t = stats_ptr + 2 * plane
+    centre_s, centre_t = tl.load(stats_ptr + start), tl.load(stats_t + start)
+    max_s, inverse_s = _load_stats(stats_ptr, plane, first, rows, centre_s, BLOCK_M)
+    max_t, inverse_t = _load_stats(stats_t, plane, first, rows, centre_t, BLOCK_M)
+    weight_s, weight_t = max_s, max_t
+    if SINGLE:
+        weight_s = tl.exp2(max_s - centre_s) / inverse_s
+        weight_t = tl.exp2(max_t - centre_t) / inverse_t
+    ds = tl.zeros([BLOCK_M, PAD_S], tl.float32)
+    cross = tl.zeros([BLOCK_M], tl.float32)
+    for j in range(0, count, BLOCK_N):
+        s_j = load_tile(student, start + j, count - j, head, WIDTH_S, BLOCK_N, PAD_S, DOT)
+        r_j = load_tile(teacher, start + j, count - j, head, WIDTH_T, BLOCK_N, PAD_T, DOT)
+        column_s = _column(stats_ptr, plane, start + j, count - j, centre_s, BLOCK_N, SINGLE)
+        column_t = _column(stats_t, plane, start + j, count - j, centre_t, BLOCK_N, SINGLE)
+        z = _scores(s, s_j, count - j)
+        y = _scores(r, r_j, count - j)
+        p, p_both = _both_ways(y, scale_t, max_t, inverse_t, weight_t, column_t, SINGLE)
+        cross += tl.sum(p * (y * scale_t - z * scale_s), 1)
+        _, q_both = _both_ways(z, scale_s, max_s, inverse_s, weight_s, column_s, SINGLE)
+        ds = tl.dot((q_both - p_both).to(DOT), s_j, ds, input_precision="ieee")
+    return ds, cross - (max_t - max_s) - tl.log2(inverse_s / inverse_t)
+
+
+@jit
+def _self_kernel(  # type: ignore[no-untyped-def]
+    s_ptr, r_ptr, cu_ptr, stats_ptr, ds_ptr,
+    loss_ptr,  # [B, blocks, A]: KL in bits, summed over a block's rows
+    s_stride, r_stride, total, width, alpha, scale_s, scale_t,
+    WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program (head, row block, sequence): loss and gradient of a block of rows, which it alone writes."""
+    head = tl.program_id(0)
+    first, rows, start, count = row_block(cu_ptr, BLOCK_M)
+    loss = 0.0
+    if rows > 0:
+        plane = tl.num_programs(0).to(tl.int64) * total
+        stats = stats_ptr + head.to(tl.int64) * total
+        student, teacher = (s_ptr, s_stride), (r_ptr, r_stride)
+        spread = tl.maximum(_spread(stats, start, count, 128), _spread(stats + 2 * plane, start, count, 128))
+        if spread < 80:  # else 2^(z − max_i) can vanish where 2^(z − max_j) does not
+            ds, kl = _self_rows(
+                student, teacher, stats, plane, first, rows, start, count, head, scale_s, scale_t,
+                WIDTH_S, WIDTH_T, PAD_S, PAD_T, DOT, BLOCK_M, BLOCK_N, True,
+            )  # fmt: skip
+        else:
+            ds, kl = _self_rows(
+                student, teacher, stats, plane, first, rows, start, count, head, scale_s, scale_t,
+                WIDTH_S, WIDTH_T, PAD_S, PAD_T, DOT, BLOCK_M, BLOCK_N, False,
+            )  # fmt: skip
+        store_tile(ds_ptr, width, first, rows, head, ds * alpha, WIDTH_S, BLOCK_M, PAD_S)
+        loss = tl.sum(tl.where(tl.arange(0, BLOCK_M) < rows, kl, 0.0))
+    block = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(loss_ptr + block * tl.num_programs(0) + head, loss)
+
+
+@jit
+def _cross_rows(  # type: ignore[no-untyped-def]
+    sources, stats_ptr, plane, first, rows, start, count, head, scale_s, scale_t,
+    WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """G k and the KL of a block of queries against every key."""
+    query_s, key_s, query_t, key_t = sources
+    q = load_tile(query_s, first, rows, head, WIDTH_S, BLOCK_M, PAD_S, DOT)
+    qt = load_tile(query_t, first, rows, head, WIDTH_T, BLOCK_M, PAD_T, DOT)
+    max_s, inverse_s = _load_stats(stats_ptr, plane, first, rows, 0.0, BLOCK_M)
+    max_t, inverse_t = _load_stats(stats_ptr + 2 * plane, plane, first, rows, 0.0, BLOCK_M)
+    dq = tl.zeros([BLOCK_M, PAD_S], tl.float32)
+    cross = tl.zeros([BLOCK_M], tl.float32)
+    for j in range(0, count, BLOCK_N):
+        k = load_tile(key_s, start + j, count - j, head, WIDTH_S, BLOCK_N, PAD_S, DOT)
+        kt = load_tile(key_t, start + j, count - j, head, WIDTH_T, BLOCK_N, PAD_T, DOT)
+        z = _scores(q, k, count - j)
+        y = _scores(qt, kt, count - j)
+        p = tl.exp2(y * scale_t - max_t[:, None]) * inverse_t[:, None]
+        cross += tl.sum(p * (y * scale_t - z * scale_s), 1)
+        g = tl.exp2(z * scale_s - max_s[:, None]) * inverse_s[:, None] - p
+        dq = tl.dot(g.to(DOT), k, dq, input_precision="ieee")
+    return dq, cross - (max_t - max_s) - tl.log2(inverse_s / inverse_t)
+
+
+@jit
+def _cross_columns(  # type: ignore[no-untyped-def]
+    sources, stats_ptr, plane, first, rows, start, count, head, scale_s, scale_t,
+    WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Gᵀ q of a block of keys against every query: tiles with keys as rows, so that G needs no transpose."""
+    query_s, key_s, query_t, key_t = sources
+    k = load_tile(key_s, first, rows, head, WIDTH_S, BLOCK_M, PAD_S, DOT)
+    kt = load_tile(key_t, first, rows, head, WIDTH_T, BLOCK_M, PAD_T, DOT)
+    dk = tl.zeros([BLOCK_M, PAD_S], tl.float32)
+    for i in range(0, count, BLOCK_N):
+        q = load_tile(query_s, start + i, count - i, head, WIDTH_S, BLOCK_N, PAD_S, DOT)
+        qt = load_tile(query_t, start + i, count - i, head, WIDTH_T, BLOCK_N, PAD_T, DOT)
+        max_s, inverse_s = _load_stats(stats_ptr, plane, start + i, count - i, 0.0, BLOCK_N)
+        max_t, inverse_t = _load_stats(stats_ptr + 2 * plane, plane, start + i, count - i, 0.0, BLOCK_N)
+        g = tl.exp2(_scores(k, q, count - i) * scale_s - max_s[None, :]) * inverse_s[None, :]
+        g -= tl.exp2(_scores(kt, qt, count - i) * scale_t - max_t[None, :]) * inverse_t[None, :]
+        dk = tl.dot(g.to(DOT), q, dk, input_precision="ieee")
+    return dk
+
+
+@jit
+def _cross_kernel(  # type: ignore[no-untyped-def]
+    q_ptr, k_ptr, qt_ptr, kt_ptr, cu_ptr, stats_ptr, dq_ptr, dk_ptr,
+    loss_ptr,  # [B, blocks, A]: KL in bits, summed over a block's rows
+    q_stride, k_stride, qt_stride, kt_stride, total, width, alpha, scale_s, scale_t,
+    WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program (head, block, sequence): its tokens as queries against every key, then as keys against every query."""
+    head = tl.program_id(0)
+    first, rows, start, count = row_block(cu_ptr, BLOCK_M)
+    loss = 0.0
+    if rows > 0:
+        plane = tl.num_programs(0).to(tl.int64) * total
+        stats = stats_ptr + head.to(tl.int64) * total
+        sources = ((q_ptr, q_stride), (k_ptr, k_stride), (qt_ptr, qt_stride), (kt_ptr, kt_stride))
+        dq, kl = _cross_rows(
+            sources, stats, plane, first, rows, start, count, head, scale_s, scale_t,
+            WIDTH_S, WIDTH_T, PAD_S, PAD_T, DOT, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        store_tile(dq_ptr, width, first, rows, head, dq * alpha, WIDTH_S, BLOCK_M, PAD_S)
+        loss = tl.sum(tl.where(tl.arange(0, BLOCK_M) < rows, kl, 0.0))
+        dk = _cross_columns(
+            sources, stats, plane, first, rows, start, count, head, scale_s, scale_t,
+            WIDTH_S, WIDTH_T, PAD_S, PAD_T, DOT, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        store_tile(dk_ptr, width, first, rows, head, dk * alpha, WIDTH_S, BLOCK_M, PAD_S)
+    block = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(loss_ptr + block * tl.num_programs(0) + head, loss)
+
+
+def _triton(
+    query_s: Tensor,
+    key_s: Tensor | None,
+    query_t: Tensor,
+    key_t: Tensor | None,
+    cu_seqlens: Tensor,
+    num_heads: int,
+    max_seqlen: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ KL, and dq, dk without their factor 1/(A·T)."""
+    cross = key_s is not None
+    query_s, query_t = packed.unit_stride(query_s), packed.unit_stride(query_t)
+    key_s = query_s if key_s is None else packed.unit_stride(key_s)
+    key_t = query_t if key_t is None else packed.unit_stride(key_t)
+    dq = torch.empty(query_s.shape, dtype=query_s.dtype, device=query_s.device)
+    dk = torch.empty(key_s.shape if cross else 0, dtype=key_s.dtype, device=key_s.device)
+    launch = _Launch(query_s, key_s, query_t, key_t, cu_seqlens, num_heads, max_seqlen)
+    with torch.cuda.device_of(query_s):
+        loss = launch.short(dq, dk, cross) if launch.fits_one_tile() else launch.long(dq, dk, cross)
+    return LN2 * loss.sum(), dq, dk
+
+
+class _Launch:
+    """The kernels' common arguments for one call."""
+
+    def __init__(
+        self,
+        query_s: Tensor,
+        key_s: Tensor,
+        query_t: Tensor,
+        key_t: Tensor,
+        cu_seqlens: Tensor,
+        num_heads: int,
+        max_seqlen: int,
+    ) -> None:
+        self.tensors, self.cu_seqlens = (query_s, key_s, query_t, key_t), cu_seqlens
+        self.heads, self.length, self.sequences = num_heads, max_seqlen, len(cu_seqlens) - 1
+        width_s, width_t = (x.shape[1] // num_heads for x in (query_s, query_t))
+        self.alpha = 1 / math.sqrt(width_s)
+        self.scales = {"scale_s": self.alpha / LN2, "scale_t": 1 / (math.sqrt(width_t) * LN2)}
+        pads = {"PAD_S": packed.pad_width(width_s), "PAD_T": packed.pad_width(width_t)}
+        self.constants = {"WIDTH_S": width_s, "WIDTH_T": width_t, **pads}
+        self.constants["DOT"] = packed.dot_dtype(query_s.dtype)
+        self.width = max(pads.values())
+
+    def tile(self, kernel: str) -> tiling.Tile:
+        query = self.tensors[0]
+        arch = tiling.architecture(query.device)
+        return tiling.tile(_table_key(kernel, query.dtype), width=self.width, length=self.length, arch=arch)
+
+    def strides(self) -> dict[str, int]:
+        names = ("q_stride", "k_stride", "qt_stride", "kt_stride")
+        return {name: x.stride(0) for name, x in zip(names, self.tensors, strict=True)}
+
+    def fits_one_tile(self) -> bool:
+        return self.length <= _one_tile(self.tensors[0].dtype, self.width)
+
+    def short(self, dq: Tensor, dk: Tensor, cross: bool) -> Tensor:
+        tile = self.tile("relation_kl.short")
+        loss = dq.new_empty((self.sequences, self.heads), dtype=torch.float32)
+        _short_kernel[(self.heads, self.sequences)](
+            *self.tensors, self.cu_seqlens, dq, dk if cross else dq, loss, **self.strides(), width=dq.shape[1],
+            alpha=self.alpha, **self.scales, CROSS=cross, **self.constants, BLOCK_M=tile.block_m,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+        return loss
+
+    def long(self, dq: Tensor, dk: Tensor, cross: bool) -> Tensor:
+        rows = len(dq)
+        stats = dq.new_empty((4, self.heads, rows), dtype=torch.float32)
+        tile, grid = self._blocks("relation_kl.stats")
+        _stats_kernel[grid](
+            *self.tensors, self.cu_seqlens, stats, **self.strides(), total=rows, **self.scales, **self.constants, **tile
+        )
+        tile, grid = self._blocks("relation_kl.cross" if cross else "relation_kl.self")
+        loss = dq.new_empty(grid, dtype=torch.float32)
+        rest: dict[str, Any] = {
+            "total": rows, "width": dq.shape[1], "alpha": self.alpha, **self.scales, **self.constants, **tile
+        }  # fmt: skip
+        if cross:
+            _cross_kernel[grid](*self.tensors, self.cu_seqlens, stats, dq, dk, loss, **self.strides(), **rest)
+        else:
+            student, _, teacher, _ = self.tensors
+            strides = {"s_stride": student.stride(0), "r_stride": teacher.stride(0)}
+            _self_kernel[grid](student, teacher, self.cu_seqlens, stats, dq, loss, **strides, **rest)
+        return loss
+
+    def _blocks(self, kernel: str) -> tuple[dict[str, int], tuple[int, int, int]]:
+        """Launch options of a row-block kernel and its grid."""
+        tile = self.tile(kernel)
+        options = {
+            "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "num_warps": tile.num_warps, "num_stages": tile.num_stages
+        }  # fmt: skip
+        return options, (self.heads, -(-self.length // tile.block_m), self.sequences)
+
+
+def _one_tile(dtype: torch.dtype, width: int) -> int:
+    """The longest sequence whose score tiles one program holds without spilling registers."""
+    if width > 64:
+        return 0
+    return 32 if dtype == torch.float32 else 128
+
+
+def _table_key(kernel: str, dtype: torch.dtype) -> str:
+    return f"{kernel}_float32" if dtype == torch.float32 else kernel
+
+
+# ---- blocked PyTorch ------------------------------------------------------------------------------------------
 
 
 def _blocked(
-    query_s: Tensor, key_s: Tensor | None, query_t: Tensor, key_t: Tensor | None, cu_seqlens: Tensor, num_heads: int
+    query_s: Tensor,
+    key_s: Tensor | None,
+    query_t: Tensor,
+    key_t: Tensor | None,
+    cu_seqlens: Tensor,
+    num_heads: int,
+    max_seqlen: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Blocks of whole score rows in reused buffers: Σ KL, and dq, dk without their factor 1/(A·T)."""
-    dtype = torch.float64 if query_s.dtype == torch.float64 else torch.float32
+    cross = key_s is not None
+    key_s, key_t = query_s if key_s is None else key_s, query_t if key_t is None else key_t
     total = torch.zeros((), dtype=torch.float64, device=query_s.device)
-    dq, dk = torch.zeros_like(query_s, memory_format=torch.contiguous_format), query_s.new_empty(0)
-    if key_s is not None:
-        dk = torch.zeros_like(key_s, memory_format=torch.contiguous_format)
-    buffers = packed.Buffers(dtype, query_s.device)
-    with packed.exact_products(*(x for x in (query_s, key_s, query_t, key_t) if x is not None)):
-        for group in packed.groups(cu_seqlens, num_heads):
-            qs = group.heads(query_s, num_heads, dtype, feature="query")
-            ks = group.heads(query_s if key_s is None else key_s, num_heads, dtype, feature="key")
-            qt = group.heads(query_t, num_heads, dtype, feature="query")
-            kt = group.heads(query_t if key_t is None else key_t, num_heads, dtype, feature="key")
-            width = query_s.shape[1] // num_heads
+    dq = torch.zeros(query_s.shape, dtype=query_s.dtype, device=query_s.device)
+    dk = torch.zeros(key_s.shape if cross else 0, dtype=key_s.dtype, device=key_s.device)
+    buffers = packed.Buffers(query_s)
+    alpha_s, alpha_t = (1 / math.sqrt(x.shape[1] / num_heads) for x in (query_s, query_t))
+    width = query_s.shape[1] // num_heads
+    with packed.exact_products(query_s, key_s, query_t, key_t):
+        for group in packed.groups(cu_seqlens, num_heads, len(query_s), max_seqlen):
+            qs, qt = (group.heads(x, num_heads, feature="query") for x in (query_s, query_t))
+            ks, kt = (group.heads(x, num_heads, feature="key") for x in (key_s, key_t))
             grad_q = torch.zeros_like(qs[..., :width], memory_format=torch.contiguous_format)
-            grad_k = grad_q if key_s is None else torch.zeros_like(grad_q)
-            alpha_s, alpha_t = (1 / math.sqrt(x.shape[1] / num_heads) for x in (query_s, query_t))
-            for pair, row in packed.blocks(qs.shape[0], group.length):
+            grad_k = torch.zeros_like(grad_q) if cross else grad_q
+            for pair, row in packed.blocks(len(qs), group.length):
                 z = buffers.product(0, qs[pair, row], ks[pair], alpha_s / LN2)
                 y = buffers.product(1, qt[pair, row], kt[pair], alpha_t / LN2)
                 total += _kl_and_difference(z, y, buffers.take(2, z.shape))
                 grad_q[pair, row].baddbmm_(z, ks[pair][..., :width], alpha=alpha_s)
                 grad_k[pair].baddbmm_(z.transpose(1, 2), qs[pair, row][..., :width], alpha=alpha_s)
             group.scatter(dq, grad_q)
-            if key_s is not None:
+            if cross:
                 group.scatter(dk, grad_k)
     return total, dq, dk
 
 
 def _kl_and_difference(z: Tensor, y: Tensor, w: Tensor) -> Tensor:
-    """Σ KL(P ‖ Q) of a block of base-2 scores; leaves G = Q − P in `z`.
+    """Σ KL(P ‖ Q) of a block of base-2 scores; leaves G = Q − P in ``z``. ``y`` and ``w`` are overwritten.
 
-    KL_i = Σ_j P_ij (Y_ij − Z_ij) − (L_t − L_s): differences of scores, of maxima and a ratio of sums, so that a good student's
-    small KL is not the difference of two large numbers.
+    KL_i = Σ_j P_ij (Y_ij − Z_ij) − (L_t − L_s): differences of scores and of maxima and a ratio of sums, so that
+    a good student's small divergence is not the difference of two large numbers. Powers of two cost a quarter of exp.
     """
     max_s, max_t = z.amax(-1, keepdim=True), y.amax(-1, keepdim=True)
     torch.sub(y, z, out=w)
@@ -138,6 +532,9 @@ def _kl_and_difference(z: Tensor, y: Tensor, w: Tensor) -> Tensor:
     rows -= (max_t - max_s) + torch.log2(sum_t / sum_s)
     z.div_(sum_s).addcmul_(y, sum_t.reciprocal_(), value=-1)
     return LN2 * rows.sum(dtype=torch.float64)
+
+
+# ---- the operator ---------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("fastkd::relation_kl", mutates_args=())
@@ -151,77 +548,157 @@ def _relation_kl(
     max_seqlen: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    total, dq, dk = _blocked(student, student_key, teacher, teacher_key, cu_seqlens, num_heads)
-    loss = total / (num_heads * student.shape[0])
-    return loss.to(torch.promote_types(student.dtype, torch.float32)), dq, dk
+    """The loss; dq, and dk in a cross relation, without their factor 1/(A·T)."""
+    path = _triton if backend == "triton" else _blocked
+    total, dq, dk = path(student, student_key, teacher, teacher_key, cu_seqlens, num_heads, max_seqlen)
+    return (total / (num_heads * len(student))).to(packed.accumulator(student.dtype)), dq, dk
 
 
 @_relation_kl.register_fake
-def _(student, student_key, teacher, teacher_key, cu_seqlens, num_heads, max_seqlen, backend):  # type: ignore[no-untyped-def]
-    loss = student.new_empty((), dtype=torch.promote_types(student.dtype, torch.float32))
+def _(
+    student: Tensor,
+    student_key: Tensor | None,
+    teacher: Tensor,
+    teacher_key: Tensor | None,
+    cu_seqlens: Tensor,
+    num_heads: int,
+    max_seqlen: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = student.new_empty((), dtype=packed.accumulator(student.dtype))
     dk = student.new_empty(0) if student_key is None else student_key.new_empty(student_key.shape)
     return loss, student.new_empty(student.shape), dk
 
 
-@torch.library.custom_op("fastkd::relation_kl_scale", mutates_args=())
-def _scale(grad_loss: Tensor, gradient: Tensor, factor: float) -> Tensor:
-    return (gradient.to(torch.promote_types(gradient.dtype, torch.float32)) * (grad_loss * factor)).to(gradient.dtype)
-
-
-@_scale.register_fake
-def _(grad_loss, gradient, factor):  # type: ignore[no-untyped-def]
-    return torch.empty_like(gradient)
-
-
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    student, student_key, *_, num_heads, _max, _backend = inputs
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    student, student_key, *_, num_heads, _max_seqlen, _backend = inputs
     _, dq, dk = output
     ctx.set_materialize_grads(False)
-    ctx.factor, ctx.cross = 1 / (num_heads * student.shape[0]), student_key is not None
+    ctx.mark_non_differentiable(dq, dk)
+    ctx.factor, ctx.cross = 1 / (num_heads * len(student)), student_key is not None
     ctx.save_for_backward(dq, dk)
 
 
-def _backward(ctx, grad_loss, _dq, _dk):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
+    if torch.is_grad_enabled():
+        raise RuntimeError("relation_kl has no second derivative: call backward without create_graph=True")
     dq, dk = ctx.saved_tensors
-    grad_query = _scale(grad_loss, dq, ctx.factor)
-    grad_key = _scale(grad_loss, dk, ctx.factor) if ctx.cross else None
-    return grad_query, grad_key, None, None, None, None, None, None
+    grad_query, grad_key = ((x * (grad_loss * ctx.factor)).to(x.dtype) for x in (dq, dk))
+    return grad_query, grad_key if ctx.cross else None, *[None] * 6
 
 
-def _no_second_derivative(ctx, grad):  # type: ignore[no-untyped-def]
-    raise RuntimeError("relation_kl is differentiable once; use backend='reference' for second derivatives")
+_relation_kl.register_autograd(_backward, setup_context=_setup_context)
 
 
-_relation_kl.register_autograd(_backward, setup_context=_setup)
-_scale.register_autograd(_no_second_derivative)
+# ---- public ---------------------------------------------------------------------------------------------------
 
 
-def _check(
-    student: Tensor,
-    teacher: Tensor,
-    cu_seqlens: Tensor,
+def relation_kl(
+    student: Tensor,  # [T, Ds]
+    teacher: Tensor,  # [T, Dt]
+    cu_seqlens: Tensor,  # [B+1] int32
     num_heads: int,
-    student_key: Tensor | None,
-    teacher_key: Tensor | None,
-) -> None:
+    *,
+    student_key: Tensor | None = None,  # [T, Ds]
+    teacher_key: Tensor | None = None,  # [T, Dt]
+    max_seqlen: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """KL(teacher ‖ student) of the relations of packed sequences, averaged over heads and rows: a float32 scalar.
+
+    ``student`` and ``teacher`` hold queries, keys or values, one row a token, and are regrouped into ``num_heads``
+    slices whatever heads the models have. Without keys it is the self-relation of MiniLMv2, with both keys the query-key
+    attention of MiniLM. Sequences lie end to end: ``cu_seqlens`` rises from 0 to T and may repeat T (empty sequences).
+    ``max_seqlen`` bounds every length; without it the Triton backend assumes T and launches needless programs.
+    ``backend``: None takes "triton" on CUDA, else "blocked"; "reference" holds every score.
+
+    Differentiable once, in the student's tensors, whose gradients have their dtype. Products are exact and everything
+    else is float32, or float64 for float64; autocast changes nothing. Column slices of a fused projection need no copy.
+    Raises ValueError for shapes, values or a backend that do not fit.
+    """
     if (student_key is None) != (teacher_key is None):
         raise ValueError(
             "relation_kl got one key: give student_key and teacher_key for query-key attention, or neither"
         )
-    for name, x, like in (("teacher_key", teacher_key, teacher), ("student_key", student_key, student)):
-        if x is not None and x.shape != like.shape:
-            raise ValueError(
-                f"relation_kl: {name} has shape {tuple(x.shape)}, its query {tuple(like.shape)}: make them equal"
-            )
-    if student.ndim != 2 or teacher.ndim != 2 or student.shape[0] != teacher.shape[0]:
-        shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
-        raise ValueError(
-            f"relation_kl: student and teacher have shapes {shapes}: give [T, Ds] and [T, Dt], one row a token"
+    packed.check_pair(
+        "relation_kl", "student", student, student if student_key is None else student_key, student, num_heads
+    )
+    packed.check_pair(
+        "relation_kl", "teacher", teacher, teacher if teacher_key is None else teacher_key, student, num_heads
+    )
+    packed.check_cu_seqlens("relation_kl", cu_seqlens, student)
+    width = max(student.shape[1], teacher.shape[1]) // num_heads
+    backend = packed.choose_backend("relation_kl", backend, student, width)
+    teacher, teacher_key = teacher.detach(), None if teacher_key is None else teacher_key.detach()
+    bound = len(student) if max_seqlen is None else max_seqlen
+    if backend == "reference":
+        keys = {"student_key": student_key, "teacher_key": teacher_key}
+        return reference(student, teacher, cu_seqlens, num_heads, **keys, max_seqlen=bound)
+    return _relation_kl(student, student_key, teacher, teacher_key, cu_seqlens, num_heads, bound, backend)[0]
+
+
+# ---- for tests, benches and the audit -------------------------------------------------------------------------
+
+_RAGGED = (128, 1, 17, 64, 65, 127, 2, 0, 0)  # trailing zeros: static shapes hold empty sequences
+CASES: tuple[Case, ...] = (
+    Case("one token", (1, 1, 1), 2, 16, 16),
+    Case("ragged", _RAGGED, 3, 36, 24),
+    Case("ragged cross", _RAGGED, 3, 36, 24, cross=True),
+    *(Case(f"head width {d}", (70, 33), 2, 2 * d, 2 * d) for d in (8, 12, 16, 24, 32, 64)),
+    *(Case(f"head width {d} cross", (140, 33), 2, 2 * d, 2 * d, cross=True) for d in (8, 12, 16, 24, 32, 64)),
+    Case("wide heads", (70, 150), 1, 80, 128),
+    Case("long", (129, 300, 2, 0), 2, 32, 64),
+    Case("long cross", (129, 300, 2, 0), 2, 32, 64, cross=True),
+    Case("longest", (2049, 3), 1, 16, 16),
+    Case("peaked", (97, 150), 2, 64, 64, spread=8),
+    Case("peaked cross", (97, 150), 2, 64, 64, cross=True, spread=8),
+    Case("near", (97, 150), 2, 64, 64, gap=0.1),
+    Case("peaked near", (97, 150), 2, 64, 64, spread=8, gap=0.1),
+    Case("peaked near cross", (97, 150), 2, 64, 64, cross=True, spread=8, gap=0.1),
+    Case("maxima far apart", (150, 40), 1, 16, 16, spread=60),
+    *(
+        Case(f"{name} bfloat16", lengths, 2, 64, 64, torch.bfloat16, cross, spread, gap)
+        for name, lengths, cross, spread, gap in (
+            ("ragged", _RAGGED, False, 1, None),
+            ("ragged cross", _RAGGED, True, 1, None),
+            ("long", (129, 300, 2, 0), False, 1, None),
+            ("long cross", (129, 300, 2, 0), True, 1, None),
+            ("peaked near", (97, 150), False, 8, 0.1),
+            ("peaked near cross", (97, 150), True, 8, 0.1),
         )
-    for name, x in (("student", student), ("teacher", teacher)):
-        if x.shape[1] % num_heads:
-            raise ValueError(
-                f"relation_kl: {name} width {x.shape[1]} is no multiple of num_heads={num_heads}: choose a divisor"
-            )
-    if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"relation_kl: cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}: give [B+1] int32")
+    ),
+)
+BENCHES: tuple[Case, ...] = (
+    Case("32×128, 384, A=12", (128,) * 32, 12, 384, 384, torch.bfloat16, gap=0.3),
+    Case("256×128, 768, A=12", (128,) * 256, 12, 768, 768, torch.bfloat16, gap=0.3),
+    Case("256×128, 768, A=48", (128,) * 256, 48, 768, 768, torch.bfloat16, gap=0.3),
+    Case("256×128, 768, A=12 cross", (128,) * 256, 12, 768, 768, torch.bfloat16, cross=True, gap=0.3),
+    Case("ragged 256, 384/768, A=12", (128, 90, 55, 20) * 64, 12, 384, 768, torch.bfloat16),
+    Case("8×1024, 768, A=48", (1024,) * 8, 48, 768, 768, torch.bfloat16, gap=0.3),
+    Case("8×1024, 768, A=12 cross", (1024,) * 8, 12, 768, 768, torch.bfloat16, cross=True, gap=0.3),
+)
+
+AUDIT = (
+    *(
+        build(_short_kernel, "relation_kl.short", widths=widths, length=n, constants={"CROSS": cross})
+        for widths, n in (((64, 64), 128), ((16, 16), 128), ((24, 64), 128), ((64, 64), 64), ((64, 64), 32))
+        for cross in (False, True)
+    ),
+    *(
+        build(kernel, tile, widths=widths)
+        for kernel, tile in (
+            (_stats_kernel, "relation_kl.stats"), (_self_kernel, "relation_kl.self"), (_cross_kernel, "relation_kl.cross"),
+        )
+        for widths in ((64, 64), (16, 16), (128, 128))
+    ),
+    *(
+        build(kernel, f"{tile}_float32", widths=widths, dtype=torch.float32)
+        for kernel, tile in (
+            (_stats_kernel, "relation_kl.stats"), (_self_kernel, "relation_kl.self"), (_cross_kernel, "relation_kl.cross"),
+        )
+        for widths in ((64, 64), (128, 128))
+    ),
+    build(
+        _short_kernel, "relation_kl.short_float32", widths=(64, 64), length=32, dtype=torch.float32, constants={"CROSS": True}
+    ),
+)  # fmt: skip

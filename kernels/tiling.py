@@ -15,9 +15,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 # Set before Triton is imported: it warns that the default will change, and rounding should not depend on one.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -26,13 +27,18 @@ try:
 except ImportError:  # macOS and Windows: every backend but "triton" works
     triton = None
 
+BACKENDS = ("triton", "blocked", "reference")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def jit(function: Function) -> Function:
+def jit(function: Callable[..., Any]) -> Any:
     """``triton.jit``, or the function itself where there is no Triton, so that kernel files import everywhere."""
     return function if triton is None else triton.jit(function)
+
+
+def constant(value: float) -> Any:
+    """A number that kernels may read as a global variable."""
+    return value if triton is None else triton.language.constexpr(value)
 
 
 class Tile(NamedTuple):
@@ -69,7 +75,7 @@ class Build:
     tile: str  # key of the table
     width: int  # what the launch code looks the tile up with
     length: int | None = None
-    blocks: tuple[str, ...] = ("BLOCK_M", "BLOCK_N", "BLOCK_K")  # the tile's blocks that are arguments, in order
+    blocks: tuple[str, ...] = ("BLOCK_M", "BLOCK_N", "BLOCK_K")  # which of the tile's blocks are arguments
     divisible: tuple[str, ...] = ()  # integer arguments that are multiples of 16; pointers always are
     matrix: bool = True  # must hold matrix instructions (False: element-wise, or float32 on purpose)
 
@@ -82,6 +88,12 @@ LINEAR_KD: Table = {
         80: (Row(Tile(128, 128, 64, 8, 3)),),
         90: (Row(Tile(128, 256, 64, 8, 3)),),
         100: (Row(Tile(128, 256, 64, 8, 3)),),
+        120: (Row(Tile(128, 128, 64, 8, 2)),),  # workstation Blackwell has an older chip's 99 KiB of shared memory
+        "gfx942": (Row(Tile(128, 128, 64, 8, 2)),),
+    },
+    # a width that block_k does not divide: masks in the inner loop take the registers of the wider tile
+    "linear_kd.logits_ragged": {
+        "any": (Row(Tile(128, 128, 64, 8, 3)),),
         "gfx942": (Row(Tile(128, 128, 64, 8, 2)),),
     },
     "linear_kd.logits_float32": {"any": (Row(Tile(64, 64, 32, 8, 2)),)},
@@ -89,9 +101,46 @@ LINEAR_KD: Table = {
 }
 
 # ---- relation_kl and score_mse --------------------------------------------------------------------------------
-RELATION: Table = {}
+# block_m is the whole sequence in the one-launch kernels, a block of rows in the others, which stream block_n columns.
+_SHORT = (Row(Tile(32, 0, 0, 4, 1), 64, 32), Row(Tile(64, 0, 0, 4, 1), 64, 64), Row(Tile(128, 0, 0, 8, 1), 64, 128))
+_ROWS = (Row(Tile(64, 32, 0, 4, 2), 64), Row(Tile(64, 16, 0, 4, 2)))
+_ROWS_FLOAT32 = (Row(Tile(32, 32, 0, 4, 2), 64), Row(Tile(16, 16, 0, 4, 2)))
+RELATION: Table = {
+    "relation_kl.short": {"any": _SHORT},
+    "relation_kl.short_float32": {"any": _SHORT[:1]},
+    "relation_kl.stats": {"any": _ROWS},
+    "relation_kl.stats_float32": {"any": _ROWS_FLOAT32},
+    "relation_kl.self": {"any": _ROWS},
+    "relation_kl.self_float32": {"any": _ROWS_FLOAT32},
+    "relation_kl.cross": {"any": _ROWS},
+    "relation_kl.cross_float32": {"any": _ROWS_FLOAT32},
+    "score_mse.short": {"any": _SHORT},
+    "score_mse.short_float32": {"any": _SHORT[:1]},
+    "score_mse.rows": {"any": _ROWS},
+    "score_mse.rows_float32": {"any": _ROWS_FLOAT32},
+}
 
 TABLE: Table = {**LINEAR_KD, **RELATION}
+
+
+def backend(name: str | None, x: Tensor) -> str:
+    """The backend for ``x``: by default "triton" on a GPU (float64 apart), else "blocked".
+
+    Raises ValueError for an unknown name, and for "triton" where it cannot run.
+    """
+    if name not in (None, *BACKENDS):
+        raise ValueError(f"backend={name!r} is unknown: choose one of {', '.join(BACKENDS)}, or None")
+    if name is None:
+        on_gpu = x.is_cuda and triton is not None and x.dtype != torch.float64
+        return "triton" if on_gpu else "blocked"
+    if name == "triton":
+        if triton is None:
+            raise ValueError("backend='triton' needs the package triton (Linux): install it or use backend='blocked'")
+        if not (x.is_cuda or INTERPRETED):
+            raise ValueError(f"backend='triton' cannot run on device {x.device}: use backend='blocked'")
+        if x.dtype == torch.float64:
+            raise ValueError("backend='triton' has no float64: use backend='blocked' or 'reference'")
+    return name
 
 
 def architecture(device: torch.device) -> int | str:

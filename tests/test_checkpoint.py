@@ -85,7 +85,9 @@ while True:
 
 def test_kill_9_while_saving_leaves_a_checkpoint_that_verifies(tmp_path: Path) -> None:
     for _ in range(3):
-        with subprocess.Popen([sys.executable, "-c", LOOP, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            [sys.executable, "-c", LOOP, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        ) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 if int(line) >= 5:

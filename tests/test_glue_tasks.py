@@ -137,6 +137,12 @@ def test_validation_is_the_hubs_name_of_dev(tmp_path: Path) -> None:
     assert read_rows(TASKS["sst2"], "dev", data).labels == [1]
 
 
+def test_entailment_is_class_0_but_in_wnli(tmp_path: Path) -> None:
+    row = '{"sentence1": "A.", "sentence2": "B.", "label": "entailment"}\n'
+    for name, label in (("rte", 0), ("wnli", 1)):
+        assert read_rows(TASKS[name], "train", write(tmp_path / name, {"train.jsonl": row})).labels == [label]
+
+
 def test_a_hub_data_set_through_datasets(tmp_path: Path) -> None:
     card = "---\nconfigs:\n- config_name: small\n  data_files:\n  - {split: fit, path: fit.jsonl}\n---\n"
     write(tmp_path / "set", {"README.md": card, "fit.jsonl": '{"q": "Who?", "kind": 1}\n{"q": "Why?", "kind": 0}\n'})

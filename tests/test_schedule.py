@@ -1,6 +1,7 @@
 """Schedules are functions of progress alone, and end where the budget does."""
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -18,7 +19,7 @@ def test_rises_to_the_peak_then_falls_to_one_percent() -> None:
 def test_is_positive_and_continuous() -> None:
     values = [learning_rate(i / 1000, 1.0, 0.06) for i in range(1001)]
     assert all(v > 0 for v in values)
-    assert max(abs(a - b) for a, b in zip(values, values[1:], strict=False)) < 0.02
+    assert max(abs(a - b) for a, b in pairwise(values)) < 0.02
     assert max(values) == pytest.approx(1.0)
 
 

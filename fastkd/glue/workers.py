@@ -56,7 +56,7 @@ def _share_out(cells: list[Cell], workers: dict[Connection, SpawnProcess]) -> It
         while free and waiting:
             connection, cell = free.pop(), waiting.pop()
             running[connection] = cell
-            with contextlib.suppress(BrokenPipeError):  # a process that died is found when its result is read
+            with contextlib.suppress(ConnectionError):  # a process that died is found when its result is read
                 connection.send(cell)
         ready = set(multiprocessing.connection.wait(list(running)))
         for connection in [one for one in running if one in ready]:
@@ -68,7 +68,7 @@ def _share_out(cells: list[Cell], workers: dict[Connection, SpawnProcess]) -> It
 def _receive(connection: Connection, cell: Cell, process: SpawnProcess) -> dict[str, Any]:
     try:
         result = connection.recv()
-    except EOFError:
+    except (EOFError, ConnectionError):
         process.join()
         raise ChildProcessError(
             f"the process of {cell.job.task.title}, seed {cell.job.seed}, died (exit code {process.exitcode}); "

@@ -1,0 +1,209 @@
+"""Compile every Triton kernel for GPUs that are not here, and read what the compiler made of it.
+
+    python -m bench.audit [--arch 80 90 100 120 gfx942] [--kernel linear_kd]
+
+Every file of ``kernels/`` lists in ``AUDIT`` the variants its launch code can choose (``tiling.Build``); each is
+compiled with the tile that ``tiling.py`` gives it. The table shows, per variant and architecture, registers a
+thread, bytes spilled, shared memory, matrix instructions and theoretical occupancy. Exits 1 when a kernel spills,
+needs more shared memory than a block may have, lacks the matrix instruction of its architecture, or when a row of
+``tiling.TABLE`` is compiled by no variant. Needs Triton but no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastkd.kernels import tiling
+
+KERNELS = Path(tiling.__file__).parent
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a multiprocessor (NVIDIA) or compute unit (AMD) has, for the occupancy."""
+
+    name: int | str
+    backend: str
+    warp: int
+    matrix: str  # pattern of the matrix instructions in the assembly
+    assembly: str
+    shared_block: int  # bytes of shared memory a block may use
+    shared: int  # and all resident blocks together
+    reserved: int  # and the driver takes a block
+    warps: int  # resident
+    registers: int  # 32-bit, of all lanes
+
+
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD CDNA 3 ISA guide, section 3.6
+# and HIP's "Hardware features": 512 registers a lane and 8 waves on each of 4 SIMDs, 64 KiB of LDS.
+ARCHITECTURES = (
+    Architecture(80, "cuda", 32, r"\bmma\.sync", "ptx", 163 << 10, 164 << 10, 1024, 64, 65536),
+    Architecture(90, "cuda", 32, r"\bwgmma\.mma_async", "ptx", 227 << 10, 228 << 10, 1024, 64, 65536),
+    Architecture(100, "cuda", 32, r"\btcgen05\.mma", "ptx", 227 << 10, 228 << 10, 1024, 64, 65536),
+    Architecture(120, "cuda", 32, r"\bmma\.sync", "ptx", 99 << 10, 100 << 10, 1024, 48, 65536),
+    Architecture("gfx942", "hip", 64, r"\bv_mfma", "amdgcn", 64 << 10, 64 << 10, 0, 32, 512 * 64 * 4),
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of one variant on one architecture."""
+
+    build: str
+    architecture: int | str
+    tile: tiling.Tile
+    registers: int
+    spilled: int  # bytes of local memory a thread
+    shared: int  # bytes a block
+    matrix: int  # instructions
+    occupancy: float  # resident warps / the most there can be
+    problems: tuple[str, ...]
+
+
+def builds(kernel: str | None = None) -> list[tiling.Build]:
+    """The variants of every kernel file, or of one."""
+    stems = sorted(path.stem for path in KERNELS.glob("*.py")) if kernel is None else [kernel]
+    modules = [importlib.import_module(f"fastkd.kernels.{stem}") for stem in stems]
+    return [build for module in modules for build in getattr(module, "AUDIT", ())]
+
+
+def audit(build: tiling.Build, arch: Architecture) -> Report:
+    """Compile one variant for one architecture and read the result."""
+    tile = tiling.tile(build.tile, width=build.width, length=build.length, arch=arch.name)
+    compiled = _compile(build, tile, arch)
+    registers, spilled = _amd_usage(compiled) if arch.backend == "hip" else _nvidia_usage(compiled)
+    shared = compiled.metadata.shared
+    matrix = len(re.findall(arch.matrix, compiled.asm[arch.assembly]))
+    problems = []
+    if spilled:
+        problems.append(f"spills {spilled} bytes")
+    if shared > arch.shared_block:
+        problems.append(f"needs {shared} of {arch.shared_block} bytes of shared memory")
+    if build.matrix and not matrix:
+        problems.append("has no matrix instruction")
+    resident = occupancy(arch, registers, shared, tile.num_warps)
+    return Report(build.name, arch.name, tile, registers, spilled, shared, matrix, resident, tuple(problems))
+
+
+def _compile(build: tiling.Build, tile: tiling.Tile, arch: Architecture) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+    constants = {**build.constants, **{name: blocks[name] for name in build.blocks}}
+    names = build.kernel.arg_names
+    signature = {name: build.signature.get(name, "constexpr") for name in names}
+    aligned = [name for name, kind in build.signature.items() if kind.startswith("*") or name in build.divisible]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(build.kernel, signature, constants, attributes)
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return triton.compile(source, target=GPUTarget(arch.backend, arch.name, arch.warp), options=options)
+
+
+def _nvidia_usage(compiled: Any) -> tuple[int, int]:
+    """Registers a thread and bytes spilled, from the cubin by the cuobjdump that Triton ships."""
+    import triton.backends.nvidia
+
+    tool = Path(triton.backends.nvidia.__path__[0]) / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    fields = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
+    return int(fields["REG"]), int(fields["STACK"]) + int(fields["LOCAL"])
+
+
+def _amd_usage(compiled: Any) -> tuple[int, int]:
+    """Vector registers a lane (accumulators included) and bytes of scratch, from the assembly's metadata."""
+    text = compiled.asm["amdgcn"]
+    fields = dict(re.findall(r"\.(vgpr_count|agpr_count|private_segment_fixed_size):\s*(\d+)", text))
+    return int(fields["vgpr_count"]), int(fields["private_segment_fixed_size"])
+
+
+def occupancy(arch: Architecture, registers: int, shared: int, num_warps: int) -> float:
+    """Warps that registers, shared memory and the scheduler let be resident, over the most there can be."""
+    per_warp = -(-registers * arch.warp // 256) * 256
+    by_registers = arch.registers // (per_warp * num_warps)
+    by_shared = arch.shared // (shared + arch.reserved) if shared + arch.reserved else arch.warps
+    blocks = min(by_registers, by_shared, arch.warps // num_warps, 32)
+    return blocks * num_warps / arch.warps
+
+
+def uncompiled_rows(compiled: Iterable[tiling.Build], architectures: Iterable[Architecture]) -> list[str]:
+    """Rows of the table that no variant was compiled with: a tile that nobody audits."""
+    seen = {
+        (build.tile, tiling.tile(build.tile, width=build.width, length=build.length, arch=arch.name))
+        for build in compiled
+        for arch in architectures
+    }
+    wanted = {arch.name for arch in architectures} | {"any"}
+    return [
+        f"{kernel} on {arch}: {row.tile} is compiled by no AUDIT entry"
+        for kernel, columns in tiling.TABLE.items()
+        for arch, rows in columns.items()
+        for row in rows
+        if arch in wanted and (kernel, row.tile) not in seen
+    ]
+
+
+def table(reports: Sequence[Report]) -> str:
+    """The reports as a Markdown table."""
+    lines = [
+        "| kernel | arch | tile (M×N×K, warps, stages) | registers | spilled | shared KiB | matrix | occupancy | |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for r in reports:
+        m, n, k, warps, stages = r.tile
+        arch = f"sm_{r.architecture}" if isinstance(r.architecture, int) else r.architecture
+        cells = (r.build, arch, f"{m}×{n}×{k}, {warps}, {stages}", r.registers, r.spilled, f"{r.shared / 1024:.1f}")
+        numbers = (r.matrix, f"{r.occupancy:.0%}", "; ".join(r.problems) or "ok")
+        lines.append("| " + " | ".join(map(str, (*cells, *numbers))) + " |")
+    return "\n".join(lines)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.audit", description=(__doc__ or "").split("\n\n")[0])
+    names = [str(arch.name) for arch in ARCHITECTURES]
+    parser.add_argument("--arch", nargs="+", choices=names, default=names, help="architectures (default: all)")
+    parser.add_argument("--kernel", help="a file of kernels/ without .py (default: all)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _arguments(argv)
+    if tiling.triton is None or tiling.INTERPRETED:
+        print("bench.audit needs triton, and TRITON_INTERPRET unset: an interpreted kernel cannot be compiled")
+        return 2
+    architectures = [arch for arch in ARCHITECTURES if str(arch.name) in arguments.arch]
+    chosen = builds(arguments.kernel)
+    pairs = [(build.name, arch.name) for build in chosen for arch in architectures]
+    with ProcessPoolExecutor() as pool:
+        reports = list(pool.map(_audit_named, *zip(*pairs, strict=True)))
+    print(f"triton {tiling.triton.__version__}\n\n{table(reports)}\n")
+    missing = uncompiled_rows(chosen, architectures) if arguments.kernel is None else []
+    failures = [f"{r.build} on {r.architecture} {problem}" for r in reports for problem in r.problems] + missing
+    print("\n".join(failures) or f"{len(reports)} kernels compiled, no spills")
+    return 1 if failures else 0
+
+
+def _audit_named(build: str, arch: int | str) -> Report:
+    """``audit`` by name: a compiled kernel's function does not travel between processes."""
+    return audit(
+        next(candidate for candidate in builds() if candidate.name == build),
+        next(candidate for candidate in ARCHITECTURES if candidate.name == arch),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
