@@ -160,13 +160,20 @@ def uncompiled_rows(compiled: Iterable[tiling.Build], architectures: Iterable[Ar
 def table(reports: Sequence[Report]) -> str:
     """The reports as a Markdown table."""
     lines = [
-        "| kernel | arch | tile (M×N×K, warps, stages) | registers | spilled | shared KiB | matrix | occupancy | |",
+        "| kernel | arch | blocks, warps, stages | registers | spilled | shared KiB | matrix | occupancy | |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for r in reports:
-        m, n, k, warps, stages = r.tile
+        blocks = "×".join(str(block) for block in r.tile[:3] if block)
         arch = f"sm_{r.architecture}" if isinstance(r.architecture, int) else r.architecture
-        cells = (r.build, arch, f"{m}×{n}×{k}, {warps}, {stages}", r.registers, r.spilled, f"{r.shared / 1024:.1f}")
+        cells = (
+            r.build,
+            arch,
+            f"{blocks}, {r.tile.num_warps}, {r.tile.num_stages}",
+            r.registers,
+            r.spilled,
+            f"{r.shared / 1024:.1f}",
+        )
         numbers = (r.matrix, f"{r.occupancy:.0%}", "; ".join(r.problems) or "ok")
         lines.append("| " + " | ".join(map(str, (*cells, *numbers))) + " |")
     return "\n".join(lines)

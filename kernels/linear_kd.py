@@ -377,7 +377,8 @@ def _gradient(
 ) -> None:
     """Step 2: fill ``kl`` and ``ce`` [R], and leave N·dz in the student's logits."""
     vocabulary, width = head.weight.shape
-    launch = tiling.tile("linear_kd.gradient", width=vocabulary, arch=tiling.architecture(kl.device))
+    name = _gradient_tile_name(student.centred.dtype)
+    launch = tiling.tile(name, width=vocabulary, arch=tiling.architecture(kl.device))
     tiles = student.maximum.shape[1]
     _gradient_kernel[(len(kl),)](
         student.centred,
@@ -457,6 +458,10 @@ def _logits_tile_name(dtype: torch.dtype, *widths: int) -> str:
     if dtype == torch.float32:
         return "linear_kd.logits_float32"
     return "linear_kd.logits_ragged" if any(width % 64 for width in widths) else "linear_kd.logits"
+
+
+def _gradient_tile_name(dtype: torch.dtype) -> str:
+    return "linear_kd.gradient_float32" if dtype == torch.float32 else "linear_kd.gradient"
 
 
 def _products(dz: Tensor, student: _Head, start: int, out: _Gradients) -> None:
@@ -1055,7 +1060,7 @@ def _gradient_build(dtype: torch.dtype, tile: int, *, vocabulary: int = 30522, w
         kernel=_gradient_kernel,
         signature=signature,
         constants={**dict.fromkeys(flags, True), **sizes, "WIDTH": width, "WIDTH_UP": _power_of_two(width)},
-        tile="linear_kd.gradient",
+        tile=_gradient_tile_name(dtype),
         width=vocabulary,
         blocks=("BLOCK_N",),
         divisible=("stride",),

@@ -98,16 +98,18 @@ LINEAR_KD: Table = {
     },
     "linear_kd.logits_float32": {"any": (Row(Tile(64, 64, 32, 8, 2)),)},
     "linear_kd.gradient": {"any": (Row(Tile(0, 4096, 0, 8, 1)),)},
+    "linear_kd.gradient_float32": {"any": (Row(Tile(0, 2048, 0, 8, 1)),)},
 }
 
 # ---- relation_kl and score_mse --------------------------------------------------------------------------------
 # block_m is the whole sequence in the one-launch kernels, a block of rows in the others, which stream block_n columns.
-_SHORT = (Row(Tile(32, 0, 0, 4, 1), 64, 32), Row(Tile(64, 0, 0, 4, 1), 64, 64), Row(Tile(128, 0, 0, 8, 1), 64, 128))
+_SHORT = (Row(Tile(64, 0, 0, 4, 1), 64, 64), Row(Tile(128, 0, 0, 8, 1), 64, 128))
+_SHORT_FLOAT32 = (Row(Tile(32, 0, 0, 4, 1), 64, 32),)
 _ROWS = (Row(Tile(64, 32, 0, 4, 2), 64), Row(Tile(64, 16, 0, 4, 2)))
-_ROWS_FLOAT32 = (Row(Tile(32, 32, 0, 4, 2), 64), Row(Tile(16, 16, 0, 4, 2)))
+_ROWS_FLOAT32 = (Row(Tile(32, 16, 0, 4, 2), 64), Row(Tile(16, 16, 0, 4, 2)))
 RELATION: Table = {
     "relation_kl.short": {"any": _SHORT},
-    "relation_kl.short_float32": {"any": _SHORT[:1]},
+    "relation_kl.short_float32": {"any": _SHORT_FLOAT32},
     "relation_kl.stats": {"any": _ROWS},
     "relation_kl.stats_float32": {"any": _ROWS_FLOAT32},
     "relation_kl.self": {"any": _ROWS},
@@ -115,7 +117,7 @@ RELATION: Table = {
     "relation_kl.cross": {"any": _ROWS},
     "relation_kl.cross_float32": {"any": _ROWS_FLOAT32},
     "score_mse.short": {"any": _SHORT},
-    "score_mse.short_float32": {"any": _SHORT[:1]},
+    "score_mse.short_float32": {"any": _SHORT_FLOAT32},
     "score_mse.rows": {"any": _ROWS},
     "score_mse.rows_float32": {"any": _ROWS_FLOAT32},
 }
