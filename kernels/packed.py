@@ -129,6 +129,13 @@ def pad_width(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
+def fits_one_tile(kernel: str, *, width: int, length: int, device: torch.device) -> bool:
+    """Whether one program of ``kernel`` can hold the scores of a sequence, as the table of tiles has it."""
+    if width > 64:
+        return False
+    return length <= tiling.tile(kernel, width=width, length=length, arch=tiling.architecture(device)).block_m
+
+
 def dot_dtype(dtype: torch.dtype) -> Any:
     """The dtype of the kernels' matrix operands. The interpreter multiplies bfloat16 wrongly: float32 there."""
     if tiling.INTERPRETED or dtype == torch.float32:

@@ -427,7 +427,9 @@ class _Launch:
         return {name: x.stride(0) for name, x in zip(names, self.tensors, strict=True)}
 
     def fits_one_tile(self) -> bool:
-        return self.length <= _one_tile(self.tensors[0].dtype, self.width)
+        query = self.tensors[0]
+        key = _table_key("relation_kl.short", query.dtype)
+        return packed.fits_one_tile(key, width=self.width, length=self.length, device=query.device)
 
     def short(self, dq: Tensor, dk: Tensor, cross: bool) -> Tensor:
         tile = self.tile("relation_kl.short")
@@ -466,13 +468,6 @@ class _Launch:
             "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "num_warps": tile.num_warps, "num_stages": tile.num_stages
         }  # fmt: skip
         return options, (self.heads, -(-self.length // tile.block_m), self.sequences)
-
-
-def _one_tile(dtype: torch.dtype, width: int) -> int:
-    """The longest sequence whose score tiles one program holds without spilling registers."""
-    if width > 64:
-        return 0
-    return 32 if dtype == torch.float32 else 128
 
 
 def _table_key(kernel: str, dtype: torch.dtype) -> str:

@@ -82,17 +82,18 @@ def _short_kernel(  # type: ignore[no-untyped-def]
     WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
     DOT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Program (head, sequence), at most BLOCK_M tokens."""
+    """Program (head, sequence), at most BLOCK_M tokens. In this order R fits the registers, 128 × 128 as well."""
     head, sequence = tl.program_id(0), tl.program_id(1)
     start = tl.load(cu_ptr + sequence)
     count = tl.load(cu_ptr + sequence + 1) - start
     loss = 0.0
     if count > 0:
-        q = load_tile((q_ptr, q_stride), start, count, head, WIDTH_S, BLOCK_M, PAD_S, DOT)
-        k = load_tile((k_ptr, k_stride), start, count, head, WIDTH_S, BLOCK_M, PAD_S, DOT)
         qt = load_tile((qt_ptr, qt_stride), start, count, head, WIDTH_T, BLOCK_M, PAD_T, DOT)
         kt = load_tile((kt_ptr, kt_stride), start, count, head, WIDTH_T, BLOCK_M, PAD_T, DOT)
-        r = _residual(q, k, qt, kt, alpha_s, alpha_t)
+        y = tl.dot(qt, tl.trans(kt), input_precision="ieee") * alpha_t
+        q = load_tile((q_ptr, q_stride), start, count, head, WIDTH_S, BLOCK_M, PAD_S, DOT)
+        k = load_tile((k_ptr, k_stride), start, count, head, WIDTH_S, BLOCK_M, PAD_S, DOT)
+        r = tl.dot(q, tl.trans(k), input_precision="ieee") * alpha_s - y
         loss = tl.sum(tl.sum(r * r, 1))
         r = r.to(DOT)
         dq = tl.dot(r, k, input_precision="ieee") * alpha_s
@@ -165,13 +166,10 @@ def _triton(
     dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query_s, key_s))
     width_s, width_t = (x.shape[1] // num_heads for x in (query_s, query_t))
     pads, sequences = [packed.pad_width(width) for width in (width_s, width_t)], len(cu_seqlens) - 1
-    short = max_seqlen <= _one_tile(query_s.dtype, max(pads))
-    tile = tiling.tile(
-        _table_key(short, query_s.dtype),
-        width=max(pads),
-        length=max_seqlen,
-        arch=tiling.architecture(query_s.device),
-    )
+    device, where = query_s.device, {"width": max(pads), "length": max_seqlen}
+    short = packed.fits_one_tile(_table_key("score_mse.short", query_s.dtype), device=device, **where)
+    key = _table_key("score_mse.short" if short else "score_mse.rows", query_s.dtype)
+    tile = tiling.tile(key, arch=tiling.architecture(device), **where)
     blocks = {"BLOCK_M": tile.block_m} if short else {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     grid = (num_heads, sequences) if short else (num_heads, -(-max_seqlen // tile.block_m), sequences)
     loss = dq.new_empty(grid, dtype=torch.float32)
@@ -185,15 +183,8 @@ def _triton(
     return loss.sum(), dq, dk
 
 
-def _one_tile(dtype: torch.dtype, width: int) -> int:
-    """The longest sequence whose R one program holds without spilling registers."""
-    if width > 64:
-        return 0
-    return 32 if dtype == torch.float32 else 128
-
-
-def _table_key(short: bool, dtype: torch.dtype) -> str:
-    return f"score_mse.{'short' if short else 'rows'}{'_float32' if dtype == torch.float32 else ''}"
+def _table_key(kernel: str, dtype: torch.dtype) -> str:
+    return f"{kernel}_float32" if dtype == torch.float32 else kernel
 
 
 # ---- blocked PyTorch ------------------------------------------------------------------------------------------

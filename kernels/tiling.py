@@ -103,22 +103,24 @@ LINEAR_KD: Table = {
 
 # ---- relation_kl and score_mse --------------------------------------------------------------------------------
 # block_m is the whole sequence in the one-launch kernels, a block of rows in the others, which stream block_n columns.
-_SHORT = (Row(Tile(64, 0, 0, 4, 1), 64, 64), Row(Tile(128, 0, 0, 8, 1), 64, 128))
-_SHORT_FLOAT32 = (Row(Tile(32, 0, 0, 4, 1), 64, 32),)
+# Where that tile is too short, the others serve: sm_120 has no room for 128 × 128 scores beside 64 columns.
+_SHORT = (Row(Tile(64, 0, 0, 4, 1), 64, 64), Row(Tile(128, 0, 0, 8, 1), 64))
+_SHORT_120 = (Row(Tile(64, 0, 0, 4, 1), 64, 64), Row(Tile(128, 0, 0, 8, 1), 32), Row(Tile(64, 0, 0, 4, 1), 64))
+_SHORT_FLOAT32 = (Row(Tile(32, 0, 0, 4, 1), 64),)
 _ROWS = (Row(Tile(64, 32, 0, 4, 2), 64), Row(Tile(64, 16, 0, 4, 2)))
 _ROWS_FLOAT32 = (Row(Tile(32, 16, 0, 4, 2), 64), Row(Tile(16, 16, 0, 4, 2)))
 RELATION: Table = {
-    "relation_kl.short": {"any": _SHORT},
+    "relation_kl.short": {"any": _SHORT, 120: _SHORT_120},
     "relation_kl.short_float32": {"any": _SHORT_FLOAT32},
     "relation_kl.stats": {"any": _ROWS},
     "relation_kl.stats_float32": {"any": _ROWS_FLOAT32},
     "relation_kl.self": {"any": _ROWS},
     "relation_kl.self_float32": {"any": _ROWS_FLOAT32},
-    "relation_kl.cross": {"any": _ROWS},
+    "relation_kl.cross": {"any": _ROWS, 120: (_ROWS[0], Row(Tile(64, 16, 0, 4, 1)))},
     "relation_kl.cross_float32": {"any": _ROWS_FLOAT32},
-    "score_mse.short": {"any": _SHORT},
+    "score_mse.short": {"any": _SHORT, 120: _SHORT_120},
     "score_mse.short_float32": {"any": _SHORT_FLOAT32},
-    "score_mse.rows": {"any": _ROWS},
+    "score_mse.rows": {"any": _ROWS, 100: (Row(Tile(64, 64, 0, 4, 2), 64), *_ROWS[1:]), 120: _ROWS},
     "score_mse.rows_float32": {"any": _ROWS_FLOAT32},
 }
 
