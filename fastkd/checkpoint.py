@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from fastkd import atomic
 
 KEEP = 2
 MANIFEST = "manifest.json"
@@ -47,11 +48,11 @@ def save(root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: 
     manifest = {path.name: _sha256(path) for path in sorted(building.iterdir())}
     (building / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in (*building.iterdir(), building):
-        _sync(path)
+        atomic.sync(path)
     if final.exists():
         shutil.rmtree(final)
     building.rename(final)
-    _sync(root)
+    atomic.sync(root)
     _rotate(root)
     return final
 
@@ -88,14 +89,6 @@ def _verifies(folder: Path) -> bool:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from fastkd.distributed import World, any_rank, barrier, finish, start
 from fastkd.loop import Interrupted
 from fastkd.models import hf
 from fastkd.prepare import model_folder, prepare
-from fastkd.row import Row, confounds, parse_row, results_row
+from fastkd.row import Row, base_row, confounds, parse_row, results_row
 from fastkd.run_folder import read_run
 from fastkd.scores import Scorer, glue_scores, mlm_scores
 from fastkd.train import Trainer
@@ -136,9 +136,9 @@ class Comparison:
             barrier(self.world)
         return dict(known[key])
 
-    def plan_of(self, row: Row, budget: dict[str, float], **more: Any) -> dict[str, Any]:
+    def plan_of(self, row: Row, budget: dict[str, float]) -> dict[str, Any]:
         """A row's plan, measured."""
-        resolved = self.resolved(row, budget, **more)
+        resolved = self.resolved(row, budget)
         parts = prepare(resolved, self.world)
         return plan.make(resolved, parts, plan.measure(Trainer(parts)))
 
@@ -260,7 +260,7 @@ class Comparison:
 
     def marks(self, row: Row, budget: dict[str, float], folder: Path) -> list[str]:
         """Everything besides the method that sets a row apart, and what finding its learning rate took."""
-        base = next((other for other in self.rows if other.method == "mlm"), self.rows[0])
+        base = base_row(self.rows)
         rates = {each: self.default_rate(each) for each in (row, base)}
         tuning = []
         if self.own.tune and (folder / "plan.json").exists():
@@ -304,7 +304,7 @@ def has_released(method: str) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Exit codes: 0, 1 where a row failed, 2 bad configuration, 3 budget too small, 75 interrupted."""
+    """The command. Exit codes: 0 (a row that failed stands in the table), 2 bad configuration, 3 budget too small, 75."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     world = World()
     try:

@@ -1,13 +1,13 @@
 """Results of a comparison: rows by method and seed, their means and spreads, and results.json."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from fastkd import atomic
 from fastkd.jsonl import Record, finite
 from fastkd.run_folder import read_run
 
@@ -165,16 +165,7 @@ def write_results(
         "rows": [_row(row, match) for row in rows],
         "references": [{"label": row["label"], "scores": dict(row["scores"])} for row in references],
     }
-    path = Path(folder) / RESULTS
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{RESULTS}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(finite(content), file, indent=1, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    return path
+    return atomic.write(Path(folder) / RESULTS, json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
 
 
 def read_results(folder: Path) -> Results:

@@ -1,12 +1,11 @@
 """RESULTS.md and report.html of a comparison, from results.json alone: the same file gives the same bytes."""
 
-import os
 import shlex
 from pathlib import Path
 
 from markupsafe import Markup
 
-from fastkd import bars, plots, quantities
+from fastkd import atomic, bars, plots, quantities
 from fastkd.comparison import Group, Results, read_results
 from fastkd.comparison_tables import (
     agreement,
@@ -35,16 +34,9 @@ def build_comparison(folder: Path) -> Path:
     for stale in (folder / "plots").glob("*.svg"):
         stale.unlink()
     for name, drawing in drawings.items():
-        _write(folder / "plots" / f"{name}.svg", str(drawing))
-    _write(folder / "RESULTS.md", render("comparison.md", **contents))
-    return _write(folder / "report.html", render("comparison.html", **contents))
-
-
-def _write(path: Path, text: str) -> Path:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-    return path
+        atomic.write(folder / "plots" / f"{name}.svg", str(drawing))
+    atomic.write(folder / "RESULTS.md", render("comparison.md", **contents))
+    return atomic.write(folder / "report.html", render("comparison.html", **contents))
 
 
 def _contents(results: Results) -> Record:

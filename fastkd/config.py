@@ -151,7 +151,7 @@ class Resolved:
     preset_reason: str
     explicit: frozenset[str]
 
-    def default_output_dir(self, root: str = "runs") -> Path:
+    def default_output_dir(self) -> Path:
         """``runs/PRESET-METHOD-BUDGET[-HASH]``: the hash stands for all other options given, if any."""
         budget = self.run.budget
         amount = {
@@ -165,7 +165,7 @@ class Resolved:
         others = {key: values[key] for key in sorted(self.explicit - named)}
         if others:
             name += "-" + hashlib.sha256(json.dumps(others).encode()).hexdigest()[:6]
-        return Path(root) / name
+        return Path("runs") / name
 
     def command(self) -> list[str]:
         """The command line that means this run."""

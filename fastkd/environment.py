@@ -42,6 +42,12 @@ def device_name() -> str:
     return f"{model or 'CPU'}, {os.cpu_count()} cores"
 
 
+def cpu_has_bf16() -> bool:
+    """Whether the CPU has instructions that multiply bfloat16 (AVX512-BF16 or AMX)."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
 def _version(package: str) -> str | None:
     with suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)

@@ -2,10 +2,11 @@
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from fastkd import atomic
 
 Record = dict[str, Any]
 
@@ -52,17 +53,8 @@ def drop_torn_line(path: Path) -> None:
 def cut_jsonl(path: Path, keep: Callable[[Record], bool]) -> None:
     """Rewrites a JSON-lines file with the records that `keep` accepts, atomically: all or nothing happens."""
     kept = [record for record in read_jsonl(path) if keep(record)]
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
-        file.writelines(to_line(record) for record in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    atomic.write(path, "".join(to_line(record) for record in kept))
+    atomic.sync(path.parent)
 
 
 def to_line(record: Mapping[str, Any]) -> str:

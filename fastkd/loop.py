@@ -169,7 +169,7 @@ class Loop:
     # ---- one step, from issue to charge ---------------------------------------------------------------------
 
     def _issue(self, batches: list[Batch], progress: float) -> None:
-        """Give a step to the device. Where memory runs out on any rank, all halve their micro-batch and repeat it."""
+        """Give a step to the device; where memory runs out, halve the micro-batch and repeat it."""
         trainer, number = self.trainer, self.totals.step + len(self.issued)
         trainer.clock.mark("data")
         lr = schedule.learning_rate(progress, self.parts.lr, self.config.warmup)

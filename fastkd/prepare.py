@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fastkd import flops, memory, methods
+from fastkd import environment, flops, memory, methods
 from fastkd.budget import StepCost
 from fastkd.config import Resolved, RunConfig
 from fastkd.data import corpus
@@ -159,14 +159,8 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """bfloat16 where the device multiplies it fast (CUDA, CPUs with AVX512-BF16), else float32."""
     if name != "auto":
         return torch.bfloat16 if name == "bfloat16" else torch.float32
-    fast = device.type == "cuda" or "avx512_bf16" in _cpu_flags()
+    fast = device.type == "cuda" or environment.cpu_has_bf16()
     return torch.bfloat16 if fast else torch.float32
-
-
-def _cpu_flags() -> set[str]:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
 
 
 def model_folder(source: str) -> str | Path:
@@ -204,10 +198,10 @@ def _tokenizer(config: RunConfig, teacher: hf.Loaded | None) -> tuple[EncoderCon
 def _shards(config: RunConfig, tokenizer: PreTrainedTokenizerBase, world: World) -> Shards:
     """The tokenised corpus; built by rank 0 of each node, loaded by all."""
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastkd"
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        build_shards(config.corpus, tokenizer, folder, text_field=config.text_field)
+    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    built = build_shards(config.corpus, tokenizer, folder, text_field=config.text_field) if first else None
     barrier(world)
-    return build_shards(config.corpus, tokenizer, folder, text_field=config.text_field)
+    return built or build_shards(config.corpus, tokenizer, folder, text_field=config.text_field)
 
 
 def _micro_batch(parts: Parts) -> int:

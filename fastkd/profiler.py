@@ -149,7 +149,7 @@ class EnergyMeter:
                 uuid = str(torch.cuda.get_device_properties(device).uuid)
                 self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
                 self._nvml = pynvml
-        self._last = self.read().joules
+        self._last = self._joules()
 
     def read(self) -> Power:
         """The present reading; a field that the device does not offer is None."""
@@ -158,11 +158,16 @@ class EnergyMeter:
         nvml = self._nvml
         thermal = nvml.nvmlClocksEventReasonHwThermalSlowdown | nvml.nvmlClocksEventReasonSwThermalSlowdown
         return Power(
-            joules=self._try(lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3),
+            joules=self._joules(),
             watts=self._try(lambda: nvml.nvmlDeviceGetPowerUsage(self._handle) / 1e3),
             clock_mhz=self._try(lambda: nvml.nvmlDeviceGetClockInfo(self._handle, nvml.NVML_CLOCK_SM)),
             throttled=self._try(lambda: bool(nvml.nvmlDeviceGetCurrentClocksEventReasons(self._handle) & thermal)),
         )
+
+    def _joules(self) -> float | None:
+        if self._nvml is None:
+            return None
+        return self._try(lambda: self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3)
 
     @staticmethod
     def _try(query: Callable[[], Any]) -> Any:
@@ -172,7 +177,7 @@ class EnergyMeter:
 
     def joules_since_last(self) -> float | None:
         """Joules since the last call (or the start); None where the device does not count them."""
-        joules = self.read().joules if self._nvml is not None else None
+        joules = self._joules()
         spent = None if joules is None or self._last is None else joules - self._last
         self._last = joules
         return spent

@@ -5,7 +5,6 @@ Every number comes from the run folder's JSON and JSON-lines files, and stands i
 the same bytes.
 """
 
-import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fastkd import quantities
+from fastkd import atomic, quantities
 from fastkd.budget import PARTS
 from fastkd.expenses import arithmetic_table, efficiency_table, seconds_bar, seconds_table
 from fastkd.jsonl import Record
@@ -35,11 +34,7 @@ def build_report(run_folder: Path) -> Path:
         ValueError: no such folder, or a damaged file in it.
     """
     run = read_run(run_folder)
-    page = run.folder / "report.html"
-    partial = page.with_name("report.html.partial")
-    partial.write_text(render("report.html", **_contents(run)), encoding="utf-8")
-    os.replace(partial, page)
-    return page
+    return atomic.write(run.folder / "report.html", render("report.html", **_contents(run)))
 
 
 def model_card(run_folder: Path, *, mlm_head: bool) -> str:

@@ -85,9 +85,14 @@ def parse_row(spec: str) -> Row:
     return Row(method, tuple(options), teacher or None)
 
 
+def base_row(rows: Sequence[Row]) -> Row:
+    """The row that the others are set against: scratch training, or the first where there is none."""
+    return next((row for row in rows if row.method == "mlm"), rows[0])
+
+
 def confounds(row: Row, rows: Sequence[Row], shared: dict[str, Any], lr: float, base_lr: float) -> list[str]:
     """What sets a row apart from the comparison's first (scratch) row besides its method."""
-    base = next((other for other in rows if other.method == "mlm"), rows[0])
+    base = base_row(rows)
     mine, theirs = (_settings(each, shared) for each in (row, base))
     found = [ROW_OPTIONS[name] for name in row.options]
     if lr != base_lr:

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from fastkd import environment, monitor, plan, profiler
-from fastkd.config import Resolved, parse
+from fastkd.config import PRESENTATION, Resolved, parse
 from fastkd.distributed import World, barrier, finish, start
 from fastkd.loop import Interrupted, Loop
 from fastkd.models import hf
@@ -103,8 +103,7 @@ def check_folder(folder: Path, resolved: Resolved) -> None:
 
 def _identity(toml: str) -> list[str]:
     """The lines of a configuration that make it this run and no other."""
-    shown = ("output_dir", "log_to", "log_every", "trace", "checkpoint_minutes")
-    return [line for line in toml.splitlines() if not line.startswith(shown)]
+    return [line for line in toml.splitlines() if not line.startswith((*PRESENTATION, "checkpoint_minutes"))]
 
 
 def open_folder(folder: Path, resolved: Resolved, the_plan: dict[str, Any]) -> None:

@@ -33,9 +33,7 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch, teacher: Outputs | None, clock: profiler.PhaseClock) -> MethodLoss:
         """A mean over the micro-batch; the student's forward and the loss are marked on ``clock``."""
-        ids = batch.masked_ids if self.method.reads_masked else batch.input_ids
-        dropout = self._dropout if self.training else 0.0
-        student = self.student(ids, batch, self.method.student_needs, dropout=dropout)
+        student = self.student(self.method.text(batch), batch, self.method.student_needs, dropout=self._dropout)
         clock.mark("student")
         out = self.method.compute(student, teacher, batch, self.student, self._teacher)
         clock.mark("loss")
@@ -107,8 +105,7 @@ class Trainer:
         """What the method reads of the teacher, or None for scratch training."""
         if self.parts.teacher is None:
             return None
-        ids = batch.masked_ids if self.parts.method.reads_masked else batch.input_ids
-        out = self.parts.teacher(ids, batch)
+        out = self.parts.teacher(self.parts.method.text(batch), batch)
         self.clock.mark("teacher")
         return out
 
@@ -141,25 +138,24 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> Validation:
         """The method's loss on held-out text; where the MLM head is trained, also its cross-entropy and accuracy."""
-        self.objective.eval()
+        method, model = self.parts.method, self.parts.student
         losses: list[float] = []
         mlm = torch.zeros(3, dtype=torch.float64)  # summed cross-entropy, right predictions, predictions
         for batch in self.parts.validation:
             teacher = self.teach(batch)
             with self.autocast():
-                losses.append(float(self.objective(batch, teacher, self.clock).loss))
-                if self.parts.method.trains_mlm_head:
-                    mlm += self._score_head(batch)
-        self.objective.train()
+                student = model(method.text(batch), batch, method.student_needs)
+                losses.append(float(method.compute(student, teacher, batch, model, self.parts.teacher).loss))
+                if method.trains_mlm_head:
+                    assert student.head_rows is not None
+                    mlm += self._score_head(student.head_rows, batch)
         loss, entropy, right, count = mean(
             self.world, torch.cat([torch.tensor([sum(losses) / len(losses)], dtype=torch.float64), mlm])
         ).tolist()
         return Validation(loss, *((entropy / count, right / count) if count else (None, None)))
 
-    def _score_head(self, batch: Batch) -> Tensor:
+    def _score_head(self, rows_MD: Tensor, batch: Batch) -> Tensor:
         student = self.parts.student
-        rows_MD = student(batch.masked_ids, batch, self.parts.method.student_needs).head_rows
-        assert rows_MD is not None
         logits_MV = (rows_MD @ student.decoder_weight.T + student.decoder_bias).float()
         valid = batch.labels >= 0
         entropy = F.cross_entropy(logits_MV, batch.labels, ignore_index=-100, reduction="sum")

@@ -2,45 +2,14 @@
 
 import pytest
 import torch
+from oracle import check, check_directional_derivative, value_and_gradients
 
 from fastkd.kernels import score_mse as module
 from fastkd.kernels.score_mse import CASES, reference, score_mse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("blocked", "triton")
-STUDENT = ("student_query", "student_key")
 LONGEST_INTERPRETED = 400  # tokens; the interpreter takes minutes beyond
-
-
-def value_and_gradients(function, inputs: dict, **options) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    loss = function(**inputs, **options)
-    leaves = [inputs[name] for name in STUDENT if inputs.get(name) is not None]
-    return loss.detach(), list(torch.autograd.grad(loss, leaves))
-
-
-def exact(inputs: dict) -> dict:
-    """The same inputs in float64, with gradients where the student's had them."""
-    return {
-        name: value.detach().double().requires_grad_(value.requires_grad)
-        if isinstance(value, torch.Tensor) and value.is_floating_point()
-        else value
-        for name, value in inputs.items()
-    }
-
-
-def error(out: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((out.double() - expected).norm() / expected.norm().clamp(min=1e-30))
-
-
-def check(case, backend: str, device: str) -> None:
-    inputs = case.inputs(device)
-    loss, gradients = value_and_gradients(score_mse, inputs, backend=backend)
-    expected, expected_gradients = value_and_gradients(reference, exact(inputs))
-    if expected.abs() > 1e-12:
-        assert error(loss, expected) <= case.tolerance
-    for out, ref in zip(gradients, expected_gradients, strict=True):
-        if ref.norm() > 1e-12:
-            assert error(out, ref) <= case.tolerance
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -48,13 +17,13 @@ def check(case, backend: str, device: str) -> None:
 def test_value_and_gradients(case, backend: str) -> None:
     if backend == "triton" and DEVICE == "cpu" and sum(case.lengths) > LONGEST_INTERPRETED + 150:
         pytest.skip("too long for the interpreter")
-    check(case, backend, DEVICE)
+    check(score_mse, reference, case, backend, DEVICE)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", module.BENCHES, ids=lambda case: case.name)
 def test_bench_shapes_on_a_gpu(case) -> None:
-    check(case, "triton", "cuda")
+    check(score_mse, reference, case, "triton", "cuda")
 
 
 @pytest.mark.parametrize("backend", ("reference", *BACKENDS))
@@ -77,23 +46,7 @@ def test_two_runs_give_the_same_bits(backend: str) -> None:
 
 
 def test_directional_derivative_in_float64() -> None:
-    inputs = exact(next(c for c in CASES if c.name == "ragged").inputs())
-    _, gradients = value_and_gradients(score_mse, inputs, backend="blocked")
-    leaves = [inputs[name] for name in STUDENT if inputs.get(name) is not None]
-    torch.manual_seed(0)
-    directions = [torch.randn_like(leaf) for leaf in leaves]
-    step = 1e-6
-
-    def moved(sign: float) -> float:
-        shifted = dict(inputs)
-        for name, leaf, direction in zip(STUDENT, leaves, directions, strict=False):
-            shifted[name] = leaf.detach() + sign * step * direction
-        return float(score_mse(**shifted, backend="blocked"))
-
-    numeric = (moved(1) - moved(-1)) / (2 * step)
-    assert sum(float((g * d).sum()) for g, d in zip(gradients, directions, strict=True)) == pytest.approx(
-        numeric, rel=1e-6
-    )
+    check_directional_derivative(score_mse, next(c for c in CASES if c.name == "ragged").inputs())
 
 
 def test_an_upstream_factor_scales_the_gradient_and_a_second_derivative_is_refused() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 
+from fastkd import atomic
 from fastkd.glue.finetune import Job, finetune
 
 FOLDER = "glue"
@@ -73,16 +73,5 @@ class Cell:
             "test_content": self._test_content,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
-        write_atomically(self.path, json.dumps(result) + "\n")
+        atomic.write(self.path, json.dumps(result) + "\n")
         return result
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file whole or not at all, whatever stops the process."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

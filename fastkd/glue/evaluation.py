@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from fastkd import atomic
 from fastkd.glue import rows as row_files
-from fastkd.glue.cells import Cell, write_atomically
+from fastkd.glue.cells import Cell
 from fastkd.glue.encoded import load_rows
 from fastkd.glue.finetune import Job, check_model, fast_bf16
 from fastkd.glue.protocol import PROTOCOLS, Protocol
@@ -243,8 +244,8 @@ def _publish(plan: Plan, results: list[tuple[Cell, dict[str, Any]]], seconds: fl
     notes = [SAW_PAIRS] if plan.source.saw_pairs else []
     table = markdown(scores, plan.protocol, notes)
     as_json = to_json(scores, plan.protocol)
-    write_atomically(plan.output_dir / "glue.json", json.dumps(as_json, indent=1) + "\n")
-    write_atomically(plan.output_dir / "glue.md", table)
+    atomic.write(plan.output_dir / "glue.json", json.dumps(as_json, indent=1) + "\n")
+    atomic.write(plan.output_dir / "glue.md", table)
     if plan.source.run is not None:
         update_card(plan.source.folder / "README.md", table)
     mean = average(scores, plan.protocol)

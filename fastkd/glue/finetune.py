@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Tr
 from transformers import logging as hf_logging
 from transformers.trainer_callback import PrinterCallback
 
+from fastkd import environment
 from fastkd.glue.encoded import (
     EncodedTask,
     LengthGroupedBatches,
@@ -146,8 +147,7 @@ def fast_bf16() -> bool:
     """Whether bfloat16 is faster than float32 here; on a CPU with AVX512-BF16 a step takes half the time."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return environment.cpu_has_bf16()
 
 
 class _Trainer(Trainer):

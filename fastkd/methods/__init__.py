@@ -46,6 +46,10 @@ class Method(nn.Module):
         self.config = config
         self.student_config, self.teacher_config = student, teacher
 
+    def text(self, batch: Batch) -> Tensor:
+        """The ids [T] that student and teacher read: masked or plain text."""
+        return batch.masked_ids if self.reads_masked else batch.input_ids
+
     def compute(
         self,
         student: Outputs,

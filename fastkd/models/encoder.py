@@ -43,11 +43,6 @@ class EncoderConfig:
             raise ValueError(f"width {self.hidden_size} is not divisible by {self.num_heads} heads; change either")
 
     @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_heads
-
-    @property
     def position_offset(self) -> int:
         """Row of the position table of position 0: RoBERTa leaves the first pad_token_id + 1 unused."""
         return self.pad_token_id + 1 if self.family == "roberta" else 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import re
 import shutil
 import tempfile
@@ -31,6 +30,7 @@ from transformers import (
 )
 from transformers import logging as hf_logging
 
+from fastkd import atomic
 from fastkd.models import parameter_names
 from fastkd.models.encoder import Encoder, EncoderConfig
 
@@ -217,21 +217,13 @@ def _replace(written: Path, folder: Path) -> None:
     """Put a written folder in another's place, safely on disk."""
     written.chmod(0o755)
     for path in (*written.iterdir(), written):
-        _sync(path)
+        atomic.sync(path)
     old = written.with_name(written.name + "-old")
     if folder.exists():
         folder.rename(old)
     written.rename(folder)
-    _sync(folder.parent)
+    atomic.sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def student_config(spec: str, like: EncoderConfig, tokenizer: PreTrainedTokenizerBase) -> EncoderConfig:

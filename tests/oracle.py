@@ -1,0 +1,59 @@
+"""Float64 autograd of a definition: the oracle of losses over packed sequences."""
+
+import torch
+from torch import Tensor
+
+
+def value_and_gradients(function, inputs: dict, **options) -> tuple[Tensor, list[Tensor]]:
+    """The loss and its gradients in the inputs that ask for one."""
+    loss = function(**inputs, **options)
+    return loss.detach(), list(torch.autograd.grad(loss, list(leaves(inputs).values())))
+
+
+def leaves(inputs: dict) -> dict[str, Tensor]:
+    """The inputs that ask for a gradient: the student's."""
+    return {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.requires_grad}
+
+
+def exact(inputs: dict) -> dict:
+    """The same inputs in float64, asking for the same gradients."""
+    return {
+        name: x.detach().double().requires_grad_(x.requires_grad)
+        if isinstance(x, Tensor) and x.is_floating_point()
+        else x
+        for name, x in inputs.items()
+    }
+
+
+def error(out: Tensor, expected: Tensor) -> float:
+    """‖out − ref‖ / ‖ref‖."""
+    return float((out.double() - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+def check(function, reference, case, backend: str, device: str) -> None:
+    """Value and gradients of a case within its tolerance of float64 autograd."""
+    inputs = case.inputs(device)
+    loss, gradients = value_and_gradients(function, inputs, backend=backend)
+    expected, expected_gradients = value_and_gradients(reference, exact(inputs))
+    if expected.abs() > 1e-12:
+        assert error(loss, expected) <= case.tolerance
+    for out, ref in zip(gradients, expected_gradients, strict=True):
+        if ref.norm() > 1e-12:
+            assert error(out, ref) <= case.tolerance
+
+
+def check_directional_derivative(function, inputs: dict) -> None:
+    """The gradient along a random direction against central differences, through the blocked path in float64."""
+    inputs = exact(inputs)
+    _, gradients = value_and_gradients(function, inputs, backend="blocked")
+    torch.manual_seed(0)
+    directions = {name: torch.randn_like(x) for name, x in leaves(inputs).items()}
+    step = 1e-6
+
+    def moved(sign: float) -> float:
+        shifted = {name: inputs[name].detach() + sign * step * d for name, d in directions.items()}
+        return float(function(**(inputs | shifted), backend="blocked"))
+
+    numeric = (moved(1) - moved(-1)) / (2 * step)
+    analytic = sum(float((g * d).sum()) for g, d in zip(gradients, directions.values(), strict=True))
+    assert abs(analytic - numeric) <= 1e-6 * abs(numeric)
