@@ -27,7 +27,8 @@ except ImportError:
 
 MASKED = -1e30  # score of a padded key: finite, so that the difference of two of them is 0 and not NaN
 MAX_HEAD_WIDTH = 128  # of the Triton kernels, which hold a head's whole width
-_ENTRIES_PER_THREAD = 1 << 18  # of one float32 score tile: the three tiles of a block stay in a core's share of cache
+# Entries of a score tile. Fewer, and the calls of a block cost more than its arithmetic; more, and it leaves the cache.
+_ENTRIES_PER_THREAD, _MAX_ENTRIES = 1 << 19, 1 << 23
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------
@@ -306,7 +307,7 @@ def exact_products(*inputs: Tensor) -> Iterator[None]:
 
 
 def _entries() -> int:
-    return _ENTRIES_PER_THREAD * torch.get_num_threads()
+    return min(_ENTRIES_PER_THREAD * torch.get_num_threads(), _MAX_ENTRIES)
 
 
 # ---- cases ----------------------------------------------------------------------------------------------------

@@ -66,42 +66,66 @@ def reference(
 #              _self_kernel or _cross_kernel streams them again → loss and gradient of a block of rows.
 # Exponentials are powers of two, with 1/ln 2 in the scale of the scores. A padded row loads as zeros, so Q = P and
 # G = 0 there; padded columns are masked. Maxima are subtracted first, so no power exceeds 1.
+#
+# A peaked relation has scores near 100, rounded to 4e-6, and a good student differs from its teacher by 0.1: from rounded
+# scores Q − P would be wrong by 1e-4. So float32 operands of one width (NEAR) give the difference D = Z − Y itself, and
+# the student's score is the teacher's, less the row's maximum, plus D: rounding errors are common to both.
 
 
 @jit
-def _scores(q, k, columns):  # type: ignore[no-untyped-def]
-    """Products of a tile's rows and keys, not scaled yet, masked past ``columns``."""
-    z = tl.dot(q, tl.trans(k), input_precision="ieee")
-    return tl.where((tl.arange(0, k.shape[0]) < columns)[None, :], z, -1e30)
+def _teacher_scores(qt, kt, columns, scale):  # type: ignore[no-untyped-def]
+    """Y of a tile, base 2, masked past ``columns``."""
+    inside = (tl.arange(0, kt.shape[0]) < columns)[None, :]
+    return tl.where(inside, tl.dot(qt, tl.trans(kt), input_precision="ieee"), -1e30) * scale
+
+
+@jit
+def _student_scores(q, k, qt, kt, columns, scale, NEAR: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Z of a tile, or D, for ``_from_maxima``."""
+    inside = (tl.arange(0, k.shape[0]) < columns)[None, :]
+    if NEAR:
+        d = tl.dot(q - qt, tl.trans(k), input_precision="ieee")
+        return tl.where(inside, tl.dot(qt, tl.trans(k - kt), d, input_precision="ieee"), 0.0) * scale
+    return tl.where(inside, tl.dot(q, tl.trans(k), input_precision="ieee"), -1e30) * scale
+
+
+@jit
+def _from_maxima(z, y, max_t, NEAR: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Z less the teacher's maxima; ``y`` is Y less the same."""
+    if NEAR:
+        return y + z
+    return z - max_t
 
 
 @jit
 def _short_tile(  # type: ignore[no-untyped-def]
     sources, dq_ptr, dk_ptr, start, count, head, width, alpha, scale_s, scale_t,
     WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
-    DOT: tl.constexpr, CROSS: tl.constexpr, LENGTH: tl.constexpr,
+    DOT: tl.constexpr, NEAR: tl.constexpr, CROSS: tl.constexpr, LENGTH: tl.constexpr,
 ):  # fmt: skip
     """Loss and gradient of a sequence and head. In this order both score tiles fit the registers, 128 × 128 as well."""
     query_s, key_s, query_t, key_t = sources
-    q = load_tile(query_s, start, count, head, WIDTH_S, LENGTH, PAD_S, DOT)
-    k = q
-    if CROSS:
-        k = load_tile(key_s, start, count, head, WIDTH_S, LENGTH, PAD_S, DOT)
-    z = _scores(q, k, count)
     qt = load_tile(query_t, start, count, head, WIDTH_T, LENGTH, PAD_T, DOT)
     kt = qt
     if CROSS:
         kt = load_tile(key_t, start, count, head, WIDTH_T, LENGTH, PAD_T, DOT)
-    y = _scores(qt, kt, count)
-    max_t = tl.max(y, 1) * scale_t
-    e_t = tl.exp2(y * scale_t - max_t[:, None])
-    sum_t = tl.sum(e_t, 1)
-    kl = tl.sum(e_t * (y * scale_t - z * scale_s), 1) / sum_t
-    max_s = tl.max(z, 1) * scale_s
-    e_s = tl.exp2(z * scale_s - max_s[:, None])
-    sum_s = tl.sum(e_s, 1)
-    kl -= (max_t - max_s) + tl.log2(sum_t / sum_s)
-    g = (e_s * (1 / sum_s)[:, None] - e_t * (1 / sum_t)[:, None]).to(DOT)
+    y = _teacher_scores(qt, kt, count, scale_t)
+    q = load_tile(query_s, start, count, head, WIDTH_S, LENGTH, PAD_S, DOT)
+    k = q
+    if CROSS:
+        k = load_tile(key_s, start, count, head, WIDTH_S, LENGTH, PAD_S, DOT)
+    z = _student_scores(q, k, qt, kt, count, scale_s, NEAR)
+    max_t = tl.max(y, 1)[:, None]
+    y -= max_t
+    z = _from_maxima(z, y, max_t, NEAR)
+    p = tl.exp2(y)
+    sum_t = tl.sum(p, 1)
+    kl = tl.sum(p * (y - z), 1) / sum_t
+    max_s = tl.max(z, 1)
+    e = tl.exp2(z - max_s[:, None])
+    sum_s = tl.sum(e, 1)
+    kl += max_s + tl.log2(sum_s / sum_t)
+    g = (e * (1 / sum_s)[:, None] - p * (1 / sum_t)[:, None]).to(DOT)
     dq = tl.dot(g, k, input_precision="ieee")
     if CROSS:
         dk = tl.dot(tl.trans(g), q, input_precision="ieee") * alpha
@@ -121,7 +145,7 @@ def _short_kernel(  # type: ignore[no-untyped-def]
     loss_ptr,  # [B, A]: KL in bits, summed over the rows of a sequence
     q_stride, k_stride, qt_stride, kt_stride, width, alpha, scale_s, scale_t,
     WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
-    DOT: tl.constexpr, CROSS: tl.constexpr, BLOCK_M: tl.constexpr,
+    DOT: tl.constexpr, NEAR: tl.constexpr, CROSS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Program (head, sequence), at most BLOCK_M tokens; a tile half as long serves sequences half as long."""
     head, sequence = tl.program_id(0), tl.program_id(1)
@@ -132,12 +156,12 @@ def _short_kernel(  # type: ignore[no-untyped-def]
     if count > BLOCK_M // 2:
         loss = _short_tile(
             sources, dq_ptr, dk_ptr, start, count, head, width, alpha, scale_s, scale_t,
-            WIDTH_S, WIDTH_T, PAD_S, PAD_T, DOT, CROSS, BLOCK_M,
+            WIDTH_S, WIDTH_T, PAD_S, PAD_T, DOT, NEAR, CROSS, BLOCK_M,
         )  # fmt: skip
     elif count > 0:
         loss = _short_tile(
             sources, dq_ptr, dk_ptr, start, count, head, width, alpha, scale_s, scale_t,
-            WIDTH_S, WIDTH_T, PAD_S, PAD_T, DOT, CROSS, BLOCK_M // 2,
+            WIDTH_S, WIDTH_T, PAD_S, PAD_T, DOT, NEAR, CROSS, BLOCK_M // 2,
         )  # fmt: skip
     tl.store(loss_ptr + sequence * tl.num_programs(0) + head, loss)
 
@@ -145,10 +169,10 @@ def _short_kernel(  # type: ignore[no-untyped-def]
 @jit
 def _stats_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, qt_ptr, kt_ptr, cu_ptr,
-    stats_ptr,  # [4, A, T]: the student's row maxima and reciprocal row sums of powers, then the teacher's
+    stats_ptr,  # [4, A, T]: the teacher's row maxima and reciprocal row sums of powers, then the student's (see _load_stats)
     q_stride, k_stride, qt_stride, kt_stride, total, scale_s, scale_t,
     WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
-    DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DOT: tl.constexpr, NEAR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program (head, row block, sequence): softmax statistics of a block of rows."""
     head = tl.program_id(0)
@@ -156,108 +180,110 @@ def _stats_kernel(  # type: ignore[no-untyped-def]
     if rows > 0:
         q = load_tile((q_ptr, q_stride), first, rows, head, WIDTH_S, BLOCK_M, PAD_S, DOT)
         qt = load_tile((qt_ptr, qt_stride), first, rows, head, WIDTH_T, BLOCK_M, PAD_T, DOT)
-        max_s = tl.full([BLOCK_M], -1e30, tl.float32)
         max_t = tl.full([BLOCK_M], -1e30, tl.float32)
-        sum_s = tl.zeros([BLOCK_M], tl.float32)
+        max_s = tl.zeros([BLOCK_M], tl.float32)
         sum_t = tl.zeros([BLOCK_M], tl.float32)
+        sum_s = tl.zeros([BLOCK_M], tl.float32)
         for j in range(0, count, BLOCK_N):
             k = load_tile((k_ptr, k_stride), start + j, count - j, head, WIDTH_S, BLOCK_N, PAD_S, DOT)
-            max_s, sum_s = _online(_scores(q, k, count - j), scale_s, max_s, sum_s)
             kt = load_tile((kt_ptr, kt_stride), start + j, count - j, head, WIDTH_T, BLOCK_N, PAD_T, DOT)
-            max_t, sum_t = _online(_scores(qt, kt, count - j), scale_t, max_t, sum_t)
+            z = _student_scores(q, k, qt, kt, count - j, scale_s, NEAR)
+            y = _teacher_scores(qt, kt, count - j, scale_t)
+            new = tl.maximum(max_t, tl.max(y, 1))
+            max_s += max_t - new  # the student's maximum counts from the teacher's
+            sum_t *= tl.exp2(max_t - new)
+            max_t = new
+            y -= new[:, None]
+            sum_t += tl.sum(tl.exp2(y), 1)
+            z = _from_maxima(z, y, max_t[:, None], NEAR)
+            new = tl.maximum(max_s, tl.max(z, 1))
+            sum_s = sum_s * tl.exp2(max_s - new) + tl.sum(tl.exp2(z - new[:, None]), 1)
+            max_s = new
         row = tl.arange(0, BLOCK_M)
         plane = tl.num_programs(0).to(tl.int64) * total
         out = stats_ptr + head.to(tl.int64) * total + first + row
-        tl.store(out, max_s, mask=row < rows)
-        tl.store(out + plane, 1 / sum_s, mask=row < rows)
-        tl.store(out + 2 * plane, max_t, mask=row < rows)
-        tl.store(out + 3 * plane, 1 / sum_t, mask=row < rows)
-
-
-@jit
-def _online(z, scale, maximum, total):  # type: ignore[no-untyped-def]
-    """Take one tile into the running row maxima and sums."""
-    new = tl.maximum(maximum, tl.max(z, 1) * scale)
-    total = total * tl.exp2(maximum - new) + tl.sum(tl.exp2(z * scale - new[:, None]), 1)
-    return new, total
+        tl.store(out, max_t, mask=row < rows)
+        tl.store(out + plane, 1 / sum_t, mask=row < rows)
+        tl.store(out + 2 * plane, max_s, mask=row < rows)
+        tl.store(out + 3 * plane, 1 / sum_s, mask=row < rows)
 
 
 @jit
 def _load_stats(stats_ptr, plane, first, count, centre, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Maxima and reciprocal sums of one model's rows; ``centre`` and 1 past the end, where nothing may overflow."""
+    """Maximum and reciprocal sum of the teacher's rows, and of the student's, whose maximum counts from the teacher's.
+
+    ``centre``, 0 and ones past the end, where nothing may overflow.
+    """
     row = tl.arange(0, ROWS)
-    maximum = tl.load(stats_ptr + first + row, mask=row < count, other=centre)
-    return maximum, tl.load(stats_ptr + plane + first + row, mask=row < count, other=1.0)
+    source = stats_ptr + first + row
+    max_t = tl.load(source, mask=row < count, other=centre)
+    inverse_t = tl.load(source + plane, mask=row < count, other=1.0)
+    max_s = tl.load(source + 2 * plane, mask=row < count, other=0.0)
+    return max_t, inverse_t, max_s, tl.load(source + 3 * plane, mask=row < count, other=1.0)
 
 
 @jit
-def _spread(stats_ptr, start, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Range of a sequence's row maxima."""
+def _spread(stats_ptr, plane, start, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Range of a sequence's row maxima, the teacher's or the student's, whichever is larger."""
     row = tl.arange(0, BLOCK)
-    low = tl.full([BLOCK], 1e30, tl.float32)
-    high = tl.full([BLOCK], -1e30, tl.float32)
+    low_t = tl.full([BLOCK], 1e30, tl.float32)
+    high_t = tl.full([BLOCK], -1e30, tl.float32)
+    low_s, high_s = low_t, high_t
     for i in range(0, count, BLOCK):
         inside = row < count - i
-        low = tl.minimum(low, tl.load(stats_ptr + start + i + row, mask=inside, other=1e30))
-        high = tl.maximum(high, tl.load(stats_ptr + start + i + row, mask=inside, other=-1e30))
-    return tl.max(high) - tl.min(low)
-
-
-@jit
-def _both_ways(z, scale, max_i, inverse_i, weight_i, column, SINGLE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Q_ij and Q_ij + Q_ji of a tile of symmetric scores.
-
-    While a sequence's row maxima differ by little, one power serves both:
-    Q_ji = Q_ij · (sum_i 2^(max_i − c)) · (2^(c − max_j) / sum_j).
-    """
-    own = tl.exp2(z * scale - max_i[:, None]) * inverse_i[:, None]
-    if SINGLE:
-        return own, own + own * (weight_i[:, None] * column[None, :])
-    return own, own + tl.exp2(z * scale - column[None, :])
-
-
-@jit
-def _column(  # type: ignore[no-untyped-def]
-    stats_ptr, plane, first, count, centre, ROWS: tl.constexpr, SINGLE: tl.constexpr
-):
-    """What ``_both_ways`` takes of each column: 2^(c − max)/sum, or max + log₂ sum."""
-    maximum, inverse = _load_stats(stats_ptr, plane, first, count, centre, ROWS)
-    if SINGLE:
-        return tl.exp2(centre - maximum) * inverse
-    return maximum - tl.log2(inverse)
+        source = stats_ptr + start + i + row
+        max_t = tl.load(source, mask=inside, other=0.0)
+        max_s = max_t + tl.load(source + 2 * plane, mask=inside, other=0.0)
+        low_t = tl.where(inside, tl.minimum(low_t, max_t), low_t)
+        high_t = tl.where(inside, tl.maximum(high_t, max_t), high_t)
+        low_s = tl.where(inside, tl.minimum(low_s, max_s), low_s)
+        high_s = tl.where(inside, tl.maximum(high_s, max_s), high_s)
+    return tl.maximum(tl.max(high_t) - tl.min(low_t), tl.max(high_s) - tl.min(low_s))
 
 
 @jit
 def _self_rows(  # type: ignore[no-untyped-def]
     student, teacher, stats_ptr, plane, first, rows, start, count, head, scale_s, scale_t,
     WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
-    DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SINGLE: tl.constexpr,
+    DOT: tl.constexpr, NEAR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
-    """(G + Gᵀ) s and the KL of a block of rows."""
+    """(G + Gᵀ) s and the KL of a block of rows.
+
+    While a sequence's row maxima differ by little (SINGLE), one power serves P_ij and P_ji, and one Q_ij and Q_ji:
+    P_ji = P_ij · (sum_i 2^(max_i − c)) · (2^(c − max_j) / sum_j).
+    """
     s = load_tile(student, first, rows, head, WIDTH_S, BLOCK_M, PAD_S, DOT)
     r = load_tile(teacher, first, rows, head, WIDTH_T, BLOCK_M, PAD_T, DOT)
-    stats_t = stats_ptr + 2 * plane
-    centre_s, centre_t = tl.load(stats_ptr + start), tl.load(stats_t + start)
-    max_s, inverse_s = _load_stats(stats_ptr, plane, first, rows, centre_s, BLOCK_M)
-    max_t, inverse_t = _load_stats(stats_t, plane, first, rows, centre_t, BLOCK_M)
-    weight_s, weight_t = max_s, max_t
+    centre = tl.load(stats_ptr + start)
+    max_t, inverse_t, max_s, inverse_s = _load_stats(stats_ptr, plane, first, rows, centre, BLOCK_M)
     if SINGLE:
-        weight_s = tl.exp2(max_s - centre_s) / inverse_s
-        weight_t = tl.exp2(max_t - centre_t) / inverse_t
+        weight_t = tl.exp2(max_t - centre)
+        weight_s = weight_t * tl.exp2(max_s) / inverse_s
+        weight_t /= inverse_t
     ds = tl.zeros([BLOCK_M, PAD_S], tl.float32)
-    cross = tl.zeros([BLOCK_M], tl.float32)
+    kl = tl.zeros([BLOCK_M], tl.float32)
     for j in range(0, count, BLOCK_N):
         s_j = load_tile(student, start + j, count - j, head, WIDTH_S, BLOCK_N, PAD_S, DOT)
         r_j = load_tile(teacher, start + j, count - j, head, WIDTH_T, BLOCK_N, PAD_T, DOT)
-        column_s = _column(stats_ptr, plane, start + j, count - j, centre_s, BLOCK_N, SINGLE)
-        column_t = _column(stats_t, plane, start + j, count - j, centre_t, BLOCK_N, SINGLE)
-        z = _scores(s, s_j, count - j)
-        y = _scores(r, r_j, count - j)
-        p, p_both = _both_ways(y, scale_t, max_t, inverse_t, weight_t, column_t, SINGLE)
-        cross += tl.sum(p * (y * scale_t - z * scale_s), 1)
-        _, q_both = _both_ways(z, scale_s, max_s, inverse_s, weight_s, column_s, SINGLE)
-        ds = tl.dot((q_both - p_both).to(DOT), s_j, ds, input_precision="ieee")
-    return ds, cross - (max_t - max_s) - tl.log2(inverse_s / inverse_t)
+        column_t, norm_t, column_s, norm_s = _load_stats(stats_ptr, plane, start + j, count - j, centre, BLOCK_N)
+        z = _student_scores(s, s_j, r, r_j, count - j, scale_s, NEAR)
+        y = _teacher_scores(r, r_j, count - j, scale_t)
+        own_y = y - max_t[:, None]
+        own_z = _from_maxima(z, own_y, max_t[:, None], NEAR)
+        p = tl.exp2(own_y) * inverse_t[:, None]
+        kl += tl.sum(p * (own_y - own_z), 1)
+        g = tl.exp2(own_z - max_s[:, None]) * inverse_s[:, None]
+        if SINGLE:
+            shift = tl.exp2(centre - column_t)
+            g += g * (weight_s[:, None] * (shift * tl.exp2(-column_s) * norm_s)[None, :])
+            g -= p + p * (weight_t[:, None] * (shift * norm_t)[None, :])
+        else:
+            y -= column_t[None, :]
+            z = _from_maxima(z, y, column_t[None, :], NEAR)
+            g += tl.exp2(z - column_s[None, :]) * norm_s[None, :]
+            g -= p + tl.exp2(y) * norm_t[None, :]
+        ds = tl.dot(g.to(DOT), s_j, ds, input_precision="ieee")
+    return ds, kl + max_s + tl.log2(inverse_t / inverse_s)
 
 
 @jit
@@ -266,7 +292,7 @@ def _self_kernel(  # type: ignore[no-untyped-def]
     loss_ptr,  # [B, blocks, A]: KL in bits, summed over a block's rows
     s_stride, r_stride, total, width, alpha, scale_s, scale_t,
     WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
-    DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DOT: tl.constexpr, NEAR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program (head, row block, sequence): loss and gradient of a block of rows, which it alone writes."""
     head = tl.program_id(0)
@@ -276,16 +302,15 @@ def _self_kernel(  # type: ignore[no-untyped-def]
         plane = tl.num_programs(0).to(tl.int64) * total
         stats = stats_ptr + head.to(tl.int64) * total
         student, teacher = (s_ptr, s_stride), (r_ptr, r_stride)
-        spread = tl.maximum(_spread(stats, start, count, 128), _spread(stats + 2 * plane, start, count, 128))
-        if spread < 80:  # else 2^(z − max_i) can vanish where 2^(z − max_j) does not
+        if _spread(stats, plane, start, count, 128) < 80:  # else 2^(z − max_i) can vanish where 2^(z − max_j) does not
             ds, kl = _self_rows(
                 student, teacher, stats, plane, first, rows, start, count, head, scale_s, scale_t,
-                WIDTH_S, WIDTH_T, PAD_S, PAD_T, DOT, BLOCK_M, BLOCK_N, True,
+                WIDTH_S, WIDTH_T, PAD_S, PAD_T, DOT, NEAR, BLOCK_M, BLOCK_N, True,
             )  # fmt: skip
         else:
             ds, kl = _self_rows(
                 student, teacher, stats, plane, first, rows, start, count, head, scale_s, scale_t,
-                WIDTH_S, WIDTH_T, PAD_S, PAD_T, DOT, BLOCK_M, BLOCK_N, False,
+                WIDTH_S, WIDTH_T, PAD_S, PAD_T, DOT, NEAR, BLOCK_M, BLOCK_N, False,
             )  # fmt: skip
         store_tile(ds_ptr, width, first, rows, head, ds * alpha, WIDTH_S, BLOCK_M, PAD_S)
         loss = tl.sum(tl.where(tl.arange(0, BLOCK_M) < rows, kl, 0.0))
@@ -297,33 +322,34 @@ def _self_kernel(  # type: ignore[no-untyped-def]
 def _cross_rows(  # type: ignore[no-untyped-def]
     sources, stats_ptr, plane, first, rows, start, count, head, scale_s, scale_t,
     WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
-    DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DOT: tl.constexpr, NEAR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """G k and the KL of a block of queries against every key."""
     query_s, key_s, query_t, key_t = sources
     q = load_tile(query_s, first, rows, head, WIDTH_S, BLOCK_M, PAD_S, DOT)
     qt = load_tile(query_t, first, rows, head, WIDTH_T, BLOCK_M, PAD_T, DOT)
-    max_s, inverse_s = _load_stats(stats_ptr, plane, first, rows, 0.0, BLOCK_M)
-    max_t, inverse_t = _load_stats(stats_ptr + 2 * plane, plane, first, rows, 0.0, BLOCK_M)
+    max_t, inverse_t, max_s, inverse_s = _load_stats(stats_ptr, plane, first, rows, 0.0, BLOCK_M)
     dq = tl.zeros([BLOCK_M, PAD_S], tl.float32)
-    cross = tl.zeros([BLOCK_M], tl.float32)
+    kl = tl.zeros([BLOCK_M], tl.float32)
     for j in range(0, count, BLOCK_N):
         k = load_tile(key_s, start + j, count - j, head, WIDTH_S, BLOCK_N, PAD_S, DOT)
         kt = load_tile(key_t, start + j, count - j, head, WIDTH_T, BLOCK_N, PAD_T, DOT)
-        z = _scores(q, k, count - j)
-        y = _scores(qt, kt, count - j)
-        p = tl.exp2(y * scale_t - max_t[:, None]) * inverse_t[:, None]
-        cross += tl.sum(p * (y * scale_t - z * scale_s), 1)
-        g = tl.exp2(z * scale_s - max_s[:, None]) * inverse_s[:, None] - p
+        z = _student_scores(q, k, qt, kt, count - j, scale_s, NEAR)
+        y = _teacher_scores(qt, kt, count - j, scale_t)
+        y -= max_t[:, None]
+        z = _from_maxima(z, y, max_t[:, None], NEAR)
+        p = tl.exp2(y) * inverse_t[:, None]
+        kl += tl.sum(p * (y - z), 1)
+        g = tl.exp2(z - max_s[:, None]) * inverse_s[:, None] - p
         dq = tl.dot(g.to(DOT), k, dq, input_precision="ieee")
-    return dq, cross - (max_t - max_s) - tl.log2(inverse_s / inverse_t)
+    return dq, kl + max_s + tl.log2(inverse_t / inverse_s)
 
 
 @jit
 def _cross_columns(  # type: ignore[no-untyped-def]
     sources, stats_ptr, plane, first, rows, start, count, head, scale_s, scale_t,
     WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
-    DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DOT: tl.constexpr, NEAR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gᵀ q of a block of keys against every query: tiles with keys as rows, so that G needs no transpose."""
     query_s, key_s, query_t, key_t = sources
@@ -333,10 +359,12 @@ def _cross_columns(  # type: ignore[no-untyped-def]
     for i in range(0, count, BLOCK_N):
         q = load_tile(query_s, start + i, count - i, head, WIDTH_S, BLOCK_N, PAD_S, DOT)
         qt = load_tile(query_t, start + i, count - i, head, WIDTH_T, BLOCK_N, PAD_T, DOT)
-        max_s, inverse_s = _load_stats(stats_ptr, plane, start + i, count - i, 0.0, BLOCK_N)
-        max_t, inverse_t = _load_stats(stats_ptr + 2 * plane, plane, start + i, count - i, 0.0, BLOCK_N)
-        g = tl.exp2(_scores(k, q, count - i) * scale_s - max_s[None, :]) * inverse_s[None, :]
-        g -= tl.exp2(_scores(kt, qt, count - i) * scale_t - max_t[None, :]) * inverse_t[None, :]
+        max_t, inverse_t, max_s, inverse_s = _load_stats(stats_ptr, plane, start + i, count - i, 0.0, BLOCK_N)
+        z = _student_scores(k, q, kt, qt, count - i, scale_s, NEAR)
+        y = _teacher_scores(kt, qt, count - i, scale_t)
+        y -= max_t[None, :]
+        z = _from_maxima(z, y, max_t[None, :], NEAR)
+        g = tl.exp2(z - max_s[None, :]) * inverse_s[None, :] - tl.exp2(y) * inverse_t[None, :]
         dk = tl.dot(g.to(DOT), q, dk, input_precision="ieee")
     return dk
 
@@ -347,7 +375,7 @@ def _cross_kernel(  # type: ignore[no-untyped-def]
     loss_ptr,  # [B, blocks, A]: KL in bits, summed over a block's rows
     q_stride, k_stride, qt_stride, kt_stride, total, width, alpha, scale_s, scale_t,
     WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
-    DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DOT: tl.constexpr, NEAR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program (head, block, sequence): its tokens as queries against every key, then as keys against every query."""
     head = tl.program_id(0)
@@ -359,13 +387,13 @@ def _cross_kernel(  # type: ignore[no-untyped-def]
         sources = ((q_ptr, q_stride), (k_ptr, k_stride), (qt_ptr, qt_stride), (kt_ptr, kt_stride))
         dq, kl = _cross_rows(
             sources, stats, plane, first, rows, start, count, head, scale_s, scale_t,
-            WIDTH_S, WIDTH_T, PAD_S, PAD_T, DOT, BLOCK_M, BLOCK_N,
+            WIDTH_S, WIDTH_T, PAD_S, PAD_T, DOT, NEAR, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         store_tile(dq_ptr, width, first, rows, head, dq * alpha, WIDTH_S, BLOCK_M, PAD_S)
         loss = tl.sum(tl.where(tl.arange(0, BLOCK_M) < rows, kl, 0.0))
         dk = _cross_columns(
             sources, stats, plane, first, rows, start, count, head, scale_s, scale_t,
-            WIDTH_S, WIDTH_T, PAD_S, PAD_T, DOT, BLOCK_M, BLOCK_N,
+            WIDTH_S, WIDTH_T, PAD_S, PAD_T, DOT, NEAR, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         store_tile(dk_ptr, width, first, rows, head, dk * alpha, WIDTH_S, BLOCK_M, PAD_S)
     block = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
@@ -415,6 +443,7 @@ class _Launch:
         pads = {"PAD_S": packed.pad_width(width_s), "PAD_T": packed.pad_width(width_t)}
         self.constants = {"WIDTH_S": width_s, "WIDTH_T": width_t, **pads}
         self.constants["DOT"] = packed.dot_dtype(query_s.dtype)
+        self.constants["NEAR"] = query_s.dtype == torch.float32 and width_s == width_t
         self.width = max(pads.values())
 
     def tile(self, kernel: str) -> tiling.Tile:
@@ -495,16 +524,22 @@ def _blocked(
     buffers = packed.Buffers(query_s)
     alpha_s, alpha_t = (1 / math.sqrt(x.shape[1] / num_heads) for x in (query_s, query_t))
     width = query_s.shape[1] // num_heads
+    near = query_s.dtype != torch.bfloat16 and query_s.shape == query_t.shape
     with packed.exact_products(query_s, key_s, query_t, key_t):
         for group in packed.groups(cu_seqlens, num_heads, len(query_s), max_seqlen):
-            qs, qt = (group.heads(x, num_heads, feature="query") for x in (query_s, query_t))
-            ks, kt = (group.heads(x, num_heads, feature="key") for x in (key_s, key_t))
+            qs, qt = ks, kt = [group.heads(x, num_heads, feature="query") for x in (query_s, query_t)]
+            if cross or group.padded:
+                ks, kt = (group.heads(x, num_heads, feature="key") for x in (key_s, key_t))
+            q_d, k_d = (torch.cat((qs - qt, qt), -1), torch.cat((ks, ks - kt), -1)) if near else (qs, ks)
             grad_q = torch.zeros_like(qs[..., :width], memory_format=torch.contiguous_format)
             grad_k = torch.zeros_like(grad_q) if cross else grad_q
             for pair, row in packed.blocks(len(qs), group.length):
-                z = buffers.product(0, qs[pair, row], ks[pair], alpha_s / LN2)
-                y = buffers.product(1, qt[pair, row], kt[pair], alpha_t / LN2)
-                total += _kl_and_difference(z, y, buffers.take(2, z.shape))
+                y = buffers.product(0, qt[pair, row], kt[pair], alpha_t / LN2)
+                d = buffers.product(1, q_d[pair, row], k_d[pair], alpha_s / LN2)
+                if not near:
+                    d -= y
+                z = buffers.take(2, y.shape)
+                total += _kl_and_difference(y, d, z)
                 grad_q[pair, row].baddbmm_(z, ks[pair][..., :width], alpha=alpha_s)
                 grad_k[pair].baddbmm_(z.transpose(1, 2), qs[pair, row][..., :width], alpha=alpha_s)
             group.scatter(dq, grad_q)
@@ -513,19 +548,19 @@ def _blocked(
     return total, dq, dk
 
 
-def _kl_and_difference(z: Tensor, y: Tensor, w: Tensor) -> Tensor:
-    """Σ KL(P ‖ Q) of a block of base-2 scores; leaves G = Q − P in ``z``. ``y`` and ``w`` are overwritten.
+def _kl_and_difference(y: Tensor, d: Tensor, g: Tensor) -> Tensor:
+    """Σ KL(P ‖ Q) of a block of base-2 scores Y and differences D = Z − Y, both overwritten; G = Q − P into ``g``.
 
-    KL_i = Σ_j P_ij (Y_ij − Z_ij) − (L_t − L_s): differences of scores and of maxima and a ratio of sums, so that
-    a good student's small divergence is not the difference of two large numbers. Powers of two cost a quarter of exp.
+    KL_i = L_s − L_t − Σ_j P_ij D_ij with log-sums L counted from the row's maximum of Y, as Z is: a good student's small
+    divergence and gradient are not the difference of two large numbers. Powers of two cost a quarter of exp.
     """
-    max_s, max_t = z.amax(-1, keepdim=True), y.amax(-1, keepdim=True)
-    torch.sub(y, z, out=w)
-    sum_s = z.sub_(max_s).exp2_().sum(-1, keepdim=True)
-    sum_t = y.sub_(max_t).exp2_().sum(-1, keepdim=True)
-    rows = w.mul_(y).sum(-1, keepdim=True).div_(sum_t)
-    rows -= (max_t - max_s) + torch.log2(sum_t / sum_s)
-    z.div_(sum_s).addcmul_(y, sum_t.reciprocal_(), value=-1)
+    y.sub_(y.amax(-1, keepdim=True))
+    torch.add(y, d, out=g)
+    max_s = g.amax(-1, keepdim=True)
+    sum_s = g.sub_(max_s).exp2_().sum(-1, keepdim=True)
+    sum_t = y.exp2_().sum(-1, keepdim=True)
+    rows = max_s + torch.log2(sum_s / sum_t) - d.mul_(y).sum(-1, keepdim=True).div_(sum_t)
+    g.div_(sum_s).addcmul_(y, sum_t.reciprocal_(), value=-1)
     return LN2 * rows.sum(dtype=torch.float64)
 
 
@@ -673,27 +708,30 @@ BENCHES: tuple[Case, ...] = (
     Case("8×1024, 768, A=12 cross", (1024,) * 8, 12, 768, 768, torch.bfloat16, cross=True, gap=0.3),
 )
 
+_LONG_KERNELS = (
+    (_stats_kernel, "relation_kl.stats"), (_self_kernel, "relation_kl.self"), (_cross_kernel, "relation_kl.cross"),
+)  # fmt: skip
 AUDIT = (
     *(
-        build(_short_kernel, "relation_kl.short", widths=widths, length=n, constants={"CROSS": cross})
+        build(_short_kernel, "relation_kl.short", widths=widths, length=n, constants={"NEAR": False, "CROSS": cross})
         for widths, n in (((64, 64), 128), ((16, 16), 128), ((24, 64), 128), ((64, 64), 64), ((64, 64), 32))
         for cross in (False, True)
     ),
     *(
-        build(kernel, tile, widths=widths)
-        for kernel, tile in (
-            (_stats_kernel, "relation_kl.stats"), (_self_kernel, "relation_kl.self"), (_cross_kernel, "relation_kl.cross"),
-        )
+        build(kernel, tile, widths=widths, constants={"NEAR": False})
+        for kernel, tile in _LONG_KERNELS
         for widths in ((64, 64), (16, 16), (128, 128))
     ),
     *(
-        build(kernel, f"{tile}_float32", widths=widths, dtype=torch.float32)
-        for kernel, tile in (
-            (_stats_kernel, "relation_kl.stats"), (_self_kernel, "relation_kl.self"), (_cross_kernel, "relation_kl.cross"),
-        )
-        for widths in ((64, 64), (128, 128))
+        build(kernel, f"{tile}_float32", widths=widths, dtype=torch.float32, constants={"NEAR": near})
+        for kernel, tile in _LONG_KERNELS
+        for widths, near in (((64, 64), True), ((32, 64), False), ((128, 128), True))
     ),
-    build(
-        _short_kernel, "relation_kl.short_float32", widths=(64, 64), length=32, dtype=torch.float32, constants={"CROSS": True}
+    *(
+        build(
+            _short_kernel, "relation_kl.short_float32", widths=widths, length=32, dtype=torch.float32,
+            constants={"NEAR": widths == (64, 64), "CROSS": True},
+        )
+        for widths in ((64, 64), (32, 64))
     ),
 )  # fmt: skip

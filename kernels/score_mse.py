@@ -211,7 +211,7 @@ def _blocked(
             for pair, row in packed.blocks(len(qs), group.length):
                 r = buffers.product(0, qs[pair, row], ks[pair], alpha_s)
                 r.baddbmm_(qt[pair, row], kt[pair].transpose(1, 2), alpha=-alpha_t)
-                total += torch.dot(r.flatten(), r.flatten())
+                total += torch.linalg.vector_norm(r, dim=-1).double().square().sum()
                 grad_q[pair, row].baddbmm_(r, ks[pair], alpha=alpha_s)
                 grad_k[pair].baddbmm_(r.transpose(1, 2), qs[pair, row], alpha=alpha_s)
             group.scatter(dq, grad_q)

@@ -106,15 +106,15 @@ LINEAR_KD: Table = {
 # Where that tile is too short, the others serve: sm_120 has no room for 128 × 128 scores beside 64 columns.
 _SHORT = (Row(Tile(64, 0, 0, 4, 1), 64, 64), Row(Tile(128, 0, 0, 8, 1), 64))
 _SHORT_120 = (Row(Tile(64, 0, 0, 4, 1), 64, 64), Row(Tile(128, 0, 0, 8, 1), 32), Row(Tile(64, 0, 0, 4, 1), 64))
-_SHORT_FLOAT32 = (Row(Tile(32, 0, 0, 4, 1), 64),)
+_SHORT_FLOAT32 = (Row(Tile(32, 0, 0, 8, 1), 64),)
 _ROWS = (Row(Tile(64, 32, 0, 4, 2), 64), Row(Tile(64, 16, 0, 4, 2)))
-_ROWS_FLOAT32 = (Row(Tile(32, 16, 0, 4, 2), 64), Row(Tile(16, 16, 0, 4, 2)))
+_ROWS_FLOAT32 = (Row(Tile(32, 16, 0, 8, 2), 64), Row(Tile(16, 16, 0, 8, 2)))
 RELATION: Table = {
-    "relation_kl.short": {"any": _SHORT, 120: _SHORT_120},
+    "relation_kl.short": {"any": _SHORT, 120: _SHORT_120, "gfx942": (_SHORT[0], Row(Tile(128, 0, 0, 4, 1), 64))},
     "relation_kl.short_float32": {"any": _SHORT_FLOAT32},
     "relation_kl.stats": {"any": _ROWS},
     "relation_kl.stats_float32": {"any": _ROWS_FLOAT32},
-    "relation_kl.self": {"any": _ROWS},
+    "relation_kl.self": {"any": _ROWS, 120: (Row(Tile(64, 16, 0, 4, 2)),)},
     "relation_kl.self_float32": {"any": _ROWS_FLOAT32},
     "relation_kl.cross": {"any": _ROWS, 120: (_ROWS[0], Row(Tile(64, 16, 0, 4, 1)))},
     "relation_kl.cross_float32": {"any": _ROWS_FLOAT32},
