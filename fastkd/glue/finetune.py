@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers import logging as hf_logging
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from fastkd import environment
 from fastkd.glue.encoded import (
@@ -35,6 +36,7 @@ from fastkd.glue.protocol import Protocol
 from fastkd.glue.tasks import TASKS, Task
 
 EVAL_BATCH = 64
+QUIET_S = 60.0  # a longer fine-tuning says how far it is
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,18 @@ class _Trainer(Trainer):
         return DataLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator, pin_memory=pin)
 
 
+class _Progress(TrainerCallback):  # type: ignore[misc]
+    """A line on stderr a minute: a large task takes hours on a CPU."""
+
+    def __init__(self, job: Job) -> None:
+        self.name, self.said = f"{job.task.title} seed {job.seed}", time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if time.perf_counter() - self.said >= QUIET_S:
+            self.said = time.perf_counter()
+            print(f"{self.name}: step {state.global_step:,} of {state.max_steps:,}", file=sys.stderr, flush=True)
+
+
 def training_arguments(job: Job, rows: int, folder: str) -> TrainingArguments:
     """The protocol's recipe for ``rows`` training rows; nothing is logged or saved, nor is the device waited for."""
     steps = job.protocol.epochs * math.ceil(rows / job.batch_size)
@@ -184,6 +198,7 @@ def _train(model: PreTrainedModel, job: Job, encoded: EncodedTask) -> tuple[floa
         arguments = training_arguments(job, len(train), folder)
         trainer = _Trainer(encoded, train, model=model, args=arguments)
         trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(_Progress(job))
         with _quiet():
             loss = trainer.train().training_loss
         # Scores are computed in float32: bfloat16 would round STS-B's predictions to steps of 1/64.
