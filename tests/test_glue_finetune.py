@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from fastkd.glue.protocol import HEADLINE, PAPER, Protocol
 from fastkd.glue.scores import choose, markdown, to_json, update_card
 from fastkd.glue.submission import write_submission
 from fastkd.glue.tasks import TASKS
+from fastkd.jsonl import read_jsonl
 
 QUICK = dataclasses.replace(HEADLINE, epochs=3)
 
@@ -333,6 +335,7 @@ def test_a_run_is_scored_once(run_folder: Path, tmp_path: Path) -> None:
     assert "fine-tuned on NLI and paraphrase pairs" in card
     event = json.loads((run_folder / "ledger.jsonl").read_text().splitlines()[-1])
     assert event["event"] == "glue" and event["charged"] is False and event["seconds"] > 0
+    assert (event["task"], event["seed"]) == ("sst2", 1), "a line for each fine-tuning: a kill loses none that finished"
     submission = (run_folder / "submission" / "SST-2.tsv").read_text().splitlines()
     assert submission[0] == "index\tprediction" and [line[:2] for line in submission[1:]] == [
         f"{i}\t" for i in range(6)
@@ -415,8 +418,8 @@ def test_a_terminated_evaluation_says_how_to_go_on(run_folder: Path, data: Path)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate()
     assert process.returncode == 75 and "the same command continues" in errors
-    event = json.loads((run_folder / "ledger.jsonl").read_text().splitlines()[-1])
-    assert event["event"] == "glue" and event["finished"] >= 1 and event["seconds"] > 0
+    first, *_, last = [line for line in read_jsonl(run_folder / "ledger.jsonl") if line["event"] == "glue"]
+    assert first["seed"] == 0 and last["task"] is None and last["seconds"] > 0
 
 
 def break_layer(folder: Path) -> None:
@@ -510,6 +513,33 @@ def test_other_weights_or_rows_are_scored_anew(run_folder: Path, data: Path) -> 
     assert reused() == "0" and reused() == "1"
 
 
+def test_scores_beside_the_model_are_no_part_of_it(student: Path, data: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(student, model)
+    evaluate(model, data=data, seeds=1, output_dir=model, log=lambda line: None)
+    said: list[str] = []
+    evaluate(model, data=data, seeds=1, output_dir=model, log=said.append)
+    assert "1 of them finished before" in said.pop(1)
+    for result in (model / "glue").iterdir():
+        result.write_text("[]")  # valid JSON, but no result
+    evaluate(model, data=data, seeds=1, output_dir=model, log=said.append)
+    assert any("0 of them finished before" in line for line in said)
+
+
+def test_a_torn_ledger_line_is_cut_off(run_folder: Path, data: Path) -> None:
+    with (run_folder / "ledger.jsonl").open("a") as ledger:
+        ledger.write('{"event": "st')
+    evaluate(run_folder, data=data, seeds=1, log=lambda line: None)
+    assert [line["event"] for line in read_jsonl(run_folder / "ledger.jsonl")] == ["export", "glue"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_damaged_files_of_a_model_are_named(name: str, run_folder: Path, data: Path) -> None:
+    (run_folder / "final" / name).write_text("{}")
+    with pytest.raises(ValueError, match=r"final (cannot be loaded|has no usable tokenizer) \(\w+: "):
+        evaluate(run_folder, data=data, seeds=1, log=lambda line: None)
+
+
 def test_a_file_that_changes_meanwhile_is_noticed(run_folder: Path, data: Path) -> None:
     def change(line: str) -> None:
         if "finished before" in line:
@@ -540,7 +570,11 @@ def test_a_task_file_is_scored_beside_glue(student: Path, data: Path, tmp_path: 
         student, ["sst2"], data, seeds=1, output_dir=tmp_path / "out", task_files=[own / "tone.toml"], train_rows=16,
         predict_test=True, log=lambda line: None,
     )  # fmt: skip
-    assert set(result["scores"]) == {"sst2", "tone"} and result["average"] is None
+    assert {name: list(found) for name, found in result["scores"].items()} == {
+        "sst2": ["accuracy"],
+        "tone": ["macro_f1"],
+    }
+    assert result["average"] is None
     assert "RTE" in result["missing"] and "SST-2" not in result["missing"]
     answers = (tmp_path / "out" / "submission" / "tone.tsv").read_text().split()
     assert answers[:3] == ["index", "prediction", "0"] and set(answers[3::2]) <= {"low", "mid", "high"}

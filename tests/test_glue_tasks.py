@@ -242,6 +242,9 @@ BAD_TASKS = {
     "kind": (CSV_TASK["task.toml"].replace('"train.csv"', "3"), "train must be a string, not 3"),
     "metric": (CSV_TASK["task.toml"].replace("macro_f1", "pearson"), "metrics of classes are .*, not 'pearson'"),
     "f1": (CSV_TASK["task.toml"].replace("macro_f1", "f1"), "use macro_f1 for 3"),
+    "name of a path": (CSV_TASK["task.toml"].replace("mood", "../mood", 1), "'../mood' cannot name files"),
+    "name of a key": (CSV_TASK["task.toml"].replace("mood", "average", 1), "'average' cannot name files"),
+    "test that is train": (CSV_TASK["task.toml"] + 'test = "train.csv"\n', "test 'train.csv' is train or dev too"),
 }
 
 

@@ -66,10 +66,12 @@ def parse(argv: Sequence[str]) -> tuple[str, GlueOptions]:
 def _train_rows(text: str | None) -> int | dict[str, int] | None:
     if text is None:
         return None
-    pairs = [part.partition("=") for part in text.split(",")]
+    pairs = [part.strip().partition("=") for part in text.split(",")]
     try:
         if len(pairs) == 1 and not pairs[0][1]:
             return int(text)
+        if len({name for name, *_ in pairs}) < len(pairs):
+            raise ValueError("a task twice")
         return {name: int(number) for name, _, number in pairs}
     except ValueError as error:
         raise ValueError(f"--train-rows takes 20000 or sst2=20000,qqp=50000, not {text!r}") from error
@@ -97,7 +99,7 @@ def _run(model: str, options: GlueOptions) -> int:
     hub_logging.set_verbosity_error()  # its retries; what comes of them is said in one line
     result = evaluate(
         model,
-        options.tasks.split(",") if options.tasks else None,
+        [name.strip() for name in options.tasks.split(",")] if options.tasks else None,
         options.data,
         options.protocol,
         options.seeds,

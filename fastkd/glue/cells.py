@@ -58,6 +58,8 @@ class Cell:
             result: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return None
+        if not isinstance(result, dict) or not {"metrics", "predictions", "seconds", "test_content"} <= result.keys():
+            return None
         return result if self._test_content.items() <= result["test_content"].items() else None
 
     @property

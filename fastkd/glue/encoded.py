@@ -60,11 +60,16 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"{model} holds no tokenizer (tokenizer.json, vocab.txt, …); save it beside the model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{model} has no usable tokenizer ({str(error).strip().splitlines()[0]})") from error
+    except Exception as error:  # a damaged tokenizer.json raises whatever its reader does
+        raise ValueError(f"{model} has no usable tokenizer ({first_line(error)})") from error
     if tokenizer.pad_token_id is None:
         raise ValueError(f"{model}: the tokenizer has no padding token; set one and save it again")
     return tokenizer
+
+
+def first_line(error: Exception) -> str:
+    """The kind of an error and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
 def encode(model: Path, splits: Mapping[str, Rows], max_length: int) -> EncodedTask:

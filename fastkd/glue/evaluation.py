@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ import torch
 
 from fastkd import atomic
 from fastkd.glue import rows as row_files
-from fastkd.glue.cells import Cell
+from fastkd.glue.cells import FOLDER, Cell
 from fastkd.glue.encoded import load_rows
 from fastkd.glue.finetune import Job, check_model, fast_bf16
 from fastkd.glue.protocol import PROTOCOLS, Protocol
@@ -24,7 +24,7 @@ from fastkd.glue.source import Source, find_model
 from fastkd.glue.submission import write_submission
 from fastkd.glue.tasks import Task, choose_tasks
 from fastkd.glue.workers import run_cells, visible_gpus
-from fastkd.jsonl import to_line
+from fastkd.jsonl import drop_torn_line, to_line
 
 EXTRA = ("accelerate", "sklearn", "scipy")
 SAW_PAIRS = (
@@ -150,9 +150,15 @@ def _limits(train_rows: int | Mapping[str, int] | None, chosen: Mapping[str, Tas
 
 def _check_writable(folder: Path) -> None:
     """Raises ValueError unless ``folder``, or the nearest folder above that exists, can be written."""
-    nearest = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ValueError(f"{nearest} is not a folder that can be written; give --output-dir another one")
+    for file in (folder / "glue.json", folder / "glue.md"):
+        if file.is_dir():
+            raise ValueError(f"{file} is a folder, where a file is to be written; give --output-dir another one")
+    nearest = next(path for path in (folder / FOLDER, folder, *folder.resolve().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise ValueError(f"{nearest} is not a folder that can be written; give --output-dir another one") from error
 
 
 def _test_splits(task: Task, data: Path | None, predict_test: bool) -> tuple[tuple[str, ...], list[str]]:
@@ -187,17 +193,18 @@ def carry_out(plan: Plan, log: Callable[[str], None]) -> dict[str, Any]:
     results = {cell.path: found for cell in plan.cells if (found := cell.read()) is not None}
     waiting = [cell for cell in plan.cells if cell.path not in results]
     _announce(plan, len(results), log)
-    done = 0
+    written = start
     try:
         for cell, result in run_cells(waiting, plan.jobs):
             results[cell.path] = result
-            done += 1
+            now = time.perf_counter()
+            _write_ledger(plan, now - written, cell)
+            written = now
             log(_progress(cell, result, len(results), len(plan.cells)))
-    finally:
-        seconds = time.perf_counter() - start
-        if waiting:
-            _write_ledger(plan, seconds, done)
-    return _publish(plan, [(cell, results[cell.path]) for cell in plan.cells], seconds)
+    except BaseException:
+        _write_ledger(plan, time.perf_counter() - written, None)
+        raise
+    return _publish(plan, [(cell, results[cell.path]) for cell in plan.cells], time.perf_counter() - start)
 
 
 def _announce(plan: Plan, finished: int, log: Callable[[str], None]) -> None:
@@ -221,22 +228,24 @@ def _progress(cell: Cell, result: Mapping[str, Any], finished: int, total: int) 
     return f"[{finished}/{total}] {job.task.title}{grid} seed {job.seed}: {metrics} ({result['seconds']:.0f} s)"
 
 
-def _write_ledger(plan: Plan, seconds: float, done: int) -> None:
-    """The cost of this call in the run's ledger: never charged to the budget, and there after an interruption too."""
+def _write_ledger(plan: Plan, seconds: float, cell: Cell | None) -> None:
+    """What a fine-tuning cost since the line before, in the run's ledger and never charged; None: it was interrupted."""
     if plan.source.run is None:
         return
     line = {
         "event": "glue",
         "seconds": seconds,
         "charged": False,
-        "tasks": list(dict.fromkeys(cell.job.task.name for cell in plan.cells)),
+        "task": cell.job.task.name if cell else None,
+        "seed": cell.job.seed if cell else None,
         "protocol": plan.protocol.name,
-        "finished": done,
         "jobs": plan.jobs,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
-    with (plan.source.run / "ledger.jsonl").open("a", encoding="utf-8") as ledger:
-        ledger.write(to_line(line))
+    ledger = plan.source.run / "ledger.jsonl"
+    drop_torn_line(ledger)
+    with ledger.open("a", encoding="utf-8") as file:
+        file.write(to_line(line))
 
 
 def _publish(plan: Plan, results: list[tuple[Cell, dict[str, Any]]], seconds: float) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from fastkd.glue.encoded import (
     collate,
     cut_embeddings,
     encode,
+    first_line,
     load_rows,
     load_tokenizer,
 )
@@ -77,7 +78,7 @@ def finetune(job: Job) -> dict[str, Any]:
     for split in job.task.dev:
         labels = np.asarray(encoded.splits[split].labels)
         values = score(job.task.metrics, labels, predict(model, encoded, split, job.task))
-        metrics |= {f"{name}{split.removeprefix('dev').replace('_', ' ')}": value for name, value in values.items()}
+        metrics |= {name + _suffix(job.task, split): value for name, value in values.items()}
     return {
         "metrics": metrics,
         "predictions": {split: predict(model, encoded, split, job.task).tolist() for split in job.test},
@@ -86,6 +87,13 @@ def finetune(job: Job) -> dict[str, Any]:
         "device": device,
         "dtype": "bfloat16" if bf16 else "float32",
     }
+
+
+def _suffix(task: Task, split: str) -> str:
+    """What tells the metrics of several dev sets apart: " matched" and " mismatched", or the names in a task file."""
+    if len(task.dev) == 1:
+        return ""
+    return split.removeprefix("dev").replace("_", " ") if task.official else f" {split}"
 
 
 @lru_cache(maxsize=1)
@@ -121,8 +129,8 @@ def load_classifier(folder: Path, task: Task) -> PreTrainedModel:
                 folder, num_labels=labels, problem_type=problem, dtype=torch.float32, output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )  # fmt: skip
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+    except Exception as error:  # damaged weights raise whatever their reader does
+        raise ValueError(f"{folder} cannot be loaded ({first_line(error)})") from error
     body = f"{model.base_model_prefix}."
     changed = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     missing = sorted(key for key in changed if key.startswith(body) and ".pooler." not in key)
@@ -168,7 +176,7 @@ class _Trainer(Trainer):
         return DataLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator, pin_memory=pin)
 
 
-class _Progress(TrainerCallback):  # type: ignore[misc]
+class _Progress(TrainerCallback):
     """A line on stderr a minute: a large task takes hours on a CPU."""
 
     def __init__(self, job: Job) -> None:

@@ -166,7 +166,7 @@ def _jsonl(path: Path) -> Located:
     for number, line in _lines(path):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
             raise ValueError(f"{path}:{number}: not a JSON object; write one object a line")
@@ -244,22 +244,27 @@ def _collect(task: Task, split: str, source: str, records: Located) -> Rows:
 
 
 def _text(value: object, name: str, source: str, number: int) -> str:
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not _is_unicode(value):
         raise ValueError(f"{source}:{number}: {name} is {value!r}, not a text; mend the row")
     return value
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it holds no lone surrogate, which JSON can spell and no tokenizer takes."""
+    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _label(task: Task, value: object, source: str, number: int) -> int | float:
     """A class id from an id or a class name, or a finite score."""
     try:
         label = float(value) if isinstance(value, int | float | str) else math.nan
-    except ValueError:
+    except (ValueError, OverflowError):
         label = math.nan
     if task.is_regression:
         if math.isfinite(label):
             return label
         raise ValueError(f"{source}:{number}: label {value!r} is not a number; mend the row")
-    if value in task.labels:
+    if str(value) in task.labels:
         return task.labels.index(str(value))
     if label in range(len(task.labels)):
         return int(label)

@@ -26,8 +26,12 @@ class Source:
 
     @cached_property
     def sha256(self) -> str:
-        """Digest over weights, configuration and tokenizer; the model card is not part of it."""
-        digests = {path.name: _file_sha256(path) for path in self.folder.iterdir() if path.suffix in HASHED}
+        """Digest over weights, configuration and tokenizer; model card and scores are not part of it."""
+        digests = {
+            path.name: _file_sha256(path)
+            for path in self.folder.iterdir()
+            if path.suffix in HASHED and path.name != "glue.json"
+        }
         return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
     @property

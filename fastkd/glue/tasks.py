@@ -6,6 +6,7 @@ hub's column names (``sst2/validation.jsonl``, ``sst2/train-00000-of-00001.parqu
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -125,6 +126,10 @@ def _task_from_row(path: Path, row: dict[str, Any]) -> Task:
         raise ValueError(f"{path}: texts names one or two columns, not {len(lists['texts'])}")
     if names["name"] in TASKS:
         raise ValueError(f"{path}: {names['name']!r} is a task of GLUE; give this one another name")
+    if not re.fullmatch(r"[\w.-]+", names["name"]) or names["name"] in (".", "..", "average"):
+        raise ValueError(f"{path}: name {names['name']!r} cannot name files and scores: take letters, digits and _.-")
+    if names.get("test") in (names["train"], *lists["dev"]):
+        raise ValueError(f"{path}: test {names['test']!r} is train or dev too: a test file has no labels, name another")
     test = {names["test"]: names["name"]} if "test" in names else {}
     return Task(
         name=names["name"], title=names.get("title", names["name"]), label=names.get("label", "label"),
