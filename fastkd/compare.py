@@ -20,18 +20,20 @@ from typing import Any, Literal
 from rich.console import Console
 
 from fastkd import environment, methods, plan, run
+from fastkd.budget import Budget
 from fastkd.comparison import write_results
 from fastkd.comparison_report import build_comparison
-from fastkd.config import PRESENTATION, Resolved, option, resolve, split_options
-from fastkd.distributed import World, any_rank, barrier, finish, start
+from fastkd.config import PRESENTATION, option, split_options
+from fastkd.distributed import World, any_rank, finish, on_main, start
 from fastkd.loop import Interrupted
-from fastkd.models import hf
-from fastkd.prepare import model_folder, prepare
-from fastkd.row import Row, base_row, confounds, parse_row, results_row
-from fastkd.run_folder import read_run
-from fastkd.scores import Scorer, glue_scores, mlm_scores
-from fastkd.train import Trainer
-from fastkd.tuning import BUDGET_SHARE, tune
+from fastkd.matching import Matching, release_memory
+from fastkd.references import References
+from fastkd.row import Row, base_row, circumstances, confounds, parse_row, results_row
+from fastkd.scores import Scorer
+from fastkd.tuning import BUDGET_SHARE, Search, searched, tune
+
+EXIT_ROWS = 4  # a row failed; the others stand in the table
+FIXED = ("method", "charge", "replay", "budget_tokens")  # options of a run that a comparison sets itself
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class CompareConfig:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
         if self.tune < 0 or self.tune == 1:
             raise ValueError(f"--tune takes 0 or at least 2 learning rates, got {self.tune}")
+        if self.epochs_cap is not None and not 0 < self.epochs_cap < float("inf"):
+            raise ValueError(f"--epochs-cap must be above zero and finite, got {self.epochs_cap:g}")
 
 
 class Comparison:
@@ -82,11 +86,15 @@ class Comparison:
 
     def __init__(self, own: CompareConfig, shared: dict[str, Any], argv: Sequence[str], world: World) -> None:
         own.check()
+        for name in FIXED:
+            if name in shared:
+                raise ValueError(f"--{name.replace('_', '-')} is no option of a comparison: leave it out")
         self.own, self.shared, self.argv, self.world = own, shared, list(argv), world
         self.console = Console(highlight=False, soft_wrap=True, quiet=not world.is_main)
         self.folder = Path(own.output_dir or self._default_folder())
         self.rows = self._rows()
         self.scorer = Scorer(own.glue, own.glue_tasks, own.glue_train_rows, own.glue_seeds)
+        self.references = References(self.rows, shared, self.folder / "references", self.scorer)
 
     def _default_folder(self) -> Path:
         content = dataclasses.asdict(self.own) | self.shared
@@ -101,58 +109,32 @@ class Comparison:
             specs += [dataclasses.replace(row, options=("as_released",)) for row in plain if has_released(row.method)]
         if not specs:
             raise ValueError("--methods names no row: give, for example, --methods mlm,minilmv2")
-        doubles = [row.label for row in specs if sum(other == row for other in specs) > 1]
+        labels = [row.label for row in specs]
+        doubles = [label for label in labels if labels.count(label) > 1]
         if doubles:
             raise ValueError(f"--methods names {doubles[0]} twice: leave one out, and use --seeds for repeats")
         return specs
 
-    # ---- a row's configuration ------------------------------------------------------------------------------
-
-    def resolved(self, row: Row, budget: dict[str, float], **more: Any) -> Resolved:
-        """The run of a row under a budget; options that its method does not read are left out."""
-        return resolve(row.run_options(self.shared) | budget | {"charge": "compute"} | more)
-
-    def budgets(self) -> list[dict[str, float]]:
-        """The budget of every row, one a point of the curve; a scratch run's FLOPs are measured once and kept."""
-        hours = self.own.budget_gpu_hours
-        if self.own.match == "gpu-seconds":
-            return [{"budget_gpu_hours": value} for value in hours]
-        if self.own.budget_flops is not None:
-            return [{"budget_flops": self.own.budget_flops}]
-        return [{"budget_flops": self.scratch_plan({"budget_gpu_hours": value})["total_flops"]} for value in hours]
-
-    def scratch_plan(self, budget: dict[str, float]) -> dict[str, float]:
-        """FLOPs and tokens of a scratch run under a budget, as first measured (kept in ``scratch.json``)."""
-        path = self.folder / "scratch.json"
-        known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-        key = json.dumps(budget)
-        barrier(self.world)
-        if key not in known:
-            planned = self.plan_of(Row("mlm"), budget)
-            known[key] = {"total_flops": sum(planned["flops"].values()), "tokens": planned["tokens"]}
-            if self.world.is_main and not self.own.plan_only:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(known, indent=1))
-            barrier(self.world)
-        return dict(known[key])
-
-    def plan_of(self, row: Row, budget: dict[str, float]) -> dict[str, Any]:
-        """A row's plan, measured."""
-        resolved = self.resolved(row, budget)
-        parts = prepare(resolved, self.world)
-        return plan.make(resolved, parts, plan.measure(Trainer(parts)))
-
     # ---- doing it -------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Plan every row, run what is not done yet, score, and report."""
-        budgets = self.budgets()
+    def run(self) -> int:
+        """Plan every row, run what is not done yet, score, and report; returns how many rows failed.
+
+        Raises:
+            ValueError, BudgetTooSmall: a row cannot work; nothing was written.
+        """
+        matching = Matching(self.shared, self.folder, self.world)
+        budgets = matching.budgets(self.own.match, self.own.budget_gpu_hours, self.own.budget_flops)
         if self.own.epochs_cap is not None:
-            self.shared["unique_tokens"] = int(self.scratch_plan(budgets[-1])["tokens"] / self.own.epochs_cap)
-        self.print_plans(budgets)
+            unique = self.shared["unique_tokens"] = matching.unique_tokens(budgets[-1], self.own.epochs_cap)
+            self.console.print(f"corpus cut to {unique:,} tokens, read {self.own.epochs_cap:g} times by a scratch run")
+        for row in self.rows:
+            for planned in matching.plans_of(row, budgets):
+                self.console.print(plan_line(row, planned))
         if self.own.plan_only:
-            return
-        self.score_references()
+            return 0
+        matching.keep()
+        on_main(self.world, self.references.fine_tune)
         todo = [(row, budget, seed) for budget in budgets for seed in range(self.own.seeds) for row in self.rows]
         errors: dict[Path, str | None] = {}
         for number, (row, budget, seed) in enumerate(todo, start=1):
@@ -161,20 +143,19 @@ class Comparison:
             errors[folder] = self.run_row(row, budget, seed, folder)
             if errors[folder] is not None:
                 self.console.print(f"row failed: {errors[folder]}")
-            if self.world.is_main:
-                self.report(todo[:number], errors)
-        barrier(self.world)
+            on_main(self.world, lambda: self.report(todo, errors))
+        return sum(error is not None for error in errors.values())
 
     def run_row(self, row: Row, budget: dict[str, float], seed: int, folder: Path) -> str | None:
         """Train and score a row, or what is left of it; the error that ended it, if one did."""
         error = None
+        release_memory()
         try:
             more: dict[str, Any] = {"seed": self.shared.get("seed", 0) + seed, "output_dir": str(folder)}
             if self.own.tune:
-                more["lr"], _ = self.tuned(row, budget)
-            run.run(self.resolved(row, budget, **more), self.world, self.console)
-            if self.world.is_main:
-                self.scorer.fine_tune(folder, folder)
+                more["lr"] = self.tuned(row, budget).lr
+            run.run(row.resolved(self.shared, **budget, **more), self.world, self.console)
+            on_main(self.world, lambda: self.scorer.fine_tune(folder, folder))
         except (Interrupted, KeyboardInterrupt):
             raise
         except Exception as caught:  # whatever a row does, the others go on
@@ -182,103 +163,85 @@ class Comparison:
         failed = any_rank(self.world, error is not None)
         return error or ("failed on another rank" if failed else None)
 
-    def tuned(self, row: Row, budget: dict[str, float]) -> tuple[float, float]:
-        """The row's learning rate by search, and the GPU-seconds that took."""
+    def tuned(self, row: Row, budget: dict[str, float]) -> Search:
+        """The row's learning rate by search."""
         unit, amount = next(iter(budget.items()))
 
         def try_rate(rate: float, where: Path) -> None:
-            more = {"lr": rate, "output_dir": str(where), "seed": self.shared.get("seed", 0)}
-            run.run(self.resolved(row, {unit: amount * BUDGET_SHARE}, **more), self.world, self.console)
+            more = {unit: amount * BUDGET_SHARE, "lr": rate, "output_dir": str(where)}
+            run.run(row.resolved(self.shared, **more), self.world, self.console)
 
-        folder = self.folder / "tuning" / f"{row.slug}-{amount:g}".replace("+", "")
-        return tune(self.default_rate(row), self.own.tune, try_rate, folder)
+        return tune(self.default_rate(row), self.own.tune, try_rate, self.tuning_folder(row, budget), self.world)
+
+    def tuning_folder(self, row: Row, budget: dict[str, float]) -> Path:
+        """Where the search for a row's learning rate lies."""
+        return self.folder / "tuning" / f"{row.slug}-{next(iter(budget.values())):g}".replace("+", "")
 
     def default_rate(self, row: Row) -> float:
         """The learning rate of a row that is not tuned."""
         return float(self.shared.get("lr") or methods.load(row.method).METHOD.default_lr)
-
-    def score_references(self) -> None:
-        """Fine-tune the teacher and the untrained student, once: what the rows' scores lie between."""
-        if self.own.glue is None or not self.world.is_main:
-            return
-        references = self.folder / "references"
-        resolved = self.resolved(self.rows[-1], {"budget_tokens": 1e9})
-        if resolved.run.teacher is not None and not (references / "teacher" / "glue.json").exists():
-            self.scorer.fine_tune(model_folder(resolved.run.teacher), references / "teacher")
-        untrained = references / "untrained"
-        if not (untrained / "glue.json").exists():
-            export_untrained(resolved, untrained / "final")
-            self.scorer.fine_tune(untrained, untrained)
 
     def row_folder(self, row: Row, budget: dict[str, float], seed: int) -> Path:
         """Where a row's run lies."""
         amount = next(iter(budget.values()))
         return self.folder / "rows" / f"{row.slug}-{amount:g}-seed{seed}".replace("+", "")
 
-    def print_plans(self, budgets: list[dict[str, float]]) -> None:
-        """The plan of every row under the largest budget, before anything is spent.
-
-        Raises:
-            ValueError, BudgetTooSmall: a row cannot work.
-        """
-        for row in self.rows:
-            planned = self.plan_of(row, budgets[-1])
-            self.console.print(
-                f"{row.label}: {planned['steps']:,} steps, {planned['tokens']:,} tokens, "
-                f"{planned['epochs']:.2f} epochs, "
-                f"{sum(planned['flops'].values()):.3e} FLOPs, {planned['tokens_per_s']:,.0f} tokens/s, teacher's share "
-                f"{planned['teacher_share']:.1%} of FLOPs and {planned['teacher_seconds_share']:.1%} of seconds, "
-                f"learning rate {planned['lr']:g}"
-            )
-
-    def report(self, done: list[tuple[Row, dict[str, float], int]], errors: dict[Path, str | None]) -> None:
-        """results.json, RESULTS.md and report.html of the rows so far."""
+    def report(self, todo: list[tuple[Row, dict[str, float], int]], errors: dict[Path, str | None]) -> None:
+        """results.json, RESULTS.md and report.html of the rows that were tried, now or before."""
+        folders = [self.row_folder(*each) for each in todo]
+        tried = [
+            (each, folder)
+            for each, folder in zip(todo, folders, strict=True)
+            if folder in errors or (folder / "final").is_dir()
+        ]
         records = [
             results_row(
                 row,
-                folder=(folder := self.row_folder(row, budget, seed)),
+                folder=folder,
                 seed=seed,
-                budget=next(iter(budget.values())),
+                budget=row.resolved(self.shared, **budget).run.budget.amount,
                 scores=self.scorer.of(folder),
-                error=errors[folder],
-                marks=self.marks(row, budget, folder),
+                error=errors.get(folder),
+                marks=self.marks(row, budget, seed),
             )
-            for row, budget, seed in done
+            for (row, budget, seed), folder in tried
         ]
-        teacher = self.resolved(self.rows[-1], {"budget_tokens": 1}).run.teacher
         write_results(
             self.folder,
             records,
             match=self.own.match,
-            teacher=teacher,
+            teacher=self.references.teachers().get("teacher"),
             environment=environment.describe(),
             command=["python", "-m", "fastkd.compare", *self.argv],
-            references=self.references(done),
+            references=self.references.records([folder for _, folder in tried]),
             headline=headline(records),
         )
         build_comparison(self.folder)
 
-    def marks(self, row: Row, budget: dict[str, float], folder: Path) -> list[str]:
+    def marks(self, row: Row, budget: dict[str, float], seed: int) -> list[str]:
         """Everything besides the method that sets a row apart, and what finding its learning rate took."""
         base = base_row(self.rows)
-        rates = {each: self.default_rate(each) for each in (row, base)}
+        rates: list[float | None] = [self.default_rate(each) for each in (row, base)]
         tuning = []
-        if self.own.tune and (folder / "plan.json").exists():
-            for each in dict.fromkeys((base, row)):
-                rates[each], seconds = self.tuned(each, budget)
-            tuning = [f"learning rate chosen among {self.own.tune}, {seconds:.1f} GPU-seconds beside its budget"]
-        return confounds(row, self.rows, self.shared, rates[row], rates[base]) + tuning
+        if self.own.tune:
+            found = [searched(self.tuning_folder(each, budget)) for each in (row, base)]
+            rates = [search.lr if search else None for search in found]
+            if found[0] is not None:
+                cost = f"{found[0].charged_s:.1f} GPU-seconds beside its budget"
+                tuning = [f"learning rate chosen among {self.own.tune}, {cost}"]
+        folder, base_folder = (self.row_folder(each, budget, seed) for each in (row, base))
+        apart = circumstances(folder, base_folder, base) if folder.is_dir() else []
+        return confounds(row, self.rows, self.shared, *rates) + tuning + apart
 
-    def references(self, done: list[tuple[Row, dict[str, float], int]]) -> list[dict[str, Any]]:
-        """The teacher and the untrained student as rows without a cost."""
-        folders = [self.row_folder(*each) for each in done]
-        starts = [read_run(folder).validations[0] for folder in folders if (folder / "metrics.jsonl").exists()]
-        untrained = next((found for start in starts if (found := mlm_scores(start))), {})
-        where = self.folder / "references"
-        return [
-            {"label": "teacher", "scores": glue_scores(where / "teacher")},
-            {"label": "untrained student", "scores": glue_scores(where / "untrained") | untrained},
-        ]
+
+def plan_line(row: Row, planned: dict[str, Any]) -> str:
+    """A row's plan in one line."""
+    return (
+        f"{row.label}: {Budget(**planned['budget'])}, {planned['steps']:,} steps, {planned['tokens']:,} tokens, "
+        f"{planned['epochs']:.2f} epochs, {sum(planned['flops'].values()):.3e} FLOPs, "
+        f"{planned['tokens_per_s']:,.0f} tokens/s, teacher's share {planned['teacher_share']:.1%} of FLOPs and "
+        f"{planned['teacher_seconds_share']:.1%} of seconds, learning rate {planned['lr']:g}"
+    )
 
 
 def headline(records: list[dict[str, Any]]) -> list[str]:
@@ -291,27 +254,21 @@ def headline(records: list[dict[str, Any]]) -> list[str]:
     return fine_tuned or names
 
 
-def export_untrained(resolved: Resolved, folder: Path) -> None:
-    """The student of a row before its first step, as a Hugging Face folder."""
-    parts = prepare(resolved, World())
-    card = "# An untrained encoder\n\nRandom weights: the reference that a comparison's students start from.\n"
-    hf.export(parts.student, parts.tokenizer, folder, card=card, mlm_head=False)
-
-
 def has_released(method: str) -> bool:
     """Whether a method has an ``as_released`` variant."""
     return "as_released" in {f.name for f in dataclasses.fields(methods.load(method).Config)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Exit codes: 0 (a row that failed stands in the table), 2 bad configuration, 3 budget too small, 75."""
+    """The command. Exit codes: 0 done, 2 bad configuration, 3 budget under one step, 4 a row failed and the others are
+    done, 75 interrupted and saved."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     world = World()
     try:
         own, shared = split_options(arguments, CompareConfig, "python -m fastkd.compare")
         world = start()
         comparison = Comparison(own, shared, arguments, world)
-        comparison.run()
+        failed = comparison.run()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return run.EXIT_CONFIGURATION
@@ -319,13 +276,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return run.EXIT_BUDGET
     except (Interrupted, KeyboardInterrupt):
-        print("interrupted; issue the same command again to resume")
+        run.say(world, Console(), "interrupted; issue the same command again to resume")
         return run.EXIT_INTERRUPTED
     finally:
         finish(world)
-    if world.is_main and not own.plan_only:
-        print(f"table {comparison.folder}/RESULTS.md · report {comparison.folder}/report.html")
-    return run.EXIT_OK
+    if not own.plan_only:
+        comparison.console.print(f"table {comparison.folder}/RESULTS.md · report {comparison.folder}/report.html")
+    if failed:
+        comparison.console.print(f"rows that failed: {failed}; issue the same command again to try them once more")
+    return EXIT_ROWS if failed else run.EXIT_OK
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ class Group:
 
     label: str
     method: str
-    match: str | None
-    budget: float | None
+    match: str
+    budget: float | None  # in the unit of the match
     rows: tuple[Record, ...]
     failed: int
 

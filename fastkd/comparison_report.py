@@ -9,6 +9,7 @@ from fastkd import atomic, bars, plots, quantities
 from fastkd.comparison import Group, Results, read_results
 from fastkd.comparison_tables import (
     agreement,
+    budget_text,
     confound_table,
     failure_table,
     main_table,
@@ -42,7 +43,7 @@ def build_comparison(folder: Path) -> Path:
 def _contents(results: Results) -> Record:
     groups = results.groups()
     labels = {group.label for group in groups}
-    matches = " and on ".join(dict.fromkeys(str(group.match) for group in groups)) or results.match
+    matches = " and on ".join(dict.fromkeys(group.match for group in groups)) or results.match
     return {
         "title": f"From scratch or distilled: {len(labels)} methods, matched on {matches}",
         "agreement": list(agreement(groups)),
@@ -90,11 +91,10 @@ def _bars(groups: list[Group], name: str, field: str, title: str, unit: str) -> 
 def _bar_label(groups: list[Group], group: Group) -> str:
     pieces = [group.label]
     if len({other.match for other in groups}) > 1:
-        pieces.append(str(group.match))
-    if len({other.budget for other in groups}) > 1 and group.budget is not None:
-        scale, unit = quantities.budget_scale(group.budget, group.match or "gpu-seconds")
-        pieces.append(f"{group.budget / scale:,.4g} {unit}")
-    return ", ".join(pieces)
+        pieces.append(group.match)
+    if len({other.budget for other in groups}) > 1:
+        pieces.append(budget_text(group))
+    return ", ".join(filter(None, pieces))
 
 
 def _score_plot(

@@ -143,11 +143,19 @@ def _labels(groups: list[Group], group: Group) -> Row:
     seeds = f"{len(group.rows)}" + (f", {group.failed} failed" if group.failed else "")
     cells: dict[str, Cell | str] = {
         "method": Cell(group.label, colour=colour),
-        "match": str(group.match),
-        "budget": quantities.number(group.budget) if group.budget is not None else "",
+        "match": group.match,
+        "budget": budget_text(group),
         "seeds": seeds,
     }
     return tuple(cells[name] for name in _label_head(groups))
+
+
+def budget_text(group: Group) -> str:
+    """The budget of a group's rows, with its unit."""
+    if group.budget is None:
+        return ""
+    scale, unit = quantities.budget_scale(group.budget, group.match)
+    return f"{group.budget / scale:,.4g} {unit}"
 
 
 def _style(groups: list[Group], label: str) -> int:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 TIMEOUT = timedelta(seconds=45)  # a rank that is gone must end the job within a minute
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,13 @@ class Decision:
     validate: bool = False
     checkpoint: bool = False
     interrupted: bool = False
+
+
+def node_devices(world: World) -> list[torch.device]:
+    """Every device of the job where all are on this node (rank i drives device i), else none."""
+    if int(os.environ.get("LOCAL_WORLD_SIZE", world.size)) != world.size:
+        return []
+    return [torch.device(world.device.type, index) for index in range(world.size)]
 
 
 def start() -> World:
@@ -85,6 +95,29 @@ def any_rank(world: World, flag: bool) -> bool:
     value = torch.tensor(float(flag))
     dist.all_reduce(value, op=dist.ReduceOp.MAX, group=_patient_group())
     return bool(value.item())
+
+
+def on_main(world: World, work: Callable[[], T]) -> T:
+    """Rank 0 does the work, for as long as it takes, and every rank gets what it returned (which must pickle).
+
+    Raises:
+        RuntimeError: on the other ranks, where it failed on rank 0; there, what it raised.
+    """
+    if world.size == 1:
+        return work()
+    answer: list[Any] = [None, None]  # what was returned, what was raised
+    failure: Exception | None = None
+    if world.is_main:
+        try:
+            answer[0] = work()
+        except Exception as caught:  # told to the others, then raised
+            failure, answer[1] = caught, f"{type(caught).__name__}: {caught}"
+    dist.broadcast_object_list(answer, src=0, group=_patient_group())
+    if failure is not None:
+        raise failure
+    if answer[1] is not None:
+        raise RuntimeError(f"rank 0 failed: {answer[1]}")
+    return answer[0]
 
 
 def mean(world: World, values: torch.Tensor) -> torch.Tensor:

@@ -99,14 +99,25 @@ def efficiency_table(run: Run) -> Table:
     tokens = run.last["tokens"]["real"] if run.last else 0
     each = joules / tokens if joules is not None and tokens else None
     power = joules / run.step_s if joules is not None and run.step_s else None
+    memory = max((line.get("peak_memory_bytes") or 0 for line in run.metrics), default=0) or None
     rows: list[Row] = [
         _use_row(run, "matmul_share", "of a measured matrix product", run.plan.get("matmul_flops_per_s")),
         _use_row(run, "mfu", "MFU: of the data sheet's peak", run.peak_flops),
         ("energy of the steps", numeric("joules", joules, quantities.scaled(joules or 0.0, "J"))),
         ("energy a token", numeric("joules_per_token", each, quantities.scaled(each or 0.0, "J"))),
         ("mean power of a device", numeric("watts", power, quantities.scaled(power or 0.0, "W"))),
+        ("SM clock, mean of readings", numeric("sm_clock_mhz", run.sm_clock_mhz, f"{run.sm_clock_mhz or 0:,.0f} MHz")),
+        *_throttle_rows(run),
+        ("peak memory", numeric("peak_memory_bytes", memory, quantities.memory(memory or 0))),
     ]
     return Table(("", ""), rows)
+
+
+def _throttle_rows(run: Run) -> list[Row]:
+    shares = run.throttle_shares
+    if shares is None:
+        return [("readings throttled", numeric("throttled", None))]
+    return [(f"readings throttled: {name}", share(f"throttled.{name}", value, 1.0)) for name, value in shares.items()]
 
 
 def _use_row(run: Run, name: str, label: str, possible: float | None) -> Row:

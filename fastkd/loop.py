@@ -17,7 +17,7 @@ from torch import Tensor
 from fastkd import checkpoint, memory, profiler, schedule
 from fastkd.budget import Ledger, Meter, StepCost, Totals, surviving_steps
 from fastkd.data.batches import Batch
-from fastkd.distributed import Decision, agree, barrier, mean
+from fastkd.distributed import Decision, agree, barrier, mean, node_devices
 from fastkd.jsonl import read_jsonl
 from fastkd.methods import MethodLoss
 from fastkd.monitor import Monitor
@@ -30,6 +30,10 @@ SKIPS_TOLERATED = 20  # steps in a row without a finite gradient
 
 class Interrupted(Exception):
     """Asked to stop (Ctrl-C, SIGTERM); the run is saved and can be resumed."""
+
+
+class Diverged(ValueError):
+    """Step after step without a finite gradient."""
 
 
 @dataclass
@@ -57,14 +61,14 @@ class Loop:
         )
         self._account_for_the_past()
         self.meter = Meter(self.config.budget, self.totals, step_seconds * self.world.size)
-        self.energy = profiler.EnergyMeter(trainer.device)
+        self.power = profiler.PowerMeter(node_devices(self.world) if self.world.is_main else [])
         self.issued: deque[IssuedStep] = deque()
         self.replayed = self._read_replay()
         self.saved_at = time.monotonic()
         self.validation_s, self.validations, self._validated_at = 0.0, 0, 0
         self.skipped_in_a_row = 0
         self.seconds = 0.0  # of steps, in this process
-        self._logged = (self.totals.tokens["real"], 0.0)
+        self._logged = (self.totals.tokens["real"], 0.0, self.totals.joules or 0.0)
         self._interrupted = self._unsaved = False
 
     # ---- past and end ---------------------------------------------------------------------------------------
@@ -211,7 +215,7 @@ class Loop:
         phase_s = step.lap.seconds()
         charged = self.ledger.step(
             step.cost, phase_s, progress=step.progress, epoch=step.epoch,
-            unique=self.parts.stream.unique_of(self.totals.step + 1), joules=self.energy.joules_since_last(),
+            unique=self.parts.stream.unique_of(self.totals.step + 1), joules=self._joules(),
             lr=step.lr, loss=float(step.loss),
         )  # fmt: skip
         self.meter.observe(charged)
@@ -219,21 +223,31 @@ class Loop:
         self.monitor.advance(min(1.0, self.meter.charged() / self.config.budget.amount))
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if step.skipped else 0
         if self.skipped_in_a_row >= SKIPS_TOLERATED:
-            raise ValueError(f"the gradient was not finite in {SKIPS_TOLERATED} steps in a row: give a smaller --lr")
+            raise Diverged(f"the gradient was not finite in {SKIPS_TOLERATED} steps in a row: give a smaller --lr")
+
+    def _joules(self) -> float | None:
+        """Joules since the last reading; None for good once one is missing, for a part of a total is none."""
+        joules = self.power.joules_since_last()
+        if joules is None or (self.totals.step > 0 and self.totals.joules is None):
+            joules = self.totals.joules = None
+        return joules
 
     def _log(self, norm: Tensor, last: MethodLoss) -> None:
         """Write one line of metrics; the only place in the loop that waits for the device."""
+        clocks = self.power.clocks()  # while the device still works on the step
         while self.issued:
             self._settle()
         parts = mean(self.world, torch.stack([v.float() for v in last.parts.values()]).cpu()).tolist()
         if not self.world.is_main:
             return
         t, line = self.totals, self.ledger.last
-        (tokens, seconds), self._logged = self._logged, (t.tokens["real"], self.seconds)
+        (tokens, seconds, joules), self._logged = self._logged, (t.tokens["real"], self.seconds, t.joules or 0.0)
+        taken = self.seconds - seconds
         self.monitor.step({
             "step": t.step, "progress": line["progress"], "charged_s": t.charged_s, "tokens": t.tokens["real"],
             "loss": line["loss"], "parts": dict(zip(last.parts, parts, strict=True)), "lr": line["lr"],
-            "grad_norm": float(norm), "tokens_per_s": (t.tokens["real"] - tokens) / (self.seconds - seconds),
+            "grad_norm": float(norm), "tokens_per_s": (t.tokens["real"] - tokens) / taken,
+            "watts": None if t.joules is None else (t.joules - joules) / taken, **asdict(clocks),
             "peak_memory_bytes": profiler.peak_memory_bytes(self.trainer.device),
         })  # fmt: skip
 
@@ -251,7 +265,7 @@ class Loop:
             self.trainer.clock = profiler.PhaseClock(self.trainer.device)
         found = self.trainer.validate()
         self.validation_s = self.trainer.clock.event("validation")
-        self.ledger.event("validation", self.validation_s, in_loop=in_loop)
+        self.ledger.event("validation", self.validation_s, in_loop=in_loop, joules=self.power.joules_since_last())
         t = self.totals
         if self.world.is_main:
             self.monitor.validation({
@@ -273,7 +287,8 @@ class Loop:
         if self.world.is_main:
             self._write_checkpoint()
         barrier(self.world)
-        self.ledger.event("checkpoint", self.trainer.clock.event("checkpoint"), in_loop=in_loop)
+        seconds = self.trainer.clock.event("checkpoint")
+        self.ledger.event("checkpoint", seconds, in_loop=in_loop, joules=self.power.joules_since_last())
 
     def _rescue(self) -> None:
         """Save without asking peers, who may be gone; of several survivors one writes."""

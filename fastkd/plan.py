@@ -6,8 +6,9 @@ keeps it beside what then happened.
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +19,8 @@ from rich.table import Table
 from fastkd import environment, profiler, quantities
 from fastkd.budget import Budget, Meter, StepCost, Totals
 from fastkd.config import Resolved, parse
-from fastkd.distributed import World, finish, mean, start
+from fastkd.data.batches import Batch
+from fastkd.distributed import World, finish, mean, node_devices, on_main, start
 from fastkd.loop import VALIDATION_SHARE
 from fastkd.models.encoder import EncoderConfig
 from fastkd.prepare import Parts, prepare
@@ -35,10 +37,11 @@ class BudgetTooSmall(Exception):
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a few steps took, in wall-clock seconds."""
+    """What a few steps took, in wall-clock seconds; the same on every rank."""
 
     step_seconds: float
     phase_s: dict[str, float]  # of one step
+    joules: float | None  # of one step, all devices together; None where they do not count
     compile_seconds: float
     validation_seconds: float
     matmul_flops: float  # FLOP/s of a large matrix product on this device
@@ -52,10 +55,14 @@ def measure(trainer: Trainer) -> Measurement:
     """
     require_a_step(trainer.parts, trainer.parts.step_cost(0))
     saved = {name: value.clone() for name, value in trainer.objective.state_dict().items()}
-    first, *_ = warm_up = [_timed_step(trainer, number) for number in range(WARMUP_STEPS)]
-    estimate = sum(warm_up[-1].values())
-    count = int(mean(trainer.world, torch.tensor(MEASURED_SECONDS / estimate)).clamp(3, MEASURED_STEPS))
-    laps = [_timed_step(trainer, WARMUP_STEPS + number) for number in range(count)]
+    power = profiler.PowerMeter(node_devices(trainer.world) if trainer.world.is_main else [])
+    with contextlib.closing(trainer.parts.stream.prefetch(0)) as stream:  # as a run reads them
+        first, *_ = warm_up = [_timed_step(trainer, stream) for _ in range(WARMUP_STEPS)]
+        estimate = sum(warm_up[-1].values())
+        count = int(mean(trainer.world, torch.tensor(MEASURED_SECONDS / estimate)).clamp(3, MEASURED_STEPS))
+        power.joules_since_last()
+        laps = [_timed_step(trainer, stream) for _ in range(count)]
+        joules = power.joules_since_last()
     step_seconds = sum(sum(lap.values()) for lap in laps) / count
     trainer.validate()
     trainer.clock.lap()
@@ -63,18 +70,20 @@ def measure(trainer: Trainer) -> Measurement:
     validation_seconds = trainer.clock.event("validation")
     trainer.objective.load_state_dict(saved)
     trainer.optimizer = trainer.new_optimizer()
-    return Measurement(
+    mine = Measurement(
         step_seconds=step_seconds,
         phase_s={phase: sum(lap[phase] for lap in laps) / count for phase in profiler.PHASES},
+        joules=None if joules is None else joules / count,
         compile_seconds=sum(first.values()) - step_seconds if trainer.parts.compile else 0.0,
         validation_seconds=validation_seconds,
         matmul_flops=profiler.measured_matmul_flops(trainer.device, trainer.parts.dtype),
     )
+    return on_main(trainer.world, lambda: mine)
 
 
-def _timed_step(trainer: Trainer, number: int) -> dict[str, float]:
+def _timed_step(trainer: Trainer, stream: Iterator[list[Batch]]) -> dict[str, float]:
     trainer.clock = profiler.PhaseClock(trainer.device)
-    batches = trainer.parts.stream.step(number)
+    batches = next(stream)
     trainer.clock.mark("data")
     loss, _, _ = trainer.step(batches, lr=trainer.parts.lr)
     float(loss)
@@ -83,7 +92,7 @@ def _timed_step(trainer: Trainer, number: int) -> dict[str, float]:
 
 
 def predict(parts: Parts, measured: Measurement) -> dict[str, Any]:
-    """Steps, tokens and epochs that the budget buys.
+    """Steps, tokens, epochs and energy that the budget buys.
 
     Raises:
         BudgetTooSmall: it does not pay for one step.
@@ -104,6 +113,7 @@ def predict(parts: Parts, measured: Measurement) -> dict[str, Any]:
         "epochs": parts.stream.epoch_of(steps),
         "seconds": steps * measured.step_seconds,
         "flops": {part: steps * value for part, value in cost.flops.items()},
+        "joules": None if measured.joules is None else steps * measured.joules,
     }
 
 
@@ -212,7 +222,8 @@ def render(plan: dict[str, Any], console: Console) -> None:
                        f"{plan['flops_per_s'] / plan['matmul_flops_per_s'] / plan['devices']:.1%} of a matrix product's"
                        + ("" if plan["mfu"] is None else f", MFU {plan['mfu']:.1%}")),
         ("predicted", f"{plan['steps']:,} steps, {q.count(plan['tokens'])} tokens, {plan['epochs']:.2f} epochs, "
-                      f"{q.scaled(sum(plan['flops'].values()), 'FLOP')}, {q.duration(plan['seconds'])}"),
+                      f"{q.scaled(sum(plan['flops'].values()), 'FLOP')}, {q.duration(plan['seconds'])}"
+                      + ("" if plan["joules"] is None else f", {q.scaled(plan['joules'], 'J')}")),
     ]  # fmt: skip
     table = Table.grid(padding=(0, 2))
     for name, value in rows:

@@ -6,30 +6,50 @@ marks belongs to exactly one phase, so phases sum to the wall clock.
 
 from __future__ import annotations
 
+import functools
+import operator
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+N = TypeVar("N", int, float)
 PHASES = ("data", "teacher", "student", "loss", "backward", "optimizer", "communication", "other")
 
-# Dense bf16 peak of the matrix units, FLOP/s, from the vendors' data sheets; by a part of the device's name.
-PEAK_BF16_FLOPS: tuple[tuple[str, float], ...] = (
-    ("H200", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H100", 989e12),
-    ("A100", 312e12),
-    ("B200", 2250e12),
-    ("L40S", 362e12),
-    ("A10G", 70e12),
-    ("RTX 4090", 165e12),
-    ("MI300X", 1307e12),
-)
+# Dense bf16 peak of the matrix units, FLOP/s, from the vendors' data sheets; by the driver's whole name of the device,
+# for parts of a name are shared by devices that differ (H100 PCIe, a slice of an H100, a laptop's RTX 4090).
+PEAK_BF16_FLOPS: dict[str, float] = {
+    "NVIDIA B200": 2250e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA GH200 480GB": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA A10G": 70e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "AMD Instinct MI300X": 1307e12,
+}
+
+# Why a GPU's clock is below what it could be: bits of NVML's clocks event reasons (nvml.h). Idleness and clocks that
+# someone set are no throttling.
+THROTTLE_BITS: dict[str, int] = {
+    "power cap": 0x04,
+    "hardware slowdown": 0x08,
+    "thermal": 0x20 | 0x40,
+    "power brake": 0x80,
+}
 
 
 def now() -> float:
@@ -97,8 +117,7 @@ def peak_flops(device: torch.device) -> float | None:
     """The data sheet's dense bf16 FLOP/s of the device, or None where it is not in the table."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_BF16_FLOPS if part in name), None)
+    return PEAK_BF16_FLOPS.get(torch.cuda.get_device_name(device))
 
 
 def measured_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
@@ -115,72 +134,75 @@ def measured_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: flo
     return sorted(rates[1:])[len(rates[1:]) // 2]
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory the process had: of the device on CUDA, resident on a CPU."""
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The most memory the process had: of the device on CUDA, resident on a CPU; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @dataclass(frozen=True)
-class Power:
-    """One reading of a GPU. Joules count from the driver's start; None where the device does not say."""
+class ClockReading:
+    """What NVML says of some GPUs at one moment; None where it says nothing."""
 
-    joules: float | None
-    watts: float | None
-    clock_mhz: int | None
-    throttled: bool | None
+    sm_clock_mhz: float | None = None  # the slowest GPU's
+    throttle: list[str] | None = None  # names of THROTTLE_BITS, of any GPU
 
 
-class EnergyMeter:
-    """NVML's total energy counter of one GPU. Without NVML, or on a CPU, every reading is None."""
+def throttle_reasons(bits: int) -> list[str]:
+    """NVML's clocks event reasons in words, those that throttle alone."""
+    return [name for name, mask in THROTTLE_BITS.items() if bits & mask]
 
-    def __init__(self, device: torch.device) -> None:
+
+class PowerMeter:
+    """Energy, clocks and throttling of GPUs, from NVML. Without NVML, or without a GPU, everything read is None."""
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
         self._nvml: Any = None
-        self._handle: Any = None
-        self._last: float | None = None
-        if device.type == "cuda":
+        self._handles: list[Any] = []
+        if devices and all(device.type == "cuda" for device in devices):
             with suppress(Exception):  # NVML is an extra reading: no driver, no permission, no problem
                 import pynvml
 
                 pynvml.nvmlInit()
-                uuid = str(torch.cuda.get_device_properties(device).uuid)
-                self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+                names = [f"GPU-{torch.cuda.get_device_properties(device).uuid}" for device in devices]
+                self._handles = [pynvml.nvmlDeviceGetHandleByUUID(name) for name in names]
                 self._nvml = pynvml
         self._last = self._joules()
 
-    def read(self) -> Power:
-        """The present reading; a field that the device does not offer is None."""
-        if self._nvml is None:
-            return Power(None, None, None, None)
-        nvml = self._nvml
-        thermal = nvml.nvmlClocksEventReasonHwThermalSlowdown | nvml.nvmlClocksEventReasonSwThermalSlowdown
-        return Power(
-            joules=self._joules(),
-            watts=self._try(lambda: nvml.nvmlDeviceGetPowerUsage(self._handle) / 1e3),
-            clock_mhz=self._try(lambda: nvml.nvmlDeviceGetClockInfo(self._handle, nvml.NVML_CLOCK_SM)),
-            throttled=self._try(lambda: bool(nvml.nvmlDeviceGetCurrentClocksEventReasons(self._handle) & thermal)),
-        )
-
-    def _joules(self) -> float | None:
-        if self._nvml is None:
-            return None
-        return self._try(lambda: self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3)
-
-    @staticmethod
-    def _try(query: Callable[[], Any]) -> Any:
-        with suppress(Exception):
-            return query()
-        return None
-
     def joules_since_last(self) -> float | None:
-        """Joules since the last call (or the start); None where the device does not count them."""
+        """Joules of all GPUs since the last call (or the start); None where one of them does not count."""
         joules = self._joules()
         spent = None if joules is None or self._last is None else joules - self._last
         self._last = joules
         return spent
+
+    def clocks(self) -> ClockReading:
+        """The present clocks and what holds them down."""
+        nvml = self._nvml
+        rates = self._each(lambda gpu: float(nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM)))
+        reasons = self._each(lambda gpu: int(nvml.nvmlDeviceGetCurrentClocksEventReasons(gpu)))
+        return ClockReading(
+            None if rates is None else min(rates),
+            None if reasons is None else throttle_reasons(functools.reduce(operator.or_, reasons)),
+        )
+
+    def _joules(self) -> float | None:
+        counts = self._each(lambda gpu: self._nvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3)
+        return None if counts is None else sum(counts)
+
+    def _each(self, query: Callable[[Any], N]) -> list[N] | None:
+        """The answers of all GPUs, or None where there is no NVML or one of them has no answer."""
+        if self._nvml is None:
+            return None
+        with suppress(Exception):
+            return [query(gpu) for gpu in self._handles]
+        return None
 
 
 @contextmanager

@@ -203,6 +203,7 @@ _FACTS: dict[str, _Fact] = {
     "epochs": ("epochs", lambda run: run.last["epoch"] if run.last else 0.0, quantities.number),
     "tokens_per_s": ("tokens per second", lambda run: run.tokens_per_s, quantities.number),
     "step_seconds": ("seconds per step", lambda run: run.seconds_per_step, quantities.number),
+    "joules": ("joules", lambda run: run.last["joules"] if run.last else None, quantities.number),
     "teacher_seconds_share": (
         "teacher's share of the seconds",
         lambda run: run.teacher_share,

@@ -10,8 +10,9 @@ from typing import Any
 
 from fastkd import methods
 from fastkd.comparison import row_from_run
-from fastkd.config import RunConfig, resolve
+from fastkd.config import Resolved, RunConfig, resolve
 from fastkd.jsonl import Record
+from fastkd.run_folder import read_run
 
 # What a row may differ in without being marked: its method, and where and when it ran.
 FREE = {
@@ -55,13 +56,18 @@ class Row:
         module = methods.load(self.method)
         known = {f.name for cls in (RunConfig, module.Config) for f in dataclasses.fields(cls)}
         options = {name: value for name, value in shared.items() if name in known}
-        if self.teacher is not None:
+        if self.teacher is not None:  # the student stays that of the other rows: their tokenizer, not this teacher's
+            options["tokenizer"] = _settings(Row("mlm"), shared)["tokenizer"]
             options["teacher"] = self.teacher
         if not module.METHOD.uses_teacher:
             lender = options.pop("teacher", None)
             options.setdefault("tokenizer", lender)
             options = {name: value for name, value in options.items() if value is not None}
         return options | {"method": self.method} | dict.fromkeys(self.options, True)
+
+    def resolved(self, shared: dict[str, Any], **more: Any) -> Resolved:
+        """Its run: steps alone are charged, and ``more`` (a budget, a seed, a folder) is added."""
+        return resolve(self.run_options(shared) | {"charge": "compute"} | more)
 
 
 def parse_row(spec: str) -> Row:
@@ -90,15 +96,22 @@ def base_row(rows: Sequence[Row]) -> Row:
     return next((row for row in rows if row.method == "mlm"), rows[0])
 
 
-def confounds(row: Row, rows: Sequence[Row], shared: dict[str, Any], lr: float, base_lr: float) -> list[str]:
-    """What sets a row apart from the comparison's first (scratch) row besides its method."""
+def teachers(rows: Sequence[Row], shared: dict[str, Any]) -> list[str]:
+    """The teachers of all rows, each once, that of most rows first."""
+    found = [name for row in rows if (name := _settings(row, shared)["teacher"]) is not None]
+    return sorted(dict.fromkeys(found), key=found.count, reverse=True)
+
+
+def confounds(
+    row: Row, rows: Sequence[Row], shared: dict[str, Any], lr: float | None, base_lr: float | None
+) -> list[str]:
+    """What sets a row apart from the comparison's first (scratch) row besides its method. A rate may be unknown yet."""
     base = base_row(rows)
     mine, theirs = (_settings(each, shared) for each in (row, base))
     found = [ROW_OPTIONS[name] for name in row.options]
-    if lr != base_lr:
+    if lr is not None and base_lr is not None and lr != base_lr:
         found.append(f"learning rate {lr:g}, {base.label} has {base_lr:g}")
-    distilled = [_settings(other, shared)["teacher"] for other in rows if other.method != "mlm"]
-    common = max(set(distilled), key=distilled.count, default=None)
+    common = next(iter(teachers(rows, shared)), None)
     if mine["teacher"] is not None and mine["teacher"] != common:
         found.append(f"teacher {mine['teacher']}, other rows have {common}")
     named = {*FREE, *ROW_OPTIONS}
@@ -107,8 +120,26 @@ def confounds(row: Row, rows: Sequence[Row], shared: dict[str, Any], lr: float, 
     ]
 
 
+def circumstances(folder: Path, base_folder: Path, base: Row) -> list[str]:
+    """What set a finished row's run apart besides its options: another device or version, clocks held down."""
+    run, other = read_run(folder), read_run(base_folder) if base_folder.is_dir() else None
+    found = []
+    for name, value in _flat(run.environment).items():
+        theirs = _flat(other.environment).get(name, value) if other is not None else value
+        if value != theirs:
+            found.append(f"{name} {value}, {base.label} had {theirs}")
+    held = {reason: part for reason, part in (run.throttle_shares or {}).items() if part > 0}
+    return found + [f"clocks held down by {reason} in {part:.0%} of readings" for reason, part in held.items()]
+
+
+def _flat(environment: Record) -> Record:
+    return {
+        name: value for name, value in environment.items() if name not in ("command", "packages")
+    } | environment.get("packages", {})
+
+
 def _settings(row: Row, shared: dict[str, Any]) -> dict[str, Any]:
-    return dataclasses.asdict(resolve({"budget_tokens": 1} | row.run_options(shared)).run)
+    return dataclasses.asdict(row.resolved(shared, budget_tokens=1).run)
 
 
 def results_row(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastkd.budget import surviving_steps
 from fastkd.jsonl import Record, read_jsonl
-from fastkd.profiler import PHASES
+from fastkd.profiler import PHASES, THROTTLE_BITS
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,20 @@ class Run:
     def validations(self) -> list[Record]:
         """The validations among the metrics."""
         return [line for line in self.metrics if line.get("event") == "validation"]
+
+    @property
+    def sm_clock_mhz(self) -> float | None:
+        """Mean of the readings of the slowest device's SM clock."""
+        known = [line["sm_clock_mhz"] for line in self.metrics if line.get("sm_clock_mhz") is not None]
+        return sum(known) / len(known) if known else None
+
+    @property
+    def throttle_shares(self) -> dict[str, float] | None:
+        """The share of readings that each reason held the clocks down in; None where none was read."""
+        readings = [line["throttle"] for line in self.metrics if line.get("throttle") is not None]
+        if not readings:
+            return None
+        return {name: sum(name in found for found in readings) / len(readings) for name in THROTTLE_BITS}
 
     def spent(self, step: Record) -> float:
         """What was spent of the budget, in its unit, when `step` (a ledger line) ended."""

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from fastkd import atomic
+from fastkd.distributed import World, on_main
+from fastkd.jsonl import finite
+from fastkd.loop import Diverged
 from fastkd.run_folder import read_run
 
 BUDGET_SHARE = 0.1  # of the row's budget, for each rate tried
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search found: the rate with the lowest held-out loss, and the GPU-seconds that finding it took."""
+
+    lr: float
+    charged_s: float
 
 
 def candidates(default: float, count: int) -> list[float]:
@@ -16,27 +30,48 @@ def candidates(default: float, count: int) -> list[float]:
     return [default * 2.0 ** (k - (count - 1) // 2) for k in range(count)]
 
 
-def tune(default: float, count: int, try_rate: Callable[[float, Path], None], folder: Path) -> tuple[float, float]:
-    """The rate with the lowest held-out loss, and the GPU-seconds that finding it took.
+def tune(default: float, count: int, try_rate: Callable[[float, Path], None], folder: Path, world: World) -> Search:
+    """Search, or read what a search found before; every rank tries, rank 0 decides and writes.
 
     Args:
         try_rate: runs one rate's mini-budget into a folder, or finds it done.
         folder: holds the tries and ``tuning.json``; with that there, nothing is run.
+
+    Raises:
+        ValueError: no rate gave a finite loss.
     """
+    known = on_main(world, lambda: (folder / "tuning.json").exists())
+    if not known:
+        places = {rate: folder / f"lr-{rate:g}" for rate in candidates(default, count)}
+        diverged = {rate for rate, place in places.items() if _diverges(try_rate, rate, place)}
+        on_main(world, lambda: _write(folder, places, diverged))
+    search = on_main(world, lambda: searched(folder))
+    if search is None:
+        tried = candidates(default, count)
+        raise ValueError(f"no learning rate of {tried} gave a finite loss: give a smaller --lr")
+    return search
+
+
+def searched(folder: Path) -> Search | None:
+    """What the search in a folder found; None where there was none, or no rate gave a finite loss."""
     record = folder / "tuning.json"
-    if not record.exists():
-        tried = []
-        for rate in candidates(default, count):
-            where = folder / f"lr-{rate:g}"
-            try_rate(rate, where)
-            result = read_run(where)
-            tried.append({"lr": rate, "loss": result.validations[-1]["loss"], "charged_s": result.charged_s})
-        record.write_text(json.dumps(tried, indent=1))
-    tried = json.loads(record.read_text())
-    finite = [entry for entry in tried if entry["loss"] is not None]
-    if not finite:
-        raise ValueError(
-            f"no learning rate of {[entry['lr'] for entry in tried]} gave a finite loss: give a smaller --lr"
-        )
-    best = min(finite, key=lambda entry: entry["loss"])
-    return best["lr"], sum(entry["charged_s"] for entry in tried)
+    tried = json.loads(record.read_text()) if record.exists() else []
+    best = min((entry for entry in tried if entry["loss"] is not None), key=lambda entry: entry["loss"], default=None)
+    return best and Search(best["lr"], sum(entry["charged_s"] for entry in tried))
+
+
+def _diverges(try_rate: Callable[[float, Path], None], rate: float, place: Path) -> bool:
+    try:
+        try_rate(rate, place)
+    except Diverged:
+        return True
+    return False
+
+
+def _write(folder: Path, places: dict[float, Path], diverged: set[float]) -> None:
+    tried: list[dict[str, Any]] = []
+    for rate, place in places.items():
+        run = read_run(place)
+        loss = None if rate in diverged else run.validations[-1]["loss"]
+        tried.append({"lr": rate, "loss": loss, "charged_s": run.charged_s})
+    atomic.write(folder / "tuning.json", json.dumps(finite(tried), indent=1) + "\n")

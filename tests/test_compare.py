@@ -9,11 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from test_distributed import environment, torchrun
+from test_report import Page
 
 from fastkd import compare
-from fastkd.row import Row, confounds, parse_row
+from fastkd.comparison_report import build_comparison
+from fastkd.distributed import World
+from fastkd.jsonl import read_jsonl
+from fastkd.row import Row, circumstances, confounds, parse_row, teachers
 from fastkd.run_folder import read_run
-from fastkd.tuning import candidates, tune
+from fastkd.tuning import candidates, searched, tune
 
 
 def results(folder: Path) -> dict:
@@ -58,6 +63,31 @@ def test_scores_and_references_are_there(seconds_matched: Path) -> None:
     assert "| minilmv2 |" in table and "GPU-seconds" in table
 
 
+def test_the_report_says_what_the_ledgers_say(seconds_matched: Path) -> None:
+    numbers = Page(seconds_matched / "report.html").numbers
+    for place, row in enumerate(results(seconds_matched)["rows"]):
+        folder = next((seconds_matched / "rows").glob(f"{row['method']}-*-seed{row['seed']}"))
+        lines = [line for line in read_jsonl(folder / "ledger.jsonl") if "event" not in line]
+        assert numbers[f"row.{place}.charged_s"] == row["charged_s"] == lines[-1]["charged_s"]
+        assert numbers[f"row.{place}.flops"] == row["flops"] == sum(lines[-1]["flops"].values())
+        assert numbers[f"row.{place}.tokens"] == row["tokens"] == lines[-1]["tokens"]["real"]
+        assert numbers[f"row.{place}.epochs"] == row["epochs"] == lines[-1]["epoch"]
+        seconds = sum(sum(line["phase_s"].values()) for line in lines)
+        assert numbers[f"row.{place}.tokens_per_s"] == pytest.approx(row["tokens"] / seconds)
+        assert sum(row["phase_s"].values()) == pytest.approx(row["charged_s"])
+        assert row["budget"] == pytest.approx(0.0008 * 3600)
+        held_out = [line for line in read_jsonl(folder / "metrics.jsonl") if line.get("event") == "validation"]
+        if row["method"] == "mlm":
+            assert numbers[f"row.{place}.score.held-out MLM loss"] == held_out[-1]["mlm_loss"]
+
+
+def test_rebuilding_the_report_gives_the_same_bytes(seconds_matched: Path) -> None:
+    files = [seconds_matched / "RESULTS.md", seconds_matched / "report.html", *seconds_matched.glob("plots/*.svg")]
+    before = [path.read_bytes() for path in files]
+    build_comparison(seconds_matched)
+    assert [path.read_bytes() for path in files] == before
+
+
 def test_finished_rows_are_not_repeated(seconds_matched: Path, small: list[str]) -> None:
     ledgers = {path: path.read_bytes() for path in seconds_matched.glob("rows/*/ledger.jsonl")}
     options = ("--methods", "mlm,minilmv2", "--budget-gpu-hours", "0.0008", "--seeds", "2")
@@ -94,10 +124,37 @@ def test_a_row_that_fails_is_reported_and_the_others_go_on(small: list[str], tmp
     blocked = folder / "rows" / "mlm-4e10-seed0"
     blocked.mkdir(parents=True)
     (blocked / "something else").write_text("")
-    assert do(small, folder, "--methods", "mlm,minilmv2", "--match", "flops", "--budget-flops", "4e10") != 2
+    options = ("--methods", "mlm,minilmv2", "--match", "flops", "--budget-flops", "4e10")
+    assert do(small, folder, *options) == compare.EXIT_ROWS == 4
     rows = {row["method"]: row for row in results(folder)["rows"]}
     assert rows["mlm"]["status"] == "failed" and "not empty" in rows["mlm"]["error"]
     assert rows["minilmv2"]["status"] == "ok"
+    (blocked / "something else").unlink()
+    assert do(small, folder, *options) == 0
+    assert [row["status"] for row in results(folder)["rows"]] == ["ok", "ok"]
+
+
+def test_two_ranks_search_match_flops_and_agree(small: list[str], mlm_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    methods = f"logit_kd@{mlm_run},mlm"  # the row that others are set against comes last: its search, too
+    options = ["--methods", methods, "--match", "flops", "--budget-gpu-hours", "0.001", "--tune", "2",
+               "--epochs-cap", "10", "--validations", "0", "--output-dir", str(folder)]  # fmt: skip
+    argv = torchrun(*small, *options, module="fastkd.compare")
+    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("table ") == 1
+    rows, scratch = results(folder)["rows"], json.loads((folder / "scratch.json").read_text())
+    budget = scratch['{"budget_gpu_hours": 0.001}']["flops"]
+    for row in rows:
+        assert row["status"] == "ok" and row["budget"] == budget
+        assert any("chosen among 2" in mark for mark in row["confounds"])
+        run = read_run(next((folder / "rows").glob(f"{row['method']}-*")))
+        assert run.devices == 2 and 0 <= budget - row["flops"] <= 1.1 * row["flops"] / len(run.steps)
+        assert run.config["lr"] == searched(next((folder / "tuning").glob(f"{row['method']}-*"))).lr
+        assert run.config["unique_tokens"] == int(scratch[json.dumps({"budget_flops": budget})]["tokens"] / 10)
+    for path in folder.rglob("*.jsonl"):  # written by one rank: no step stands twice
+        steps = [line["step"] for line in read_jsonl(path) if "event" not in line]
+        assert steps == sorted(set(steps))
 
 
 def test_plan_only_writes_nothing(small: list[str], tmp_path: Path, capsys) -> None:
@@ -119,6 +176,10 @@ def test_plan_only_writes_nothing(small: list[str], tmp_path: Path, capsys) -> N
         (["--seeds", "0"], ("--seeds",)),
         (["--tune", "1"], ("--tune",)),
         (["--budget-flops", "1e9"], ("--match flops",)),
+        (["--budget-tokens", "1e9"], ("--budget-tokens",)),
+        (["--charge", "all"], ("--charge",)),
+        (["--epochs-cap", "0"], ("--epochs-cap",)),
+        (["--epochs-cap", "0.001"], ("--epochs-cap", "corpus")),
         (["--glue", "missing"], ("missing", "--glue")),
         (["--glue-tasks", "sst2"], ("--glue",)),
         (["--frobnicate"], ("--frobnicate",)),
@@ -156,6 +217,29 @@ def test_rates_are_tried_around_the_default() -> None:
     assert candidates(1e-3, 2) == [1e-3, 2e-3]
 
 
+def test_a_row_of_another_teacher_keeps_the_student_of_the_others(mlm_run: Path) -> None:
+    shared = {"preset": "quickstart"}
+    rows = [Row("mlm"), Row("minilmv2"), Row("logit_kd", (), str(mlm_run)), Row("tinybert")]
+    assert [row.run_options(shared).get("tokenizer") for row in rows] == [None, None, "quickstart", None]
+    assert teachers(rows, shared) == ["quickstart", str(mlm_run)]
+    assert teachers(rows[:1], shared) == []
+
+
+def test_what_ran_elsewhere_or_throttled_is_marked(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("mlm", "minilmv2")]
+    for folder, device in zip(folders, ("A", "B"), strict=True):
+        folder.mkdir()
+        facts = {"device": device, "packages": {"torch": "2"}, "command": [device]}
+        (folder / "environment.json").write_text(json.dumps(facts))
+    lines = [{"step": step, "throttle": ["thermal"] if step == 1 else []} for step in (1, 2, 3, 4)]
+    (folders[1] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert circumstances(folders[0], folders[0], Row("mlm")) == []
+    assert circumstances(folders[1], folders[0], Row("mlm")) == [
+        "device B, mlm had A",
+        "clocks held down by thermal in 25% of readings",
+    ]
+
+
 def test_a_search_is_done_once_and_takes_the_lowest_loss(small: list[str], tmp_path: Path) -> None:
     from fastkd import run
 
@@ -166,8 +250,24 @@ def test_a_search_is_done_once_and_takes_the_lowest_loss(small: list[str], tmp_p
         options = [*small, "--method", "mlm", "--lr", str(rate), "--budget-tokens", "9000", "--output-dir", str(where)]
         assert run.main(options) == 0
 
-    rate, seconds = tune(1e-3, 2, try_rate, tmp_path)
-    assert (rate, tried) == (2e-3, [1e-3, 2e-3])  # so few steps reward the larger rate
-    assert seconds > 0
-    assert tune(1e-3, 2, try_rate, tmp_path) == (rate, seconds)
+    found = tune(1e-3, 2, try_rate, tmp_path, World())
+    assert (found.lr, tried) == (2e-3, [1e-3, 2e-3])  # so few steps reward the larger rate
+    assert found.charged_s > 0
+    assert tune(1e-3, 2, try_rate, tmp_path, World()) == searched(tmp_path) == found
     assert len(tried) == 2
+
+
+def test_a_rate_that_diverges_is_passed_over(small: list[str], tmp_path: Path) -> None:
+    from fastkd import run
+    from fastkd.loop import Diverged
+
+    def try_rate(rate: float, where: Path) -> None:
+        options = [*small, "--method", "mlm", "--lr", str(rate), "--budget-tokens", "9000", "--output-dir", str(where)]
+        assert run.main(options) == 0
+        if rate > 1e-3:
+            raise Diverged("not finite")
+
+    assert tune(1e-3, 2, try_rate, tmp_path / "a", World()).lr == 1e-3
+    with pytest.raises(ValueError, match="no learning rate"):
+        tune(1e-2, 2, try_rate, tmp_path / "b", World())
+    assert searched(tmp_path / "b") is None and searched(tmp_path / "c") is None

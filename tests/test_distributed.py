@@ -15,9 +15,9 @@ from fastkd.budget import surviving_steps
 from fastkd.jsonl import read_jsonl
 
 
-def torchrun(*options: str) -> list[str]:
+def torchrun(*options: str, module: str = "fastkd.run") -> list[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    return [*launcher, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "fastkd.run", *options]
+    return [*launcher, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", module, *options]
 
 
 def environment(**extra: str) -> dict[str, str]:

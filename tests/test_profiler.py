@@ -8,6 +8,13 @@ import pytest
 import torch
 
 from fastkd import profiler
+from fastkd.config import parse
+from fastkd.distributed import World
+from fastkd.loop import Loop
+from fastkd.monitor import Monitor
+from fastkd.prepare import prepare
+from fastkd.run_folder import read_run
+from fastkd.train import Trainer
 
 CPU = torch.device("cpu")
 
@@ -45,9 +52,52 @@ def test_a_changed_wall_clock_changes_nothing(monkeypatch) -> None:
 
 def test_what_a_cpu_does_not_tell_is_blank() -> None:
     assert profiler.peak_flops(CPU) is None
-    meter = profiler.EnergyMeter(CPU)
-    assert meter.joules_since_last() is None
-    assert meter.read() == profiler.Power(None, None, None, None)
+    for devices in ([CPU], []):
+        meter = profiler.PowerMeter(devices)
+        assert meter.joules_since_last() is None
+        assert meter.clocks() == profiler.ClockReading(None, None)
+
+
+def test_a_peak_is_that_of_the_whole_name() -> None:
+    assert profiler.PEAK_BF16_FLOPS["NVIDIA H100 PCIe"] < profiler.PEAK_BF16_FLOPS["NVIDIA H100 80GB HBM3"]
+    for name in ("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GB200"):
+        assert name not in profiler.PEAK_BF16_FLOPS
+
+
+def test_reasons_are_nvmls_and_idleness_is_none() -> None:
+    nvml = pytest.importorskip("pynvml")
+    assert profiler.throttle_reasons(nvml.nvmlClocksEventReasonNone) == []
+    assert profiler.throttle_reasons(nvml.nvmlClocksEventReasonGpuIdle) == []
+    assert profiler.throttle_reasons(nvml.nvmlClocksEventReasonApplicationsClocksSetting) == []
+    assert profiler.throttle_reasons(nvml.nvmlClocksEventReasonSwPowerCap) == ["power cap"]
+    assert profiler.throttle_reasons(nvml.nvmlClocksEventReasonHwSlowdown) == ["hardware slowdown"]
+    assert profiler.throttle_reasons(nvml.nvmlClocksEventReasonHwPowerBrakeSlowdown) == ["power brake"]
+    for bit in (nvml.nvmlClocksEventReasonSwThermalSlowdown, nvml.nvmlClocksEventReasonHwThermalSlowdown):
+        assert profiler.throttle_reasons(bit | nvml.nvmlClocksEventReasonSwPowerCap) == ["power cap", "thermal"]
+
+
+@pytest.mark.gpu
+def test_a_gpu_counts_its_energy() -> None:
+    meter = profiler.PowerMeter([torch.device("cuda", 0)])
+    profiler.measured_matmul_flops(torch.device("cuda", 0), torch.bfloat16, seconds=2.0)
+    joules, clocks = meter.joules_since_last(), meter.clocks()
+    assert joules is not None and 20 < joules < 4000
+    assert clocks.sm_clock_mhz is not None and clocks.sm_clock_mhz > 100 and clocks.throttle is not None
+
+
+def test_steps_and_events_of_a_loop_sum_to_its_wall_clock(small: list[str], tmp_path: Path) -> None:
+    options = [*small, "--method", "minilmv2", "--checkpoint-minutes", "0.02", "--budget-tokens", "60000"]
+    trainer = Trainer(prepare(parse(options), World()))
+    with Monitor(tmp_path, 60000, "tokens") as monitor:
+        loop = Loop(trainer, tmp_path, monitor, step_seconds=0.1)
+        loop.record_validation(0.0, in_loop=False)
+        start = profiler.now()
+        loop.run()
+        wall = profiler.now() - start
+        loop.finish()
+    run = read_run(tmp_path)
+    assert {event["event"] for event in run.events if event["charged"]} >= {"checkpoint"}
+    assert run.accounted_s == pytest.approx(wall, rel=0.01)
 
 
 def test_matmul_rate_and_memory_are_measured() -> None:

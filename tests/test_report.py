@@ -71,7 +71,9 @@ def make_run(folder: Path, *, devices: int = 1, joules: bool = False, plan: dict
             parts = {"query": 1.5 - step / 100, "key": 1.4 - step / 100, "value": 1.3 - step / 100}
             metrics.append({"step": step, "progress": step / 60, "charged_s": charged, "tokens": 4_091 * step,
                             "loss": 4.6 - step / 20, "parts": parts, "lr": 5e-4, "grad_norm": 1.0,
-                            "tokens_per_s": 3412.3, "peak_memory_bytes": 10**9})  # fmt: skip
+                            "tokens_per_s": 3412.3, "peak_memory_bytes": 10**9 + step,
+                            "watts": 309.0 if joules else None, "sm_clock_mhz": 1500.0 + step if joules else None,
+                            "throttle": ["power cap"] * (step == 10) if joules else None})  # fmt: skip
         if step == 30:
             for event, taken in (("validation", 0.41), ("checkpoint", 0.23)):
                 charged += taken * devices
@@ -155,6 +157,9 @@ def test_arithmetic_and_energy_are_the_ledgers(finished: Page, ledger: dict[str,
     assert numbers["joules"] == last["joules"]
     assert numbers["joules_per_token"] == pytest.approx(last["joules"] / last["tokens"]["real"])
     assert numbers["watts"] == pytest.approx(last["joules"] / ledger["seconds"])
+    assert numbers["sm_clock_mhz"] == pytest.approx(1500 + (1 + 10 + 20 + 30 + 40 + 50) / 6)
+    assert numbers["throttled.power cap"] == pytest.approx(1 / 6) and numbers["throttled.thermal"] == 0
+    assert numbers["peak_memory_bytes"] == 10**9 + 50
     rate = sum(last["flops"].values()) / ledger["seconds"]
     assert numbers["matmul_share"] == pytest.approx(rate / 5e11)
     assert numbers["mfu"] == pytest.approx(rate / 1e12)  # the plan's 2.4e11 FLOP/s were 24% of the peak
@@ -305,7 +310,7 @@ def test_every_first_step_leaves_a_page(tmp_path: Path) -> None:
 
 def test_energy_and_mfu_are_blank_where_they_are_not_known(tmp_path: Path) -> None:
     numbers = Page(build_report(make_run(tmp_path / "run"))).numbers
-    assert not {"joules", "joules_per_token", "watts"} & set(numbers)
+    assert not {"joules", "joules_per_token", "watts", "sm_clock_mhz", "throttled"} & set(numbers)
     no_peak = make_run(tmp_path / "no-peak", plan=PLAN | {"mfu": None})
     assert "mfu" not in Page(build_report(no_peak)).numbers
 

@@ -1,0 +1,97 @@
+"""Matching: the budgets that all rows of a comparison get, and what each row would make of them."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastkd import atomic, plan
+from fastkd.distributed import World, on_main
+from fastkd.prepare import prepare
+from fastkd.row import Row
+from fastkd.train import Trainer
+
+Amount = dict[str, float]  # the one budget option of a run, with its value
+
+
+class Matching:
+    """Budgets of a comparison. What scratch training makes of one is measured once and kept in ``scratch.json``."""
+
+    def __init__(self, shared: dict[str, Any], folder: Path, world: World) -> None:
+        self.shared, self.world, self.path = shared, world, folder / "scratch.json"
+        self.scratch: dict[str, dict[str, float]] = on_main(world, self._read)
+
+    def _read(self) -> dict[str, dict[str, float]]:
+        return dict(json.loads(self.path.read_text())) if self.path.exists() else {}
+
+    def keep(self) -> None:
+        """Write what was measured of scratch training, if anything."""
+        if self.scratch and self.world.is_main:
+            atomic.write(self.path, json.dumps(self.scratch, indent=1) + "\n")
+
+    def budgets(self, match: str, hours: list[float], flops: float | None) -> list[Amount]:
+        """The budget of every row, one a point of the curve, the largest last.
+
+        With ``match`` "flops" and no FLOPs given: those of a scratch run in that time.
+        """
+        times = [{"budget_gpu_hours": value} for value in sorted(set(hours))]
+        if match == "gpu-seconds":
+            return times
+        if flops is not None:
+            return [{"budget_flops": flops}]
+        return [{"budget_flops": self.scratch_plan(time)["flops"]} for time in times]
+
+    def scratch_plan(self, budget: Amount) -> dict[str, float]:
+        """FLOPs and tokens of a scratch run under a budget, as first measured, and the tokens of the corpus."""
+        key = json.dumps(budget)
+        if key not in self.scratch:
+            (planned,) = self.plans_of(Row("mlm"), [budget])
+            self.scratch[key] = {
+                "flops": sum(planned["flops"].values()),
+                "tokens": planned["tokens"],
+                "corpus_tokens": planned["corpus"]["unique_tokens"],
+            }
+        return self.scratch[key]
+
+    def unique_tokens(self, budget: Amount, epochs: float) -> int:
+        """How much of the corpus a scratch run under the budget reads ``epochs`` times.
+
+        Raises:
+            ValueError: the corpus holds less.
+        """
+        scratch = self.scratch_plan(budget)
+        unique, held = int(scratch["tokens"] / epochs), int(scratch["corpus_tokens"])
+        if unique > held:
+            raise ValueError(
+                f"--epochs-cap {epochs:g} needs {unique:,} tokens, the corpus has {held:,}: give more text, "
+                "a smaller budget or a larger cap"
+            )
+        return unique
+
+    def plans_of(self, row: Row, budgets: list[Amount]) -> list[dict[str, Any]]:
+        """A row's plan under each budget, from one measurement that is the same on every rank.
+
+        Raises:
+            ValueError, BudgetTooSmall: the row cannot work.
+        """
+        release_memory()
+        parts = prepare(row.resolved(self.shared, **budgets[-1]), self.world)
+        measured = plan.measure(Trainer(parts))
+        plans = []
+        for budget in budgets:
+            resolved = row.resolved(self.shared, **budget)
+            parts.config = resolved.run
+            plans.append(plan.make(resolved, parts, measured))
+        return plans
+
+
+def release_memory() -> None:
+    """Give back what earlier rows held on the GPU: each row finds the same device, and its own peak is counted."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

@@ -1,0 +1,61 @@
+"""What the rows' scores of a comparison lie between: the teachers, and the student before its first step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastkd.distributed import World
+from fastkd.jsonl import Record
+from fastkd.models import hf
+from fastkd.prepare import model_folder, prepare
+from fastkd.row import Row, base_row, teachers
+from fastkd.run_folder import read_run
+from fastkd.scores import Scorer, glue_scores, mlm_scores
+
+
+class References:
+    """Rows without a cost."""
+
+    def __init__(self, rows: Sequence[Row], shared: dict[str, Any], folder: Path, scorer: Scorer) -> None:
+        """``folder``: holds a folder for each of them."""
+        self.rows, self.shared, self.folder, self.scorer = rows, shared, folder, scorer
+
+    def teachers(self) -> dict[str, str]:
+        """The teachers of the rows by their label, that of most rows first."""
+        found = teachers(self.rows, self.shared)
+        labels = ["teacher", *(f"teacher {Path(name).name}" for name in found[1:])]
+        return dict(zip(labels, found, strict=False))  # none where no row has a teacher
+
+    def fine_tune(self) -> None:
+        """Fine-tune and score all of them, once."""
+        if self.scorer.data is None:
+            return
+        for label, teacher in self.teachers().items():
+            where = self._place(label)
+            if not (where / "glue.json").exists():
+                self.scorer.fine_tune(model_folder(teacher), where)
+        untrained = self._place("untrained")
+        if not (untrained / "glue.json").exists():
+            self._export_untrained(untrained / "final")
+            self.scorer.fine_tune(untrained, untrained)
+
+    def records(self, run_folders: Sequence[Path]) -> list[Record]:
+        """Labels and scores; the untrained student's on held-out text are what a run began with."""
+        starts = [read_run(folder).validations[:1] for folder in run_folders if (folder / "metrics.jsonl").exists()]
+        untrained = next((found for start in starts if start and (found := mlm_scores(start[0]))), {})
+        return [
+            *({"label": label, "scores": glue_scores(self._place(label))} for label in self.teachers()),
+            {"label": "untrained student", "scores": glue_scores(self._place("untrained")) | untrained},
+        ]
+
+    def _place(self, label: str) -> Path:
+        return self.folder / label.replace(" ", "-")
+
+    def _export_untrained(self, folder: Path) -> None:
+        plain = dataclasses.replace(base_row(self.rows), options=())
+        parts = prepare(plain.resolved(self.shared, budget_tokens=1), World())
+        card = "# An untrained encoder\n\nRandom weights: the reference that a comparison's students start from.\n"
+        hf.export(parts.student, parts.tokenizer, folder, card=card, mlm_head=False)

@@ -1,0 +1,78 @@
+"""Shapes that nobody listed: on each, Triton = blocked = the definition in float64, in the loss and every gradient."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import error, exact, value_and_gradients
+
+from fastkd.kernels import linear_kd, packed, relation_kl, score_mse, tiling
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ("blocked", "triton") if tiling.INTERPRETED or DEVICE == "cuda" else ("blocked",)
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+# Around the lengths at which a launch changes its tile or its kernel, and anything short.
+LENGTHS = st.integers(0, 20) | st.sampled_from([31, 32, 33, 63, 64, 65, 127, 128, 129, 150])
+
+
+@st.composite
+def packed_cases(draw: st.DrawFn, kind: type[packed.Case] = packed.Case, **options: Any) -> packed.Case:
+    """Ragged sequences, empty ones among them, of any number of heads of any two widths."""
+    lengths = draw(st.lists(LENGTHS, min_size=1, max_size=4).filter(any))
+    heads, width_s, width_t = draw(st.integers(1, 3)), draw(st.integers(1, 70)), draw(st.integers(1, 70))
+    return kind("", tuple(lengths), heads, heads * width_s, heads * width_t, draw(DTYPES), **options)
+
+
+@st.composite
+def head_cases(draw: st.DrawFn) -> linear_kd.Case:
+    """Any rows, vocabulary and widths, with either term or both."""
+    rows, vocabulary = draw(st.integers(1, 20)), draw(st.integers(2, 600))
+    kl_weight, ce_weight = draw(st.sampled_from([(1.0, 0.0), (0.0, 1.0), (0.3, 0.7)]))
+    return linear_kd.Case(
+        "", rows, vocabulary, draw(st.integers(1, 70)), draw(st.integers(1, 70)), draw(DTYPES),
+        kl_weight=kl_weight, ce_weight=ce_weight, temperature=draw(st.sampled_from([0.5, 1.0, 3.0])),
+        bias=draw(st.booleans()), ignored=draw(st.none() | st.integers(0, rows - 1)),
+    )  # fmt: skip
+
+
+def check(function: Any, reference: Any, inputs: dict[str, Any], tolerance: float, **options: Any) -> None:
+    """Every backend within ``tolerance`` of float64; a value that is 0 within a rounding of 1."""
+    expected = value_and_gradients(reference, exact(inputs))
+    for backend in BACKENDS:
+        loss, gradients = value_and_gradients(function, inputs, backend=backend, **options)
+        for out, ref in zip((loss, *gradients), (expected[0], *expected[1]), strict=True):
+            assert out.isfinite().all(), backend
+            assert error(out, ref) <= tolerance or (out - ref).norm() <= 1e-7, (backend, error(out, ref))
+
+
+@settings(max_examples=25, deadline=None)
+@given(head_cases(), st.sampled_from([None, 1, 7, 16]))
+def test_linear_kd(case: linear_kd.Case, chunk_rows: int | None) -> None:
+    def loss(function: Any) -> Any:
+        return lambda **options: function(**options).loss
+
+    check(
+        loss(linear_kd.linear_kd),
+        loss(linear_kd.reference),
+        case.inputs(DEVICE),
+        case.tolerance,
+        chunk_rows=chunk_rows,
+    )
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_relation_kl(cross: bool) -> None:
+    @settings(max_examples=20, deadline=None)
+    @given(packed_cases(cross=cross))
+    def agrees(case: packed.Case) -> None:
+        check(relation_kl.relation_kl, relation_kl.reference, case.inputs(DEVICE), case.tolerance)
+
+    agrees()
+
+
+@settings(max_examples=25, deadline=None)
+@given(packed_cases(kind=score_mse.Case))
+def test_score_mse(case: score_mse.Case) -> None:
+    check(score_mse.score_mse, score_mse.reference, case.inputs(DEVICE), case.tolerance)
