@@ -36,6 +36,8 @@ from transformers import (
     set_seed,
 )
 
+from bench.results import RESULTS, device_folder
+from fastkd import atomic
 from fastkd.glue.encoded import load_rows
 from fastkd.glue.evaluation import evaluate
 from fastkd.glue.finetune import fast_bf16
@@ -47,7 +49,6 @@ from fastkd.glue.tasks import TASKS, Task
 
 NAMES = ("sst2", "mrpc", "rte")
 DEV_SHARE = 8  # training rows to a dev row, as in MRPC and RTE
-RESULTS = Path(__file__).parent / "results"
 
 
 def plain(model: Path, task: Task, splits: Mapping[str, Rows], *, bf16: bool) -> dict[str, float]:
@@ -128,21 +129,13 @@ def measure(model: Path, data: Path, rows: int, rounds: int) -> dict[str, dict[s
     return seconds
 
 
-def device_name() -> str:
-    """The GPU's or CPU's name, as a folder name."""
-    name = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else torch.cpu.get_capabilities().get("cpu_name", "")
-    )
-    return "-".join((str(name) or platform.processor() or "cpu").lower().split())
-
-
 def report(seconds: Mapping[str, Mapping[str, list[float]]], rows: int, rounds: int) -> dict[str, Any]:
     """Medians, spread and ratios of one run, with what they were measured on."""
     medians = {v: {n: statistics.median(values) for n, values in tasks.items()} for v, tasks in seconds.items()}
     totals = {variant: sum(tasks.values()) for variant, tasks in medians.items()}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {
-        "device": device_name(), "threads": torch.get_num_threads(), "commit": commit,
+        "device": device_folder(), "threads": torch.get_num_threads(), "commit": commit,
         "date": datetime.date.today().isoformat(), "python": platform.python_version(), "torch": torch.__version__,
         "transformers": transformers.__version__, "rows": rows, "rounds": rounds, "epochs": HEADLINE.epochs,
         "seconds": seconds, "median_seconds": medians, "total_seconds": totals,
@@ -163,9 +156,7 @@ def main() -> None:
     datasets.disable_progress_bars()
     seconds = measure(find_model(options.model).folder, options.data, options.rows, options.rounds)
     result = report(seconds, options.rows, options.rounds)
-    path = RESULTS / result["device"] / "glue.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path = atomic.write(RESULTS / result["device"] / "glue.json", json.dumps(result, indent=1) + "\n")
     print(json.dumps({key: result[key] for key in ("median_seconds", "total_seconds", "speedup")}, indent=1))
     print(f"written to {path}")
 

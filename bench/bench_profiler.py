@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 
 from bench.results import RESULTS, device_folder
-from fastkd import environment, profiler
+from fastkd import atomic, environment, profiler
 from fastkd.config import parse
 from fastkd.distributed import World
 from fastkd.prepare import prepare
@@ -98,9 +98,9 @@ def main() -> None:
     world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     measured = measure(Trainer(prepare(parse([*RUN, *options]), world)), own.steps)
     facts = {"date": datetime.date.today().isoformat(), "run": [*RUN, *options], "steps": own.steps}
-    own.results.mkdir(parents=True, exist_ok=True)
-    path = own.results / "profiler.json"
-    path.write_text(json.dumps(environment.describe() | facts | measured, indent=1) + "\n")
+    path = atomic.write(
+        own.results / "profiler.json", json.dumps(environment.describe() | facts | measured, indent=1) + "\n"
+    )
     print(json.dumps(measured, indent=1))
     print(f"written to {path}")
 

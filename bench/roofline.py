@@ -11,7 +11,6 @@ Shapes: M rows, V vocabulary, D width (D_s, D_t), n length of a sequence, A rela
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,10 +150,5 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    print(table())
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    print(table())
