@@ -17,16 +17,14 @@ def forward_flops(config: EncoderConfig, needs: Needs, *, tokens: int, pairs: in
     D, I = config.hidden_size, config.intermediate_size  # noqa: E741
     depth, total = needs.depth(config.num_layers), 0
     for number in range(1, depth + 1):
-        read = {number} & {*needs.hidden, *needs.qkv}
-        last = number == depth
-        if last and needs.rows and not read:
+        extent = needs.extent(number, config.num_layers)
+        if extent == "predicted":
             total += 4 * tokens * D * D + predicted * (4 * D * D + 4 * D * I)
             total += 4 * D * pairs * predicted // tokens
             continue
         total += 6 * tokens * D * D
-        if last and not needs.rows and number not in needs.hidden:
-            continue
-        total += tokens * (2 * D * D + 4 * D * I) + 4 * D * pairs
+        if extent == "all":
+            total += tokens * (2 * D * D + 4 * D * I) + 4 * D * pairs
     return total + (2 * predicted * D * D if needs.logits else 0)
 
 

@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
+
 import torch
+from torch import Tensor, nn
 
 from fastkd.models.encoder import EncoderConfig, Needs
 
 CPU_MICRO_TOKENS = 4096  # larger ones fall out of the caches without any gain
 USABLE_SHARE = 0.8  # of the memory that is free before the first step
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
-def activation_bytes(config: EncoderConfig, needs: Needs, *, tokens: int, predicted: int, itemsize: int) -> int:
+def activation_bytes(
+    config: EncoderConfig, needs: Needs, *, tokens: int, predicted: int, itemsize: int, weight_pairs: int = 0
+) -> int:
     """Bytes that a forward with gradients keeps for its backward: what each layer saves, from the shapes alone.
 
-    A layer saves its input, Q, K, V, the attention's output, two LayerNorm inputs and outputs (10·D a token) and the
-    feed-forward's two inner activations (2·I); ``itemsize`` is the compute dtype's.
+    Each row of a layer saves its input, Q, K, V, the attention's output and the feed-forward's input (6·D) and two inner
+    activations (2·I) in the compute dtype of ``itemsize`` bytes, and the input of two LayerNorms (2·D) in float32; less
+    where the last layer runs for ``predicted`` rows or to its projection alone. ``weight_pairs`` is Σ length² where the
+    attention keeps its weights (on a CPU: bfloat16, or with dropout), H for each pair, and 0 where it makes them anew.
     """
-    layers = needs.depth(config.num_layers)
-    a_layer = (10 * config.hidden_size + 2 * config.intermediate_size) * tokens * itemsize
-    head = 4 * config.hidden_size * predicted * itemsize if needs.rows else 0
-    return layers * a_layer + 3 * config.hidden_size * tokens * itemsize + head
+    D, I, L = config.hidden_size, config.intermediate_size, config.num_layers  # noqa: E741
+    total = 4 * D * tokens  # of the embeddings' LayerNorm
+    for layer in range(1, needs.depth(L) + 1):
+        extent = needs.extent(layer, L)
+        if extent == "projection":
+            total += 4 * D * tokens * itemsize
+            continue
+        rows = tokens if extent == "all" else predicted
+        total += rows * ((6 * D + 2 * I) * itemsize + 2 * D * 4)
+        total += config.num_heads * weight_pairs * rows // tokens * itemsize
+        total += 3 * D * (tokens - rows) * itemsize  # input, keys and values of the rows that ask nothing
+    return total + (3 * D * predicted * 4 if needs.logits else 0)
 
 
 def largest_micro_batch(bytes_a_token: float, rank_tokens: int, pack_tokens: int, device: torch.device) -> int:
@@ -39,3 +56,21 @@ def smaller_micro_batch(micro_tokens: int, pack_tokens: int) -> int | None:
     packs = micro_tokens // pack_tokens
     divisor = next((n for n in range(2, packs + 1) if packs % n == 0), None)
     return None if divisor is None else micro_tokens // divisor
+
+
+def optimizer_room(trained: nn.Module, device: torch.device) -> Tensor:
+    """Memory of the device as large as what a module's optimiser will hold: gradients and two moments, in float32."""
+    count = sum(parameter.numel() for parameter in trained.parameters()) if device.type == "cuda" else 0
+    return torch.empty(3 * count, dtype=torch.float32, device=device)
+
+
+def keep_what_is_freed(device: torch.device) -> None:
+    """On a CPU, let glibc keep freed blocks of any size, as the CUDA allocator does: each step asks for the same again.
+
+    By default blocks above 32 MiB go back to the system, and every step pays for zeroed pages anew (13% of an mlm step).
+    """
+    if device.type == "cpu" and sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):  # musl has none
+            libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # old ones' largest
+            libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)

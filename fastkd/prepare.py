@@ -50,6 +50,7 @@ class Parts:
     micro_tokens: int = 0
     stream: BatchStream = field(init=False)
     validation: list[Batch] = field(default_factory=list)
+    _counted: tuple[int, StepCost] | None = field(default=None, init=False)
 
     @property
     def pack_tokens(self) -> int:
@@ -77,6 +78,8 @@ class Parts:
 
     def step_cost(self, step: int) -> StepCost:
         """FLOPs and tokens of a step over all ranks, from real lengths, known before it runs."""
+        if self._counted is not None and self._counted[0] == step:  # asked when a step is decided and when it is issued
+            return self._counted[1]
         count = self.stream.tokens_of(step)
         shape = {"tokens": self.config.batch_tokens, "pairs": count.pairs, "predicted": count.predicted}
         student = flops.forward_flops(self.student.config, self.method.student_needs, **shape)
@@ -88,7 +91,8 @@ class Parts:
             "teacher": teacher,
             "loss": self.method.loss_flops(**shape),
         }
-        return StepCost(parts, count.real, count.predicted)
+        self._counted = step, StepCost(parts, count.real, count.predicted)
+        return self._counted[1]
 
     def activation_bytes(self, tokens: int) -> int:
         """What a forward of so many tokens keeps for its backward."""
@@ -98,7 +102,12 @@ class Parts:
             tokens=tokens,
             predicted=round(self.config.mask_rate * tokens),
             itemsize=self.dtype.itemsize,
+            weight_pairs=tokens * self.config.seq_length if self._keeps_attention_weights else 0,
         )
+
+    @property
+    def _keeps_attention_weights(self) -> bool:
+        return self.world.device.type == "cpu" and (self.dtype == torch.bfloat16 or self.config.dropout > 0)
 
 
 def prepare(resolved: Resolved, world: World) -> Parts:

@@ -6,6 +6,7 @@ A step: batches → teacher forward → student forward → fused loss (its grad
 from __future__ import annotations
 
 import contextlib
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastkd import optim, profiler
+from fastkd import memory, optim, profiler
 from fastkd.data.batches import Batch
-from fastkd.distributed import mean
+from fastkd.distributed import any_rank, mean
 from fastkd.methods import Method, MethodLoss
 from fastkd.models.encoder import Encoder, Outputs
 from fastkd.models.teacher import Teacher
 from fastkd.prepare import Parts
+
+log = logging.getLogger(__name__)
 
 
 class Objective(nn.Module):
@@ -59,9 +62,10 @@ class Trainer:
         if parts.compile:
             for layer in parts.student.layers:
                 layer.compile(fullgraph=True, dynamic=False)
+        memory.keep_what_is_freed(self.device)
         self.clock = profiler.PhaseClock(self.device)
         self.model: nn.Module = self.objective
-        self._freeze_what_is_not_read()
+        self._rehearse()
         self.optimizer = self.new_optimizer()
         if self.world.size > 1:
             self.model = DistributedDataParallel(self.objective, gradient_as_bucket_view=True, static_graph=False)
@@ -124,14 +128,41 @@ class Trainer:
         """The parameters that get gradients."""
         return [p for p in self.objective.parameters() if p.requires_grad]
 
-    def _freeze_what_is_not_read(self) -> None:
-        """Parameters that the loss does not reach keep their initial values: no decay, no state, no communication."""
-        batch = self.parts.stream.step(0)[0]
-        self.micro_step(batch, 1.0)
+    def _rehearse(self) -> None:
+        """One micro-batch forward and backward, before ranks depend on one another, with room for the optimiser kept.
+
+        Where any rank runs out of memory, every rank takes the next smaller micro-batch and tries again. Later steps
+        need no more than this one: their shapes are the same. Parameters that the loss did not reach are frozen.
+
+        Raises:
+            ValueError: not even one pack fits.
+        """
+        while any_rank(self.world, not self._fits()):
+            self.objective.zero_grad(set_to_none=True)
+            self._halve_micro_batch()
         for parameter in self.objective.parameters():
             parameter.requires_grad_(parameter.grad is not None)
         self.objective.zero_grad(set_to_none=True)
         self.clock.lap()
+
+    def _fits(self) -> bool:
+        try:
+            room = memory.optimizer_room(self.objective, self.device)
+            self.micro_step(self.parts.stream.step(0)[0], 1.0)
+            del room
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+    def _halve_micro_batch(self) -> None:
+        before = self.parts.micro_tokens
+        smaller = memory.smaller_micro_batch(before, self.parts.pack_tokens)
+        if smaller is None:
+            raise ValueError("out of memory with one pack a micro-batch: give a smaller --student or --seq-length")
+        log.warning("out of memory: micro-batch %d → %d tokens", before, smaller)
+        self.parts.set_micro_batch(smaller)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     # ---- validation -----------------------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,14 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-GROUPS = 4  # sequences are grouped by the quarter of the longest length that they fill
+# oneDNN builds and keeps a kernel of about a megabyte for every shape of a product: batches that all differ would pay
+# for that in each step and fill the memory. So groups have few shapes: lengths and numbers of sequences are rounded up.
+GROUP_STEP = 32  # of key lengths: one group for each multiple, and every sequence in the first that it fits
+QUERY_STEP = 16  # of query lengths, which are shorter where only predicted rows ask
+SEQUENCE_STEP = 4  # of a group's sequences
+MASKED = -1e30  # score of a padded key: finite, so that a row of padding alone is no NaN
 
 
 def cpu_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Tensor:
     """softmax(q kᵀ / √d) v within each sequence, [Tq, H, d] from [Tq, H, d] and twice [Tk, H, d]."""
     lengths_q, lengths_k = (tuple(cu.diff().tolist()) for cu in (cu_seqlens_q, cu_seqlens_k))
     if q.dtype == torch.bfloat16:
-        return _Grouped.apply(q, k, v, plan(lengths_q, lengths_k))
+        return _Grouped.apply(q, k, v, lengths_q, lengths_k)
     return _one_by_one(q, k, v, lengths_q, lengths_k)
 
 
@@ -41,17 +45,44 @@ def _one_by_one(q: Tensor, k: Tensor, v: Tensor, lengths_q: tuple[int, ...], len
 
 @dataclass(frozen=True)
 class Side:
-    """How packed rows (of queries, or of keys and values) lie in the groups' padded rows, group after group."""
+    """Where the rows (of d) of packed queries, or of packed keys and values, lie in the groups: [b·H, S] each, in turn."""
 
-    sizes: tuple[tuple[int, int], ...]  # (sequences, padded length) of each group
-    gather: Tensor  # packed row of each padded row; row 0 of its sequence for padding
+    sizes: tuple[tuple[int, int], ...]  # (b·H, padded length) of each group
+    gather: Tensor  # token · heads + head of each padded row; that of its sequence's token 0 for padding
     padding: Tensor  # the padded rows that are padding
-    scatter: Tensor  # padded row of each packed row
+    scatter: Tensor  # padded row of each token's head
 
-    @property
-    def starts(self) -> list[int]:
-        """The first padded row of each group, and the end."""
-        return [0, *accumulate(b * s for b, s in self.sizes)]
+    def split(self, padded: Tensor) -> list[Tensor]:
+        """Views [b·H, S, d] of the groups in their padded rows [Σ b·H·S, d]."""
+        parts = padded.split([n * s for n, s in self.sizes])
+        return [part.unflatten(0, size) for part, size in zip(parts, self.sizes, strict=True)]
+
+    def pad(self, x: Tensor, *, zero: bool = False) -> list[Tensor]:
+        """[T, H, d] → the groups; padding repeats a real row, or is 0."""
+        rows, step = _rows(x)
+        heads = x.shape[1]
+        at = self.gather if step == heads else self.gather + self.gather // heads * (step - heads)
+        padded = rows.index_select(0, at)
+        if zero:
+            padded.index_fill_(0, self.padding, 0)
+        return self.split(padded)
+
+    def unpad(self, padded: Tensor, heads: int) -> Tensor:
+        """The inverse: [T, H, d] from the groups' rows."""
+        return padded.index_select(0, self.scatter).unflatten(0, (-1, heads))
+
+    def new_rows(self, x: Tensor) -> Tensor:
+        """Room for the groups' rows [Σ b·H·S, d], to be split and written."""
+        return x.new_empty(len(self.gather), x.shape[-1])
+
+
+def _rows(x: Tensor) -> tuple[Tensor, int]:
+    """[T, H, d] as rows of d without a copy, and the rows from one token to the next: 3·H in a fused projection."""
+    T, H, d = x.shape
+    if x.stride()[1:] != (d, 1) or x.stride(0) % d:
+        x = x.contiguous()
+    step = x.stride(0) // d
+    return x.as_strided(((T - 1) * step + H, d), (d, 1)), step
 
 
 @dataclass(frozen=True)
@@ -60,97 +91,84 @@ class Plan:
 
     queries: Side
     keys: Side
-    biases: tuple[Tensor, ...]  # for each group [b, 1, Sk] bfloat16: 0 at keys, −inf at padding
+    biases: tuple[Tensor, ...]  # for each group [b·H, 1, Sk] bfloat16: 0 at keys, MASKED at padding
 
 
 @lru_cache(maxsize=16)  # the layers of a forward, teacher's and student's, share their batch's plan
-def plan(lengths_q: tuple[int, ...], lengths_k: tuple[int, ...]) -> Plan:
+def plan(lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], heads: int) -> Plan:
     """Group the sequences of these lengths by key length; empty ones are left out."""
-    longest = max(lengths_k)
-    groups: list[list[int]] = [[] for _ in range(GROUPS)]
+    groups: dict[int, list[int]] = {}
     for sequence, length in enumerate(lengths_k):
         if length:
-            groups[(length * GROUPS - 1) // longest].append(sequence)
-    groups = [group for group in groups if group]
-    keys = _side(groups, lengths_k)
-    return Plan(_side(groups, lengths_q), keys, _biases(keys))
+            groups.setdefault(_up(length, GROUP_STEP), []).append(sequence)
+    keys = _side(list(groups.values()), lengths_k, heads, GROUP_STEP)
+    queries = _side(list(groups.values()), lengths_q, heads, QUERY_STEP)
+    bias = torch.zeros(len(keys.gather), 1, dtype=torch.bfloat16).index_fill_(0, keys.padding, MASKED)
+    return Plan(queries, keys, tuple(part.transpose(1, 2) for part in keys.split(bias)))
 
 
-def _side(groups: list[list[int]], lengths: tuple[int, ...]) -> Side:
-    starts = torch.tensor([0, *lengths]).cumsum(0)
+def _up(count: int, step: int) -> int:
+    return -(-count // step) * step
+
+
+def _side(groups: list[list[int]], lengths: tuple[int, ...], heads: int, length_step: int) -> Side:
+    starts, head = torch.tensor([0, *lengths]).cumsum(0), torch.arange(heads)[:, None]
+    tokens = int(starts[-1])
     gathers, reals, sizes = [], [], []
     for group in groups:
-        own = torch.tensor([lengths[i] for i in group])[:, None]
-        place = torch.arange(int(own.max()))
-        gathers.append((starts[group][:, None] + place * (place < own)).flatten())
-        reals.append((place < own).flatten())
-        sizes.append((len(group), len(place)))
+        missing = _up(len(group), SEQUENCE_STEP) - len(group)
+        own = torch.tensor([lengths[i] for i in group] + [0] * missing)[:, None, None]
+        place = torch.arange(_up(int(own.max()), length_step))
+        real = place < own  # [b, 1, S]
+        first = torch.cat([starts[group], starts.new_zeros(missing)])[:, None, None]
+        token = (first + place * real).clamp_(max=tokens - 1)
+        gathers.append((token * heads + head).flatten())
+        reals.append(real.expand(-1, heads, -1).flatten())
+        sizes.append((len(own) * heads, len(place)))
     gather, real = torch.cat(gathers), torch.cat(reals)
-    scatter = torch.empty(int(starts[-1]), dtype=torch.int64)
+    scatter = torch.empty(tokens * heads, dtype=torch.int64)
     scatter[gather[real]] = real.nonzero().flatten()
-    return Side(tuple(sizes), gather.clamp_(max=len(scatter) - 1), (~real).nonzero().flatten(), scatter)
-
-
-def _biases(keys: Side) -> tuple[Tensor, ...]:
-    bias = torch.zeros(len(keys.gather), dtype=torch.bfloat16).index_fill_(0, keys.padding, -torch.inf)
-    parts = bias.split([b * s for b, s in keys.sizes])
-    return tuple(part.view(b, 1, 1, s) for part, (b, s) in zip(parts, keys.sizes, strict=True))
-
-
-def _pad(x: Tensor, side: Side, *, zero: bool = False) -> list[Tensor]:
-    """[T, H, d] → for each group [b·H, S, d], padding repeating a real row, or 0."""
-    padded = x.index_select(0, side.gather)
-    if zero:
-        padded.index_fill_(0, side.padding, 0)
-    return [_by_head(part).contiguous().flatten(0, 1) for part in _groups(padded, side)]
-
-
-def _groups(padded: Tensor, side: Side) -> list[Tensor]:
-    """Views [b, S, H, d] of the groups in padded rows [Σ b·S, H, d]."""
-    parts = padded.split([b * s for b, s in side.sizes])
-    return [part.unflatten(0, size) for part, size in zip(parts, side.sizes, strict=True)]
-
-
-def _by_head(group: Tensor) -> Tensor:
-    """[b, S, H, d] → [b, H, S, d]."""
-    return group.transpose(1, 2)
-
-
-def _unpad(groups: list[Tensor], side: Side) -> Tensor:
-    """The inverse of _pad: [T, H, d] from each group's [b·H, S, d]."""
-    heads = groups[0].shape[0] // side.sizes[0][0]
-    padded = groups[0].new_empty(len(side.gather), heads, groups[0].shape[-1])
-    for place, group in zip(_groups(padded, side), groups, strict=True):
-        _by_head(place).copy_(group.unflatten(0, (-1, heads)))
-    return padded.index_select(0, side.scatter)
+    return Side(tuple(sizes), gather, (~real).nonzero().flatten(), scatter)
 
 
 class _Grouped(torch.autograd.Function):
     """Forward and backward as batched products over the (sequence, head) pairs of each group."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
-        alpha = q.shape[-1] ** -0.5
-        qs, ks, vs = _pad(q, plan.queries), _pad(k, plan.keys), _pad(v, plan.keys)
-        weights = []
-        for q_g, k_g, bias in zip(qs, ks, plan.biases, strict=True):
-            per_head = bias.expand(-1, q.shape[1], 1, -1).flatten(0, 1)
-            weights.append(torch.baddbmm(per_head, q_g, k_g.transpose(1, 2), alpha=alpha).softmax(-1))
-        ctx.plan = plan
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths_q: tuple[int, ...], lengths_k: tuple[int, ...]
+    ) -> Tensor:
+        heads, alpha = q.shape[1], q.shape[-1] ** -0.5
+        groups = plan(lengths_q, lengths_k, heads)
+        qs, ks, vs = groups.queries.pad(q), groups.keys.pad(k), groups.keys.pad(v)
+        weights, context = [], groups.queries.new_rows(q)
+        for q_g, k_g, v_g, bias, out in zip(qs, ks, vs, groups.biases, groups.queries.split(context), strict=True):
+            weights.append(torch.baddbmm(bias, q_g, k_g.transpose(1, 2), alpha=alpha).softmax(-1))
+            torch.bmm(weights[-1], v_g, out=out)
+        ctx.groups = groups
         ctx.save_for_backward(*qs, *ks, *vs, *weights)
-        return _unpad([torch.bmm(p, v_g) for p, v_g in zip(weights, vs, strict=True)], plan.queries)
+        return groups.queries.unpad(context, heads)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        plan: Plan = ctx.plan
-        n, alpha = len(plan.biases), grad.shape[-1] ** -0.5
+        groups: Plan = ctx.groups
+        n, heads, alpha = len(groups.biases), grad.shape[1], grad.shape[-1] ** -0.5
         qs, ks, vs, weights = (ctx.saved_tensors[i * n : (i + 1) * n] for i in range(4))
-        dqs, dks, dvs = [], [], []
-        for q, k, v, p, do in zip(qs, ks, vs, weights, _pad(grad, plan.queries, zero=True), strict=True):
-            dvs.append(torch.bmm(p.transpose(1, 2), do))
+        dos = groups.queries.pad(grad, zero=True)
+        grads = groups.queries.new_rows(grad), groups.keys.new_rows(grad), groups.keys.new_rows(grad)
+        views = (side.split(rows) for side, rows in zip((groups.queries, groups.keys, groups.keys), grads, strict=True))
+        for q, k, v, p, do, dq, dk, dv in zip(qs, ks, vs, weights, dos, *views, strict=True):
+            torch.bmm(p.transpose(1, 2), do, out=dv)
             dp = torch.bmm(do, v.transpose(1, 2))
             ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-            dqs.append(torch.baddbmm(q, ds, k, beta=0, alpha=alpha))
-            dks.append(torch.baddbmm(k, ds.transpose(1, 2), q, beta=0, alpha=alpha))
-        return _unpad(dqs, plan.queries), _unpad(dks, plan.keys), _unpad(dvs, plan.keys), None
+            torch.baddbmm(q, ds, k, beta=0, alpha=alpha, out=dq)
+            torch.baddbmm(k, ds.transpose(1, 2), q, beta=0, alpha=alpha, out=dk)
+        dq_rows, dk_rows, dv_rows = grads
+        return (
+            groups.queries.unpad(dq_rows, heads),
+            groups.keys.unpad(dk_rows, heads),
+            groups.keys.unpad(dv_rows, heads),
+            None,
+            None,
+        )

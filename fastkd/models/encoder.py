@@ -8,7 +8,7 @@ of transformers' ``BertForMaskedLM`` and ``RobertaForMaskedLM``.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +70,14 @@ class Needs:
     def depth(self, num_layers: int) -> int:
         """The deepest layer of which anything must run (its QKV projection at least)."""
         return num_layers if self.rows else max((*self.hidden, *self.qkv, 0))
+
+    def extent(self, layer: int, num_layers: int) -> Literal["all", "predicted", "projection"]:
+        """How far a layer up to ``depth`` must run: all its rows, the predicted ones, or its QKV projection alone."""
+        if layer < self.depth(num_layers) or layer in self.hidden:
+            return "all"
+        if not self.rows:
+            return "projection"
+        return "all" if layer in self.qkv else "predicted"
 
     def union(self, other: Needs) -> Needs:
         """What either of the two reads."""
@@ -257,11 +265,11 @@ class Encoder(nn.Module):
             layer = cast(Layer, self.layers[number - 1])
             if number - 1 in needs.hidden:
                 out.hidden[number - 1] = x
-            last, read = number == depth, number in needs.hidden or number in needs.qkv
-            if last and needs.rows and not read:
+            extent = needs.extent(number, self.config.num_layers)
+            if extent == "predicted":
                 rows, _ = layer(x, *sequences, rows=batch.predicted)
                 return self._finish(out, rows, needs)
-            if last and not needs.rows and number not in needs.hidden:
+            if extent == "projection":
                 qkv = layer.project(x)
             else:
                 x, qkv = layer(x, *sequences)

@@ -1,0 +1,142 @@
+"""Activation memory against what autograd keeps; micro-batches that fit; what happens where one does not."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastkd import memory, run
+from fastkd.config import resolve
+from fastkd.distributed import World
+from fastkd.jsonl import read_jsonl
+from fastkd.prepare import prepare
+
+PACK = 16 * 32  # tokens of a pack of the small run
+
+
+def saved_bytes(options: dict) -> tuple[int, int]:
+    """(what a student's forward keeps for its backward, what the closed form says), parameters left out."""
+    parts = prepare(resolve(options), World())
+    parameters = {p.untyped_storage().data_ptr() for p in parts.student.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        held.append(x)  # so that no address is used twice
+        return x
+
+    held: list[torch.Tensor] = []
+    batch = parts.stream.step(0)[0]
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+        torch.autocast("cpu", torch.bfloat16, enabled=parts.dtype == torch.bfloat16),
+    ):
+        parts.student(parts.method.text(batch), batch, parts.method.student_needs)
+    return sum(kept.values()), parts.activation_bytes(parts.micro_tokens)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["mlm", "minilmv2"])
+def test_activation_bytes_are_what_autograd_keeps(method: str, dtype: str, corpus_file: Path) -> None:
+    options = {
+        "preset": "quickstart", "corpus": [str(corpus_file)], "student": "2L-96H-12A", "seq_length": 64,
+        "batch_tokens": 2048, "method": method, "dtype": dtype, "budget_tokens": 1e6,
+    }  # fmt: skip
+    found, predicted = saved_bytes(options)
+    assert 0.8 * found <= predicted <= 1.25 * found
+
+
+@pytest.mark.parametrize(
+    ("rank_tokens", "expected"), [(4096, 4096), (8192, 4096), (1536, 1536), (512, 512), (7168, 3584)]
+)
+def test_the_largest_micro_batch_divides_the_rank_s_share(rank_tokens: int, expected: int) -> None:
+    assert memory.largest_micro_batch(1.0, rank_tokens, PACK, torch.device("cpu")) == expected
+
+
+def test_smaller_micro_batches_end_at_one_pack() -> None:
+    tokens, seen = 12 * PACK, []
+    while (smaller := memory.smaller_micro_batch(tokens, PACK)) is not None:
+        seen.append(smaller // PACK)
+        tokens = smaller
+    assert seen == [6, 3, 1]
+
+
+FAULTS = """
+import resource, sys, torch
+from fastkd import memory
+if sys.argv[1] == "keep":
+    memory.keep_what_is_freed(torch.device("cpu"))
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for step in range(12):
+    before = faults()
+    x = torch.ones(12 << 20)
+    y = x.exp()
+    z = x + y
+    del x, y, z
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_is_kept() -> None:
+    """A late step that makes three blocks of 48 MiB asks the system for no page."""
+    faults = {
+        how: int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("keep", "default")
+    }
+    assert faults["keep"] < 100 < faults["default"]
+
+
+# A run in which rank VICTIM's device holds no forward of more than 512 tokens.
+OUT_OF_MEMORY = """
+import os, sys, torch
+from fastkd import run
+from fastkd.models.encoder import Encoder
+if os.environ["RANK"] == os.environ["VICTIM"]:
+    whole = Encoder.forward
+    def forward(self, ids, *args, **kwargs):
+        if len(ids) > 512 and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(self, ids, *args, **kwargs)
+    Encoder.forward = forward
+sys.exit(run.main(sys.argv[1:]))
+"""
+
+
+def test_all_ranks_take_a_smaller_micro_batch_where_one_runs_out_of_memory(small: list[str], tmp_path: Path) -> None:
+    script = tmp_path / "out_of_memory.py"
+    script.write_text(OUT_OF_MEMORY)
+    options = [*small, "--batch-tokens", "2048", "--method", "mlm", "--budget-tokens", "8500"]
+    assert run.main([*options, "--micro-batch", "512", "--output-dir", str(tmp_path / "alone")]) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    argv = [*launcher, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(script), *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "VICTIM": "1"}
+    result = subprocess.run(
+        [*argv, "--micro-batch", "1024", "--output-dir", str(tmp_path / "two")],
+        env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("out of memory: micro-batch 1024 → 512 tokens") == 2  # a line each
+    assert len(read_jsonl(tmp_path / "two" / "ledger.jsonl")) == len(read_jsonl(tmp_path / "alone" / "ledger.jsonl"))
+    alone, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("alone", "two"))
+    assert max(float((alone[key] - two[key]).abs().max()) for key in alone) <= 1e-5
+
+
+def test_one_pack_that_does_not_fit_is_refused(small: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
+    from fastkd.models.encoder import Encoder
+
+    def forward(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Encoder, "forward", forward)
+    argv = [*small, "--method", "mlm", "--budget-tokens", "8500", "--output-dir", str(tmp_path / "run")]
+    assert run.main(argv) == 2
+    assert "give a smaller --student or --seq-length" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

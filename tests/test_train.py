@@ -1,0 +1,65 @@
+"""The train step on a GPU: nothing waits for the device, and a compiled teacher teaches the same."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastkd import methods
+from fastkd.config import resolve
+from fastkd.distributed import World
+from fastkd.loop import Loop
+from fastkd.models.teacher import Teacher
+from fastkd.monitor import SilentMonitor
+from fastkd.prepare import Parts, prepare
+from fastkd.train import Trainer
+
+GPU = World(device=torch.device("cuda", 0))
+
+
+def parts_of(method: str, corpus: Path, mlm_run: Path) -> Parts:
+    options = {
+        "preset": "quickstart", "method": method, "corpus": [str(corpus)], "student": "2L-48H-12A", "seq_length": 64,
+        "batch_tokens": 4096, "budget_tokens": 4096 * 40, "compile": False, "log_every": 1000, "validations": 0,
+    }  # fmt: skip
+    if method == "logit_kd":
+        options["teacher"] = str(mlm_run)
+    return prepare(resolve(options), GPU)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", methods.available())
+def test_no_step_waits_for_the_device(method: str, corpus_file: Path, mlm_run: Path, tmp_path: Path) -> None:
+    """From the fifth step on, whatever makes the host wait between two lines of the log raises."""
+    trainer = Trainer(parts_of(method, corpus_file, mlm_run))
+    budget = trainer.parts.config.budget
+    loop = Loop(trainer, tmp_path, SilentMonitor(tmp_path, budget.amount, budget.unit, log_every=1000), 0.01)
+    steps = 0
+
+    def watch() -> None:
+        nonlocal steps
+        steps += 1
+        torch.cuda.set_sync_debug_mode("error" if 5 <= steps < 30 else "default")
+
+    try:
+        loop.run(watch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert steps >= 30
+
+
+@pytest.mark.gpu
+def test_a_compiled_teacher_teaches_the_same(corpus_file: Path, mlm_run: Path) -> None:
+    parts = parts_of("tinybert", corpus_file, mlm_run)
+    assert parts.teacher is not None and parts.teacher_loaded is not None
+    compiled = Teacher(
+        parts.teacher_loaded, parts.teacher.needs, device=GPU.device, dtype=torch.bfloat16, attention=parts.attention,
+        compile=True,
+    )  # fmt: skip
+    for step in range(3):
+        batch = parts.stream.step(step)[0]
+        plain, fast = parts.teacher(batch.input_ids, batch), compiled(batch.input_ids, batch)
+        for layer, hidden in plain.hidden.items():
+            error = (fast.hidden[layer] - hidden).norm() / hidden.norm()
+            assert error < 1e-2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
