@@ -29,6 +29,9 @@ MASKED = -1e30  # score of a padded key: finite, so that the difference of two o
 MAX_HEAD_WIDTH = 128  # of the Triton kernels, which hold a head's whole width
 # Entries of a score tile. Fewer, and the calls of a block cost more than its arithmetic; more, and it leaves the cache.
 _ENTRIES_PER_THREAD, _MAX_ENTRIES = 1 << 19, 1 << 23
+# Lengths of groups are multiples of it and their sizes powers of two: oneDNN builds and keeps a kernel of about a
+# megabyte for every shape of a bfloat16 product, and a stream of ever new shapes would pay for that in each step.
+_LENGTH_STEP = 16
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------
@@ -188,7 +191,7 @@ def build(
 
 @dataclass(frozen=True)
 class Group:
-    """Sequences of one block, padded to the longest: ``rows[g, i]`` is the packed row of token i of sequence g.
+    """Sequences of one block, padded to one length: ``rows[g, i]`` is the packed row of token i of sequence g.
 
     Padded rows are zeros: they score zero against every row.
     """
@@ -232,7 +235,8 @@ def groups(cu_seqlens: Tensor, num_heads: int, rows: int, max_seqlen: int) -> It
     """Every sequence that is not empty once, longest first.
 
     Sequences of similar length share a group as long as its score tile fits a block, so that a batch of short ones
-    costs a few large matrix products instead of thousands of tiny ones. A longer sequence is a group of its own.
+    costs a few large matrix products of few shapes instead of thousands of tiny ones of many. A longer sequence is a
+    group of its own.
     Raises ValueError where ``cu_seqlens`` does not cut ``rows`` rows into sequences of at most ``max_seqlen``.
     """
     starts = cu_seqlens.tolist()
@@ -245,16 +249,15 @@ def groups(cu_seqlens: Tensor, num_heads: int, rows: int, max_seqlen: int) -> It
             f"a sequence has {spans[0][0]} tokens, max_seqlen is {max_seqlen}: give a bound of every length"
         )
     device, budget = cu_seqlens.device, _entries()
-    while spans:
-        longest = spans[0][0]
-        room = max(1, budget // (num_heads * longest * longest))
-        shortest = longest - max(4, longest // 8)
-        size = next((i for i, (n, _) in enumerate(spans[:room]) if n < shortest), min(room, len(spans)))
-        lengths, first = (torch.tensor(column, device=device) for column in zip(*spans[:size], strict=True))
-        spans = spans[size:]
-        position = torch.arange(longest, device=device)
-        valid = position < lengths[:, None]
-        yield Group(torch.where(valid, first[:, None] + position, 0), valid, padded=int(lengths[-1]) != longest)
+    for length, similar in itertools.groupby(spans, lambda span: -(-span[0] // _LENGTH_STEP) * _LENGTH_STEP):
+        members, position = list(similar), torch.arange(length, device=device)
+        room = max(1, budget // (num_heads * length * length))
+        while members:
+            size = 1 << min(room, len(members)).bit_length() - 1
+            lengths, first = (torch.tensor(column, device=device) for column in zip(*members[:size], strict=True))
+            members = members[size:]
+            valid = position < lengths[:, None]
+            yield Group(torch.where(valid, first[:, None] + position, 0), valid, padded=int(lengths[-1]) != length)
 
 
 def blocks(pairs: int, length: int) -> Iterator[tuple[slice, slice]]:
