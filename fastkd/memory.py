@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastkd.models.encoder import EncoderConfig, Needs
 
-CPU_MICRO_TOKENS = 4096  # larger ones fall out of the caches without any gain
+CPU_MICRO_TOKENS = 2048  # twice that is at most 3% faster, and holds twice the activations
 USABLE_SHARE = 0.8  # of the memory that is free before the first step
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 

@@ -149,7 +149,10 @@ def make(resolved: Resolved, parts: Parts, measured: Measurement) -> dict[str, A
         "preset": config.preset,
         "preset_reason": resolved.preset_reason,
         "method": config.method,
-        "student": _model(parts.student.config, parts.student) | {"spec": config.student},
+        "student": _model(parts.student.config) | {
+            "spec": config.student,
+            "parameters": sum(p.numel() for p in parts.student.parameters()),
+        },
         "teacher": _teacher(parts),
         "corpus": {
             "sources": config.corpus,
@@ -181,22 +184,24 @@ def _mfu(parts: Parts, cost: StepCost, measured: Measurement) -> float | None:
     return None if peak is None else sum(cost.flops.values()) / measured.step_seconds / peak / parts.world.size
 
 
-def _model(config: EncoderConfig, module: torch.nn.Module) -> dict[str, Any]:
+def _model(config: EncoderConfig) -> dict[str, Any]:
     return {
         "layers": config.num_layers,
         "width": config.hidden_size,
         "heads": config.num_heads,
         "vocabulary": config.vocab_size,
-        "parameters": sum(p.numel() for p in module.parameters()),
     }
 
 
 def _teacher(parts: Parts) -> dict[str, Any] | None:
-    if parts.teacher_loaded is None or parts.teacher is None:
+    if parts.teacher is None:
         return None
-    loaded = parts.teacher_loaded
-    facts = _model(loaded.config, loaded.encoder)
-    return facts | {"source": parts.config.teacher, "layers_run": parts.teacher.needs.depth(loaded.config.num_layers)}
+    config = parts.teacher.config
+    return _model(config) | {
+        "parameters": parts.teacher_parameters,
+        "source": parts.config.teacher,
+        "layers_run": parts.teacher.needs.depth(config.num_layers),
+    }
 
 
 def render(plan: dict[str, Any], console: Console) -> None:

@@ -44,7 +44,7 @@ class Parts:
     student: Encoder
     method: Method
     teacher: Teacher | None
-    teacher_loaded: hf.Loaded | None
+    teacher_parameters: int  # of the whole checkpoint, of which only what is read is kept
     shards: Shards
     lr: float
     micro_tokens: int = 0
@@ -145,8 +145,9 @@ def prepare(resolved: Resolved, world: World) -> Parts:
     shards = _shards(config, tokenizer, world)
     student, method = student.to(world.device), method.to(world.device)
     lr = config.lr or method.default_lr
+    teacher_parameters = sum(p.numel() for p in loaded.encoder.parameters()) if loaded else 0
     parts = Parts(
-        config, world, dtype, attention, use_compile, tokenizer, student, method, teacher, loaded, shards, lr
+        config, world, dtype, attention, use_compile, tokenizer, student, method, teacher, teacher_parameters, shards, lr
     )  # fmt: skip
     parts.set_micro_batch(_micro_batch(parts))
     parts.validation = validation_batches(
