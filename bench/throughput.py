@@ -208,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, help="folder of the results; default bench/results/DEVICE")
     options = parser.parse_args(argv)
     everywhere = ["quickstart", "paper-6l", "paper-12l"] if options.device == "cuda" else ["quickstart"]
-    groups = []
+    results, groups = options.results or RESULTS / device_folder(options.device), []
     for size in options.sizes.split(",") if options.sizes else everywhere:
         with tempfile.TemporaryDirectory() as folder:
             write_teacher(SIZES[size].teacher, Path(folder) / "teacher")
@@ -225,8 +225,9 @@ def main(argv: list[str] | None = None) -> None:
                              "date": datetime.date.today().isoformat(), "environment": environment.describe(),
                              **measure(spec, options.rounds)}  # fmt: skip
                     groups.append(group | {"compared": compared(group, options.device)})
+                    path = write(groups, results)
     print(markdown(groups))
-    print(f"written to {write(groups, options.results or RESULTS / device_folder(options.device))}")
+    print(f"written to {path}")
 
 
 if __name__ == "__main__":

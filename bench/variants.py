@@ -9,6 +9,7 @@ transformers' run_mlm does; ``paper`` and ``bertdistiller`` pad each document's 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -107,12 +108,13 @@ def fastkd(spec: Spec, clock: Clock) -> dict[str, Any]:
     """fastkd's own step on its own stream, as ``python -m fastkd.run`` does it. Also FLOPs a token."""
     parts = fastkd_parts(spec)
     trainer, tokens, cost = Trainer(parts), 0, 0
-    for number, batches in zip(range(clock.total), parts.stream.prefetch(0), strict=False):
-        trainer.clock = profiler.PhaseClock(trainer.device)
-        trainer.step(batches, LEARNING_RATE)
-        step = parts.step_cost(number)
-        tokens, cost = tokens + step.real, cost + sum(step.flops.values())
-        clock.step(step.real)
+    with contextlib.closing(parts.stream.prefetch(0)) as stream:
+        for number in range(clock.total):
+            trainer.clock = profiler.PhaseClock(trainer.device)
+            trainer.step(next(stream), LEARNING_RATE)
+            step = parts.step_cost(number)
+            tokens, cost = tokens + step.real, cost + sum(step.flops.values())
+            clock.step(step.real)
     return {"flops_a_token": cost / tokens, "compile": parts.compile, "attention": parts.attention}
 
 

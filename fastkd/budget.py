@@ -175,12 +175,44 @@ class Ledger:
             self._file.close()
 
 
+def replayed_progress(path: Path) -> list[float]:
+    """The progress of each step of a finished run's ledger, for a run that takes it from there and not from the clock.
+
+    It need not rise at every step: a step that was faster than predicted leaves the next one behind.
+
+    Raises:
+        ValueError: the file is no ledger of a run from its first step on.
+    """
+    remedy = "give the ledger.jsonl of a finished run"
+    try:
+        steps = surviving_steps(path) if path.is_file() else None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--replay {path} cannot be read as a ledger: {remedy}") from error
+    if steps is None:
+        raise ValueError(f"--replay {path} is no file: {remedy}")
+    if not steps:
+        raise ValueError(f"--replay {path} holds no steps: {remedy}")
+    for number, line in enumerate(steps, start=1):
+        progress = line.get("progress")
+        if line.get("step") != number or not isinstance(progress, int | float) or not 0 < progress <= 1:
+            raise ValueError(f"--replay {path} lacks step {number} with a progress above 0 and at most 1: {remedy}")
+    return [float(line["progress"]) for line in steps]
+
+
 def surviving_steps(path: Path) -> list[dict[str, Any]]:
-    """The step lines of a ledger that count: those after a crash's rewind point were lost and are left out."""
+    """The step lines of a ledger that count: those after a crash's rewind point were lost and are left out.
+
+    Raises:
+        ValueError: a damaged file.
+    """
     steps: list[dict[str, Any]] = []
     for line in read_jsonl(path):
-        if line.get("event") == "crash":
+        if line.get("event", "crash") != "crash":
+            continue
+        if not isinstance(line.get("step"), int):
+            raise ValueError(f"{path} has a line without its step: restore the file or start a new run folder")
+        if "event" in line:
             steps = [step for step in steps if step["step"] <= line["step"]]
-        elif "event" not in line:
+        else:
             steps.append(line)
     return steps

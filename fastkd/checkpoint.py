@@ -82,7 +82,7 @@ def _verifies(folder: Path) -> bool:
     try:
         manifest: dict[str, str] = json.loads((folder / MANIFEST).read_text())
         return all(_sha256(folder / name) == digest for name, digest in manifest.items())
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         return False
 
 

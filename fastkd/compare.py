@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from fastkd import environment, methods, plan, run
+from fastkd import atomic, environment, methods, plan, run
 from fastkd.budget import Budget
 from fastkd.comparison import write_results
 from fastkd.comparison_report import build_comparison
@@ -32,6 +32,7 @@ from fastkd.row import Row, base_row, circumstances, confounds, parse_row, resul
 from fastkd.scores import Scorer
 from fastkd.tuning import BUDGET_SHARE, Search, searched, tune
 
+MOST_RATES = 20  # each is twice the one before
 EXIT_ROWS = 4  # a row failed; the others stand in the table
 FIXED = ("method", "charge", "replay", "budget_tokens")  # options of a run that a comparison sets itself
 
@@ -75,8 +76,8 @@ class CompareConfig:
         for name, value in (("seeds", self.seeds), ("glue-seeds", self.glue_seeds)):
             if value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
-        if self.tune < 0 or self.tune == 1:
-            raise ValueError(f"--tune takes 0 or at least 2 learning rates, got {self.tune}")
+        if self.tune != 0 and not 2 <= self.tune <= MOST_RATES:
+            raise ValueError(f"--tune takes 0 or from 2 to {MOST_RATES} learning rates, got {self.tune}")
         if self.epochs_cap is not None and not 0 < self.epochs_cap < float("inf"):
             raise ValueError(f"--epochs-cap must be above zero and finite, got {self.epochs_cap:g}")
 
@@ -92,6 +93,8 @@ class Comparison:
         self.own, self.shared, self.argv, self.world = own, shared, list(argv), world
         self.console = Console(highlight=False, soft_wrap=True, quiet=not world.is_main)
         self.folder = Path(own.output_dir or self._default_folder())
+        if not own.plan_only:
+            atomic.check_writable(self.folder)
         self.rows = self._rows()
         self.scorer = Scorer(own.glue, own.glue_tasks, own.glue_train_rows, own.glue_seeds)
         self.references = References(self.rows, shared, self.folder / "references", self.scorer)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastkd import checkpoint, memory, profiler, schedule
-from fastkd.budget import Ledger, Meter, StepCost, Totals, surviving_steps
+from fastkd.budget import Ledger, Meter, StepCost, Totals, replayed_progress, surviving_steps
 from fastkd.data.batches import Batch
 from fastkd.distributed import Decision, agree, barrier, mean, node_devices
 from fastkd.jsonl import read_jsonl
@@ -63,7 +63,7 @@ class Loop:
         self.meter = Meter(self.config.budget, self.totals, step_seconds * self.world.size)
         self.power = profiler.PowerMeter(node_devices(self.world) if self.world.is_main else [])
         self.issued: deque[IssuedStep] = deque()
-        self.replayed = self._read_replay()
+        self.replayed = None if self.config.replay is None else replayed_progress(Path(self.config.replay))
         self.saved_at = time.monotonic()
         self.validation_s, self.validations, self._validated_at = 0.0, 0, 0
         self.skipped_in_a_row = 0
@@ -93,11 +93,6 @@ class Loop:
         if lost:
             self.ledger.event("crash", lost_s, lost_steps=len(lost))
             self.monitor.say(f"resumed at step {self.totals.step}: {len(lost)} steps after its checkpoint are repeated")
-
-    def _read_replay(self) -> list[float] | None:
-        if self.config.replay is None:
-            return None
-        return [line["progress"] for line in surviving_steps(Path(self.config.replay))]
 
     def run(self, traced: Callable[[], None] = lambda: None) -> None:
         """Train until no further step fits; ``traced`` is called after each step.

@@ -26,7 +26,12 @@ class Matching:
         self.scratch: dict[str, dict[str, float]] = on_main(world, self._read)
 
     def _read(self) -> dict[str, dict[str, float]]:
-        return dict(json.loads(self.path.read_text())) if self.path.exists() else {}
+        if not self.path.exists():
+            return {}
+        try:
+            return dict(json.loads(self.path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{self.path} holds no JSON object: remove it, and it is measured again") from error
 
     def keep(self) -> None:
         """Write what was measured of scratch training, if anything."""

@@ -149,7 +149,8 @@ def make(resolved: Resolved, parts: Parts, measured: Measurement) -> dict[str, A
         "preset": config.preset,
         "preset_reason": resolved.preset_reason,
         "method": config.method,
-        "student": _model(parts.student.config) | {
+        "student": _model(parts.student.config)
+        | {
             "spec": config.student,
             "parameters": sum(p.numel() for p in parts.student.parameters()),
         },

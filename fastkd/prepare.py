@@ -21,7 +21,7 @@ from fastkd.data.batches import Batch, BatchStream, SpecialIds, pack_size, valid
 from fastkd.data.shards import Shards, build_shards
 from fastkd.distributed import World, barrier
 from fastkd.methods import Method
-from fastkd.models import hf
+from fastkd.models import float8, hf
 from fastkd.models.attention import choose_backend
 from fastkd.models.encoder import Encoder, EncoderConfig
 from fastkd.models.teacher import Teacher, check_teacher
@@ -120,6 +120,8 @@ def prepare(resolved: Resolved, world: World) -> Parts:
     dtype = compute_dtype(config.dtype, world.device)
     attention = choose_backend(world.device, dtype, config.dropout, config.attention)
     corpus.check(config.corpus, text_field=config.text_field)
+    if config.teacher_dtype == "float8":
+        float8.require(world.device)
     loaded = load_model(config.teacher) if config.teacher else None
     like, tokenizer = _tokenizer(config, loaded)
     student_config = hf.student_config(config.student, like, tokenizer)
@@ -140,8 +142,9 @@ def prepare(resolved: Resolved, world: World) -> Parts:
     teacher = None
     if loaded is not None:
         teacher = Teacher(
-            loaded, method.teacher_needs, device=world.device, dtype=dtype, attention=attention, compile=use_compile
-        )
+            loaded, method.teacher_needs, device=world.device, dtype=dtype, attention=attention, compile=use_compile,
+            float8=config.teacher_dtype == "float8",
+        )  # fmt: skip
     shards = _shards(config, tokenizer, world)
     student, method = student.to(world.device), method.to(world.device)
     lr = config.lr or method.default_lr
@@ -162,7 +165,24 @@ def prepare(resolved: Resolved, world: World) -> Parts:
         device=world.device,
         packing=config.packing,
     )
+    if loaded is not None and config.teacher_dtype == "float8":
+        float8.check(lambda name: _loss_of_teacher(parts, loaded, name))
     return parts
+
+
+def _loss_of_teacher(parts: Parts, loaded: hf.Loaded, name: str) -> float:
+    """The loss of a held-out batch and the untrained student with the teacher in float32, bfloat16 or float8."""
+    device, batch, method, student = parts.world.device, parts.validation[0], parts.method, parts.student
+    dtype = torch.float32 if name == "float32" else torch.bfloat16
+    attention = choose_backend(device, dtype, 0.0, None)
+    assert method.teacher_needs is not None
+    teacher = Teacher(
+        loaded, method.teacher_needs, device=device, dtype=dtype, attention=attention, float8=name == "float8"
+    )
+    taught = teacher(method.text(batch), batch)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=parts.dtype != torch.float32):
+        out = student(method.text(batch), batch, method.student_needs)
+        return float(method.compute(out, taught, batch, student, teacher).loss)
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -60,6 +60,7 @@ def model_card(run_folder: Path, *, mlm_head: bool) -> str:
         epochs=quantities.number(last["epoch"], 3),
         flops={part: quantities.scaled(last["flops"][part], "FLOP") for part in PARTS},
         joules=None if last["joules"] is None else quantities.scaled(last["joules"], "J"),
+        warning=loss_warning(run),
         held_out=next((line for line in reversed(run.validations) if line["loss"] is not None), None),
         status=status(run),
         mlm_head=mlm_head,
@@ -87,6 +88,7 @@ def _contents(run: Run) -> Record:
         "key_figures": _key_figures(run),
         "what_ran": _what_ran(run),
         "teacher_note": QUICKSTART_TEACHER_NOTE if uses_quickstart_teacher(run) else "",
+        "warning": loss_warning(run),
         "plan_against_fact": _plan_against_fact(run),
         "seconds_bar": seconds_bar(run),
         "seconds": seconds_table(run),
@@ -125,6 +127,19 @@ def uses_quickstart_teacher(run: Run) -> bool:
     teacher = run.plan.get("teacher") or {}
     texts = [str(run.config.get("teacher", "")), *map(str, teacher.values())]
     return any("quickstart" in text or "all-minilm-l6" in text.lower().replace("_", "-") for text in texts)
+
+
+def loss_warning(run: Run) -> str:
+    """What to say of a held-out loss that is not finite or above its start; empty where it is neither."""
+    if len(run.validations) < 2:
+        return ""
+    start, end = run.validations[0]["loss"], run.validations[-1]["loss"]
+    if end is not None and (start is None or end <= start):
+        return ""
+    rate = f" than {run.plan['lr']:g}" if "lr" in run.plan else ""
+    return (
+        f"the held-out loss was {_optional(start)} at the start and is {_optional(end)} now: give a smaller --lr{rate}"
+    )
 
 
 def describe_model(model: Mapping[str, Any] | None) -> str:

@@ -6,7 +6,6 @@ Issuing the same command again resumes an interrupted run, and tells where a fin
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,15 +13,17 @@ from typing import Any
 
 from rich.console import Console
 
-from fastkd import environment, monitor, plan, profiler
+from fastkd import atomic, environment, monitor, plan, profiler
 from fastkd.config import PRESENTATION, Resolved, parse
 from fastkd.distributed import World, barrier, finish, start
 from fastkd.loop import Interrupted, Loop
 from fastkd.models import hf
 from fastkd.prepare import Parts, prepare
-from fastkd.report import build_report, model_card
+from fastkd.report import build_report, loss_warning, model_card
+from fastkd.run_folder import read_run
 from fastkd.train import Trainer
 
+FILES = ("config.toml", "environment.json", "plan.json", "ledger.jsonl", "metrics.jsonl", "report.html")
 EXIT_OK, EXIT_CONFIGURATION, EXIT_BUDGET, EXIT_INTERRUPTED = 0, 2, 3, 75
 
 
@@ -54,6 +55,8 @@ def run(resolved: Resolved, world: World, console: Console) -> Path:
     if world.is_main:
         export(parts, folder)
         build_report(folder)
+        if warning := loss_warning(read_run(folder)):
+            console.print(f"warning: {warning}")
     barrier(world)
     say(world, console, f"student {folder}/final · report {folder}/report.html · ledger {folder}/ledger.jsonl")
     return folder
@@ -86,18 +89,18 @@ def export(parts: Parts, folder: Path) -> None:
 
 
 def check_folder(folder: Path, resolved: Resolved) -> None:
-    """Refuse a folder that cannot be written or that holds another run.
+    """Refuse a folder that cannot be written, or that holds another run or a damaged one.
 
     Raises:
         ValueError: naming the folder and the remedy.
     """
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"cannot write to {existing}: give another --output-dir")
+    atomic.check_writable(folder / "checkpoints", *(folder / name for name in FILES))
     config = folder / "config.toml"
-    if config.exists() and _identity(config.read_text()) != _identity(resolved.to_toml()):
+    if config.exists() and _identity(config.read_text("utf-8", "replace")) != _identity(resolved.to_toml()):
         raise ValueError(f"{folder} holds a run of another configuration: give another --output-dir, or remove it")
-    if not config.exists() and folder.exists() and any(folder.iterdir()):
+    if config.exists():
+        read_run(folder)  # nothing in it is damaged
+    elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no run: give another --output-dir")
 
 
@@ -107,8 +110,15 @@ def _identity(toml: str) -> list[str]:
 
 
 def open_folder(folder: Path, resolved: Resolved, the_plan: dict[str, Any]) -> None:
-    """Make the run folder and write what is known before the first step; config.toml last, for it marks a run."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Make the run folder and write what is known before the first step; config.toml last, for it marks a run.
+
+    Raises:
+        ValueError: the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make {folder} ({error.strerror}): give another --output-dir") from error
     if (folder / "config.toml").exists():
         return
     facts = environment.describe() | {"command": resolved.command()}

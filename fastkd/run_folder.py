@@ -209,4 +209,9 @@ def read_run(folder: Path) -> Run:
 
 
 def _json(path: Path) -> Record:
-    return dict(json.loads(path.read_text())) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} holds no JSON object: restore the file or start a new run folder") from error

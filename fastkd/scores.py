@@ -70,9 +70,13 @@ def glue_scores(folder: Path) -> dict[str, float]:
 
 
 def _train_rows(text: str | None) -> int | dict[str, int] | None:
-    if text is None or text.isdigit():
+    if text is None or _is_count(text):
         return int(text) if text else None
     pairs = [part.partition("=") for part in text.split(",")]
-    if any(not value.isdigit() for _, _, value in pairs):
+    if any(not _is_count(value) for _, _, value in pairs):
         raise ValueError(f"--glue-train-rows takes 10000 or sst2=10000,mnli=50000, got {text!r}")
     return {name.strip(): int(value) for name, _, value in pairs}
+
+
+def _is_count(text: str) -> bool:
+    return text.isdecimal() and int(text) > 0

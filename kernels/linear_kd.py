@@ -538,7 +538,9 @@ class _Chunk:
         if terms.two_softmaxes:
             self.p_ce = softmaxes.pop()
         self.cross: list[Tensor] = []
-        self.ln2 = 1 / float(torch.tensor(LOG2E, dtype=student.hidden.dtype))  # the inverse of what logits are multiplied by
+        self.ln2 = 1 / float(
+            torch.tensor(LOG2E, dtype=student.hidden.dtype)
+        )  # the inverse of what logits are multiplied by
 
     def read_logits(self) -> None:
         """Pass one."""

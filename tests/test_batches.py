@@ -372,9 +372,9 @@ def test_validation_batches_hold_the_whole_split_with_fixed_masks(shards: Shards
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"micro_tokens": 5_000}, r"micro_tokens is 5000, no positive multiple of 2048 .*: take 4096$"),
-        ({"micro_tokens": 0}, r"micro_tokens is 0, .*: take 2048$"),
-        ({"batch_tokens": 3 * PACK}, r"batch_tokens is 6144, no positive multiple of 4096 .*: take 8192$"),
+        ({"micro_tokens": 5_000}, r"--micro-batch is 5000, no positive multiple of 2048 .*: take 4096$"),
+        ({"micro_tokens": 0}, r"--micro-batch is 0, .*: take 2048$"),
+        ({"batch_tokens": 3 * PACK}, r"--batch-tokens is 6144, no positive multiple of 4096 .*: take 8192$"),
         (
             {"batch_tokens": 8 * PACK, "world": 3},
             r"no positive multiple of 12288 \(3 × micro-batches of 4096 .*: take 12288",

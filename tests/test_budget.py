@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastkd.budget import Budget, Charge, Ledger, Meter, StepCost, Totals, surviving_steps
+from fastkd.budget import Budget, Charge, Ledger, Meter, StepCost, Totals, replayed_progress, surviving_steps
 from fastkd.jsonl import read_jsonl
 
 COST = StepCost({"student": 60, "teacher": 30, "loss": 10}, real=4000, predicted=600)
@@ -105,3 +105,12 @@ def test_steps_lost_in_a_crash_do_not_count_twice(tmp_path: Path) -> None:
         file.write('{"step": 4, "prog')  # torn by kill -9
     assert [line["step"] for line in surviving_steps(path)] == [1, 2, 3]
     assert json.loads(path.read_text().splitlines()[-2])["charged_s"] == pytest.approx(7.0)
+
+
+def test_what_is_replayed_is_the_progress_of_the_steps_that_count(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    path.write_text(
+        '{"event": "setup", "seconds": 1}\n{"step": 1, "progress": 0.5}\n{"step": 2, "progress": 0.9}\n'
+        '{"event": "crash", "step": 1}\n{"step": 2, "progress": 0.4}\n{"step": 3, "progress": 1.0}\n'
+    )
+    assert replayed_progress(path) == [0.5, 0.4, 1.0]  # the step after a fast one may lie behind it

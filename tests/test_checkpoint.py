@@ -83,6 +83,12 @@ while True:
 """
 
 
+def test_a_manifest_of_another_kind_does_not_verify(tmp_path: Path) -> None:
+    (tmp_path / "step-1").mkdir()
+    (tmp_path / "step-1" / "manifest.json").write_text("[]")
+    assert checkpoint.newest(tmp_path) is None
+
+
 def test_kill_9_while_saving_leaves_a_checkpoint_that_verifies(tmp_path: Path) -> None:
     for _ in range(3):
         with subprocess.Popen(

@@ -175,6 +175,7 @@ def test_plan_only_writes_nothing(small: list[str], tmp_path: Path, capsys) -> N
         (["--methods", ","], ("--methods",)),
         (["--seeds", "0"], ("--seeds",)),
         (["--tune", "1"], ("--tune",)),
+        (["--tune", "99999"], ("--tune", "20", "99999")),
         (["--budget-flops", "1e9"], ("--match flops",)),
         (["--budget-tokens", "1e9"], ("--budget-tokens",)),
         (["--charge", "all"], ("--charge",)),
@@ -182,6 +183,9 @@ def test_plan_only_writes_nothing(small: list[str], tmp_path: Path, capsys) -> N
         (["--epochs-cap", "0.001"], ("--epochs-cap", "corpus")),
         (["--glue", "missing"], ("missing", "--glue")),
         (["--glue-tasks", "sst2"], ("--glue",)),
+        (["--glue", "hub", "--glue-train-rows", "0"], ("--glue-train-rows", "'0'")),
+        (["--glue", "hub", "--glue-train-rows", "²"], ("--glue-train-rows", "'²'")),
+        (["--micro-batch", "0"], ("--micro-batch", "auto", "512")),
         (["--frobnicate"], ("--frobnicate",)),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -191,6 +195,16 @@ def test_refusals(options: list[str], words: tuple[str, ...], small: list[str], 
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and all(word in error for word in words), error
     assert not (tmp_path / "c").exists()
+
+
+def test_a_folder_that_cannot_hold_a_comparison(small: list[str], tmp_path: Path, capsys) -> None:
+    file, damaged = tmp_path / "file", tmp_path / "damaged"
+    file.write_text("")
+    (damaged / "scratch.json").mkdir(parents=True)
+    for folder, words in ((file, "--output-dir"), (file / "c", "--output-dir"), (damaged, "scratch.json")):
+        assert do(small, folder, "--budget-gpu-hours", "0.001") == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and words in error, error
 
 
 def test_a_row_is_written_in_one_word() -> None:

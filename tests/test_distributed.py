@@ -92,5 +92,5 @@ def test_a_batch_that_ranks_cannot_share_is_refused(small: list[str], tmp_path: 
     )
     result = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=300)
     assert result.returncode != 0
-    assert "batch_tokens is 512" in result.stderr
+    assert "--batch-tokens is 512" in result.stderr
     assert not (tmp_path / "run").exists()

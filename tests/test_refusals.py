@@ -1,5 +1,6 @@
 """What cannot work is refused in one line with its remedy, exit code 2 (3: budget too small), and nothing is written."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,17 @@ def refused(options: list[str], capsys, code: int = 2) -> str:
         (["--method", "tinybert", "--student", "3L-384H-6A", *TOKENS], ("heads", "6", "12")),
         (["--init-from-teacher", "--student", "3L-192H-12A", *TOKENS], ("--init-from-teacher",)),
         (["--batch-tokens", "1000", *TOKENS], ("1000", "2048")),
-        (["--micro-batch", "many", *TOKENS], ("--micro-batch", "many")),
+        (["--batch-tokens", "0", *TOKENS], ("--batch-tokens is 0", "2048")),
+        (["--micro-batch", "many", *TOKENS], ("--micro-batch", "auto", "2048", "many")),
+        (["--micro-batch", "²", *TOKENS], ("--micro-batch", "auto", "2048", "²")),
+        (["--micro-batch", "0", *TOKENS], ("--micro-batch", "auto", "2048", "0")),
+        (["--micro-batch", "2000", *TOKENS], ("--micro-batch is 2000", "2048")),
+        (["--preset", "../presets/quickstart", *TOKENS], ("../presets/quickstart", "paper-6l")),
+        (["--method", "logit_kd", "--temperature", "nan", *TOKENS], ("--temperature", "nan")),
+        (["--method", "logit_kd", "--ce-weight", "inf", *TOKENS], ("--ce-weight", "finite")),
+        (["--seed", "1.5", *TOKENS], ("--seed", "1.5")),
+        (["--output-dir", "x" * 300, *TOKENS], ("x" * 300, "--output-dir")),
+        (["--output-dir", "/dev/null", *TOKENS], ("/dev/null", "--output-dir")),
         (["--log-to", "carrier-pigeon", *TOKENS], ("carrier-pigeon", "tensorboard")),
         (["--lr", "-1", *TOKENS], ("--lr", "-1")),
         (["--warmup", "2", *TOKENS], ("--warmup", "2")),
@@ -47,7 +58,7 @@ def refused(options: list[str], capsys, code: int = 2) -> str:
         (["--corpus", "someone/some-dataset", *TOKENS], ("someone/some-dataset", "--preset quickstart")),
         (["--replay", "missing.jsonl", *TOKENS], ("missing.jsonl",)),
         (["--attention", "magic", *TOKENS], ("magic", "sdpa")),
-        (["--seq-length", "600", *TOKENS], ("600", "512")),
+        (["--seq-length", "600", "--batch-tokens", "9600", *TOKENS], ("600", "512")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -93,10 +104,70 @@ def test_a_budget_under_one_step(budget: list[str], small: list[str], tmp_path: 
 
 
 def test_a_folder_that_cannot_be_written(small: list[str], tmp_path: Path, capsys) -> None:
-    file = tmp_path / "file"
+    file, link = tmp_path / "file", tmp_path / "link"
     file.write_text("")
-    error = refused([*small, *TOKENS, "--output-dir", str(file / "run")], capsys)
-    assert "--output-dir" in error
+    link.symlink_to(tmp_path / "nowhere")
+    folders = [file, file / "run", link, link / "run", tmp_path / "new" / ("x" * 300)]
+    if Path("/proc").is_dir():
+        folders.append(Path("/proc/foo"))  # a folder that says that root may write to it
+    for folder in folders:
+        assert "--output-dir" in refused([*small, "--method", "mlm", *TOKENS, "--output-dir", str(folder)], capsys)
+
+
+@pytest.mark.parametrize(
+    ("ledger", "words"),
+    [
+        (b"", "holds no steps"),
+        (b'{"event": "setup", "seconds": 1.0}\n', "holds no steps"),
+        (bytes(range(256)) * 2, "cannot be read"),
+        (b"[" * 100_000 + b"\n{}\n", "cannot be read"),
+        (b'{"event": "crash"}\n', "cannot be read"),
+        (b'{"progress": 0.5}\n', "cannot be read"),
+        (b'{"step": 1, "loss": 2.5}\n', "lacks step 1"),
+        (b'{"step": 1, "progress": "half"}\n', "lacks step 1"),
+        (b'{"step": 1, "progress": 0}\n', "lacks step 1"),
+        (b'{"step": 1, "progress": NaN}\n', "lacks step 1"),
+        (b'{"step": 1, "progress": 0.1}\n{"step": 2, "progress": 1.1}\n', "lacks step 2"),
+        (b'{"step": 1, "progress": 0.1}\n{"step": 5, "progress": 0.5}\n', "lacks step 2"),  # as in metrics.jsonl
+        (None, "is no file"),
+    ],
+)
+def test_a_replay_of_no_ledger(ledger: bytes | None, words: str, small: list[str], tmp_path: Path, capsys) -> None:
+    path = tmp_path / "ledger.jsonl"
+    path.mkdir() if ledger is None else path.write_bytes(ledger)
+    options = [*small, *TOKENS, "--replay", str(path)]
+    error = refused([*options, "--output-dir", str(tmp_path / "run")], capsys)
+    assert f"--replay {path} {words}" in error and "give the ledger.jsonl of a finished run" in error
+    assert not (tmp_path / "run").exists()
+    assert plan.main(options) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("config.toml", b"method = '\xff'", "another configuration"),
+        ("config.toml", None, "is a folder"),
+        ("ledger.jsonl", None, "is a folder"),
+        ("ledger.jsonl", b"\xff\n\xff\n", "is no JSON object"),
+        ("ledger.jsonl", b'{"loss": 2.5}\n', "without its step"),
+        ("metrics.jsonl", b"\xff\n\xff\n", "is no JSON object"),
+        ("plan.json", b"\xff", "holds no JSON object"),
+        ("environment.json", b"[1]", "holds no JSON object"),
+        ("report.html", None, "is a folder"),
+        ("checkpoints", b"", "is not a folder"),
+    ],
+)
+def test_a_damaged_run_is_not_resumed(
+    name: str, content: bytes | None, words: str, mlm_run: Path, small: list[str], tmp_path: Path, capsys
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(mlm_run, folder, ignore=shutil.ignore_patterns("final", name))
+    (folder / name).mkdir() if content is None else (folder / name).write_bytes(content)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    options = [*small, "--method", "mlm", "--budget-tokens", "60000", "--output-dir", str(folder)]
+    error = refused(options, capsys)
+    assert words in error and str(folder) in error, error
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
 def test_a_folder_with_something_else_in_it(small: list[str], tmp_path: Path, capsys) -> None:

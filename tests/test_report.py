@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from fastkd.report import build_report, model_card
+from fastkd.report import build_report, loss_warning, model_card
 from fastkd.run_folder import read_run
 from fastkd.tables import Table, numeric
 
@@ -320,6 +320,25 @@ def test_the_teachers_note_is_shown_for_the_quickstart_teacher_alone(tmp_path: P
     assert "paraphrase" not in Page(build_report(make_run(tmp_path / "bert", plan=plan))).text
     without = PLAN | {"method": "mlm", "teacher": None}
     assert "paraphrase" not in Page(build_report(make_run(tmp_path / "mlm", plan=without))).text
+
+
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        (4.7, ""),
+        (4.8, "was 4.700 at the start and is 4.800 now: give a smaller --lr than 0.0006"),
+        (None, "and is not finite now: give a smaller --lr than 0.0006"),
+    ],
+)
+def test_a_held_out_loss_above_its_start_is_warned_of(end: float | None, words: str, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    with (folder / "metrics.jsonl").open("a") as metrics:
+        line = {"event": "validation", "step": 57, "progress": 1.0, "charged_s": 58.0, "tokens": 233_187, "loss": end}
+        metrics.write(json.dumps(line | {"accuracy": None}) + "\n")
+    warning = loss_warning(read_run(folder))
+    assert warning.endswith(words) and bool(warning) == bool(words)
+    for text in (build_report(folder).read_text(), model_card(folder, mlm_head=True)):
+        assert warning in text and ("Warning" in text) == bool(words)
 
 
 def test_a_phase_nobody_foresaw_is_shown(tmp_path: Path) -> None:

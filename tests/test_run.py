@@ -135,6 +135,17 @@ def test_a_gpu_second_run_is_replayed_bit_for_bit(small: list[str], tmp_path: Pa
     assert all(torch.equal(run_[key], replay[key]) for key in run_)
 
 
+def test_a_run_that_diverges_says_so(small: list[str], mlm_run: Path, tmp_path: Path, capsys) -> None:
+    assert do([*small, "--method", "mlm", *BUDGET, "--lr", "10"], tmp_path / "run") == 0
+    first, last = _first_and_last_validation(tmp_path / "run")
+    assert last["loss"] is None or last["loss"] > first["loss"]
+    warning = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: "))
+    assert "held-out loss" in warning and "--lr than 10" in warning
+    text = "give a smaller --lr than"
+    assert all(text in (tmp_path / "run" / name).read_text() for name in ("report.html", "final/README.md"))
+    assert not any(text in (mlm_run / name).read_text() for name in ("report.html", "final/README.md"))
+
+
 def test_the_same_command_again_says_that_it_is_done(mlm_run: Path, small: list[str], capsys) -> None:
     before = (mlm_run / "ledger.jsonl").read_bytes()
     options = [*small, "--method", "mlm", "--budget-tokens", "60000"]

@@ -158,8 +158,9 @@ def test_the_held_out_split_has_one_document_at_least_and_2000_at_most(
 
 def test_a_corpus_that_cannot_be_split_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     folder = tmp_path / "shards"
-    for texts in (["one"], ["same", "same", "same"]):
-        with pytest.raises(ValueError, match=r"at least two different ones .* blank lines separate documents"):
+    for texts, held in ((["one"], "1 document"), (["same", "same", "same"], "3 documents")):
+        message = rf"holds {held} with text, at least two different ones .* blank lines separate documents"
+        with pytest.raises(ValueError, match=message):
             build_shards(write(tmp_path / "a.jsonl", texts), tokenizer, folder)
     assert not list(folder.glob("*/")), "something was left behind"
     for fraction in (0, 1, -0.1):

@@ -1,5 +1,6 @@
 """The frozen teacher: what it computes, what it keeps, whom it refuses to teach."""
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from packed_text import RAGGED, VOCAB, bert, pack
 from transformers import AutoTokenizer
 
+from fastkd.models import float8
 from fastkd.models.encoder import Encoder, EncoderConfig, Needs
 from fastkd.models.hf import Loaded, from_hf_model, load
 from fastkd.models.teacher import Teacher, check_teacher, tokenizer_hash
@@ -152,3 +154,16 @@ def test_the_student_is_not_the_teacher(random_teacher: Loaded) -> None:
         for parameter in pupil.parameters():
             parameter.add_(1.0)
     assert torch.equal(before, teacher(text.input_ids, text).hidden[3])
+
+
+@pytest.mark.parametrize(("quarter", "refused"), [(1.0, False), (1.009, False), (0.98, True), (float("nan"), True)])
+def test_float8_is_refused_where_it_moves_the_loss(quarter: float, refused: bool) -> None:
+    losses = {"float32": 1.0, "bfloat16": 1.0005, "float8": quarter}
+    message = r"moves the loss by .*: leave --teacher-dtype out"
+    with pytest.raises(ValueError, match=message) if refused else contextlib.nullcontext():
+        float8.check(losses.__getitem__)
+
+
+def test_float8_needs_a_gpu_that_has_it() -> None:
+    with pytest.raises(ValueError, match=r"--teacher-dtype float8 needs a GPU .*: leave it out"):
+        float8.require(torch.device("cpu"))

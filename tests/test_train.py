@@ -17,14 +17,15 @@ from fastkd.train import Trainer
 GPU = World(device=torch.device("cuda", 0))
 
 
-def parts_of(method: str, corpus: Path, mlm_run: Path) -> Parts:
-    options = {
+def parts_of(method: str, corpus: Path, mlm_run: Path, **options: object) -> Parts:
+    values = {
         "preset": "quickstart", "method": method, "corpus": [str(corpus)], "student": "2L-48H-12A", "seq_length": 64,
         "batch_tokens": 4096, "budget_tokens": 4096 * 40, "compile": False, "log_every": 1000, "validations": 0,
+        **options,
     }  # fmt: skip
     if method == "logit_kd":
-        options["teacher"] = str(mlm_run)
-    return prepare(resolve(options), GPU)
+        values["teacher"] = str(mlm_run)
+    return prepare(resolve(values), GPU)
 
 
 @pytest.mark.gpu
@@ -63,3 +64,13 @@ def test_a_compiled_teacher_teaches_the_same(corpus_file: Path, mlm_run: Path) -
             error = (fast.hidden[layer] - hidden).norm() / hidden.norm()
             assert error < 1e-2
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+@pytest.mark.gpu
+def test_a_float8_teacher_teaches_nearly_the_same(corpus_file: Path, mlm_run: Path) -> None:
+    pytest.importorskip("torchao")
+    parts = parts_of("tinybert", corpus_file, mlm_run, teacher_dtype="float8")  # refused where the loss moves
+    batch = parts.stream.step(0)[0]
+    assert parts.teacher is not None
+    out = parts.teacher(batch.input_ids, batch)
+    assert all(hidden.isfinite().all() for hidden in out.hidden.values())

@@ -98,7 +98,7 @@ class BatchStream:
         packing: str = "documents",
     ) -> None:
         self._pack_tokens = pack_size(seq_length)
-        _check_sizes(batch_tokens, micro_tokens, self._pack_tokens, world)
+        check_sizes(batch_tokens, micro_tokens, self._pack_tokens, world)
         if not 0 < mask_rate < 1:
             raise ValueError(f"mask_rate is {mask_rate}: take one between 0 and 1, such as 0.15")
         text = _text(shards, special, split, seq_length, packing, max_unique_tokens)
@@ -223,10 +223,11 @@ def _text(
     )  # fmt: skip
 
 
-def _check_sizes(batch_tokens: int, micro_tokens: int, pack_tokens: int, world: int) -> None:
+def check_sizes(batch_tokens: int, micro_tokens: int, pack_tokens: int, world: int) -> None:
+    """Raises ``ValueError`` unless micro-batches are whole packs and a step is as many micro-batches on every rank."""
     for name, value, unit, why in (
-        ("micro_tokens", micro_tokens, pack_tokens, f"packs of {pack_tokens} tokens"),
-        ("batch_tokens", batch_tokens, micro_tokens * world, f"{world} × micro-batches of {micro_tokens} tokens"),
+        ("--micro-batch", micro_tokens, pack_tokens, f"packs of {pack_tokens} tokens"),
+        ("--batch-tokens", batch_tokens, micro_tokens * world, f"{world} × micro-batches of {micro_tokens} tokens"),
     ):
         if value < 1 or value % unit:
             nearest = max(round(value / unit), 1) * unit

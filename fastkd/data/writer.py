@@ -52,7 +52,7 @@ class Writer:
             self._splits["validation"].write(ids, np.array([len(ids)]))
         if not validation or not train.lengths:
             raise ValueError(
-                f"the corpus holds {seen} documents with text, at least two different ones are needed: "
+                f"the corpus holds {seen} document{'' if seen == 1 else 's'} with text, at least two different ones are needed: "
                 "in a .txt file blank lines separate documents"
             )
 

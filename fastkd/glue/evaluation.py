@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -99,7 +98,7 @@ def evaluate(
     source = find_model(model)
     folder = Path(output_dir) if output_dir is not None else source.output_dir
     for written in (folder, source.run or folder):
-        _check_writable(written)
+        atomic.check_writable(written / FOLDER, written / "glue.json", written / "glue.md")
     data = Path(data) if data is not None else None
     chosen = _choose(tasks, [Path(path) for path in task_files], PROTOCOLS[protocol], data)
     limits = _limits(train_rows, chosen)
@@ -146,19 +145,6 @@ def _limits(train_rows: int | Mapping[str, int] | None, chosen: Mapping[str, Tas
         if limit < 1:
             raise ValueError(f"--train-rows must be at least 1, not {limit} ({name})")
     return limits
-
-
-def _check_writable(folder: Path) -> None:
-    """Raises ValueError unless ``folder``, or the nearest folder above that exists, can be written."""
-    for file in (folder / "glue.json", folder / "glue.md"):
-        if file.is_dir():
-            raise ValueError(f"{file} is a folder, where a file is to be written; give --output-dir another one")
-    nearest = next(path for path in (folder / FOLDER, folder, *folder.resolve().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        raise ValueError(f"{nearest} is not a folder that can be written; give --output-dir another one") from error
 
 
 def _test_splits(task: Task, data: Path | None, predict_test: bool) -> tuple[tuple[str, ...], list[str]]:

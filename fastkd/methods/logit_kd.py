@@ -8,6 +8,7 @@ weights 5, 2 and 1, the cosine between last hidden states); Bui et al. 2024.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -48,10 +49,11 @@ class METHOD(Method):
     def __init__(self, config: Config, student: EncoderConfig, teacher: EncoderConfig | None) -> None:
         super().__init__(config, student, teacher)
         teacher = require_teacher(self.name, teacher)
-        if config.temperature <= 0:
-            raise ValueError(f"--temperature must be above 0, got {config.temperature}")
-        if min(config.kl_weight, config.ce_weight, config.cosine_weight) < 0 or config.kl_weight == 0:
-            raise ValueError("--kl-weight must be above 0 and --ce-weight and --cosine-weight not below 0")
+        if not 0 < config.temperature < math.inf:
+            raise ValueError(f"--temperature must be above 0 and finite, got {config.temperature}")
+        others = (config.ce_weight, config.cosine_weight)
+        if not 0 < config.kl_weight < math.inf or not all(0 <= weight < math.inf for weight in others):
+            raise ValueError("--kl-weight must be above 0, --ce-weight and --cosine-weight not below 0, and all finite")
         self.cosine = 0.0 if config.as_released else config.cosine_weight
         if self.cosine and student.hidden_size != teacher.hidden_size:
             raise ValueError(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -84,7 +85,7 @@ def _readable(source: str | Path) -> Iterator[None]:
     try:
         with _quiet():
             yield
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"cannot load {str(source)!r} ({reason}); {REMEDY}") from error
 

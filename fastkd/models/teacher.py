@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from fastkd.models.encoder import Encoder, EncoderConfig, Needs, Outputs, Packed
+from fastkd.models.float8 import quantise
 from fastkd.models.hf import Loaded
 
 PROBES = ("Hello World", "naïve Café, don't STOP!", "東京 2024 — état-major", "ﬁne\tline\u00a0break")
@@ -20,9 +21,9 @@ class Teacher:
     """A teacher that computes what ``needs`` reads, on ``device``, without gradients.
 
     Products run in ``dtype``: their weights and the word embeddings are cast to it once, and LayerNorms, positions
-    and the residual stream stay float32, as under autocast. Layers above the deepest one read, and the MLM head where
-    no logits are, are dropped from memory. It is no nn.Module: nothing can put it into training mode or hand its
-    parameters to an optimiser.
+    and the residual stream stay float32, as under autocast. With ``float8`` the layers' products run in that. Layers
+    above the deepest one read, and the MLM head where no logits are, are dropped from memory. It is no nn.Module:
+    nothing can put it into training mode or hand its parameters to an optimiser.
     """
 
     def __init__(
@@ -34,9 +35,12 @@ class Teacher:
         dtype: torch.dtype,
         attention: str | None = None,
         compile: bool = False,
+        float8: bool = False,
     ) -> None:
         self.needs, self.config = needs, loaded.config
         self.encoder = _cast(_cut(loaded.encoder, needs).to(device), dtype)
+        if float8:
+            quantise(self.encoder.layers)
         self.encoder.attention = attention
         if compile:
             for layer in self.encoder.layers:
