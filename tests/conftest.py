@@ -1,4 +1,4 @@
-"""Set-up shared by all tests: threads, offline hub, Triton's interpreter, the quickstart teacher."""
+"""Set-up shared by all tests: threads, offline hub, hypothesis, Triton's interpreter, the quickstart teacher."""
 
 import importlib.util
 import json
@@ -15,6 +15,11 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples each time, and however slow the machine is.
+settings.register_profile("fastkd", derandomize=True, deadline=None)
+settings.load_profile("fastkd")
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

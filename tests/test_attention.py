@@ -91,7 +91,7 @@ def test_bfloat16_is_within_its_rounding(lengths_q: Lengths, lengths_k: Lengths)
         assert error <= max(1.5 * allowed, 1e-3 * size), f"{error:.2e} against {allowed:.2e} of {size:.2e}"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 20)), min_size=1, max_size=12))
 def test_any_lengths(pairs: list[tuple[int, int]]) -> None:
     lengths_k = tuple(k for _, k in pairs)

@@ -398,7 +398,7 @@ def test_options_that_do_not_fit_are_refused(shards: Shards, options: dict[str, 
     seed=st.integers(-(2**70), 2**70),
     packing=st.sampled_from(["documents", "full-sentences"]),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_packs_of_any_corpus_are_full_and_lose_nothing(
     lengths: list[int], seq_length: int, seed: int, packing: str
 ) -> None:

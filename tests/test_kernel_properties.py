@@ -47,7 +47,7 @@ def check(function: Any, reference: Any, inputs: dict[str, Any], tolerance: floa
             assert error(out, ref) <= tolerance or (out - ref).norm() <= 1e-7, (backend, error(out, ref))
 
 
-@settings(derandomize=True, max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(head_cases(), st.sampled_from([None, 1, 7, 16]))
 def test_linear_kd(case: linear_kd.Case, chunk_rows: int | None) -> None:
     def loss(function: Any) -> Any:
@@ -61,7 +61,7 @@ def test_linear_kd(case: linear_kd.Case, chunk_rows: int | None) -> None:
 
 @pytest.mark.parametrize("cross", [False, True])
 def test_relation_kl(cross: bool) -> None:
-    @settings(derandomize=True, max_examples=20, deadline=None)
+    @settings(max_examples=20)
     @given(packed_cases(cross=cross))
     def agrees(case: packed.Case) -> None:
         check(relation_kl.relation_kl, relation_kl.reference, case.inputs(DEVICE), case.tolerance)
@@ -69,7 +69,7 @@ def test_relation_kl(cross: bool) -> None:
     agrees()
 
 
-@settings(derandomize=True, max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(packed_cases(kind=score_mse.Case))
 def test_score_mse(case: score_mse.Case) -> None:
     check(score_mse.score_mse, score_mse.reference, case.inputs(DEVICE), case.tolerance)
