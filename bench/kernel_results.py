@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import json
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from bench.results import RESULTS, device_folder
-from fastkd import atomic, environment
+from bench.results import RESULTS, device_folder, in_words, measured_on
+from fastkd import atomic
 
-PEERS = ("liger-kernel", "orda-kernel", "bertdistiller")
 COLUMNS = (
     "case",
     "contender",
@@ -74,18 +70,13 @@ class KernelResults:
 
     def write(self, kernel: str) -> Path:
         """``results/<device>/<kernel>.json`` and ``.md``; the path of the latter."""
-        facts = environment.describe() | {"date": datetime.date.today().isoformat()}
-        for package in PEERS:
-            with suppress(importlib.metadata.PackageNotFoundError):
-                facts["packages"][package] = importlib.metadata.version(package)
+        facts = measured_on()
         rows = [row for row in self.rows if row["kernel"] == kernel]
         path = RESULTS / device_folder() / f"{kernel}.json"
         atomic.write(path, json.dumps({"environment": facts, "rows": rows}, indent=1) + "\n")
-        versions = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
         head = (
             f"# {kernel}: value and gradient together\n\n"
-            f"{facts['device']}, {facts['cpu_threads']} CPU threads, {versions}; commit {facts.get('commit', 'unknown')}, "
-            f"{facts['date']}. Made by `pytest bench -k {kernel}`.\n\n"
+            f"{in_words(facts)}. Made by `pytest bench -k {kernel}`.\n\n"
             "Times are medians, with the interquartile range. Speed-up and share of memory are to `reference` in the same run; "
             "memory is what a call needs beyond its inputs, gradients included. Gradient error is the worst "
             "‖g − g₆₄‖/‖g₆₄‖ against float64 autograd of the definition, on the case's first rows.\n\n"

@@ -1,13 +1,37 @@
-"""Where results lie, and the device that they are filed under."""
+"""Where results lie, the device that they are filed under, and what they were measured on."""
 
 from __future__ import annotations
 
+import datetime
+import importlib.metadata
 import platform
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from fastkd import environment
+
 RESULTS = Path(__file__).parent / "results"
+PEERS = ("liger-kernel", "orda-kernel", "bertdistiller")
+
+
+def measured_on() -> dict[str, Any]:
+    """Device, versions (the peers' too), commit and day."""
+    facts = environment.describe() | {"date": datetime.date.today().isoformat()}
+    for package in PEERS:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            facts["packages"][package] = importlib.metadata.version(package)
+    return facts
+
+
+def in_words(facts: Mapping[str, Any]) -> str:
+    """What `measured_on` found, as a clause."""
+    versions = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
+    commit = facts.get("commit", "unknown")
+    return f"{facts['device']}, {facts['cpu_threads']} CPU threads, {versions}; commit {commit}, {facts['date']}"
 
 
 def device_folder(device: str | None = None) -> str:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import importlib.util
 import json
 import statistics
@@ -34,7 +33,7 @@ from typing import Any
 
 import torch
 
-from bench.results import RESULTS, device_folder
+from bench.results import RESULTS, device_folder, in_words, measured_on
 from bench.variants import Spec
 from fastkd import atomic, environment, methods, profiler
 from fastkd.models import hf
@@ -133,8 +132,10 @@ def compared(group: Mapping[str, Any], device: str) -> dict[str, Any]:
 
 def markdown(groups: Iterable[Mapping[str, Any]]) -> str:
     """The groups as one table, a line a row."""
+    groups = list(groups)
     lines = [
         "# Training throughput", "",
+        *(f"{words}.\n" for words in dict.fromkeys(in_words(group["environment"]) for group in groups)),
         "`python -m bench.throughput`: medians of interleaved rounds, each in a fresh process. Tokens are text, padding is not",
         "counted; `×` is fastkd's rate over the row's, `memory` fastkd's peak over the row's. Tax: seconds a token over",
         "fastkd's own scratch training, with the ratio of their arithmetic in brackets.", "",
@@ -222,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
                     )  # fmt: skip
                     group = {"size": size, "dtype": dtype, "method": method, "sequences": spec.sequences,
                              "seq_length": spec.seq_length, "steps": options.steps, "warmup": options.warmup,
-                             "date": datetime.date.today().isoformat(), "environment": environment.describe(),
+                             "environment": measured_on(),
                              **measure(spec, options.rounds)}  # fmt: skip
                     groups.append(group | {"compared": compared(group, options.device)})
                     path = write(groups, results)

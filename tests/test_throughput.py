@@ -80,6 +80,7 @@ def test_the_command_writes_both_files_and_keeps_other_groups(corpus_file: Path,
         "rows": {},
         "skipped": {"paper": "no time"},
         "compared": {},
+        "environment": {"device": "a CPU", "cpu_threads": 2, "packages": {"torch": "2.13"}, "date": "2026-11-24"},
     }
     (tmp_path / "throughput.json").write_text(json.dumps({"groups": [before]}))
     argv = [
@@ -100,6 +101,7 @@ def test_the_command_writes_both_files_and_keeps_other_groups(corpus_file: Path,
     assert set(measured["rows"]) == {"fastkd", "paper", "scratch"}
     assert all(row["tokens_per_s"] > 0 and row["peak_memory_bytes"] > 0 for row in measured["rows"].values())
     assert "| tiny | float32 | minilm | fastkd |" in (tmp_path / "throughput.md").read_text()
+    assert "a CPU, 2 CPU threads, torch 2.13; commit unknown" in (tmp_path / "throughput.md").read_text()
     assert "left out: no time" in (tmp_path / "throughput.md").read_text()
 
 
