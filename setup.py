@@ -21,6 +21,7 @@ setup(
         "safetensors",
         "tokenizers",
         "numpy",
+        "filelock",
         "rich",
         "matplotlib",
         "jinja2",

@@ -186,7 +186,7 @@ class Loop:
             self._log(norm, last)
 
     def _step_within_memory(self, batches: list[Batch], number: int, lr: float) -> tuple[Tensor, Tensor, MethodLoss]:
-        if self.trainer.device.type != "cuda":
+        if self.trainer.device.type != "cuda" or self.world.size > 1:  # ranks agreed on what fits before the first step
             return self.trainer.step(batches, lr)
         while True:
             try:
@@ -268,11 +268,10 @@ class Loop:
                 **asdict(found),
             })  # fmt: skip
 
-    def finish(self) -> None:
-        """Save the end and close the ledger: an export that fails can be repeated."""
+    def save_the_end(self) -> None:
+        """Save what the last checkpoint lacks: a validation or an export that fails can be repeated."""
         if self._unsaved:
             self.save(in_loop=False)
-        self.ledger.close()
 
     def save(self, *, in_loop: bool = True) -> None:
         """Write a checkpoint of the last finished step."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 import torch
 from torch import Tensor, nn
 
 from fastkd.models.encoder import EncoderConfig, Needs
+from fastkd.quantities import memory
 
 CPU_MICRO_TOKENS = 2048  # twice that is at most 3% faster, and holds twice the activations
 USABLE_SHARE = 0.8  # of the memory that is free before the first step
@@ -37,6 +39,26 @@ def activation_bytes(
         total += config.num_heads * weight_pairs * rows // tokens * itemsize
         total += 3 * D * (tokens - rows) * itemsize  # input, keys and values of the rows that ask nothing
     return total + (3 * D * predicted * 4 if needs.logits else 0)
+
+
+def require_room(config: EncoderConfig, device: torch.device) -> None:
+    """Refuse a student whose weights, gradients and moments alone, 16 bytes a parameter, are more than the device holds.
+
+    Raises:
+        ValueError: naming --student.
+    """
+    D, I = config.hidden_size, config.intermediate_size  # noqa: E741
+    tables = config.vocab_size + config.max_positions + config.type_vocab_size
+    needed = 16 * (tables * D + config.num_layers * (4 * D + 2 * I) * D)
+    if device.type == "cuda":
+        held = torch.cuda.get_device_properties(device).total_memory
+    else:
+        held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > held:
+        raise ValueError(
+            f"the student takes {memory(needed)} for weights, gradients and AdamW's moments, the device has {memory(held)}: "
+            "give a smaller --student"
+        )
 
 
 def largest_micro_batch(bytes_a_token: float, rank_tokens: int, pack_tokens: int, device: torch.device) -> int:

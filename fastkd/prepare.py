@@ -125,6 +125,7 @@ def prepare(resolved: Resolved, world: World) -> Parts:
     loaded = load_model(config.teacher) if config.teacher else None
     like, tokenizer = _tokenizer(config, loaded)
     student_config = hf.student_config(config.student, like, tokenizer)
+    memory.require_room(student_config, world.device)
     if config.seq_length > student_config.max_length:
         raise ValueError(
             f"--seq-length {config.seq_length} is beyond the model's {student_config.max_length} positions"

@@ -5,12 +5,14 @@ Issuing the same command again resumes an interrupted run, and tells where a fin
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from fastkd import atomic, environment, monitor, plan, profiler
@@ -51,12 +53,13 @@ def run(resolved: Resolved, world: World, console: Console) -> Path:
         plan.render(the_plan, console)
         open_folder(folder, resolved, the_plan)
     barrier(world)
-    train(trainer, folder, measured, setup_seconds=profiler.now() - started)
-    if world.is_main:
-        export(parts, folder)
-        build_report(folder)
-        if warning := loss_warning(read_run(folder)):
-            console.print(f"warning: {warning}")
+    with alone_in(folder) if world.is_main else contextlib.nullcontext():
+        train(trainer, folder, measured, setup_seconds=profiler.now() - started)
+        if world.is_main:
+            export(parts, folder)
+            build_report(folder)
+            if warning := loss_warning(read_run(folder)):
+                console.print(f"warning: {warning}")
     barrier(world)
     say(world, console, f"student {folder}/final · report {folder}/report.html · ledger {folder}/ledger.jsonl")
     return folder
@@ -78,8 +81,28 @@ def train(trainer: Trainer, folder: Path, measured: plan.Measurement, setup_seco
             loop.record_validation(0.0, in_loop=False)
         with profiler.trace(folder / "trace.json", config.trace) as traced:
             loop.run(traced)
+        if loop.totals.step == 0:
+            raise plan.BudgetTooSmall(
+                f"the budget went to set-up or to steps that were lost, none is left for a step: raise it, or remove {folder}"
+            )
+        loop.save_the_end()  # before anything that may be interrupted
         loop.record_validation(1.0, in_loop=False)
-        loop.finish()
+        loop.ledger.close()
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run folder.
+
+    Raises:
+        ValueError: one is in it.
+    """
+    try:
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"another process trains in {folder}: wait for it, or give another --output-dir") from error
+    with lock:
+        yield
 
 
 def export(parts: Parts, folder: Path) -> None:
@@ -134,7 +157,7 @@ def say(world: World, console: Console, text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Exit codes: 0 done, 2 bad configuration, 3 budget under one step, 75 interrupted and saved."""
+    """The command. Exit codes: 0 done, 2 bad configuration, 3 budget under one step, 75 interrupted, can be resumed."""
     console = Console(highlight=False, soft_wrap=True)
     world = World()
     try:
@@ -147,11 +170,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except plan.BudgetTooSmall as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BUDGET
+    except OSError as error:
+        print(f"error: {error}: mend it and issue the same command again, what was saved is kept", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except Interrupted as error:
         say(world, console, str(error))
         return EXIT_INTERRUPTED
     except KeyboardInterrupt:
-        say(world, console, "stopped before the first step; nothing to save")
+        say(world, console, "stopped outside the training loop; issue the same command again")
         return EXIT_INTERRUPTED
     finally:
         finish(world)

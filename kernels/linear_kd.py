@@ -32,6 +32,7 @@ except ImportError:  # macOS and Windows: every backend but "triton" works
 
 IGNORED = -100
 LOG2E = math.log2(math.e)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COLUMNS = 1024  # of a block of the blocked path
 _CHUNK_BYTES = 96 << 20  # of a chunk's exponentials in the blocked path
 
@@ -136,7 +137,7 @@ class _Sums(NamedTuple):
 
 
 _IGNORED = tiling.constant(IGNORED)
-_LOG2_E = tiling.constant(math.log2(math.e))
+_LOG2_E = tiling.constant(LOG2E)
 _LN_2 = tiling.constant(math.log(2.0))
 
 
@@ -351,7 +352,7 @@ def _logits(head: _Head, labels: Tensor | None, out: _Logits, temperature: float
         rows,
         vocabulary,
         out.centred.stride(0),
-        math.log2(math.e) / temperature,
+        LOG2E / temperature,
         WIDTH=width,
         HAS_BIAS=head.bias is not None,
         HAS_LABELS=labels is not None,
@@ -396,7 +397,7 @@ def _gradient(
         kl,
         ce,
         student.centred.stride(0),
-        math.log2(math.e) / terms.temperature,
+        LOG2E / terms.temperature,
         terms.kl_weight * terms.temperature,
         terms.ce_weight,
         VOCABULARY=vocabulary,
@@ -492,14 +493,13 @@ def _power_of_two(n: int) -> int:
 # ---- blocked PyTorch ------------------------------------------------------------------------------------------
 #
 # A chunk of R rows in two passes over blocks of C columns, so that a block stays in cache through its operations.
-#   1. z = (x Wᵀ + b)·log2 e of both models → 2^((z − m)/τ) with the block's row maxima m, kept; block statistics
+#   1. x Wᵀ + b of both models → exp((z − m)/τ) with the block's row maxima m, kept for the chunk; block statistics
 #   2. exponentials and statistics → dz of a block → its share of dx, dW, db
-# One exponential a logit, of 2, which costs a quarter of e's, and no logit is kept: the divergence's cross term is summed
-# in the first pass.
+# One exponential a logit, and no logit is kept: the divergence's cross term is summed in the first pass.
 
 
 class _Softmax:
-    """2^(z/τ) of a chunk's rows, each block of columns relative to its own row maxima."""
+    """exp(z/τ) of a chunk's rows, each block of columns relative to its own row maxima."""
 
     def __init__(self, exponentials: Tensor) -> None:
         self.exponentials = exponentials  # [R, V]
@@ -507,7 +507,7 @@ class _Softmax:
 
     def add(self, columns: slice, centred: Tensor, maximum: Tensor) -> Tensor:
         """Take a block of logits, given as its difference from its row maxima; return its exponentials."""
-        block = torch.exp2(centred, out=self.exponentials[:, columns])
+        block = torch.mul(centred, LOG2E, out=self.exponentials[:, columns]).exp2_()  # a quarter of exp's time
         self.blocks.append((maximum, block.sum(1)))
         return block
 
@@ -516,7 +516,7 @@ class _Softmax:
         maxima, sums = zip(*self.blocks, strict=True)
         self.maxima, self.sums = torch.stack(maxima).double(), torch.stack(sums).double()
         self.maximum = self.maxima.amax(0)
-        factor = torch.exp2(self.maxima - self.maximum)
+        factor = torch.exp(self.maxima - self.maximum)
         self.total = (factor * self.sums).sum(0)
         self.factor = factor / self.total
 
@@ -538,9 +538,6 @@ class _Chunk:
         if terms.two_softmaxes:
             self.p_ce = softmaxes.pop()
         self.cross: list[Tensor] = []
-        self.ln2 = 1 / float(
-            torch.tensor(LOG2E, dtype=student.hidden.dtype)
-        )  # the inverse of what logits are multiplied by
 
     def read_logits(self) -> None:
         """Pass one."""
@@ -572,7 +569,7 @@ class _Chunk:
             return self.valid.new_zeros(())
         offsets = (self.q.maxima - self.p.maxima) - (self.q.maximum - self.p.maximum)
         cross = self.q.factor * (torch.stack(self.cross).double() + self.q.sums * offsets)
-        rows = self.ln2 * cross.sum(0) - torch.log(self.q.total / self.p.total)
+        rows = cross.sum(0) - torch.log(self.q.total / self.p.total)
         return self.terms.temperature**2 * (rows * self.valid).sum()
 
     def ce(self) -> Tensor:
@@ -583,7 +580,7 @@ class _Chunk:
         logit = torch.linalg.vecdot(self.student.hidden, self.student.weight[y].to(self.student.hidden.dtype)).double()
         if self.student.bias is not None:
             logit += self.student.bias[y]
-        rows = self.ln2 * self.p_ce.maximum - logit + torch.log(self.p_ce.total)
+        rows = self.p_ce.maximum - logit + torch.log(self.p_ce.total)
         return (rows * self.valid).sum()
 
     def dz(self) -> Iterator[tuple[slice, Tensor]]:
@@ -605,12 +602,12 @@ def _blocks(head: _Head) -> list[slice]:
 
 
 def _centred_logits(head: _Head, columns: slice) -> tuple[Tensor, Tensor]:
-    """Logits [R, C] minus their row maxima, and the maxima [R], all times log2 e."""
+    """Logits [R, C] minus their row maxima, and the maxima [R]."""
     dtype = head.hidden.dtype
     bias = None if head.bias is None else head.bias[columns].to(dtype)
     z = _linear(head.hidden, head.weight[columns].to(dtype), bias)
-    maximum = z.amax(1) * LOG2E
-    return torch.add(-maximum[:, None], z, alpha=LOG2E, out=z), maximum
+    maximum = z.amax(1)
+    return z.sub_(maximum[:, None]), maximum
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -731,13 +728,28 @@ def _operator(
     needed = (need_hidden, need_weight, need_bias)
     out = _Gradients(*(x.zero_() if need else None for x, need in zip(outputs[4:], needed, strict=True)))
     path = _triton if backend == "triton" else _blocked
+    rows = chunk_rows or _default_chunk(student_hidden, student_weight, teacher is not None, backend)
+    if labels is not None:
+        _check_labels(labels, len(student_weight))
     with torch.autocast(student_hidden.device.type, enabled=False):
-        sums = path(student, teacher, labels, terms, chunk_rows, dtype, out)
+        sums = path(student, teacher, labels, terms, rows, dtype, out)
     scale = 1 / sums.rows.double().clamp(min=1)
     kl, ce = sums.kl * scale, sums.ce * scale
     for x, value in zip(outputs, (kl_weight * kl + ce_weight * ce, kl, ce, scale), strict=False):
         x.copy_(value)
     return outputs
+
+
+def _check_labels(labels: Tensor, vocabulary: int) -> None:
+    """ValueError for an id outside the vocabulary; on a GPU, which the host does not wait for, a failed assertion there."""
+    wrong = (labels != IGNORED) & ((labels < 0) | (labels >= vocabulary))
+    if labels.device.type != "cpu":
+        torch._assert_async(~wrong.any())
+    elif wrong.any():
+        label = int(labels[wrong][0])
+        raise ValueError(
+            f"linear_kd: label {label} lies outside the vocabulary of {vocabulary:,}, and {IGNORED} ignores a row"
+        )
 
 
 def _empty_outputs(
@@ -861,9 +873,8 @@ def linear_kd(
         x is not None and x.requires_grad and torch.is_grad_enabled()
         for x in (student_hidden, student_weight, student_bias)
     ]
-    rows = chunk_rows or _default_chunk(student_hidden, student_weight, teacher_hidden is not None, backend)
     dtype = _product_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
-    loss, kl, ce, *_ = _operator(*given, kl_weight, ce_weight, temperature, rows, backend, dtype, *learns)
+    loss, kl, ce, *_ = _operator(*given, kl_weight, ce_weight, temperature, chunk_rows or 0, backend, dtype, *learns)
     return LinearKD(loss, kl.detach(), ce.detach())
 
 
@@ -898,14 +909,18 @@ def _check(
     temperature: float,
     chunk_rows: int | None,
 ) -> None:
-    if not temperature > 0:
-        raise ValueError(f"linear_kd: temperature is {temperature}, give one above 0")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"linear_kd: temperature is {temperature}, give a finite one above 0")
+    if not (math.isfinite(kl_weight) and math.isfinite(ce_weight)):
+        raise ValueError(f"linear_kd: kl_weight is {kl_weight} and ce_weight {ce_weight}, give finite ones")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"linear_kd: chunk_rows is {chunk_rows}, give at least 1")
     if ce_weight and labels is None:
         raise ValueError(f"linear_kd: ce_weight is {ce_weight} but labels is None: pass labels or ce_weight=0")
-    if (teacher_hidden is None) != (teacher_weight is None):
-        raise ValueError("linear_kd: give both teacher_hidden and teacher_weight, or neither")
+    if (teacher_hidden is None) != (teacher_weight is None) or (teacher_hidden is None and teacher_bias is not None):
+        raise ValueError(
+            "linear_kd: give both teacher_hidden and teacher_weight (and maybe teacher_bias), or none of them"
+        )
     if teacher_hidden is None and not ce_weight:
         raise ValueError("linear_kd: nothing to compute: give teacher_hidden with a kl_weight, or a ce_weight")
     _check_head("student", student_hidden, student_weight, student_bias)
@@ -923,9 +938,12 @@ def _check(
 
 
 def _check_head(model: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+    for x in (hidden, weight):
+        if x.dtype not in FLOATS:
+            raise ValueError(f"linear_kd: the {model} is {x.dtype}, give float16, bfloat16, float32 or float64")
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or not weight.numel():
         shapes = f"hidden {list(hidden.shape)} and weight {list(weight.shape)}"
-        raise ValueError(f"linear_kd: the {model}'s {shapes} do not fit, give [M, D] and [V, D]")
+        raise ValueError(f"linear_kd: the {model}'s {shapes} do not fit, give [M, D] and [V, D], V and D above 0")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"linear_kd: the {model}'s bias is {list(bias.shape)}, give [{weight.shape[0]}]")
 

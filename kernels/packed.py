@@ -7,6 +7,7 @@ and the cases that tests and benches iterate over.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ try:
 except ImportError:
     tl = None
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MASKED = -1e30  # score of a padded key: finite, so that the difference of two of them is 0 and not NaN
 MAX_HEAD_WIDTH = 128  # of the Triton kernels, which hold a head's whole width
 # Entries of a score tile. Fewer, and the calls of a block cost more than its arithmetic; more, and it leaves the cache.
@@ -38,13 +40,15 @@ _LENGTH_STEP = 16
 
 
 def check_pair(op: str, who: str, query: Tensor, key: Tensor, like: Tensor, num_heads: int) -> None:
-    """Raise ValueError unless query and key are [T, D] with D a multiple of ``num_heads`` and T that of ``like``."""
+    """Raise ValueError unless query and key are floats [T, D] with D a multiple of ``num_heads`` and T that of ``like``."""
+    if query.dtype not in FLOATS or key.dtype not in FLOATS:
+        raise ValueError(f"{op}: {who} is {query.dtype}: give float16, bfloat16, float32 or float64")
     if query.ndim != 2 or query.shape != key.shape or query.shape[0] != like.shape[0]:
         shapes = f"{tuple(query.shape)} and {tuple(key.shape)}"
         raise ValueError(f"{op}: {who} has shapes {shapes}: give [{like.shape[0]}, D] both, one row a token")
-    if num_heads < 1 or query.shape[1] % num_heads:
+    if num_heads < 1 or query.shape[1] < 1 or query.shape[1] % num_heads:
         raise ValueError(
-            f"{op}: {who} width {query.shape[1]} is no multiple of num_heads={num_heads}: choose a divisor"
+            f"{op}: {who} width {query.shape[1]} is no positive multiple of num_heads={num_heads}: choose a divisor"
         )
 
 
@@ -63,6 +67,17 @@ def choose_backend(op: str, backend: str | None, like: Tensor, head_width: int) 
     if backend == "triton" and head_width > MAX_HEAD_WIDTH:
         raise ValueError(f"{op}: head width {head_width} exceeds {MAX_HEAD_WIDTH}: use more heads or backend='blocked'")
     return backend
+
+
+def in_one_dtype(*tensors: Tensor | None) -> list[Any]:
+    """The tensors in the widest of their dtypes, so that products of mixed ones are exact too."""
+    widest = functools.reduce(torch.promote_types, (x.dtype for x in tensors if x is not None))
+    return [None if x is None else x.to(widest) for x in tensors]
+
+
+def table_key(kernel: str, dtype: torch.dtype) -> str:
+    """A kernel's name in the table of tiles."""
+    return f"{kernel}_float32" if dtype == torch.float32 else kernel
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

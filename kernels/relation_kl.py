@@ -449,7 +449,7 @@ class _Launch:
     def tile(self, kernel: str) -> tiling.Tile:
         query = self.tensors[0]
         arch = tiling.architecture(query.device)
-        return tiling.tile(_table_key(kernel, query.dtype), width=self.width, length=self.length, arch=arch)
+        return tiling.tile(packed.table_key(kernel, query.dtype), width=self.width, length=self.length, arch=arch)
 
     def strides(self) -> dict[str, int]:
         names = ("q_stride", "k_stride", "qt_stride", "kt_stride")
@@ -457,7 +457,7 @@ class _Launch:
 
     def fits_one_tile(self) -> bool:
         query = self.tensors[0]
-        key = _table_key("relation_kl.short", query.dtype)
+        key = packed.table_key("relation_kl.short", query.dtype)
         return packed.fits_one_tile(key, width=self.width, length=self.length, device=query.device)
 
     def short(self, dq: Tensor, dk: Tensor, cross: bool) -> Tensor:
@@ -497,10 +497,6 @@ class _Launch:
             "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "num_warps": tile.num_warps, "num_stages": tile.num_stages
         }  # fmt: skip
         return options, (self.heads, -(-self.length // tile.block_m), self.sequences)
-
-
-def _table_key(kernel: str, dtype: torch.dtype) -> str:
-    return f"{kernel}_float32" if dtype == torch.float32 else kernel
 
 
 # ---- blocked PyTorch ------------------------------------------------------------------------------------------
@@ -581,7 +577,7 @@ def _relation_kl(
     """The loss; dq, and dk in a cross relation, without their factor 1/(A·T)."""
     path = _triton if backend == "triton" else _blocked
     total, dq, dk = path(student, student_key, teacher, teacher_key, cu_seqlens, num_heads, max_seqlen)
-    return (total / (num_heads * len(student))).to(packed.accumulator(student.dtype)), dq, dk
+    return (total / (num_heads * max(len(student), 1))).to(packed.accumulator(student.dtype)), dq, dk
 
 
 @_relation_kl.register_fake
@@ -601,11 +597,11 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    student, student_key, *_, num_heads, _max_seqlen, _backend = inputs
+    _student, student_key, *_, num_heads, _max_seqlen, _backend = inputs
     _, dq, dk = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(dq, dk)
-    ctx.factor, ctx.cross = 1 / (num_heads * len(student)), student_key is not None
+    ctx.heads, ctx.cross = num_heads, student_key is not None
     ctx.save_for_backward(dq, dk)
 
 
@@ -613,7 +609,8 @@ def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     if torch.is_grad_enabled():
         raise RuntimeError("relation_kl has no second derivative: call backward without create_graph=True")
     dq, dk = ctx.saved_tensors
-    grad_query, grad_key = ((x * (grad_loss * ctx.factor)).to(x.dtype) for x in (dq, dk))
+    factor = grad_loss / (ctx.heads * max(len(dq), 1))
+    grad_query, grad_key = ((x.to(factor.dtype) * factor).to(x.dtype) for x in (dq, dk))
     return grad_query, grad_key if ctx.cross else None, *[None] * 6
 
 
@@ -660,6 +657,7 @@ def relation_kl(
     width = max(student.shape[1], teacher.shape[1]) // num_heads
     backend = packed.choose_backend("relation_kl", backend, student, width)
     teacher, teacher_key = teacher.detach(), None if teacher_key is None else teacher_key.detach()
+    student, student_key, teacher, teacher_key = packed.in_one_dtype(student, student_key, teacher, teacher_key)
     bound = len(student) if max_seqlen is None else max_seqlen
     if backend == "reference":
         keys = {"student_key": student_key, "teacher_key": teacher_key}

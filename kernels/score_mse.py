@@ -163,12 +163,12 @@ def _triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Σ R², and dq, dk without their factor 2/(A·Σ n²)."""
     tensors = [packed.unit_stride(x) for x in (query_s, key_s, query_t, key_t)]
-    dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query_s, key_s))
+    dq, dk = (torch.empty(x.shape, dtype=_stored(x.dtype), device=x.device) for x in (query_s, key_s))
     width_s, width_t = (x.shape[1] // num_heads for x in (query_s, query_t))
     pads, sequences = [packed.pad_width(width) for width in (width_s, width_t)], len(cu_seqlens) - 1
     device, where = query_s.device, {"width": max(pads), "length": max_seqlen}
-    short = packed.fits_one_tile(_table_key("score_mse.short", query_s.dtype), device=device, **where)
-    key = _table_key("score_mse.short" if short else "score_mse.rows", query_s.dtype)
+    short = packed.fits_one_tile(packed.table_key("score_mse.short", query_s.dtype), device=device, **where)
+    key = packed.table_key("score_mse.short" if short else "score_mse.rows", query_s.dtype)
     tile = tiling.tile(key, arch=tiling.architecture(device), **where)
     blocks = {"BLOCK_M": tile.block_m} if short else {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     grid = (num_heads, sequences) if short else (num_heads, -(-max_seqlen // tile.block_m), sequences)
@@ -181,10 +181,6 @@ def _triton(
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     return loss.sum(), dq, dk
-
-
-def _table_key(kernel: str, dtype: torch.dtype) -> str:
-    return f"{kernel}_float32" if dtype == torch.float32 else kernel
 
 
 # ---- blocked PyTorch ------------------------------------------------------------------------------------------
@@ -201,7 +197,7 @@ def _blocked(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Blocks of whole score rows in a reused buffer: Σ R², and dq, dk without their factor 2/(A·Σ n²)."""
     total = torch.zeros((), dtype=torch.float64, device=query_s.device)
-    dq, dk = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (query_s, key_s))
+    dq, dk = (torch.zeros(x.shape, dtype=_stored(x.dtype), device=x.device) for x in (query_s, key_s))
     buffers = packed.Buffers(query_s)
     alpha_s, alpha_t = (1 / math.sqrt(x.shape[1] / num_heads) for x in (query_s, query_t))
     with packed.exact_products(query_s, key_s, query_t, key_t):
@@ -229,7 +225,7 @@ def _gram(
     max_seqlen: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The linear-time form, on any device: Σ R², and dq, dk without their factor 2/(A·Σ n²)."""
-    dq, dk = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (query_s, key_s))
+    dq, dk = (torch.zeros(x.shape, dtype=_stored(x.dtype), device=x.device) for x in (query_s, key_s))
     on_host = cu_seqlens.device.type == "cpu"
     groups = packed.groups(cu_seqlens, num_heads, len(query_s), max_seqlen) if on_host else [
         packed.padded(cu_seqlens, max_seqlen)
@@ -246,6 +242,11 @@ def _gram(
             group.scatter(dq, alpha_s * (alpha_s * (q @ kk) - alpha_t * (qt @ ktk)))
             group.scatter(dk, alpha_s * (alpha_s * (k @ qq) - alpha_t * (kt @ qtq)))
     return total, dq, dk
+
+
+def _stored(dtype: torch.dtype) -> torch.dtype:
+    """Of gradients without their factor, which are beyond float16's largest number where scores differ by 100."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 # ---- the operator ---------------------------------------------------------------------------------------------
@@ -267,7 +268,7 @@ def _score_mse(
     """The loss; dq and dk without their factor; that factor, 2/(A·Σ n²)."""
     tensors = (student_query, student_key, teacher_query, teacher_key)
     total, dq, dk = _PATHS[backend](*tensors, cu_seqlens, num_heads, max_seqlen)
-    pairs = num_heads * cu_seqlens.diff().double().square().sum()
+    pairs = (num_heads * cu_seqlens.diff().double().square().sum()).clamp(min=1)
     dtype = packed.accumulator(student_query.dtype)
     return (total / pairs).to(dtype), dq, dk, (2 / pairs).to(dtype)
 
@@ -284,20 +285,23 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss, factor = (student_query.new_empty((), dtype=packed.accumulator(student_query.dtype)) for _ in range(2))
-    return loss, student_query.new_empty(student_query.shape), student_key.new_empty(student_key.shape), factor
+    dq, dk = (x.new_empty(x.shape, dtype=_stored(x.dtype)) for x in (student_query, student_key))
+    return loss, dq, dk, factor
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
+    ctx.dtype = inputs[0].dtype
 
 
 def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     if torch.is_grad_enabled():
         raise RuntimeError("score_mse has no second derivative: call backward without create_graph=True")
     dq, dk, factor = ctx.saved_tensors
-    return *((x * (grad_loss * factor)).to(x.dtype) for x in (dq, dk)), *[None] * 6
+    factor = grad_loss * factor
+    return *((x.to(factor.dtype) * factor).to(ctx.dtype) for x in (dq, dk)), *[None] * 6
 
 
 _score_mse.register_autograd(_backward, setup_context=_setup_context)
@@ -335,7 +339,8 @@ def score_mse(
         width = max(student_query.shape[1], teacher_query.shape[1]) // num_heads
         backend = packed.choose_backend("score_mse", backend, student_query, width)
     bound = len(student_query) if max_seqlen is None else max_seqlen
-    args = (student_query, student_key, teacher_query.detach(), teacher_key.detach(), cu_seqlens, num_heads)
+    tensors = packed.in_one_dtype(student_query, student_key, teacher_query.detach(), teacher_key.detach())
+    args = (*tensors, cu_seqlens, num_heads)
     if backend == "reference":
         return reference(*args, max_seqlen=bound)
     return _score_mse(*args, bound, backend)[0]

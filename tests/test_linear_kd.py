@@ -226,6 +226,35 @@ def test_gradcheck_and_the_operators_registration() -> None:
     torch.library.opcheck(torch.ops.fastkd.linear_kd.default, (*arguments, *options))
 
 
+@pytest.mark.parametrize("masked", [slice(1024, 1500), slice(700, 1100)], ids=["a whole block", "parts of blocks"])
+@pytest.mark.parametrize("value", [-1e10, torch.finfo(torch.float32).min])
+def test_words_that_a_bias_masks_out(value: float, masked: slice) -> None:
+    inputs = Case("", 8, 1500, 16, 24, ce_weight=0.5).inputs()
+    for name in ("student_bias", "teacher_bias"):
+        inputs[name] = inputs[name].detach().clone()
+        inputs[name][masked] = value
+    inputs["labels"].fill_(3)
+    expected = evaluate(kernel.reference, inputs)
+    result = evaluate(linear_kd, {**inputs, "backend": "blocked"})
+    for name in expected:
+        assert result[name].isfinite().all() and error(result[name], expected[name].double()) <= 1e-5, name
+
+
+def test_sizes_share_a_compiled_graph() -> None:
+    graphs = 0
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(linear_kd, fullgraph=True, backend=count)
+    for rows in (10, 20, 30, 40, 50):
+        compiled(**Case("", rows, 300, 24, 32).inputs()).loss.backward()
+    assert graphs <= 2  # the first size, then any
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiles_into_one_graph(autocast: bool) -> None:
     inputs = SMALL.inputs()
@@ -255,7 +284,14 @@ def test_no_step_waits_for_the_device() -> None:
     ("change", "message"),
     [
         ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"kl_weight": float("nan")}, "kl_weight is nan"),
         ({"chunk_rows": 0}, "chunk_rows is 0"),
+        ({"labels": torch.full((40,), 300)}, "label 300 lies outside the vocabulary of 300"),
+        ({"labels": torch.full((40,), -1)}, "label -1 lies outside"),
+        ({"teacher_hidden": None, "teacher_weight": None}, "or none of them"),
+        ({"student_hidden": torch.zeros(40, 24, dtype=torch.int64)}, r"student is torch.int64, give float16"),
+        ({"student_hidden": torch.zeros(40, 0), "student_weight": torch.zeros(300, 0)}, "V and D above 0"),
         ({"labels": None}, "ce_weight is 0.4 but labels is None"),
         ({"teacher_weight": None}, "both teacher_hidden and teacher_weight"),
         ({"kl_weight": 0.0, "ce_weight": 0.0}, "nothing to compute"),

@@ -94,7 +94,8 @@ def test_steps_and_events_of_a_loop_sum_to_its_wall_clock(small: list[str], tmp_
         start = profiler.now()
         loop.run()
         wall = profiler.now() - start
-        loop.finish()
+        loop.save_the_end()
+        loop.ledger.close()
     run = read_run(tmp_path)
     assert {event["event"] for event in run.events if event["charged"]} >= {"checkpoint"}
     assert run.accounted_s == pytest.approx(wall, rel=0.01)

@@ -39,6 +39,9 @@ def refused(options: list[str], capsys, code: int = 2) -> str:
         (["--method", "tinybert", "--student", "4L-384H-12A", *TOKENS], ("6", "4")),
         (["--method", "tinybert", "--student", "3L-384H-6A", *TOKENS], ("heads", "6", "12")),
         (["--init-from-teacher", "--student", "3L-192H-12A", *TOKENS], ("--init-from-teacher",)),
+        (["--student", "99999999L-384H-12A", *TOKENS], ("--student", "GiB")),
+        (["--relation-heads", "0", *TOKENS], ("--relation-heads 0",)),
+        (["--teacher-layer", "0", *TOKENS], ("--teacher-layer 0",)),
         (["--batch-tokens", "1000", *TOKENS], ("1000", "2048")),
         (["--batch-tokens", "0", *TOKENS], ("--batch-tokens is 0", "2048")),
         (["--micro-batch", "many", *TOKENS], ("--micro-batch", "auto", "2048", "many")),
@@ -175,3 +178,10 @@ def test_a_folder_with_something_else_in_it(small: list[str], tmp_path: Path, ca
     error = refused([*small, *TOKENS, "--output-dir", str(tmp_path)], capsys)
     assert "not empty" in error
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_a_budget_that_set_up_uses_up_exports_nothing(small: list[str], tmp_path: Path, capsys) -> None:
+    options = [*small, "--method", "mlm", "--budget-gpu-hours", "0.0002", "--charge", "all"]
+    error = refused([*options, "--output-dir", str(tmp_path / "run")], capsys, code=3)
+    assert "none is left for a step" in error
+    assert not (tmp_path / "run" / "final").exists()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from fastkd import run
 from fastkd.budget import surviving_steps
 from fastkd.jsonl import read_jsonl
+from fastkd.loop import Loop
 
 Command = Callable[..., list[str]]
 
@@ -99,5 +100,30 @@ def test_a_lost_folder_of_checkpoints_starts_over(
     assert stop_at(8, signal.SIGKILL, argv, folder) == -signal.SIGKILL
     assert not os.path.exists(folder / "checkpoints")
     assert subprocess.run(argv, capture_output=True, timeout=300).returncode == 0
+    student = load_file(folder / "final" / "model.safetensors")
+    assert all(torch.equal(student[key], uninterrupted[key]) for key in uninterrupted)
+
+
+def test_an_interrupt_in_the_last_validation_loses_nothing(
+    options: list[str], uninterrupted: dict[str, torch.Tensor], tmp_path: Path, monkeypatch, capsys
+) -> None:
+    folder = tmp_path / "run"
+    argv = [*options, "--checkpoint-minutes", "10", "--output-dir", str(folder)]
+    validate = Loop.record_validation
+
+    def interrupted(self: Loop, progress: float, *, in_loop: bool) -> None:
+        if progress == 1.0:
+            raise KeyboardInterrupt
+        validate(self, progress, in_loop=in_loop)
+
+    monkeypatch.setattr(Loop, "record_validation", interrupted)
+    assert run.main(argv) == run.EXIT_INTERRUPTED
+    steps = surviving_steps(folder / "ledger.jsonl")
+    monkeypatch.undo()
+    with run.alone_in(folder):
+        assert run.main(argv) == run.EXIT_CONFIGURATION
+        assert "another process trains in" in capsys.readouterr().err
+    assert run.main(argv) == 0
+    assert surviving_steps(folder / "ledger.jsonl") == steps
     student = load_file(folder / "final" / "model.safetensors")
     assert all(torch.equal(student[key], uninterrupted[key]) for key in uninterrupted)

@@ -53,8 +53,9 @@ class METHOD(Method):
         super().__init__(config, student, teacher)
         teacher = require_teacher(self.name, teacher)
         default = teacher.num_heads if config.as_released else default_relation_heads(teacher)
-        self.relation_heads = config.relation_heads or default
-        self.layer = config.teacher_layer or (21 if teacher.num_layers == 24 else teacher.num_layers)
+        self.relation_heads = default if config.relation_heads is None else config.relation_heads
+        last = 21 if teacher.num_layers == 24 else teacher.num_layers
+        self.layer = last if config.teacher_layer is None else config.teacher_layer
         self.reads_masked = config.as_released
         for who, width in (("student", student.hidden_size), ("teacher", teacher.hidden_size)):
             if self.relation_heads < 1 or width % self.relation_heads:

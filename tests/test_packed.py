@@ -1,0 +1,114 @@
+"""What relation_kl and score_mse share: groups of few shapes, mixed dtypes, empty input, refusals, one graph for all sizes."""
+
+from typing import Any
+
+import pytest
+import torch
+from oracle import error, exact, value_and_gradients
+from torch import Tensor
+
+from fastkd.kernels import packed, relation_kl, score_mse
+
+LOSSES = {"relation_kl": (relation_kl.relation_kl, relation_kl.reference),
+          "score_mse": (score_mse.score_mse, score_mse.reference)}  # fmt: skip
+each_loss = pytest.mark.parametrize("name", LOSSES)
+RAGGED = (15, 16, 17, 3, 0, 1, 16, 2)
+
+
+def inputs(name: str, lengths: tuple[int, ...] = RAGGED) -> dict[str, Any]:
+    case = packed.Case("", lengths, 2, 32, 48) if name == "relation_kl" else score_mse.Case("", lengths, 2, 32, 48)
+    return case.inputs()
+
+
+def teachers(given: dict[str, Any]) -> list[str]:
+    return [name for name in given if name.startswith("teacher")]
+
+
+def test_groups_hold_each_sequence_once_in_few_shapes() -> None:
+    lengths = torch.randint(0, 300, (200,), generator=torch.Generator().manual_seed(0))
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    groups = list(packed.groups(cu_seqlens, 12, int(cu_seqlens[-1]), 300))
+    rows = torch.cat([group.rows[group.valid] for group in groups])
+    assert torch.equal(rows.sort().values, torch.arange(int(lengths.sum())))
+    assert all(group.length % 16 == 0 and len(group.rows).bit_count() == 1 for group in groups)
+    assert sum(group.rows.numel() for group in groups) < 1.1 * int(lengths.sum())
+
+
+@each_loss
+@pytest.mark.parametrize(
+    ("student", "teacher"), [("float32", "float64"), ("bfloat16", "float32"), ("float64", "float32")]
+)
+def test_dtypes_may_differ(name: str, student: str, teacher: str) -> None:
+    function, reference = LOSSES[name]
+    given = inputs(name)
+    for key, value in given.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            dtype = getattr(torch, teacher if key in teachers(given) else student)
+            given[key] = value.detach().to(dtype).requires_grad_(value.requires_grad)
+    loss, gradients = value_and_gradients(function, given, backend="blocked")
+    expected, exact_gradients = value_and_gradients(reference, exact(given))
+    tolerance = 1e-2 if student == "bfloat16" else 1e-5
+    assert error(loss, expected) <= 1e-5
+    for out, ref in zip(gradients, exact_gradients, strict=True):
+        assert out.dtype == getattr(torch, student) and error(out, ref) <= tolerance
+
+
+@each_loss
+def test_no_rows_at_all_is_a_loss_of_zero(name: str) -> None:
+    loss, gradients = value_and_gradients(LOSSES[name][0], inputs(name, (0, 0)), backend="blocked")
+    assert float(loss) == 0 and all(g.shape == (0, 32) for g in gradients)
+
+
+def test_float16_gradients_of_large_scores_are_finite() -> None:
+    torch.manual_seed(0)
+    tensors = [(torch.randn(512, 128) * 10).half() for _ in range(4)]
+    names = ("student_query", "student_key", "teacher_query", "teacher_key")
+    given = dict(zip(names, tensors, strict=True)) | {"cu_seqlens": torch.tensor([0, 512]), "num_heads": 2}
+    for key in names[:2]:
+        given[key].requires_grad_()
+    _, expected = value_and_gradients(score_mse.reference, exact(given))
+    _, gradients = value_and_gradients(score_mse.score_mse, given, backend="blocked")
+    assert all(error(out, ref) <= 1e-2 for out, ref in zip(gradients, expected, strict=True))
+
+
+@each_loss
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_heads": 5}, "no positive multiple of num_heads=5"),
+        ({"cu_seqlens": torch.tensor([0, 5])}, "rise from 0 to the 70 rows"),
+        ({"cu_seqlens": torch.tensor([1, 70])}, "rise from 0 to the 70 rows"),
+        ({"cu_seqlens": torch.tensor([0, 40, 30, 70])}, "rise from 0 to the 70 rows"),
+        ({"cu_seqlens": torch.tensor([0.0, 70.0])}, "int32"),
+        ({"max_seqlen": 16}, "17 tokens, max_seqlen is 16"),
+        ({"backend": "magic"}, "magic"),
+    ],
+)
+def test_what_does_not_fit_is_refused(name: str, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LOSSES[name][0](**inputs(name) | {"backend": "blocked"} | change)
+
+
+@each_loss
+def test_whole_numbers_are_refused(name: str) -> None:
+    given = inputs(name)
+    for key in teachers(given):
+        given[key] = given[key].long()
+    with pytest.raises(ValueError, match=r"teacher is torch.int64: give float16, bfloat16"):
+        LOSSES[name][0](**given)
+
+
+@each_loss
+def test_sizes_share_a_compiled_graph(name: str) -> None:
+    graphs = 0
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(LOSSES[name][0], fullgraph=True, backend=count)
+    for length in (10, 20, 30, 40, 50):
+        compiled(**inputs(name, (length,)) | {"max_seqlen": 64}).backward()
+    assert graphs <= 2  # the first size, then any
