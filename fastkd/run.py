@@ -74,20 +74,20 @@ def train(trainer: Trainer, folder: Path, measured: plan.Measurement, setup_seco
     shown = watch(folder, budget.amount, budget.unit, log_to=log_to, resume=True, log_every=config.log_every)
     with shown:
         loop = Loop(trainer, folder, shown, measured.step_seconds)
-        loop.ledger.event("setup", setup_seconds)
-        if measured.compile_seconds:
-            loop.ledger.event("compile", measured.compile_seconds)
-        if loop.totals.step == 0:
-            loop.record_validation(0.0, in_loop=False)
-        with profiler.trace(folder / "trace.json", config.trace) as traced:
-            loop.run(traced)
-        if loop.totals.step == 0:
-            raise plan.BudgetTooSmall(
-                f"the budget went to set-up or to steps that were lost, none is left for a step: raise it, or remove {folder}"
-            )
-        loop.save_the_end()  # before anything that may be interrupted
-        loop.record_validation(1.0, in_loop=False)
-        loop.ledger.close()
+        with contextlib.closing(loop.ledger):
+            loop.ledger.event("setup", setup_seconds)
+            if measured.compile_seconds:
+                loop.ledger.event("compile", measured.compile_seconds)
+            if loop.totals.step == 0:
+                loop.record_validation(0.0, in_loop=False)
+            with profiler.trace(folder / "trace.json", config.trace) as traced:
+                loop.run(traced)
+            if loop.totals.step == 0:
+                raise plan.BudgetTooSmall(
+                    f"the budget went to set-up or to steps that were lost, none is left for a step: raise it, or remove {folder}"
+                )
+            loop.save_the_end()  # before anything that may be interrupted
+            loop.record_validation(1.0, in_loop=False)
 
 
 @contextlib.contextmanager
