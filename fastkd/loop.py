@@ -14,7 +14,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from fastkd import checkpoint, memory, profiler, schedule
+from fastkd import checkpoint, profiler, schedule
 from fastkd.budget import Ledger, Meter, StepCost, Totals, replayed_progress, surviving_steps
 from fastkd.data.batches import Batch
 from fastkd.distributed import Decision, agree, barrier, mean, node_devices
@@ -193,16 +193,8 @@ class Loop:
                 return self.trainer.step(batches, lr)
             except torch.cuda.OutOfMemoryError:
                 self.trainer.objective.zero_grad(set_to_none=True)
-                torch.cuda.empty_cache()
-                batches = self._halve_micro_batch(number)
-
-    def _halve_micro_batch(self, number: int) -> list[Batch]:
-        smaller = memory.smaller_micro_batch(self.parts.micro_tokens, self.parts.pack_tokens)
-        if smaller is None:
-            raise ValueError("out of memory with one pack a micro-batch: give a smaller --student or --seq-length")
-        self.monitor.say(f"out of memory: micro-batch {self.parts.micro_tokens} → {smaller} tokens")
-        self.parts.set_micro_batch(smaller)
-        return self.parts.stream.step(number)
+                self.trainer.halve_micro_batch()
+                batches = self.parts.stream.step(number)
 
     def _settle(self) -> None:
         """Charge the oldest step that was issued, once the device has finished it."""

@@ -139,7 +139,7 @@ class Trainer:
         """
         while any_rank(self.world, not self._fits()):
             self.objective.zero_grad(set_to_none=True)
-            self._halve_micro_batch()
+            self.halve_micro_batch()
         for parameter in self.objective.parameters():
             parameter.requires_grad_(parameter.grad is not None)
         self.objective.zero_grad(set_to_none=True)
@@ -154,7 +154,12 @@ class Trainer:
             return False
         return True
 
-    def _halve_micro_batch(self) -> None:
+    def halve_micro_batch(self) -> None:
+        """Take the next smaller micro-batch after running out of memory.
+
+        Raises:
+            ValueError: it is one pack already.
+        """
         before = self.parts.micro_tokens
         smaller = memory.smaller_micro_batch(before, self.parts.pack_tokens)
         if smaller is None:

@@ -32,7 +32,6 @@ except ImportError:  # macOS and Windows: every backend but "triton" works
 
 IGNORED = -100
 LOG2E = math.log2(math.e)
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COLUMNS = 1024  # of a block of the blocked path
 _CHUNK_BYTES = 96 << 20  # of a chunk's exponentials in the blocked path
 
@@ -939,7 +938,7 @@ def _check(
 
 def _check_head(model: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for x in (hidden, weight):
-        if x.dtype not in FLOATS:
+        if x.dtype not in tiling.FLOATS:
             raise ValueError(f"linear_kd: the {model} is {x.dtype}, give float16, bfloat16, float32 or float64")
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or not weight.numel():
         shapes = f"hidden {list(hidden.shape)} and weight {list(weight.shape)}"

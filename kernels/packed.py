@@ -26,7 +26,6 @@ try:
 except ImportError:
     tl = None
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MASKED = -1e30  # score of a padded key: finite, so that the difference of two of them is 0 and not NaN
 MAX_HEAD_WIDTH = 128  # of the Triton kernels, which hold a head's whole width
 # Entries of a score tile. Fewer, and the calls of a block cost more than its arithmetic; more, and it leaves the cache.
@@ -41,7 +40,7 @@ _LENGTH_STEP = 16
 
 def check_pair(op: str, who: str, query: Tensor, key: Tensor, like: Tensor, num_heads: int) -> None:
     """Raise ValueError unless query and key are floats [T, D] with D a multiple of ``num_heads`` and T that of ``like``."""
-    if query.dtype not in FLOATS or key.dtype not in FLOATS:
+    if query.dtype not in tiling.FLOATS or key.dtype not in tiling.FLOATS:
         raise ValueError(f"{op}: {who} is {query.dtype}: give float16, bfloat16, float32 or float64")
     if query.ndim != 2 or query.shape != key.shape or query.shape[0] != like.shape[0]:
         shapes = f"{tuple(query.shape)} and {tuple(key.shape)}"

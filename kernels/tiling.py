@@ -28,6 +28,7 @@ except ImportError:  # macOS and Windows: every backend but "triton" works
     triton = None
 
 BACKENDS = ("triton", "blocked", "reference")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what losses take
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 

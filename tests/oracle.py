@@ -1,5 +1,8 @@
 """Float64 autograd of a definition: the oracle of losses over packed sequences."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -57,3 +60,20 @@ def check_directional_derivative(function, inputs: dict) -> None:
     numeric = (moved(1) - moved(-1)) / (2 * step)
     analytic = sum(float((g * d).sum()) for g, d in zip(gradients, directions.values(), strict=True))
     assert abs(analytic - numeric) <= 1e-6 * abs(numeric)
+
+
+def count_graphs(function: Callable[..., Any], calls: list[dict[str, Any]]) -> int:
+    """Graphs that torch.compile makes of the calls, each forward and backward and without a break; losses or their first field."""
+    graphs = 0
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend=count)
+    for inputs in calls:
+        out = compiled(**inputs)
+        (out if isinstance(out, Tensor) else out[0]).backward()
+    return graphs
