@@ -89,6 +89,9 @@ class Loop:
         lost_s = sum(sum(s["phase_s"].values()) for s in lost)
         beyond = max(line.get("charged_s", 0.0) for line in lines) - self.totals.charged_s
         self.totals.charged_s += max(0.0, beyond - lost_s * self.world.size)
+        kept = [line for line in lines if line["step"] <= self.totals.step]
+        self._validated_at = int(max(line.get("progress", 0.0) for line in kept) * self.config.validations)
+        self.validations = sum(line.get("event") == "validation" and line["step"] > 0 for line in kept)
         self.monitor.rewind(self.totals.step)
         if lost:
             self.ledger.event("crash", lost_s, lost_steps=len(lost))

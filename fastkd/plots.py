@@ -109,7 +109,7 @@ def curves(
             axes.set_ylim(0, 1.08 * max((y for line in lines for y in line.y if y is not None), default=1.0) or 1.0)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
         if any(line.label or line.band for line in lines):
-            axes.legend()
+            axes.legend(loc="upper right")
         return to_svg(figure, name, f"{title}; horizontal: {x_label}")
 
 

@@ -45,12 +45,18 @@ class Parts:
     method: Method
     teacher: Teacher | None
     teacher_parameters: int  # of the whole checkpoint, of which only what is read is kept
+    teacher_version: str | None  # sha256 of the checkpoint, or its commit on the hub
     shards: Shards
     lr: float
     micro_tokens: int = 0
     stream: BatchStream = field(init=False)
     validation: list[Batch] = field(default_factory=list)
     _counted: tuple[int, StepCost] | None = field(default=None, init=False)
+
+    @property
+    def inputs(self) -> dict[str, str | None]:
+        """What was read from outside, by content: a run that is resumed must find the same."""
+        return {"corpus_version": self.shards.folder.name, "teacher_version": self.teacher_version}
 
     @property
     def pack_tokens(self) -> int:
@@ -150,8 +156,10 @@ def prepare(resolved: Resolved, world: World) -> Parts:
     student, method = student.to(world.device), method.to(world.device)
     lr = config.lr or method.default_lr
     teacher_parameters = sum(p.numel() for p in loaded.encoder.parameters()) if loaded else 0
+    teacher_version = (loaded.sha256 or loaded.revision) if loaded else None
     parts = Parts(
-        config, world, dtype, attention, use_compile, tokenizer, student, method, teacher, teacher_parameters, shards, lr
+        config, world, dtype, attention, use_compile, tokenizer, student, method, teacher, teacher_parameters,
+        teacher_version, shards, lr,
     )  # fmt: skip
     parts.set_micro_batch(_micro_batch(parts))
     parts.validation = validation_batches(

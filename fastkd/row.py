@@ -134,7 +134,7 @@ def circumstances(folder: Path, base_folder: Path, base: Row) -> list[str]:
 
 def _flat(environment: Record) -> Record:
     return {
-        name: value for name, value in environment.items() if name not in ("command", "packages")
+        name: value for name, value in environment.items() if name not in ("command", "packages", "teacher_version")
     } | environment.get("packages", {})
 
 

@@ -46,12 +46,13 @@ def run(resolved: Resolved, world: World, console: Console) -> Path:
         return folder
     say(world, console, f"preset {resolved.run.preset} ({resolved.preset_reason})")
     parts = prepare(resolved, world)
+    check_inputs(folder, parts)
     trainer = Trainer(parts)
     measured = plan.measure(trainer)
     the_plan = plan.make(resolved, parts, measured)
     if world.is_main:
         plan.render(the_plan, console)
-        open_folder(folder, resolved, the_plan)
+        open_folder(folder, resolved, parts, the_plan)
     barrier(world)
     with alone_in(folder) if world.is_main else contextlib.nullcontext():
         train(trainer, folder, measured, setup_seconds=profiler.now() - started)
@@ -132,22 +133,37 @@ def _identity(toml: str) -> list[str]:
     return [line for line in toml.splitlines() if not line.startswith((*PRESENTATION, "checkpoint_minutes"))]
 
 
-def open_folder(folder: Path, resolved: Resolved, the_plan: dict[str, Any]) -> None:
+def check_inputs(folder: Path, parts: Parts) -> None:
+    """Refuse to go on with another corpus or teacher than a run began with.
+
+    Raises:
+        ValueError: naming which of the two has changed.
+    """
+    began = read_run(folder).environment if (folder / "environment.json").exists() else {}
+    changed = [name.partition("_")[0] for name, version in parts.inputs.items() if began.get(name, version) != version]
+    if changed:
+        raise ValueError(
+            f"the {' and the '.join(changed)} changed since the run in {folder} began: bring back what it was, "
+            "or give another --output-dir"
+        )
+
+
+def open_folder(folder: Path, resolved: Resolved, parts: Parts, the_plan: dict[str, Any]) -> None:
     """Make the run folder and write what is known before the first step; config.toml last, for it marks a run.
 
     Raises:
         ValueError: the folder cannot be made.
     """
+    if (folder / "config.toml").exists():
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot make {folder} ({error.strerror}): give another --output-dir") from error
-    if (folder / "config.toml").exists():
-        return
-    facts = environment.describe() | {"command": resolved.command()}
-    (folder / "environment.json").write_text(json.dumps(facts, indent=1) + "\n")
-    (folder / "plan.json").write_text(json.dumps(the_plan, indent=1) + "\n")
-    (folder / "config.toml").write_text(resolved.to_toml())
+    facts = environment.describe() | {"command": resolved.command()} | parts.inputs
+    atomic.write(folder / "environment.json", json.dumps(facts, indent=1) + "\n")
+    atomic.write(folder / "plan.json", json.dumps(the_plan, indent=1) + "\n")
+    atomic.write(folder / "config.toml", resolved.to_toml())
 
 
 def say(world: World, console: Console, text: str) -> None:

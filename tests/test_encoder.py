@@ -138,10 +138,9 @@ def test_layers_above_the_need_are_not_run() -> None:
     assert not [name for name in reached if name.startswith("layers.1.") and "qkv" not in name]
 
 
-def test_union_reads_what_either_reads() -> None:
-    union = Needs(hidden=(2,), qkv=(1,)).union(Needs(logits=True, hidden=(0, 2), qkv=(3,)))
-    assert union == Needs(logits=True, hidden=(0, 2), qkv=(1, 3))
-    assert [n.depth(3) for n in (union, Needs(hidden=(0,)), Needs(qkv=(2,), hidden=(1,)))] == [3, 0, 2]
+def test_depth_is_the_deepest_layer_that_is_read() -> None:
+    needs = (Needs(logits=True, hidden=(0, 2)), Needs(hidden=(0,)), Needs(qkv=(2,), hidden=(1,)))
+    assert [each.depth(3) for each in needs] == [3, 0, 2]
 
 
 def test_predictions_may_miss_whole_sequences() -> None:

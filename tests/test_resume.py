@@ -127,3 +127,24 @@ def test_an_interrupt_in_the_last_validation_loses_nothing(
     assert surviving_steps(folder / "ledger.jsonl") == steps
     student = load_file(folder / "final" / "model.safetensors")
     assert all(torch.equal(student[key], uninterrupted[key]) for key in uninterrupted)
+
+
+def test_another_corpus_than_the_run_began_with_is_refused(
+    options: list[str], corpus_file: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    corpus, folder = tmp_path / "corpus.txt", tmp_path / "run"
+    corpus.write_text(corpus_file.read_text())
+    argv = [*options, "--corpus", str(corpus), "--output-dir", str(folder)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "save_the_end", interrupted)
+        assert run.main(argv) == run.EXIT_INTERRUPTED
+    corpus.write_text(corpus.read_text() + "\n\nOne more document.\n")
+    assert run.main(argv) == run.EXIT_CONFIGURATION
+    assert "the corpus changed since the run in" in capsys.readouterr().err
+    corpus.write_text(corpus_file.read_text())
+    assert run.main(argv) == 0
+
+
+def interrupted(*args: object, **options: object) -> None:
+    """What Ctrl-C does to the call that it replaces."""
+    raise KeyboardInterrupt

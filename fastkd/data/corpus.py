@@ -6,7 +6,7 @@ import importlib.util
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -18,8 +18,6 @@ class Source(Protocol):
     """One part of a corpus."""
 
     def identity(self) -> dict[str, str]: ...
-
-    def describe(self) -> str: ...
 
     def documents(self, text_field: str) -> Iterator[str]: ...
 
@@ -34,10 +32,6 @@ class Quickstart:
     def identity(self) -> dict[str, str]:
         """The sha256 of the package's data file."""
         return {"quickstart": hashlib.sha256(self._path().read_bytes()).hexdigest()}
-
-    def describe(self) -> str:
-        """What the articles are and whose they are."""
-        return f"English Wikipedia lead sections ({self.requirement}, CC BY-SA 4.0)"
 
     def documents(self, text_field: str) -> Iterator[str]:
         """Yield each article's lead section; ``text_field`` does not apply here."""
@@ -73,18 +67,17 @@ def sources(spec: str | Sequence[str]) -> list[Source]:
     return [source for part in specs for source in _resolve(part.strip())]
 
 
-def documents(spec: str | Sequence[str], *, text_field: str = "text", limit: int | None = None) -> Iterator[str]:
+def documents(spec: str | Sequence[str], *, text_field: str = "text") -> Iterator[str]:
     """Yield the documents of a corpus, one after the other, blank ones left out.
 
     Args:
         spec: as in ``sources``; several are read one after the other.
         text_field: column or JSON field that holds the text.
-        limit: most documents to yield.
 
     Raises:
         ValueError: what is wrong, with file and line, and the remedy.
     """
-    return islice(chain.from_iterable(source.documents(text_field) for source in sources(spec)), limit)
+    return chain.from_iterable(source.documents(text_field) for source in sources(spec))
 
 
 def check(spec: str | Sequence[str], *, text_field: str = "text") -> None:
@@ -92,12 +85,6 @@ def check(spec: str | Sequence[str], *, text_field: str = "text") -> None:
     first = [next(source.documents(text_field), None) for source in sources(spec)]
     if not any(first):
         raise ValueError(f"corpus {spec!r} is empty: it holds no document with any text")
-
-
-def describe(spec: str | Sequence[str]) -> str:
-    """Say in one line what a corpus is made of."""
-    parts = [source.describe() for source in sources(spec)]
-    return "; ".join(parts if len(parts) <= 4 else [*parts[:3], f"and {len(parts) - 3} more"])
 
 
 def _resolve(spec: str) -> list[Source]:

@@ -46,10 +46,6 @@ class LocalFile:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"kind": next(suffix for suffix in SUFFIXES if _is(self.path, suffix)), "sha256": digest}
 
-    def describe(self) -> str:
-        """The path and the size."""
-        return f"{self.path} ({self.path.stat().st_size / 1e6:,.1f} MB)"
-
     def documents(self, text_field: str) -> Iterator[str]:
         """Yield the documents in file order; blank ones are left out."""
         with self._readable():

@@ -55,10 +55,6 @@ class HubDataset:
         asked = {"revision": self.revision or "", "config": self.config or "", "split": self.split}
         return {"hub": self.name, **asked, "commit": commit}
 
-    def describe(self) -> str:
-        """The specification, spelled out."""
-        return f"hub dataset {self.name}" + (f", {self.config}" if self.config else "") + f", split {self.split}"
-
     def documents(self, text_field: str) -> Iterator[str]:
         """Stream the rows' text in the order of the split; blank ones are left out."""
         import datasets

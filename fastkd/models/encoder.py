@@ -79,15 +79,6 @@ class Needs:
             return "projection"
         return "all" if layer in self.qkv else "predicted"
 
-    def union(self, other: Needs) -> Needs:
-        """What either of the two reads."""
-        return Needs(
-            logits=self.logits or other.logits,
-            hidden=tuple(sorted({*self.hidden, *other.hidden})),
-            qkv=tuple(sorted({*self.qkv, *other.qkv})),
-            last_rows=self.last_rows or other.last_rows,
-        )
-
 
 @dataclass
 class Outputs:

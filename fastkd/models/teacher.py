@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from fastkd.models.captured import Captured
 from fastkd.models.encoder import Encoder, EncoderConfig, Needs, Outputs, Packed
 from fastkd.models.float8 import quantise
 from fastkd.models.hf import Loaded
@@ -23,7 +24,8 @@ class Teacher:
     Products run in ``dtype``: their weights and the word embeddings are cast to it once, and LayerNorms, positions
     and the residual stream stay float32, as under autocast. With ``float8`` the layers' products run in that. Layers
     above the deepest one read, and the MLM head where no logits are, are dropped from memory. It is no nn.Module:
-    nothing can put it into training mode or hand its parameters to an optimiser.
+    nothing can put it into training mode or hand its parameters to an optimiser. With ``compile`` its layers are
+    compiled and, on CUDA, a forward is one CUDA graph, whose outputs the next forward overwrites.
     """
 
     def __init__(
@@ -45,12 +47,23 @@ class Teacher:
         if compile:
             for layer in self.encoder.layers:
                 layer.compile(fullgraph=True, dynamic=False)
+        self._captures = compile and torch.device(device).type == "cuda"
+        self._captured: Captured | None = None
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor, batch: Packed) -> Outputs:
         """The forward of Encoder on [T] ids, whether or not the caller is under autocast."""
+        if not self._captures:
+            return self._forward(ids, batch)
+        if self._captured is None or not self._captured.inputs.fits(ids, batch):
+            self._captured = None  # frees the memory of the one before
+            self._captured = Captured(self._forward, ids, batch)
+        return self._captured(ids, batch)
+
+    def _forward(self, ids: Tensor, batch: Packed) -> Outputs:
         with torch.autocast(ids.device.type, enabled=False):
-            return self.encoder(ids, batch, self.needs)
+            out: Outputs = self.encoder(ids, batch, self.needs)
+            return out
 
     @property
     def decoder_weight(self) -> Tensor:
@@ -88,14 +101,10 @@ def check_teacher(
     student: EncoderConfig,
     tokenizer: PreTrainedTokenizerBase,
     needs: Needs,
-    *,
-    equal_width: bool = False,
-    equal_heads: bool = False,
 ) -> None:
     """Refuse a teacher that cannot teach this student, before anything is spent.
 
-    ``needs`` is what the method reads of the teacher; ``equal_width`` and ``equal_heads`` whether its loss
-    compares widths or attention heads one to one. Raises ValueError naming what does not fit and the remedy.
+    ``needs`` is what the method reads of the teacher. Raises ValueError naming what does not fit and the remedy.
     """
     config = teacher.config
     if needs.logits and teacher.encoder.head is None:
@@ -111,16 +120,6 @@ def check_teacher(
     deepest = max((*needs.hidden, *needs.qkv, 0))
     if deepest > config.num_layers:
         raise ValueError(f"teacher {teacher.source} has {config.num_layers} layers, not {deepest}; lower it")
-    if equal_width and config.hidden_size != student.hidden_size:
-        raise ValueError(
-            f"the teacher's width is {config.hidden_size}, the student's {student.hidden_size}; "
-            f"make --student {config.hidden_size}H, or use --method minilmv2"
-        )
-    if equal_heads and config.num_heads != student.num_heads:
-        raise ValueError(
-            f"the teacher has {config.num_heads} heads, the student {student.num_heads}; make --student "
-            f"{config.num_heads}A, or use --method minilmv2"
-        )
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,0 +1,64 @@
+"""A forward without gradients as one CUDA graph: the host queues a single launch instead of one a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastkd.models.encoder import Outputs, Packed
+
+WARM_UP = 2  # forwards before the capture: they compile, and libraries set up what cannot be captured
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a forward reads, in buffers of its own."""
+
+    ids: Tensor  # [T] int64
+    position_ids: Tensor  # [T] int64
+    cu_seqlens: Tensor  # [B+1] int32
+    predicted: Tensor  # [M] int64
+    max_seqlen: int
+
+    @classmethod
+    def like(cls, ids: Tensor, batch: Packed) -> Inputs:
+        """Copies of the first batch."""
+        tensors = (ids, batch.position_ids, batch.cu_seqlens, batch.predicted)
+        return cls(*(tensor.clone() for tensor in tensors), max_seqlen=batch.max_seqlen)
+
+    def fits(self, ids: Tensor, batch: Packed) -> bool:
+        """Whether a batch has these shapes."""
+        shapes = (ids.shape, batch.cu_seqlens.shape, batch.predicted.shape, batch.max_seqlen)
+        return shapes == (self.ids.shape, self.cu_seqlens.shape, self.predicted.shape, self.max_seqlen)
+
+    def fill(self, ids: Tensor, batch: Packed) -> None:
+        """Copy a batch in, without waiting for the device."""
+        self.ids.copy_(ids)
+        self.position_ids.copy_(batch.position_ids)
+        self.cu_seqlens.copy_(batch.cu_seqlens)
+        self.predicted.copy_(batch.predicted)
+
+
+class Captured:
+    """A forward captured for the shapes of one batch. Each call overwrites the outputs of the one before."""
+
+    def __init__(self, forward: Callable[[Tensor, Packed], Outputs], ids: Tensor, batch: Packed) -> None:
+        self.inputs, self._graph = Inputs.like(ids, batch), torch.cuda.CUDAGraph()
+        aside = torch.cuda.Stream(ids.device)
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UP):
+                forward(self.inputs.ids, self.inputs)
+        torch.cuda.current_stream().wait_stream(aside)
+        # Only this thread is held to what a capture allows: another one pins the memory of the next batches.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._outputs = forward(self.inputs.ids, self.inputs)
+
+    def __call__(self, ids: Tensor, batch: Packed) -> Outputs:
+        """The forward's outputs for a batch of the same shapes."""
+        self.inputs.fill(ids, batch)
+        self._graph.replay()
+        return self._outputs
