@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.glue.evaluation import evaluate, require_extra
-from fastkd.glue.tasks import choose_tasks
+from fastkd.glue.scores import AVERAGE
+from fastkd.glue.tasks import TASKS, choose_tasks, parse_limits
 from fastkd.run_folder import read_run
 
 MLM_LOSS, MLM_ACCURACY = "held-out MLM loss", "held-out MLM accuracy"
@@ -25,7 +26,7 @@ class Scorer:
         """
         self.data, self.seeds = data, seeds
         self.tasks = tasks.split(",") if tasks else None
-        self.train_rows = _train_rows(train_rows)
+        self.train_rows = parse_limits(train_rows, "--glue-train-rows")
         if data is None and (tasks or train_rows):
             raise ValueError("--glue-tasks and --glue-train-rows need --glue: a folder of labelled data, or hub")
         if data is not None:
@@ -61,22 +62,9 @@ def glue_scores(folder: Path) -> dict[str, float]:
     if not path.exists():
         return {}
     content = json.loads(path.read_text())
-    titles = {name: task.title for name, task in choose_tasks([k for k in content if k != "average"], ()).items()}
     return {
-        f"{title} {metric.replace('_', ' ')}": values["mean"]
-        for name, title in titles.items()
-        for metric, values in content[name].items()
+        f"{TASKS[name].title if name in TASKS else name} {metric.replace('_', ' ')}": values["mean"]
+        for name, metrics in content.items()
+        if name != AVERAGE
+        for metric, values in metrics.items()
     }
-
-
-def _train_rows(text: str | None) -> int | dict[str, int] | None:
-    if text is None or _is_count(text):
-        return int(text) if text else None
-    pairs = [part.partition("=") for part in text.split(",")]
-    if any(not _is_count(value) for _, _, value in pairs):
-        raise ValueError(f"--glue-train-rows takes 10000 or sst2=10000,mnli=50000, got {text!r}")
-    return {name.strip(): int(value) for name, _, value in pairs}
-
-
-def _is_count(text: str) -> bool:
-    return text.isdecimal() and int(text) > 0

@@ -20,6 +20,8 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertModel,
+    GPT2Config,
+    GPT2ForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
     RobertaModel,
@@ -29,7 +31,7 @@ from fastkd.glue import __main__ as command_line
 from fastkd.glue.cells import Cell
 from fastkd.glue.encoded import EncodedTask, LengthGroupedBatches, Split, collate, cut_embeddings, encode, load_rows
 from fastkd.glue.evaluation import evaluate
-from fastkd.glue.finetune import Job, finetune, load_classifier, predict, training_arguments
+from fastkd.glue.finetune import Job, check_model, finetune, load_classifier, predict, training_arguments
 from fastkd.glue.protocol import HEADLINE, PAPER, Protocol
 from fastkd.glue.scores import choose, markdown, to_json, update_card
 from fastkd.glue.submission import write_submission
@@ -253,6 +255,35 @@ def test_a_subset_is_fixed_and_random(data: Path) -> None:
 # --- over tasks and seeds
 
 
+def test_an_earlier_head_is_forgotten(student: Path, tmp_path: Path) -> None:
+    """A model that was fine-tuned before starts as any other: from a head that the seed draws."""
+    tuned = load_classifier(student, TASKS["sst2"])
+    torch.nn.init.constant_(tuned.classifier.weight, 0.5)
+    tuned.save_pretrained(tmp_path)
+    heads = []
+    for seed in (0, 1, 0):
+        torch.manual_seed(seed)
+        heads.append(load_classifier(tmp_path, TASKS["rte"]).classifier.weight.detach())
+    assert not (heads[0] == 0.5).any() and not torch.equal(heads[0], heads[1]) and torch.equal(heads[0], heads[2])
+
+
+def test_a_model_without_positions_or_padding_is_refused(student: Path, tmp_path: Path) -> None:
+    GPT2ForSequenceClassification(GPT2Config(vocab_size=30522, n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(student).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"is a gpt2 without .* a padding token; give an encoder"):
+        check_model(tmp_path)
+
+
+def test_swapped_splits_are_another_fine_tuning() -> None:
+    """A task file whose train and dev files change places must not find the results of before."""
+    content = (("a.csv", "1"), ("b.csv", "2"))
+    one = dataclasses.replace(TASKS["sst2"], train="a.csv", dev=("b.csv",))
+    other = dataclasses.replace(one, train="b.csv", dev=("a.csv",))
+    jobs = [Job(Path(), task, None, None, QUICK, 1e-3, 16, 0, content=content) for task in (one, other)]
+    paths = {Cell(each, {}, Path()).path for each in jobs}
+    assert len(paths) == 2
+
+
 def cells(**values: list[float]) -> list[tuple[Cell, dict[str, Any]]]:
     """Cells of given metrics: task_lr_batch=[score of seed 0, …]."""
     found = []
@@ -437,15 +468,25 @@ def unfinish(folder: Path) -> None:
     (folder / "final").rename(folder / "other")
 
 
+def spoil_card(folder: Path) -> None:
+    (folder / "final" / "README.md").write_bytes(b"\xff\xfe\xfa")
+
+
+def spoil_plan(folder: Path) -> None:
+    (folder / "plan.json").write_text('{"teacher": ')
+
+
 REFUSED: dict[str, tuple[Callable[[Path], None] | None, list[str], str]] = {
     "protocol": (None, ["--protocol", "best"], "invalid choice: 'best'"),
     "option": (None, ["--seed", "3"], "no option --seed: see --help"),
     "seeds": (None, ["--seeds", "0"], "--seeds must be at least 1, not 0"),
     "task": (None, ["--tasks", "sst2,squad"], "unknown task 'squad': choose from cola"),
     "absent task": (None, ["--tasks", "cola"], "has no folder CoLA"),
-    "rows": (None, ["--train-rows", "many"], "--train-rows takes 20000 or sst2=20000"),
+    "rows": (None, ["--train-rows", "many"], "--train-rows takes a number from 1, 20000, or one by task"),
     "rows of another task": (None, ["--train-rows", "rte=3"], "--train-rows names 'rte', which is not evaluated"),
-    "no rows": (None, ["--train-rows", "0"], "--train-rows must be at least 1"),
+    "no rows": (None, ["--train-rows", "0"], "--train-rows takes a number from 1"),
+    "card": (spoil_card, [], "README.md is no text file in UTF-8"),
+    "plan": (spoil_plan, [], "plan.json holds no JSON object: restore the file"),
     "data": (None, ["--data", "nowhere"], "--data nowhere is not a folder"),
     "task file": (None, ["--task-file", "absent.toml"], "absent.toml: not a readable TOML file"),
     "weights": (break_layer, [], "lacks bert.encoder.layer.0.output.dense.weight and 0 more weights"),

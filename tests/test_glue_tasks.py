@@ -199,10 +199,32 @@ def test_bad_other_formats(case: str, tmp_path: Path) -> None:
         read_rows(TASKS["sst2"], "train", write(tmp_path / "sst2", {name: content}))
 
 
-def test_a_score_must_be_a_number(tmp_path: Path) -> None:
-    bad = STSB["train.tsv"].replace("0.250", "nan")
-    with pytest.raises(ValueError, match=r"train.tsv:3: label 'nan' is not a number"):
+@pytest.mark.parametrize("label", ["nan", "50", "-0.5"])
+def test_a_score_must_be_a_number_of_its_range(label: str, tmp_path: Path) -> None:
+    bad = STSB["train.tsv"].replace("0.250", label)
+    with pytest.raises(ValueError, match=rf"train.tsv:3: label '{label}' is not a number from 0 to 5"):
         read_rows(TASKS["stsb"], "train", write(tmp_path / "STS-B", {"train.tsv": bad}))
+
+
+def test_test_rows_are_numbered_by_their_place(tmp_path: Path) -> None:
+    """Predictions are submitted by number: a row that is missing or moved would give the others' answers away."""
+    data = write(tmp_path / "RTE", {"test.tsv": RTE["test.tsv"] + "2\tA.\tB.\n"})
+    with pytest.raises(ValueError, match=r"test\.tsv:3: index 2 where 1 is due"):
+        read_rows(TASKS["rte"], "test", data)
+    write(tmp_path / "QQP", {"test.tsv": QQP["test.tsv"] + "1\tcut\n2\tWho?\tWhy?\n"})
+    with pytest.raises(ValueError, match=r"test\.tsv:3: not the columns of the header"):
+        read_rows(TASKS["qqp"], "test", tmp_path)
+
+
+def test_a_missing_shard_is_noticed(tmp_path: Path) -> None:
+    folder = tmp_path / "sst2"
+    folder.mkdir()
+    table = pyarrow.table({"sentence": ["A"], "label": [1]})
+    pyarrow.parquet.write_table(table, folder / "train-00000-of-00002.parquet")
+    with pytest.raises(ValueError, match=r"00000-of-00002\.parquet: 1 shards of this split are there"):
+        read_rows(TASKS["sst2"], "train", tmp_path)
+    pyarrow.parquet.write_table(table, folder / "train-00001-of-00002.parquet")
+    assert len(read_rows(TASKS["sst2"], "train", tmp_path)) == 2
 
 
 def test_many_broken_rows_are_another_layout(tmp_path: Path) -> None:

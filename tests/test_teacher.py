@@ -10,6 +10,7 @@ from packed_text import RAGGED, VOCAB, bert, pack
 from transformers import AutoTokenizer
 
 from fastkd.models import float8
+from fastkd.models.captured import Inputs
 from fastkd.models.encoder import Encoder, EncoderConfig, Needs
 from fastkd.models.hf import Loaded, from_hf_model, load
 from fastkd.models.teacher import Teacher, check_teacher, tokenizer_hash
@@ -55,6 +56,20 @@ def test_bfloat16_is_autocasts_arithmetic(random_teacher: Loaded) -> None:
     error, allowed = (float((x.hidden[3] - exact.hidden[3]).detach().norm()) for x in (outside, autocast))
     assert error < 1.3 * allowed
     assert teacher.decoder_weight.dtype == torch.bfloat16 and teacher.decoder_bias.dtype == torch.float32
+
+
+def test_a_captured_forward_reads_its_own_buffers() -> None:
+    """What a CUDA graph replays on: each batch is copied into the first one's tensors, if the shapes are equal."""
+    one, other = pack((9, 7, 16), seed=1), pack((7, 9, 16), seed=2)
+    inputs = Inputs.like(one.input_ids, one)
+    assert inputs.fits(other.input_ids, other) and not inputs.fits(*(lambda text: (text.input_ids, text))(pack((9, 7))))
+    kept = inputs.ids
+    inputs.fill(other.input_ids, other)
+    assert inputs.ids is kept and torch.equal(kept, other.input_ids) and not torch.equal(kept, one.input_ids)
+    for name in ("position_ids", "cu_seqlens", "predicted"):
+        assert torch.equal(getattr(inputs, name), getattr(other, name)) and getattr(inputs, name) is not getattr(
+            other, name
+        )
 
 
 def test_a_float32_teacher_stays_float32_under_autocast(random_teacher: Loaded) -> None:

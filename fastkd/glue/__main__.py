@@ -11,6 +11,8 @@ from typing import Any, Literal, NoReturn, cast
 
 from transformers import HfArgumentParser
 
+from fastkd.glue.tasks import parse_limits
+
 DONE, BAD_CONFIGURATION, INTERRUPTED = 0, 2, 75
 
 
@@ -63,20 +65,6 @@ def parse(argv: Sequence[str]) -> tuple[str, GlueOptions]:
     return rest.model, options
 
 
-def _train_rows(text: str | None) -> int | dict[str, int] | None:
-    if text is None:
-        return None
-    pairs = [part.strip().partition("=") for part in text.split(",")]
-    try:
-        if len(pairs) == 1 and not pairs[0][1]:
-            return int(text)
-        if len({name for name, *_ in pairs}) < len(pairs):
-            raise ValueError("a task twice")
-        return {name: int(number) for name, _, number in pairs}
-    except ValueError as error:
-        raise ValueError(f"--train-rows takes 20000 or sst2=20000,qqp=50000, not {text!r}") from error
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0 done, 2 bad configuration, 75 interrupted and saved."""
     signal.signal(signal.SIGTERM, _interrupt)
@@ -104,8 +92,8 @@ def _run(model: str, options: GlueOptions) -> int:
         options.protocol,
         options.seeds,
         options.output_dir,
-        task_files=options.task_file.split(",") if options.task_file else (),
-        train_rows=_train_rows(options.train_rows),
+        task_files=[path.strip() for path in options.task_file.split(",")] if options.task_file else (),
+        train_rows=parse_limits(options.train_rows, "--train-rows"),
         predict_test=options.predict_test,
         jobs=options.jobs,
         log=lambda line: print(line, flush=True),

@@ -35,6 +35,7 @@ class Cell:
             "task": task.name,
             "labels": task.labels,
             "metrics": task.metrics,
+            "splits": [task.train, *task.dev],
             "content": {split: sha256 for split, sha256 in job.content if split not in job.test},
             "epochs": protocol.epochs,
             "warmup": protocol.warmup,
@@ -56,9 +57,12 @@ class Cell:
         """Its result, None where it is not finished or lacks predictions that are wanted now."""
         try:
             result: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+        except (OSError, ValueError):
             return None
-        if not isinstance(result, dict) or not {"metrics", "predictions", "seconds", "test_content"} <= result.keys():
+        kinds = {"metrics": dict, "predictions": dict, "seconds": float, "test_content": dict}
+        if not isinstance(result, dict) or not all(isinstance(result.get(k), kind) for k, kind in kinds.items()):
+            return None
+        if not result["metrics"]:
             return None
         return result if self._test_content.items() <= result["test_content"].items() else None
 

@@ -16,7 +16,7 @@ from fastkd.glue.tasks import Task
 ROW_SEED = 0  # of the subset that --train-rows keeps: the same for every model and seed
 POOL = 50  # batches that are sorted by length together: wider pools pad less and shuffle less
 TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model")
-OFFSET_FAMILIES = ("roberta", "xlm-roberta", "camembert")  # their positions start after the padding id
+OFFSET_FAMILIES = ("roberta", "xlm-roberta", "camembert", "mpnet")  # their positions start after the padding id
 
 
 class Split(torch.utils.data.Dataset[dict[str, list[int] | int | float]]):
@@ -84,6 +84,17 @@ def encode(model: Path, splits: Mapping[str, Rows], max_length: int) -> EncodedT
     for split in encoded.values():
         split.columns["input_ids"] = [[place[token] for token in ids] for ids in split.columns["input_ids"]]
     return EncodedTask(encoded, torch.tensor(used), pad)
+
+
+def require_encoder(model: Path) -> None:
+    """Raises ValueError for a model that cannot classify padded batches of texts by position, such as T5 or GPT-2."""
+    config = AutoConfig.from_pretrained(model)
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1 or getattr(config, "pad_token_id", None) is None:
+        raise ValueError(
+            f"{model} is a {config.model_type} without a table of positions or a padding token; "
+            "give an encoder, such as BERT, RoBERTa, MPNet or DistilBERT"
+        )
 
 
 def _max_length(model: Path, tokenizer: PreTrainedTokenizerBase, wanted: int) -> int:

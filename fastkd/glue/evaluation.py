@@ -20,6 +20,7 @@ from fastkd.glue.finetune import Job, check_model, fast_bf16
 from fastkd.glue.protocol import PROTOCOLS, Protocol
 from fastkd.glue.scores import average, choose, markdown, missing_tasks, to_json, update_card
 from fastkd.glue.source import Source, find_model
+from fastkd.glue.submission import FOLDER as SUBMISSION
 from fastkd.glue.submission import write_submission
 from fastkd.glue.tasks import Task, choose_tasks
 from fastkd.glue.workers import run_cells, visible_gpus
@@ -47,6 +48,9 @@ class Plan:
         """Read a task's files and plan its fine-tunings. Raises ValueError for a file that is wrong."""
         test, absent = _test_splits(task, data, predict_test)
         splits = load_rows(task, data, train_rows, test)
+        for split in task.dev:
+            if task.is_regression and len(splits[split]) < 2:
+                raise ValueError(f"{splits[split].source}: a correlation needs two rows at least; download it again")
         self.notes.extend([*absent, *_oddities(task, splits, train_rows)])
         sizes = {split: len(rows) for split, rows in splits.items()}
         content = tuple((split, rows.sha256) for split, rows in splits.items())
@@ -99,6 +103,9 @@ def evaluate(
     folder = Path(output_dir) if output_dir is not None else source.output_dir
     for written in (folder, source.run or folder):
         atomic.check_writable(written / FOLDER, written / "glue.json", written / "glue.md")
+    if predict_test:
+        atomic.check_writable(folder / SUBMISSION)
+    _check_card(source)
     data = Path(data) if data is not None else None
     chosen = _choose(tasks, [Path(path) for path in task_files], PROTOCOLS[protocol], data)
     limits = _limits(train_rows, chosen)
@@ -107,6 +114,17 @@ def evaluate(
     for task in chosen.values():
         plan.add(task, data, seeds or plan.protocol.seeds, limits.get(task.name), predict_test)
     return carry_out(plan, log)
+
+
+def _check_card(source: Source) -> None:
+    """Raises ValueError where a run's plan or its model card cannot be read, before hours are spent on what goes in."""
+    card = source.folder / "README.md"
+    assert isinstance(source.saw_pairs, bool)  # read once: raises for a damaged plan.json
+    if source.run is not None and card.exists():
+        try:
+            card.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{card} is no text file in UTF-8 ({error}): restore it, or remove it") from error
 
 
 def require_extra() -> None:

@@ -31,6 +31,7 @@ from fastkd.glue.encoded import (
     first_line,
     load_rows,
     load_tokenizer,
+    require_encoder,
 )
 from fastkd.glue.metrics import score
 from fastkd.glue.protocol import Protocol
@@ -107,9 +108,10 @@ def _encoded(job: Job) -> EncodedTask:
 
 
 def check_model(folder: Path) -> None:
-    """Raises ValueError where model or tokenizer cannot be loaded, or do not belong together."""
+    """Raises ValueError where model or tokenizer cannot be loaded, do not belong together, or are no encoder's."""
     model = load_classifier(folder, TASKS["sst2"])
     tokenizer = load_tokenizer(folder)
+    require_encoder(folder)
     rows = next(model.get_input_embeddings().parameters()).shape[0]
     if len(tokenizer) > rows:
         raise ValueError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {rows}; export both together")
@@ -117,6 +119,8 @@ def check_model(folder: Path) -> None:
 
 def load_classifier(folder: Path, task: Task) -> PreTrainedModel:
     """The model in float32 with a new head for ``task``, drawn from torch's global generator.
+
+    What an earlier fine-tuning left of a classifier is drawn anew, so that seeds differ; BERT's pooler is the body's.
 
     Raises:
         ValueError: transformers cannot load it, or weights below the head are missing.
@@ -136,6 +140,11 @@ def load_classifier(folder: Path, task: Task) -> PreTrainedModel:
     missing = sorted(key for key in changed if key.startswith(body) and ".pooler." not in key)
     if missing:
         raise ValueError(f"{folder} lacks {missing[0]} and {len(missing) - 1} more weights; export the model again")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and not name.startswith(body):
+            torch.nn.init.normal_(module.weight, std=model.config.initializer_range)
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
     return model
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastkd.glue.tasks import Task
+from fastkd.glue.tasks import SCORE_RANGE, Task
 
 Record = Mapping[str, Any]
 Located = Iterator[tuple[int, Record]]  # line or row, counted from 1, and its values by column
@@ -87,10 +87,18 @@ def find_files(task: Task, split: str, data: Path | None) -> list[Path]:
         places += [(data / "diagnostic", split), (data / "ax", "test")]
     for folder, stem in places:
         found = [folder / f"{stem}{suffix}" for suffix in FORMATS if (folder / f"{stem}{suffix}").is_file()]
-        found = found or sorted(folder.glob(f"{stem}-*-of-*.parquet"))
+        found = found or _shards(folder, stem)
         if found:
             return _only(found)
     raise ValueError(f"{own} has no {split}.tsv, nor {_hub_split(split)}.jsonl or .parquet")
+
+
+def _shards(folder: Path, stem: str) -> list[Path]:
+    """The parquet shards NAME-00000-of-00002 of a split. Raises ValueError where one is missing."""
+    found = sorted(folder.glob(f"{stem}-*-of-*.parquet"))
+    if found and str(len(found)) != found[0].stem.rpartition("-of-")[2].lstrip("0"):
+        raise ValueError(f"{found[0]}: {len(found)} shards of this split are there; download the others too")
+    return found
 
 
 def _only(found: list[Path]) -> list[Path]:
@@ -217,6 +225,8 @@ def _has_columns(task: Task, split: str, names: list[str]) -> bool:
 
 
 def _remedy(task: Task) -> str:
+    if not task.official:
+        return f"name the columns as {task.name}'s task file does"
     return f"bring the file into {task.title}'s official layout or name the columns as the hub does"
 
 
@@ -226,12 +236,18 @@ def _collect(task: Task, split: str, source: str, records: Located) -> Rows:
     broken = 0
     for number, record in records:
         if not record and task.broken_rows:
+            if _is_test(task, split):
+                raise ValueError(
+                    f"{source}:{number}: not the columns of the header; mend it: predictions are numbered by row"
+                )
             broken += 1
             continue
         names = next((choice for choice in _columns(task, split) if set(choice) <= record.keys()), None)
         if names is None:
             wanted = ", ".join(_columns(task, split)[0])
             raise ValueError(f"{source}:{number}: lacks one of the columns {wanted}; {_remedy(task)}")
+        if _is_test(task, split) and task.official:
+            _check_index(record, len(texts[0]), source, number)
         for column, name in zip(texts, names, strict=False):
             column.append(_text(record[name], name, source, number))
         if not _is_test(task, split):
@@ -241,6 +257,13 @@ def _collect(task: Task, split: str, source: str, records: Located) -> Rows:
     if not texts[0]:
         raise ValueError(f"{source}: no rows; download it again")
     return Rows(texts, labels, source, broken)
+
+
+def _check_index(record: Record, place: int, source: str, number: int) -> None:
+    """A test row's own number, if it has one, must be its place: predictions are submitted by it."""
+    index = next((record[name] for name in ("index", "id", "idx") if name in record), place)
+    if str(index) != str(place):
+        raise ValueError(f"{source}:{number}: index {index} where {place} is due; bring the rows into their order")
 
 
 def _text(value: object, name: str, source: str, number: int) -> str:
@@ -261,9 +284,11 @@ def _label(task: Task, value: object, source: str, number: int) -> int | float:
     except (ValueError, OverflowError):
         label = math.nan
     if task.is_regression:
-        if math.isfinite(label):
+        low, high = SCORE_RANGE if task.official else (-math.inf, math.inf)
+        if math.isfinite(label) and low <= label <= high:
             return label
-        raise ValueError(f"{source}:{number}: label {value!r} is not a number; mend the row")
+        kind = f"a number from {low:g} to {high:g}" if task.official else "a number"
+        raise ValueError(f"{source}:{number}: label {value!r} is not {kind}; mend the row")
     if str(value) in task.labels:
         return task.labels.index(str(value))
     if label in range(len(task.labels)):

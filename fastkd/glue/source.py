@@ -44,7 +44,10 @@ class Source:
         """Whether it is the quickstart teacher, which was fine-tuned on NLI and paraphrase pairs, or its student."""
         plan = self.run / "plan.json" if self.run else None
         if plan is not None and plan.is_file():
-            teacher = json.dumps(json.loads(plan.read_text(encoding="utf-8")).get("teacher"))
+            try:
+                teacher = json.dumps(json.loads(plan.read_text(encoding="utf-8")).get("teacher"))
+            except (ValueError, AttributeError) as error:
+                raise ValueError(f"{plan} holds no JSON object: restore the file") from error
             return '"quickstart"' in teacher or QUICKSTART_SHA256 in teacher
         return _file_sha256(self.folder / "model.safetensors") == QUICKSTART_SHA256
 

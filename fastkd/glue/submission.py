@@ -7,10 +7,9 @@ from pathlib import Path
 
 from fastkd import atomic
 from fastkd.glue.scores import TaskScore
-from fastkd.glue.tasks import Task
+from fastkd.glue.tasks import SCORE_RANGE, Task
 
 FOLDER = "submission"
-STS_RANGE = (0.0, 5.0)
 
 
 def write_submission(scores: Mapping[str, TaskScore], output_dir: Path) -> list[Path]:
@@ -32,6 +31,6 @@ def _format(task: Task, predictions: list[int] | list[float]) -> str:
 
 def _answer(task: Task, prediction: int | float) -> str:
     if task.is_regression:
-        low, high = STS_RANGE
+        low, high = SCORE_RANGE
         return f"{min(max(prediction, low), high) if task.official else prediction:.3f}"
     return task.labels[int(prediction)] if task.submits_names else str(prediction)

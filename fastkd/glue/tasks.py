@@ -16,6 +16,7 @@ from typing import Any
 from fastkd.glue.metrics import CLASS_METRICS, SCORE_METRICS
 
 HUB = "nyu-mll/glue"
+SCORE_RANGE = (0.0, 5.0)  # of STS-B
 
 
 @dataclass(frozen=True)
@@ -177,3 +178,21 @@ def choose_tasks(names: Iterable[str], task_files: Iterable[Path]) -> dict[str, 
     if unknown:
         raise ValueError(f"unknown task {unknown[0]!r}: choose from {', '.join(known)}")
     return {name: known[name] for name in dict.fromkeys([*names, *own])}
+
+
+def parse_limits(text: str | None, option: str) -> int | dict[str, int] | None:
+    """Training rows at most, of all tasks or by task: ``20000``, ``sst2=20000,qqp=50000``, or None.
+
+    Raises:
+        ValueError: naming ``option``.
+    """
+    if text is None:
+        return None
+    pairs = [part.partition("=") for part in text.replace(" ", "").split(",")]
+    counts = [number if by_task else name for name, by_task, number in pairs]
+    names = {name for name, by_task, _ in pairs if by_task}
+    if not all(count.isdecimal() and int(count) > 0 for count in counts) or len(names) not in (0, len(pairs)):
+        raise ValueError(f"{option} takes a number from 1, 20000, or one by task, sst2=20000,qqp=50000, not {text!r}")
+    if not names and len(pairs) > 1:
+        raise ValueError(f"{option} takes one number, or one by task: sst2=20000,qqp=50000, not {text!r}")
+    return {name: int(number) for name, _, number in pairs} if names else int(text)

@@ -26,8 +26,9 @@ class Inputs:
     @classmethod
     def like(cls, ids: Tensor, batch: Packed) -> Inputs:
         """Copies of the first batch."""
-        tensors = (ids, batch.position_ids, batch.cu_seqlens, batch.predicted)
-        return cls(*(tensor.clone() for tensor in tensors), max_seqlen=batch.max_seqlen)
+        return cls(
+            ids.clone(), batch.position_ids.clone(), batch.cu_seqlens.clone(), batch.predicted.clone(), batch.max_seqlen
+        )
 
     def fits(self, ids: Tensor, batch: Packed) -> bool:
         """Whether a batch has these shapes."""
