@@ -11,9 +11,10 @@ that slows down slows all of them and a peak of memory is one variant's own. Bes
     bertdistiller     the package's MiniLMTrainer, for minilmv2, if it is installed
     scratch           fastkd's mlm: what a distilling method costs over it is the teacher tax
 
-Tokens are text: padding is not counted, and ``text`` says which share of a batch's positions it is. Weights are random,
-which changes no time. Written to ``results/<device>/throughput.json`` and ``.md``; what other commands measured for other
-sizes, dtypes and methods stays there.
+Tokens are text: padding is not counted, and ``text`` says which share of a batch's positions it is, so that up to its
+inverse of a ratio is what packing gains. On a CPU fastkd splits a batch into micro-batches of 2,048 tokens, which saves
+memory; peers take it whole. Weights are random, which changes no time. Written to ``results/<device>/throughput.json``
+and ``.md``; what other commands measured for other sizes, dtypes and methods stays there.
 """
 
 from __future__ import annotations
@@ -208,6 +209,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--corpus", nargs="+", default=["quickstart"])
     parser.add_argument("--results", type=Path, help="folder of the results; default bench/results/DEVICE")
     options = parser.parse_args(argv)
+    if min(options.warmup, options.steps, options.rounds) < 1:
+        parser.error("--warmup, --steps and --rounds must be at least 1")
+    unknown = [name for name in (options.sizes or "").split(",") if name and name not in SIZES]
+    if unknown:
+        parser.error(f"no size {unknown[0]}: take of {', '.join(SIZES)}")
     everywhere = ["quickstart", "paper-6l", "paper-12l"] if options.device == "cuda" else ["quickstart"]
     results, groups = options.results or RESULTS / device_folder(options.device), []
     for size in options.sizes.split(",") if options.sizes else everywhere:

@@ -105,7 +105,7 @@ def memory_bytes() -> tuple[int, int]:
 
 
 def fastkd(spec: Spec, clock: Clock) -> dict[str, Any]:
-    """fastkd's own step on its own stream, as ``python -m fastkd.run`` does it. Also FLOPs a token."""
+    """fastkd's own step on its own stream, without a run's ledger and files. Also FLOPs a token."""
     parts = fastkd_parts(spec)
     trainer, tokens, cost = Trainer(parts), 0, 0
     with contextlib.closing(parts.stream.prefetch(0)) as stream:
@@ -115,7 +115,10 @@ def fastkd(spec: Spec, clock: Clock) -> dict[str, Any]:
             step = parts.step_cost(number)
             tokens, cost = tokens + step.real, cost + sum(step.flops.values())
             clock.step(step.real)
-    return {"flops_a_token": cost / tokens, "compile": parts.compile, "attention": parts.attention}
+    return {
+        "flops_a_token": cost / tokens, "compile": parts.compile, "attention": parts.attention,
+        "micro_tokens": parts.micro_tokens,
+    }  # fmt: skip
 
 
 def fastkd_parts(spec: Spec) -> Parts:

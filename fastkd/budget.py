@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -26,6 +27,7 @@ CHARGED_EVENTS: dict[str, frozenset[str]] = {
 }
 LAST_STEP_MARGIN = 0.25  # of a step: with less than this to spare after one more step, the step counts as the last
 PARTS = ("student", "teacher", "loss")
+RECENT = 3  # lines of the ledger that a checkpoint keeps: more than the steps by which ranks can be apart
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ class Ledger:
     def __init__(self, path: Path, charge: Charge, totals: Totals, devices: int = 1, *, write: bool = True) -> None:
         """``devices``: seconds are charged once for each. ``write``: only rank 0 writes."""
         self.totals, self.charge, self.devices = totals, charge, devices
-        self.last: dict[str, Any] = {}  # the last step's line
+        self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT)  # the last steps' lines
+        self._path = path
         if write:
             drop_torn_line(path)
         self._file = open(path, "a", encoding="utf-8") if write else None  # noqa: SIM115 (closed by close())
@@ -141,12 +144,19 @@ class Ledger:
         t.tokens["unique"] = unique
         if joules is not None:
             t.joules = (t.joules or 0.0) + joules
-        self.last = {
-            "step": t.step, "progress": progress, "charged_s": t.charged_s, "phase_s": phase_s, "flops": t.flops,
-            "tokens": t.tokens, "epoch": epoch, "joules": t.joules, "lr": lr, "loss": loss,
-        }  # fmt: skip
-        self._write(self.last)
+        self.recent.append({
+            "step": t.step, "progress": progress, "charged_s": t.charged_s, "phase_s": phase_s, "flops": dict(t.flops),
+            "tokens": dict(t.tokens), "epoch": epoch, "joules": t.joules, "lr": lr, "loss": loss,
+        })  # fmt: skip
+        self._write(self.recent[-1])
         return charged
+
+    def complete(self, recent: Sequence[dict[str, Any]]) -> None:
+        """Write those of a checkpoint's last lines that rank 0 died before it could write, while another rank saved."""
+        written = {line["step"] for line in surviving_steps(self._path)} if recent else set()
+        for line in recent:
+            if line["step"] not in written:
+                self._write(line)
 
     def event(self, name: str, seconds: float, *, in_loop: bool = True, **details: Any) -> None:
         """Record what happens between steps, in wall-clock seconds, and charge it where the policy says so.

@@ -17,6 +17,7 @@ from typing import Any, Literal, NoReturn, cast
 
 import torch
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from fastkd import methods
 from fastkd.budget import Budget, Charge, replayed_progress
@@ -194,7 +195,13 @@ class Resolved:
 
 
 class _Parser(HfArgumentParser):
-    """argparse says usage and error over many lines; a user's mistake here is one line."""
+    """argparse says usage and error over many lines; a user's mistake here is one line. A switch alone means true."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        for action in self._actions:
+            if action.type is string_to_bool:
+                action.nargs, action.const = "?", True
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)

@@ -123,9 +123,17 @@ def on_main(world: World, work: Callable[[], T]) -> T:
 def mean(world: World, values: torch.Tensor) -> torch.Tensor:
     """The mean of a host tensor over ranks."""
     if world.size > 1:
-        dist.all_reduce(values)
+        dist.all_reduce(values, group=_patient_group())
         values /= world.size
     return values
+
+
+def smallest(world: World, value: float) -> float:
+    """The least of the ranks' values."""
+    least = torch.tensor(value, dtype=torch.float64)
+    if world.size > 1:
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=_patient_group())
+    return float(least)
 
 
 def barrier(world: World) -> None:

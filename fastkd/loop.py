@@ -6,7 +6,7 @@ import contextlib
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -18,7 +18,7 @@ from fastkd import checkpoint, profiler, schedule
 from fastkd.budget import Ledger, Meter, StepCost, Totals, replayed_progress, surviving_steps
 from fastkd.data.batches import Batch
 from fastkd.distributed import Decision, agree, barrier, mean, node_devices
-from fastkd.jsonl import read_jsonl
+from fastkd.jsonl import Record, read_jsonl
 from fastkd.methods import MethodLoss
 from fastkd.monitor import Monitor
 from fastkd.train import Trainer
@@ -55,10 +55,11 @@ class Loop:
     def __init__(self, trainer: Trainer, folder: Path, monitor: Monitor, step_seconds: float) -> None:
         self.trainer, self.parts, self.world = trainer, trainer.parts, trainer.world
         self.folder, self.monitor, self.config = folder, monitor, trainer.parts.config
-        self.totals = self._restore()
+        self.totals, recent = self._restore()
         self.ledger = Ledger(
             folder / "ledger.jsonl", self.config.charge, self.totals, self.world.size, write=self.world.is_main
         )
+        self.ledger.complete(recent)
         self._account_for_the_past()
         self.meter = Meter(self.config.budget, self.totals, step_seconds * self.world.size)
         self.power = profiler.PowerMeter(node_devices(self.world) if self.world.is_main else [])
@@ -70,15 +71,17 @@ class Loop:
         self.seconds = 0.0  # of steps, in this process
         self._logged = (self.totals.tokens["real"], 0.0, self.totals.joules or 0.0)
         self._interrupted = self._unsaved = False
+        self._ahead: Generator[list[Batch], None, None] | None = None
 
     # ---- past and end ---------------------------------------------------------------------------------------
 
-    def _restore(self) -> Totals:
+    def _restore(self) -> tuple[Totals, list[Record]]:
+        """What was spent, and the ledger's lines of the last steps, at the newest checkpoint."""
         found = checkpoint.newest(self.folder / "checkpoints")
         if found is None:
-            return Totals()
+            return Totals(), []
         found.restore(self.trainer.objective, self.trainer.optimizer)
-        return Totals(**found.state["totals"])
+        return Totals(**found.state["totals"]), found.state.get("recent", [])
 
     def _account_for_the_past(self) -> None:
         """Take over what the ledger charged after the checkpoint: events as they are, lost steps as a crash."""
@@ -103,17 +106,18 @@ class Loop:
         Raises:
             Interrupted: after a signal, once saved.
         """
-        stream = self.parts.stream.prefetch(self.totals.step)
-        with self._signals(), contextlib.closing(stream):
+        with self._signals():
             try:
-                self._run(stream, traced)
+                self._run(traced)
             except RuntimeError:
                 # A peer is gone or the device failed: what this rank holds is the last whole step.
-                with contextlib.suppress(RuntimeError):
+                with contextlib.suppress(RuntimeError, OSError):
                     self._rescue()
                 raise
+            finally:
+                self._stop_reading()
 
-    def _run(self, stream: Iterator[list[Batch]], traced: Callable[[], None]) -> None:
+    def _run(self, traced: Callable[[], None]) -> None:
         self.trainer.clock = profiler.PhaseClock(self.trainer.device)
         while True:
             while len(self.issued) >= STEPS_AHEAD or (self.issued and self.trainer.device.type == "cpu"):
@@ -127,13 +131,25 @@ class Loop:
                 self._validate_between_steps(decision.progress)
             if decision.checkpoint:
                 self.save()
-            self._issue(next(stream), decision.progress)
+            self._issue(self._read(), decision.progress)
             traced()
         while self.issued:
             self._settle()
         if decision.interrupted:
             self.save()
             raise Interrupted(f"stopped at step {self.totals.step}; issue the same command again to resume")
+
+    def _read(self) -> list[Batch]:
+        """This rank's micro-batches of the next step; those of the steps after it are read meanwhile."""
+        if self._ahead is None:
+            self._ahead = self.parts.stream.prefetch(self.totals.step + len(self.issued))
+        return next(self._ahead)
+
+    def _stop_reading(self) -> None:
+        """Forget what was read ahead: the next step is read anew, in micro-batches of the size that holds then."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
     # ---- rank 0's decisions ---------------------------------------------------------------------------------
 
@@ -189,15 +205,16 @@ class Loop:
             self._log(norm, last)
 
     def _step_within_memory(self, batches: list[Batch], number: int, lr: float) -> tuple[Tensor, Tensor, MethodLoss]:
-        if self.trainer.device.type != "cuda" or self.world.size > 1:  # ranks agreed on what fits before the first step
-            return self.trainer.step(batches, lr)
         while True:
             try:
                 return self.trainer.step(batches, lr)
-            except torch.cuda.OutOfMemoryError:
+            except torch.OutOfMemoryError:
+                if self.world.size > 1:  # ranks agreed on what fits before the first step, and cannot here
+                    raise
                 self.trainer.objective.zero_grad(set_to_none=True)
                 self.trainer.halve_micro_batch()
-                batches = self.parts.stream.step(number)
+                self._stop_reading()
+                batches = self._read()
 
     def _settle(self) -> None:
         """Charge the oldest step that was issued, once the device has finished it."""
@@ -230,7 +247,7 @@ class Loop:
         parts = mean(self.world, torch.stack([v.float() for v in last.parts.values()]).cpu()).tolist()
         if not self.world.is_main:
             return
-        t, line = self.totals, self.ledger.last
+        t, line = self.totals, self.ledger.recent[-1]
         (tokens, seconds, joules), self._logged = self._logged, (t.tokens["real"], self.seconds, t.joules or 0.0)
         taken = self.seconds - seconds
         self.monitor.step({
@@ -283,12 +300,19 @@ class Loop:
         """Save without asking peers, who may be gone; of several survivors one writes."""
         while self.issued:
             self._settle()
-        building = self.folder / "checkpoints" / f".building-step-{self.totals.step}"
-        if self._unsaved and not building.exists():
-            self._write_checkpoint()
+        if not self._unsaved:
+            return
+        claim = self.folder / f".rescue-step-{self.totals.step}"
+        with contextlib.suppress(FileExistsError):  # another survivor writes it
+            claim.mkdir()
+            try:
+                self._write_checkpoint()
+            finally:
+                claim.rmdir()
 
     def _write_checkpoint(self) -> None:
-        state = {"step": self.totals.step, "totals": asdict(self.totals)}
+        recent = list(self.ledger.recent)
+        state = {"step": self.totals.step, "totals": asdict(self.totals), "recent": recent}
         checkpoint.save(self.folder / "checkpoints", self.trainer.objective, self.trainer.optimizer, state)
         self.saved_at, self._unsaved = time.monotonic(), False
 

@@ -64,17 +64,19 @@ def measure(trainer: Trainer) -> Measurement:
         laps = [_timed_step(trainer, stream) for _ in range(count)]
         joules = power.joules_since_last()
     step_seconds = sum(sum(lap.values()) for lap in laps) / count
+    compile_seconds = trainer.rehearsal_seconds + sum(first.values()) - 2 * step_seconds
     trainer.validate()
-    trainer.clock.lap()
+    compile_seconds += trainer.clock.event("validation")
     trainer.validate()
     validation_seconds = trainer.clock.event("validation")
+    compile_seconds -= validation_seconds
     trainer.objective.load_state_dict(saved)
     trainer.optimizer = trainer.new_optimizer()
     mine = Measurement(
         step_seconds=step_seconds,
         phase_s={phase: sum(lap[phase] for lap in laps) / count for phase in profiler.PHASES},
         joules=None if joules is None else joules / count,
-        compile_seconds=sum(first.values()) - step_seconds if trainer.parts.compile else 0.0,
+        compile_seconds=max(0.0, compile_seconds) if trainer.parts.compile else 0.0,
         validation_seconds=validation_seconds,
         matmul_flops=profiler.measured_matmul_flops(trainer.device, trainer.parts.dtype),
     )

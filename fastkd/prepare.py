@@ -19,7 +19,7 @@ from fastkd.config import Resolved, RunConfig
 from fastkd.data import corpus
 from fastkd.data.batches import Batch, BatchStream, SpecialIds, pack_size, validation_batches
 from fastkd.data.shards import Shards, build_shards
-from fastkd.distributed import World, barrier
+from fastkd.distributed import World, barrier, smallest
 from fastkd.methods import Method
 from fastkd.models import float8, hf
 from fastkd.models.attention import choose_backend
@@ -249,4 +249,5 @@ def _micro_batch(parts: Parts) -> int:
         return int(parts.config.micro_batch)
     a_token = parts.activation_bytes(parts.pack_tokens) / parts.pack_tokens
     rank_tokens = parts.config.batch_tokens // parts.world.size
-    return memory.largest_micro_batch(a_token, rank_tokens, parts.pack_tokens, parts.world.device)
+    fits = memory.largest_micro_batch(a_token, rank_tokens, parts.pack_tokens, parts.world.device)
+    return int(smallest(parts.world, fits))

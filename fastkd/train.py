@@ -137,12 +137,14 @@ class Trainer:
         Raises:
             ValueError: not even one pack fits.
         """
+        started = profiler.now()
         while any_rank(self.world, not self._fits()):
             self.objective.zero_grad(set_to_none=True)
             self.halve_micro_batch()
         for parameter in self.objective.parameters():
             parameter.requires_grad_(parameter.grad is not None)
         self.objective.zero_grad(set_to_none=True)
+        self.rehearsal_seconds = profiler.now() - started
         self.clock.lap()
 
     def _fits(self) -> bool:
@@ -166,6 +168,10 @@ class Trainer:
             raise ValueError("out of memory with one pack a micro-batch: give a smaller --student or --seq-length")
         log.warning("out of memory: micro-batch %d → %d tokens", before, smaller)
         self.parts.set_micro_batch(smaller)
+        if self.parts.teacher is not None:
+            self.parts.teacher.release()
+        if self.parts.compile:
+            torch.compiler.reset()  # graphs of the sizes that do not fit would count against the limit of recompilations
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

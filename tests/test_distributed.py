@@ -54,6 +54,43 @@ def test_accumulated_micro_batches_equal_one(small: list[str], tmp_path: Path) -
     assert max(float((one[key] - two[key]).abs().max()) for key in one) <= 1e-5
 
 
+UNEQUAL = """
+import sys, time
+from fastkd import run
+from fastkd.train import Trainer
+
+first = "RANK" in __import__("os").environ and __import__("os").environ["RANK"] == "0"
+if not first:  # another rank's machine is slower, and its clock is a day ahead
+    import torch
+
+    step, now = Trainer.step, time.time
+
+    def slow(self, batches, lr):
+        torch.linalg.svdvals(torch.randn(200, 200))
+        return step(self, batches, lr)
+
+    Trainer.step, time.time = slow, lambda: now() + 86400
+sys.exit(run.main())
+"""
+
+
+def test_unequal_speeds_and_clocks_change_nothing(small: list[str], tmp_path: Path) -> None:
+    script = tmp_path / "unequal.py"
+    script.write_text(UNEQUAL)
+    found = []
+    for name, command in (("equal", torchrun()), ("unequal", [*torchrun()[:-2], str(script)])):
+        folder = tmp_path / name
+        options = [*small, "--method", "minilmv2", "--budget-tokens", "8500", "--output-dir", str(folder)]
+        result = subprocess.run([*command, *options], env=environment(), capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+        found.append((load_file(folder / "final" / "model.safetensors"), surviving_steps(folder / "ledger.jsonl")))
+    (one, alike), (other, apart) = found
+    assert all(float((one[key] - other[key]).abs().max()) <= 1e-6 for key in one)
+    assert [(x["progress"], x["lr"], x["tokens"]) for x in alike] == [
+        (x["progress"], x["lr"], x["tokens"]) for x in apart
+    ]
+
+
 def workers(launcher: int) -> list[int]:
     """Process ids of the ranks, the lowest first."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()

@@ -1,12 +1,16 @@
-"""The train step on a GPU: nothing waits for the device, and a compiled teacher teaches the same."""
+"""The train step: out of memory it goes on in smaller parts; on a GPU nothing waits, and a compiled teacher is the same."""
 
+import contextlib
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastkd import methods
+from fastkd.budget import surviving_steps
 from fastkd.config import resolve
+from fastkd.data.batches import Batch
 from fastkd.distributed import World
 from fastkd.loop import Loop
 from fastkd.models.teacher import Teacher
@@ -17,7 +21,7 @@ from fastkd.train import Trainer
 GPU = World(device=torch.device("cuda", 0))
 
 
-def parts_of(method: str, corpus: Path, mlm_run: Path, **options: object) -> Parts:
+def parts_of(method: str, corpus: Path, mlm_run: Path, world: World = GPU, **options: object) -> Parts:
     values = {
         "preset": "quickstart", "method": method, "corpus": [str(corpus)], "student": "2L-48H-12A", "seq_length": 64,
         "batch_tokens": 4096, "budget_tokens": 4096 * 40, "compile": False, "log_every": 1000, "validations": 0,
@@ -25,14 +29,63 @@ def parts_of(method: str, corpus: Path, mlm_run: Path, **options: object) -> Par
     }  # fmt: skip
     if method == "logit_kd":
         values["teacher"] = str(mlm_run)
-    return prepare(resolve(values), GPU)
+    return prepare(resolve(values), world)
+
+
+def test_running_out_of_memory_in_the_loop_halves_once(
+    corpus_file: Path, mlm_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps after it, which were read ahead in the old size, take the new one too."""
+    parts = parts_of("mlm", corpus_file, mlm_run, world=World(), dtype="float32", micro_batch="4096")
+    trainer, plain, taken = Trainer(parts), Trainer.step, []
+
+    def limited(self: Trainer, batches: list[Batch], lr: float) -> object:
+        if len(taken) >= 2 and len(batches[0].input_ids) > 2048:
+            raise torch.OutOfMemoryError("what a device says")
+        taken.append(len(batches[0].input_ids))
+        return plain(self, batches, lr)
+
+    monkeypatch.setattr(Trainer, "step", limited)
+    budget = parts.config.budget
+    loop = Loop(trainer, tmp_path, SilentMonitor(tmp_path, budget.amount, budget.unit, log_every=1000), 0.01)
+    with contextlib.closing(loop.ledger):
+        loop.run()
+    assert taken[:2] == [4096, 4096] and set(taken[2:]) == {2048} and parts.micro_tokens == 2048
+    steps = surviving_steps(tmp_path / "ledger.jsonl")
+    assert [line["step"] for line in steps] == list(range(1, len(taken) + 1))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_layers_survive_a_halving(corpus_file: Path, mlm_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each size is compiled for training, for validation and for the teacher; smaller ones start with a clean slate."""
+    monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 8)
+    parts = parts_of(
+        "logit_kd",
+        corpus_file,
+        mlm_run,
+        world=World(),
+        dtype="float32",
+        compile=True,
+        micro_batch="4096",
+        budget_tokens=1e6,
+    )
+    trainer = Trainer(parts)
+    trainer.validate()
+    for _ in range(2):
+        trainer.halve_micro_batch()
+        trainer.step(parts.stream.step(0), 1e-3)
+        trainer.validate()
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("method", methods.available())
-def test_no_step_waits_for_the_device(method: str, corpus_file: Path, mlm_run: Path, tmp_path: Path) -> None:
+def test_no_step_waits_for_the_device(
+    method: str, compile: bool, corpus_file: Path, mlm_run: Path, tmp_path: Path
+) -> None:
     """From the fifth step on, whatever makes the host wait between two lines of the log raises."""
-    trainer = Trainer(parts_of(method, corpus_file, mlm_run))
+    trainer = Trainer(parts_of(method, corpus_file, mlm_run, compile=compile))
     budget = trainer.parts.config.budget
     loop = Loop(trainer, tmp_path, SilentMonitor(tmp_path, budget.amount, budget.unit, log_every=1000), 0.01)
     steps = 0

@@ -44,7 +44,10 @@ class Inputs:
 
 
 class Captured:
-    """A forward captured for the shapes of one batch. Each call overwrites the outputs of the one before."""
+    """A forward captured for the shapes of one batch. Each call overwrites the outputs of the one before.
+
+    Capture and warm-up share a stream, so that libraries keep one workspace for both, outside the graph's memory.
+    """
 
     def __init__(self, forward: Callable[[Tensor, Packed], Outputs], ids: Tensor, batch: Packed) -> None:
         self.inputs, self._graph = Inputs.like(ids, batch), torch.cuda.CUDAGraph()
@@ -55,7 +58,7 @@ class Captured:
                 forward(self.inputs.ids, self.inputs)
         torch.cuda.current_stream().wait_stream(aside)
         # Only this thread is held to what a capture allows: another one pins the memory of the next batches.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, stream=aside, capture_error_mode="thread_local"):
             self._outputs = forward(self.inputs.ids, self.inputs)
 
     def __call__(self, ids: Tensor, batch: Packed) -> Outputs:

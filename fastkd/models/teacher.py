@@ -25,7 +25,7 @@ class Teacher:
     and the residual stream stay float32, as under autocast. With ``float8`` the layers' products run in that. Layers
     above the deepest one read, and the MLM head where no logits are, are dropped from memory. It is no nn.Module:
     nothing can put it into training mode or hand its parameters to an optimiser. With ``compile`` its layers are
-    compiled and, on CUDA, a forward is one CUDA graph, whose outputs the next forward overwrites.
+    compiled and, on CUDA, forwards of the first one's shapes are one CUDA graph, whose outputs the next overwrites.
     """
 
     def __init__(
@@ -53,12 +53,15 @@ class Teacher:
     @torch.inference_mode()
     def __call__(self, ids: Tensor, batch: Packed) -> Outputs:
         """The forward of Encoder on [T] ids, whether or not the caller is under autocast."""
-        if not self._captures:
-            return self._forward(ids, batch)
-        if self._captured is None or not self._captured.inputs.fits(ids, batch):
-            self._captured = None  # frees the memory of the one before
+        if self._captures and self._captured is None:
             self._captured = Captured(self._forward, ids, batch)
-        return self._captured(ids, batch)
+        if self._captured is not None and self._captured.inputs.fits(ids, batch):
+            return self._captured(ids, batch)
+        return self._forward(ids, batch)
+
+    def release(self) -> None:
+        """Give back the memory of the CUDA graph: the next forward, of other shapes perhaps, is captured anew."""
+        self._captured = None
 
     def _forward(self, ids: Tensor, batch: Packed) -> Outputs:
         with torch.autocast(ids.device.type, enabled=False):
