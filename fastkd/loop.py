@@ -93,7 +93,8 @@ class Loop:
         beyond = max(line.get("charged_s", 0.0) for line in lines) - self.totals.charged_s
         self.totals.charged_s += max(0.0, beyond - lost_s * self.world.size)
         kept = [line for line in lines if line["step"] <= self.totals.step]
-        self._validated_at = int(max(line.get("progress", 0.0) for line in kept) * self.config.validations)
+        progress = max((line.get("progress", 0.0) for line in kept), default=0.0)
+        self._validated_at = int(progress * self.config.validations)
         self.validations = sum(line.get("event") == "validation" and line["step"] > 0 for line in kept)
         self.monitor.rewind(self.totals.step)
         if lost:
@@ -193,7 +194,7 @@ class Loop:
         lr = schedule.learning_rate(progress, self.parts.lr, self.config.warmup)
         if self.config.dropout:
             torch.manual_seed(self.config.seed + number * self.world.size + self.world.rank)
-        loss, norm, last = self._step_within_memory(batches, number, lr)
+        loss, norm, last = self._step_within_memory(batches, lr)
         host = torch.empty(2, dtype=torch.float32, pin_memory=loss.is_cuda)
         host.copy_(torch.stack([loss.float(), trainer.skipped]), non_blocking=True)
         trainer.clock.mark("other")
@@ -204,7 +205,7 @@ class Loop:
         if self.monitor.due(number + 1):
             self._log(norm, last)
 
-    def _step_within_memory(self, batches: list[Batch], number: int, lr: float) -> tuple[Tensor, Tensor, MethodLoss]:
+    def _step_within_memory(self, batches: list[Batch], lr: float) -> tuple[Tensor, Tensor, MethodLoss]:
         while True:
             try:
                 return self.trainer.step(batches, lr)

@@ -114,3 +114,19 @@ def test_what_is_replayed_is_the_progress_of_the_steps_that_count(tmp_path: Path
         '{"event": "crash", "step": 1}\n{"step": 2, "progress": 0.4}\n{"step": 3, "progress": 1.0}\n'
     )
     assert replayed_progress(path) == [0.5, 0.4, 1.0]  # the step after a fast one may lie behind it
+
+
+def test_a_checkpoint_fills_in_what_rank_0_died_before_writing(tmp_path: Path) -> None:
+    path, totals = tmp_path / "ledger.jsonl", Totals()
+    ledger = Ledger(path, "loop", totals)
+    for _ in range(5):
+        charge_step(ledger)
+    ledger.close()
+    whole, recent = path.read_text(), list(ledger.recent)
+    path.write_text("".join(whole.splitlines(keepends=True)[:4]))
+    resumed = Ledger(path, "loop", totals)
+    resumed.complete(recent)
+    resumed.complete(recent)
+    resumed.close()
+    assert path.read_text() == whole
+    assert [line["step"] for line in surviving_steps(path)] == [1, 2, 3, 4, 5]
