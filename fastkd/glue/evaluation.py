@@ -41,6 +41,7 @@ class Plan:
     protocol: Protocol
     output_dir: Path
     jobs: int
+    saw_pairs: bool  # as Source.saw_pairs says, read before anything is spent
     cells: list[Cell] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # oddities of the data, in one line each
 
@@ -110,16 +111,15 @@ def evaluate(
     chosen = _choose(tasks, [Path(path) for path in task_files], PROTOCOLS[protocol], data)
     limits = _limits(train_rows, chosen)
     check_model(source.folder)
-    plan = Plan(source, PROTOCOLS[protocol], folder, jobs or max(1, len(visible_gpus())))
+    plan = Plan(source, PROTOCOLS[protocol], folder, jobs or max(1, len(visible_gpus())), source.saw_pairs)
     for task in chosen.values():
         plan.add(task, data, seeds or plan.protocol.seeds, limits.get(task.name), predict_test)
     return carry_out(plan, log)
 
 
 def _check_card(source: Source) -> None:
-    """Raises ValueError where a run's plan or its model card cannot be read, before hours are spent on what goes in."""
+    """Raises ValueError where a run's model card cannot be read, before hours are spent on what goes in."""
     card = source.folder / "README.md"
-    assert isinstance(source.saw_pairs, bool)  # read once: raises for a damaged plan.json
     if source.run is not None and card.exists():
         try:
             card.read_text(encoding="utf-8")
@@ -254,7 +254,7 @@ def _write_ledger(plan: Plan, seconds: float, cell: Cell | None) -> None:
 
 def _publish(plan: Plan, results: list[tuple[Cell, dict[str, Any]]], seconds: float) -> dict[str, Any]:
     scores = choose(results)
-    notes = [SAW_PAIRS] if plan.source.saw_pairs else []
+    notes = [SAW_PAIRS] if plan.saw_pairs else []
     table = markdown(scores, plan.protocol, notes)
     as_json = to_json(scores, plan.protocol)
     atomic.write(plan.output_dir / "glue.json", json.dumps(as_json, indent=1) + "\n")
