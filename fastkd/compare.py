@@ -216,7 +216,7 @@ class Comparison:
             teacher=self.references.teachers().get("teacher"),
             environment=environment.describe(),
             command=["python", "-m", "fastkd.compare", *self.argv],
-            references=self.references.records([folder for _, folder in tried]),
+            references=self.references.records([folder for (row, *_), folder in tried if not row.starts_from_teacher]),
             headline=headline(records),
         )
         build_comparison(self.folder)

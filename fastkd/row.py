@@ -51,15 +51,21 @@ class Row:
         """How its folder is called."""
         return self.label.replace(" ", "").replace("+", "-").replace("@", "-at-")
 
+    @property
+    def starts_from_teacher(self) -> bool:
+        """Whether its student alone starts from its teacher's layers."""
+        return "init_from_teacher" in self.options
+
     def run_options(self, shared: dict[str, Any]) -> dict[str, Any]:
         """Explicit options of its run: the shared ones that its method reads, and its own."""
         module = methods.load(self.method)
         known = {f.name for cls in (RunConfig, module.Config) for f in dataclasses.fields(cls)}
         options = {name: value for name, value in shared.items() if name in known}
         if self.teacher is not None:  # the student stays that of the other rows: their tokenizer, not this teacher's
-            options["tokenizer"] = _settings(Row("mlm"), shared)["tokenizer"]
+            plain = _settings(Row("mlm"), shared)
+            options["tokenizer"] = plain["tokenizer"] or plain["teacher"]
             options["teacher"] = self.teacher
-        if not module.METHOD.uses_teacher:
+        if not module.METHOD.uses_teacher and not (self.starts_from_teacher or shared.get("init_from_teacher")):
             lender = options.pop("teacher", None)
             options.setdefault("tokenizer", lender)
             options = {name: value for name, value in options.items() if value is not None}
@@ -79,21 +85,20 @@ def parse_row(spec: str) -> Row:
     head, _, teacher = spec.strip().partition("@")
     method, *options = (part.strip().replace("-", "_") for part in head.split("+"))
     module = methods.load(method)
-    read = {f.name for f in dataclasses.fields(module.Config)} | (
-        {"init_from_teacher"} if module.METHOD.uses_teacher else set()
-    )
+    read = {f.name for f in dataclasses.fields(module.Config)} | {"init_from_teacher"}
     for name in options:
         if name not in ROW_OPTIONS or name not in read:
             allowed = ", ".join("+" + known.replace("_", "-") for known in ROW_OPTIONS if known in read)
             raise ValueError(f"row {spec!r}: {method} takes {allowed or 'no option'}, not +{name.replace('_', '-')}")
-    if teacher and not module.METHOD.uses_teacher:
+    row = Row(method, tuple(options), teacher or None)
+    if teacher and not module.METHOD.uses_teacher and not row.starts_from_teacher:
         raise ValueError(f"row {spec!r}: {method} trains without a teacher: leave @{teacher} out")
-    return Row(method, tuple(options), teacher or None)
+    return row
 
 
 def base_row(rows: Sequence[Row]) -> Row:
     """The row that the others are set against: scratch training, or the first where there is none."""
-    return next((row for row in rows if row.method == "mlm"), rows[0])
+    return next((row for row in rows if row.method == "mlm" and not row.options), rows[0])
 
 
 def teachers(rows: Sequence[Row], shared: dict[str, Any]) -> list[str]:

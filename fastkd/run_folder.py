@@ -12,6 +12,15 @@ from fastkd.jsonl import Record, read_jsonl
 from fastkd.profiler import PHASES, THROTTLE_BITS
 
 
+def ancestors(model: str | None) -> list[str]:
+    """A model that a run reads, by the name it was given, then those that this one was made from, as its plan says."""
+    if model is None:
+        return []
+    folder = Path(model)
+    plans = [place / "plan.json" for place in (folder, folder.parent) if (place / "plan.json").is_file()]
+    return [model, *(_json(plans[0]).get("ancestors", ()) if plans else ())]
+
+
 @dataclass(frozen=True)
 class Bin:
     """Consecutive steps drawn as one point: means over the steps, `low` and `high` the extreme losses."""

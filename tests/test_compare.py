@@ -16,7 +16,7 @@ from fastkd import compare
 from fastkd.comparison_report import build_comparison
 from fastkd.distributed import World
 from fastkd.jsonl import read_jsonl
-from fastkd.row import Row, circumstances, confounds, parse_row, teachers
+from fastkd.row import ROW_OPTIONS, Row, base_row, circumstances, confounds, parse_row, teachers
 from fastkd.run_folder import read_run
 from fastkd.tuning import candidates, searched, tune
 
@@ -211,6 +211,17 @@ def test_a_row_is_written_in_one_word() -> None:
     row = parse_row("minilmv2+init-from-teacher@runs/big")
     assert row == Row("minilmv2", ("init_from_teacher",), "runs/big")
     assert row.label == "minilmv2 +init-from-teacher @big"
+
+
+def test_scratch_may_start_from_a_teacher_and_is_then_no_baseline() -> None:
+    rows = [parse_row(spec) for spec in ("mlm+init-from-teacher", "minilmv2+init-from-teacher", "mlm")]
+    assert base_row(rows) == Row("mlm")
+    shared = {"preset": "quickstart"}
+    assert [row.resolved(shared, budget_tokens=1).run.teacher for row in rows] == ["quickstart", "quickstart", None]
+    assert confounds(rows[0], rows, shared, 1e-3, 1e-3) == [ROW_OPTIONS["init_from_teacher"]]
+    assert parse_row("mlm+init-from-teacher@runs/big").teacher == "runs/big"
+    with pytest.raises(ValueError, match="trains without a teacher"):
+        parse_row("mlm@runs/big")
 
 
 def test_marks_name_every_difference() -> None:

@@ -13,8 +13,11 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from fastkd import run
 from fastkd.budget import surviving_steps
+from fastkd.glue.source import find_model
 from fastkd.jsonl import read_jsonl
 from fastkd.models import hf
+from fastkd.report import QUICKSTART_TEACHER_NOTE
+from fastkd.run_folder import read_run
 
 BUDGET = ["--budget-tokens", "12000"]
 RELATION_METHODS = ("tinybert", "minilm", "minilmv2")
@@ -177,6 +180,26 @@ def test_init_from_teacher_copies_every_other_layer(small: list[str], quickstart
     for number, source in enumerate((0, 2, 4)):
         copied = student.layers[number].attention_output.weight - teacher.layers[source].attention_output.weight
         assert copied.abs().max() < 1e-4  # one step at the final learning rate
+
+
+def test_mlm_goes_on_from_a_teachers_weights(small: list[str], quickstart_teacher: Path, tmp_path: Path) -> None:
+    going_on, student = tmp_path / "going-on", tmp_path / "student"
+    options = ["--method", "mlm", "--init-from-teacher", "--student", "6L-384H-12A", "--budget-tokens", "1100"]
+    assert do([*small, *options], going_on) == 0
+    model, teacher = hf.load(going_on).encoder, hf.load(quickstart_teacher).encoder
+    for mine, theirs in zip(model.layers, teacher.layers, strict=True):
+        assert (mine.attention_output.weight - theirs.attention_output.weight).abs().max() < 1e-4
+    first = read_run(going_on)
+    assert first.plan["student"]["start"] == "quickstart" and first.plan["teacher"] is None
+    assert all(step["flops"]["teacher"] == 0 == step["phase_s"]["teacher"] for step in first.steps)
+
+    options = ["--method", "logit_kd", "--teacher", str(going_on), "--budget-tokens", "1100"]
+    assert do([*small, *options], student) == 0
+    assert read_run(student).plan["ancestors"] == [str(going_on), "quickstart"]
+    assert all(find_model(folder).saw_pairs for folder in (going_on, student))
+    assert all(
+        QUICKSTART_TEACHER_NOTE in (folder / "final" / "README.md").read_text() for folder in (going_on, student)
+    )
 
 
 @pytest.mark.parametrize(

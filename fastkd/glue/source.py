@@ -41,14 +41,15 @@ class Source:
 
     @property
     def saw_pairs(self) -> bool:
-        """Whether it is the quickstart teacher, which was fine-tuned on NLI and paraphrase pairs, or its student."""
+        """Whether it is the quickstart teacher, fine-tuned on NLI and paraphrase pairs, or was made from it."""
         plan = self.run / "plan.json" if self.run else None
         if plan is not None and plan.is_file():
             try:
-                teacher = json.dumps(json.loads(plan.read_text(encoding="utf-8")).get("teacher"))
+                content = json.loads(plan.read_text(encoding="utf-8"))
+                origin = json.dumps([content.get("teacher"), content.get("ancestors")])
             except (ValueError, AttributeError) as error:
                 raise ValueError(f"{plan} holds no JSON object: restore the file") from error
-            return '"quickstart"' in teacher or QUICKSTART_SHA256 in teacher
+            return '"quickstart"' in origin or QUICKSTART_SHA256 in origin
         return _file_sha256(self.folder / "model.safetensors") == QUICKSTART_SHA256
 
 
