@@ -169,7 +169,7 @@ def test_plan_only_writes_nothing(small: list[str], tmp_path: Path, capsys) -> N
     ("options", "words"),
     [
         (["--methods", "mlm,nope"], ("nope", "minilmv2")),
-        (["--methods", "mlm+as-released"], ("mlm", "no option")),
+        (["--methods", "mlm+as-released"], ("mlm takes +init-from-teacher, not",)),
         (["--methods", "mlm@x"], ("mlm", "without a teacher")),
         (["--methods", "mlm,mlm"], ("twice", "--seeds")),
         (["--methods", ","], ("--methods",)),
