@@ -89,7 +89,7 @@ def parse_row(spec: str) -> Row:
     for name in options:
         if name not in ROW_OPTIONS or name not in read:
             allowed = ", ".join("+" + known.replace("_", "-") for known in ROW_OPTIONS if known in read)
-            raise ValueError(f"row {spec!r}: {method} takes {allowed or 'no option'}, not +{name.replace('_', '-')}")
+            raise ValueError(f"row {spec!r}: {method} takes {allowed}, not +{name.replace('_', '-')}")
     row = Row(method, tuple(options), teacher or None)
     if teacher and not module.METHOD.uses_teacher and not row.starts_from_teacher:
         raise ValueError(f"row {spec!r}: {method} trains without a teacher: leave @{teacher} out")
