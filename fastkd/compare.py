@@ -90,6 +90,8 @@ class Comparison:
         for name in FIXED:
             if name in shared:
                 raise ValueError(f"--{name.replace('_', '-')} is no option of a comparison: leave it out")
+        if shared.get("init_from_teacher"):
+            raise ValueError("--init-from-teacher is a row's own: write METHOD+init-from-teacher in --methods")
         self.own, self.shared, self.argv, self.world = own, shared, list(argv), world
         self.console = Console(highlight=False, soft_wrap=True, quiet=not world.is_main)
         self.folder = Path(own.output_dir or self._default_folder())
@@ -213,7 +215,7 @@ class Comparison:
             self.folder,
             records,
             match=self.own.match,
-            teacher=self.references.teachers().get("teacher"),
+            ancestors=self.references.ancestors,
             environment=environment.describe(),
             command=["python", "-m", "fastkd.compare", *self.argv],
             references=self.references.records([folder for (row, *_), folder in tried if not row.starts_from_teacher]),

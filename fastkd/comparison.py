@@ -59,7 +59,7 @@ class Results:
     """results.json, read back."""
 
     match: str
-    teacher: str | None
+    ancestors: tuple[str, ...]
     environment: Record
     command: list[str]
     rows: tuple[Record, ...]
@@ -139,7 +139,7 @@ def write_results(
     rows: Iterable[Mapping[str, Any]],
     *,
     match: str,
-    teacher: str | None,
+    ancestors: Iterable[str],
     environment: Mapping[str, Any],
     command: list[str],
     references: Iterable[Mapping[str, Any]] = (),
@@ -152,13 +152,13 @@ def write_results(
             flops (by part), tokens, epochs, tokens_per_s, mfu, joules, teacher_share, phase_s, scores, curves
             (charged_s, flops, tokens, loss), confounds, error. In the file `flops` is their sum beside
             `flops_by_part`.
-        teacher: of the rows that are distilled, as --teacher names it.
+        ancestors: the teachers of the rows that have one, and the models that these were made from.
         references: label and scores of models that were not trained here: the teacher, the untrained student.
         headline: the scores that the main table and the plots show; the first three unless given.
     """
     content = {
         "match": match,
-        "teacher": teacher,
+        "ancestors": list(ancestors),
         "command": command,
         "environment": dict(environment),
         "headline": list(headline),
@@ -181,7 +181,7 @@ def read_results(folder: Path) -> Results:
     names = content["headline"] or _first_scores(content["rows"])
     return Results(
         match=content["match"],
-        teacher=content["teacher"],
+        ancestors=tuple(content["ancestors"]),
         environment=content["environment"],
         command=content["command"],
         rows=tuple(content["rows"]),

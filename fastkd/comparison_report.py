@@ -19,7 +19,7 @@ from fastkd.comparison_tables import (
     seed_table,
 )
 from fastkd.jsonl import Record
-from fastkd.report import NOT_INCLUDED, QUICKSTART_TEACHER_NOTE, render, settings_table
+from fastkd.report import NOT_INCLUDED, render, settings_table, teacher_note
 
 
 def build_comparison(folder: Path) -> Path:
@@ -59,7 +59,7 @@ def _contents(results: Results) -> Record:
         "environment": settings_table(results.environment, "environment"),
         "command": shlex.join(results.command),
         "not_included": NOT_INCLUDED,
-        "teacher_note": QUICKSTART_TEACHER_NOTE if results.teacher == "quickstart" else "",
+        "teacher_note": teacher_note(results.ancestors),
     }
 
 

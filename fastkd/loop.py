@@ -60,13 +60,13 @@ class Loop:
             folder / "ledger.jsonl", self.config.charge, self.totals, self.world.size, write=self.world.is_main
         )
         self.ledger.complete(recent)
+        self.validation_s, self.validations, self._validated_at = 0.0, 0, 0
         self._account_for_the_past()
         self.meter = Meter(self.config.budget, self.totals, step_seconds * self.world.size)
         self.power = profiler.PowerMeter(node_devices(self.world) if self.world.is_main else [])
         self.issued: deque[IssuedStep] = deque()
         self.replayed = None if self.config.replay is None else replayed_progress(Path(self.config.replay))
         self.saved_at = time.monotonic()
-        self.validation_s, self.validations, self._validated_at = 0.0, 0, 0
         self.skipped_in_a_row = 0
         self.seconds = 0.0  # of steps, in this process
         self._logged = (self.totals.tokens["real"], 0.0, self.totals.joules or 0.0)
@@ -95,7 +95,9 @@ class Loop:
         kept = [line for line in lines if line["step"] <= self.totals.step]
         progress = max((line.get("progress", 0.0) for line in kept), default=0.0)
         self._validated_at = int(progress * self.config.validations)
-        self.validations = sum(line.get("event") == "validation" and line["step"] > 0 for line in kept)
+        validations = [line for line in kept if line.get("event") == "validation"]
+        self.validations = sum(line["step"] > 0 for line in validations)
+        self.validation_s = validations[-1]["seconds"] if validations else 0.0
         self.monitor.rewind(self.totals.step)
         if lost:
             self.ledger.event("crash", lost_s, lost_steps=len(lost))

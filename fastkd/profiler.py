@@ -124,8 +124,8 @@ def peak_flops(device: torch.device) -> float | None:
 
 @functools.cache
 def fastest_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where it is the faster one, else float32: measured on a CPU, for some that have its instructions run
-    them at half the speed of float32's."""
+    """bfloat16 where it is the faster one, else float32: measured on a CPU with AVX512-BF16 or AMX, for some of those
+    multiply bfloat16 at half the speed of float32."""
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

@@ -12,8 +12,8 @@ from fastkd.jsonl import Record
 from fastkd.models import hf
 from fastkd.prepare import model_folder, prepare
 from fastkd.row import Row, base_row, teachers
-from fastkd.run_folder import read_run
-from fastkd.scores import Scorer, glue_scores, mlm_scores
+from fastkd.run_folder import ancestors, read_run
+from fastkd.scores import Scorer, mlm_scores
 
 
 class References:
@@ -29,26 +29,29 @@ class References:
         labels = ["teacher", *(f"teacher {Path(name).name}" for name in found[1:])]
         return dict(zip(labels, found, strict=False))  # none where no row has a teacher
 
+    @property
+    def ancestors(self) -> list[str]:
+        """The teachers, and the models that these were made from."""
+        return list(dict.fromkeys(model for name in self.teachers().values() for model in ancestors(name)))
+
     def fine_tune(self) -> None:
-        """Fine-tune and score all of them, once."""
+        """Fine-tune and score all of them; what was done before is not repeated."""
         if self.scorer.data is None:
             return
         for label, teacher in self.teachers().items():
-            where = self._place(label)
-            if not (where / "glue.json").exists():
-                self.scorer.fine_tune(model_folder(teacher), where)
+            self.scorer.fine_tune(model_folder(teacher), self._place(label))
         untrained = self._place("untrained")
-        if not (untrained / "glue.json").exists():
+        if not (untrained / "final").is_dir():
             self._export_untrained(untrained / "final")
-            self.scorer.fine_tune(untrained, untrained)
+        self.scorer.fine_tune(untrained, untrained)
 
     def records(self, run_folders: Sequence[Path]) -> list[Record]:
         """Labels and scores; the untrained student's on held-out text are what a run began with."""
         starts = [read_run(folder).validations[:1] for folder in run_folders if (folder / "metrics.jsonl").exists()]
         untrained = next((found for start in starts if start and (found := mlm_scores(start[0]))), {})
         return [
-            *({"label": label, "scores": glue_scores(self._place(label))} for label in self.teachers()),
-            {"label": "untrained student", "scores": glue_scores(self._place("untrained")) | untrained},
+            *({"label": label, "scores": self.scorer.glue(self._place(label))} for label in self.teachers()),
+            {"label": "untrained student", "scores": self.scorer.glue(self._place("untrained")) | untrained},
         ]
 
     def _place(self, label: str) -> Path:

@@ -6,18 +6,18 @@ the same bytes.
 """
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fastkd import atomic, quantities
+from fastkd import atomic, quantities, quickstart
 from fastkd.budget import PARTS
 from fastkd.expenses import arithmetic_table, efficiency_table, seconds_bar, seconds_table
 from fastkd.jsonl import Record
 from fastkd.learning_curves import held_out_table, learning_plots, points_table
-from fastkd.run_folder import Run, read_run
+from fastkd.run_folder import Run, made_from, read_run
 from fastkd.tables import Cell, Table, numeric, share, signed_percent
 
 QUICKSTART_TEACHER_NOTE = (
@@ -51,7 +51,7 @@ def model_card(run_folder: Path, *, mlm_head: bool) -> str:
         method=run.plan.get("method", run.config.get("method", "unknown")),
         student=describe_model(run.plan.get("student")),
         teacher=describe_model(run.plan.get("teacher")),
-        teacher_note=QUICKSTART_TEACHER_NOTE if uses_quickstart_teacher(run) else "",
+        teacher_note=teacher_note(made_from(run.plan)),
         corpus=_corpus_text(run.plan.get("corpus") or {}),
         budget=budget_text(run),
         charge=run.plan.get("charge", "unknown"),
@@ -87,7 +87,7 @@ def _contents(run: Run) -> Record:
         "status": status(run),
         "key_figures": _key_figures(run),
         "what_ran": _what_ran(run),
-        "teacher_note": QUICKSTART_TEACHER_NOTE if uses_quickstart_teacher(run) else "",
+        "teacher_note": teacher_note(made_from(run.plan)),
         "warning": loss_warning(run),
         "plan_against_fact": _plan_against_fact(run),
         "seconds_bar": seconds_bar(run),
@@ -122,11 +122,9 @@ def status(run: Run) -> str:
     return f"not finished: {run.last['progress']:.1%} of the budget at step {run.last['step']:,}"
 
 
-def uses_quickstart_teacher(run: Run) -> bool:
-    """Whether the student, its teacher or a model before them was made from the packaged all-MiniLM-L6-v2."""
-    teacher = run.plan.get("teacher") or {}
-    texts = [str(run.config.get("teacher", "")), *map(str, teacher.values()), *run.plan.get("ancestors", ())]
-    return any("quickstart" in text or "all-minilm-l6" in text.lower().replace("_", "-") for text in texts)
+def teacher_note(models: Iterable[str]) -> str:
+    """What readers must know where the quickstart teacher is among the models that a student was made from."""
+    return QUICKSTART_TEACHER_NOTE if quickstart.NAME in models else ""
 
 
 def loss_warning(run: Run) -> str:

@@ -12,7 +12,7 @@ from fastkd import methods
 from fastkd.comparison import row_from_run
 from fastkd.config import Resolved, RunConfig, resolve
 from fastkd.jsonl import Record
-from fastkd.run_folder import read_run
+from fastkd.run_folder import Run, read_run
 
 # What a row may differ in without being marked: its method, and where and when it ran.
 FREE = {
@@ -28,8 +28,9 @@ FREE = {
 }
 ROW_OPTIONS = {
     "as_released": "the released objective, not the paper's formula",
-    "init_from_teacher": "the student starts from teacher layers, the others at random",
+    "init_from_teacher": "the student starts from teacher layers, not at random",
 }
+NO_SURROUNDINGS = ("command", "packages", "teacher_version")  # of environment.json
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,9 @@ class Row:
         known = {f.name for cls in (RunConfig, module.Config) for f in dataclasses.fields(cls)}
         options = {name: value for name, value in shared.items() if name in known}
         if self.teacher is not None:  # the student stays that of the other rows: their tokenizer, not this teacher's
-            plain = _settings(Row("mlm"), shared)
-            options["tokenizer"] = plain["tokenizer"] or plain["teacher"]
+            options["tokenizer"] = _settings(Row("mlm"), shared)["tokenizer"]
             options["teacher"] = self.teacher
-        if not module.METHOD.uses_teacher and not (self.starts_from_teacher or shared.get("init_from_teacher")):
+        if not module.METHOD.uses_teacher and not self.starts_from_teacher:
             lender = options.pop("teacher", None)
             options.setdefault("tokenizer", lender)
             options = {name: value for name, value in options.items() if value is not None}
@@ -126,21 +126,22 @@ def confounds(
 
 
 def circumstances(folder: Path, base_folder: Path, base: Row) -> list[str]:
-    """What set a finished row's run apart besides its options: another device or version, clocks held down."""
+    """What set a finished row's run apart besides its options: another device, version or dtype, clocks held down."""
     run, other = read_run(folder), read_run(base_folder) if base_folder.is_dir() else None
     found = []
-    for name, value in _flat(run.environment).items():
-        theirs = _flat(other.environment).get(name, value) if other is not None else value
+    for name, value in _surroundings(run).items():
+        theirs = _surroundings(other).get(name, value) if other is not None else value
         if value != theirs:
             found.append(f"{name} {value}, {base.label} had {theirs}")
     held = {reason: part for reason, part in (run.throttle_shares or {}).items() if part > 0}
     return found + [f"clocks held down by {reason} in {part:.0%} of readings" for reason, part in held.items()]
 
 
-def _flat(environment: Record) -> Record:
-    return {
-        name: value for name, value in environment.items() if name not in ("command", "packages", "teacher_version")
-    } | environment.get("packages", {})
+def _surroundings(run: Run) -> Record:
+    """Where a run ran, and what ``auto`` came to there."""
+    facts = {name: value for name, value in run.environment.items() if name not in NO_SURROUNDINGS}
+    chosen = {name: run.plan[name] for name in ("dtype", "attention", "compile") if name in run.plan}
+    return facts | run.environment.get("packages", {}) | chosen
 
 
 def _settings(row: Row, shared: dict[str, Any]) -> dict[str, Any]:

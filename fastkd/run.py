@@ -9,6 +9,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rich.console import Console
 
 from fastkd import atomic, environment, monitor, plan, profiler
 from fastkd.config import PRESENTATION, Resolved, parse
-from fastkd.distributed import World, barrier, finish, start
+from fastkd.distributed import World, barrier, finish, on_main, start
 from fastkd.loop import Interrupted, Loop
 from fastkd.models import hf
 from fastkd.prepare import Parts, prepare
@@ -45,7 +46,7 @@ def run(resolved: Resolved, world: World, console: Console) -> Path:
         say(world, console, f"{folder} is finished already: {folder}/final, {folder}/report.html")
         return folder
     say(world, console, f"preset {resolved.run.preset} ({resolved.preset_reason})")
-    parts = prepare(resolved, world)
+    parts = prepare(with_measured_dtype(resolved, folder, world), world)
     check_inputs(folder, parts)
     trainer = Trainer(parts)
     measured = plan.measure(trainer)
@@ -131,6 +132,14 @@ def check_folder(folder: Path, resolved: Resolved) -> None:
 def _identity(toml: str) -> list[str]:
     """The lines of a configuration that make it this run and no other."""
     return [line for line in toml.splitlines() if not line.startswith((*PRESENTATION, "checkpoint_minutes"))]
+
+
+def with_measured_dtype(resolved: Resolved, folder: Path, world: World) -> Resolved:
+    """``--dtype auto`` goes on with what it meant when the run began: a second measurement may come out otherwise."""
+    began = on_main(world, lambda: read_run(folder).plan.get("dtype") if (folder / "config.toml").exists() else None)
+    if began is None or resolved.run.dtype != "auto":
+        return resolved
+    return replace(resolved, run=replace(resolved.run, dtype=began))
 
 
 def check_inputs(folder: Path, parts: Parts) -> None:

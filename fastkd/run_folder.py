@@ -7,18 +7,30 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from fastkd import quickstart
 from fastkd.budget import surviving_steps
 from fastkd.jsonl import Record, read_jsonl
 from fastkd.profiler import PHASES, THROTTLE_BITS
 
 
 def ancestors(model: str | None) -> list[str]:
-    """A model that a run reads, by the name it was given, then those that this one was made from, as its plan says."""
-    if model is None:
-        return []
-    folder = Path(model)
-    plans = [place / "plan.json" for place in (folder, folder.parent) if (place / "plan.json").is_file()]
-    return [model, *(_json(plans[0]).get("ancestors", ()) if plans else ())]
+    """A model that a run reads, by the name it was given, then those that this one was made from, as its plan says.
+
+    ``quickstart`` is among them where one of them is that teacher, whatever it is called. A ``final/`` that was copied
+    out of its run has lost what it was made from.
+    """
+    if model is None or model == quickstart.NAME:
+        return [model] if model else []
+    folder = Path(model).resolve()
+    run = folder.parent if folder.name == "final" else folder
+    found = [model, *made_from(_json(run / "plan.json"))]
+    return found if quickstart.NAME in found or not quickstart.is_quickstart(model) else [*found, quickstart.NAME]
+
+
+def made_from(plan: Record) -> list[str]:
+    """The models that a planned student is made from; an older plan names its teacher alone."""
+    teacher = plan.get("teacher") or {}
+    return list(plan["ancestors"]) if "ancestors" in plan else ancestors(teacher.get("source"))
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ class Scorer:
             ValueError: a folder that is not there, or tasks without data.
         """
         self.data, self.seeds = data, seeds
+        self._fine_tuned: dict[Path, dict[str, float]] = {}
         self.tasks = tasks.split(",") if tasks else None
         self.train_rows = parse_limits(train_rows, "--glue-train-rows")
         if data is None and (tasks or train_rows):
@@ -40,11 +41,15 @@ class Scorer:
         if self.data is not None:
             data = None if self.data == "hub" else self.data
             evaluate(model, self.tasks, data, "headline", self.seeds, output_dir, train_rows=self.train_rows)
+            self._fine_tuned[output_dir] = _glue_scores(output_dir)
 
-    @staticmethod
-    def of(folder: Path) -> dict[str, float]:
-        """All scores that lie in a run folder, fine-tuning first."""
-        found = glue_scores(folder)
+    def glue(self, folder: Path) -> dict[str, float]:
+        """Scores of a fine-tuning with this scorer's data, tasks and rows; without data, whatever lies in the folder."""
+        return _glue_scores(folder) if self.data is None else self._fine_tuned.get(folder, {})
+
+    def of(self, folder: Path) -> dict[str, float]:
+        """All scores of a run folder, fine-tuning first."""
+        found = self.glue(folder)
         validations = read_run(folder).validations if (folder / "metrics.jsonl").exists() else []
         return found | (mlm_scores(validations[-1]) if validations else {})
 
@@ -56,7 +61,7 @@ def mlm_scores(validation: Mapping[str, Any]) -> dict[str, float]:
     return {MLM_LOSS: validation["mlm_loss"], MLM_ACCURACY: 100 * validation["accuracy"]}
 
 
-def glue_scores(folder: Path) -> dict[str, float]:
+def _glue_scores(folder: Path) -> dict[str, float]:
     """Means of glue.json, named by task and metric; empty where there is none."""
     path = folder / "glue.json"
     if not path.exists():

@@ -18,6 +18,7 @@ from fastkd.distributed import World
 from fastkd.jsonl import read_jsonl
 from fastkd.row import ROW_OPTIONS, Row, base_row, circumstances, confounds, parse_row, teachers
 from fastkd.run_folder import read_run
+from fastkd.scores import Scorer
 from fastkd.tuning import candidates, searched, tune
 
 
@@ -157,6 +158,36 @@ def test_two_ranks_search_match_flops_and_agree(small: list[str], mlm_run: Path,
         assert steps == sorted(set(steps))
 
 
+def test_scores_are_those_of_the_tasks_and_rows_asked_for(small: list[str], tmp_path: Path) -> None:
+    folder, data = tmp_path / "c", tmp_path / "glue" / "RTE"
+    data.mkdir(parents=True)
+    rows = "".join(f"{i}\tIt rains.\tIt is {i}.\t{['', 'not_'][i % 2]}entailment\n" for i in range(24))
+    for name in ("train", "dev"):
+        (data / f"{name}.tsv").write_text("index\tsentence1\tsentence2\tlabel\n" + rows)
+    options = ["--methods", "mlm,minilmv2", "--match", "flops", "--budget-flops", "4e10", "--glue", str(data.parent)]
+    assert do(small, folder, *options, "--glue-tasks", "rte", "--glue-train-rows", "rte=2") == 0
+    scored = [folder / "references" / "teacher", folder / "references" / "untrained", *(folder / "rows").iterdir()]
+    assert [len(list(place.glob("glue/*.json"))) for place in scored] == [1, 1, 1, 1]
+    first = results(folder)
+    assert all("RTE accuracy" in row["scores"] for row in first["rows"] + first["references"])
+
+    assert do(small, folder, *options, "--glue-tasks", "rte", "--glue-train-rows", "rte=4") == 0
+    assert [len(list(place.glob("glue/*.json"))) for place in scored] == [2, 2, 2, 2]
+    finished = {path: path.stat().st_mtime_ns for place in scored for path in place.glob("glue/*.json")}
+    assert do(small, folder, *options, "--glue-tasks", "rte", "--glue-train-rows", "rte=2") == 0
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    again = results(folder)
+    assert [row["scores"] for row in again["rows"]] == [row["scores"] for row in first["rows"]]
+    assert again["references"] == first["references"] and again["ancestors"] == ["quickstart"]
+
+
+def test_earlier_scores_are_not_shown_among_those_asked_for(tmp_path: Path) -> None:
+    earlier = {"rte": {"accuracy": {"mean": 50.0, "std": 0.0, "seeds": [0], "values": [50.0]}}}
+    (tmp_path / "glue.json").write_text(json.dumps(earlier))
+    assert Scorer(None, None, None, 1).of(tmp_path) == {"RTE accuracy": 50.0}
+    assert Scorer(str(tmp_path), "rte", "rte=4", 1).of(tmp_path) == {}
+
+
 def test_plan_only_writes_nothing(small: list[str], tmp_path: Path, capsys) -> None:
     options = ("--methods", "mlm,minilmv2", "--budget-gpu-hours", "0.001", "--plan-only")
     assert do(small, tmp_path / "c", *options) == 0
@@ -171,6 +202,7 @@ def test_plan_only_writes_nothing(small: list[str], tmp_path: Path, capsys) -> N
         (["--methods", "mlm,nope"], ("nope", "minilmv2")),
         (["--methods", "mlm+as-released"], ("mlm takes +init-from-teacher, not",)),
         (["--methods", "mlm@x"], ("mlm", "without a teacher")),
+        (["--init-from-teacher"], ("+init-from-teacher", "--methods")),
         (["--methods", "mlm,mlm"], ("twice", "--seeds")),
         (["--methods", ","], ("--methods",)),
         (["--seeds", "0"], ("--seeds",)),

@@ -36,7 +36,7 @@ def row(method: str, seed: int, **changes: Any) -> dict[str, Any]:
 def make(folder: Path, rows: list[dict[str, Any]], **options: Any) -> Path:
     environment = {"device": "A processor", "packages": {"torch": "2"}}
     command = ["python", "-m", "fastkd.compare", "--methods", "mlm,minilmv2"]
-    known = {"match": "gpu-seconds", "teacher": "some/teacher", "environment": environment, "command": command}
+    known = {"match": "gpu-seconds", "ancestors": ["some/teacher"], "environment": environment, "command": command}
     write_results(folder, rows, **known, **options)
     return build_comparison(folder)
 
@@ -237,7 +237,7 @@ def test_all_scores_have_their_table_where_the_headline_leaves_some_out(built: P
 
 
 def test_the_quickstart_teacher_is_told(tmp_path: Path) -> None:
-    for teacher, told in (("quickstart", True), ("google-bert/bert-base-uncased", False), (None, False)):
-        write_results(tmp_path, four_rows(), match="gpu-seconds", teacher=teacher, environment={}, command=["x"])
+    for ancestors, told in ((["larger", "quickstart"], True), (["google-bert/bert-base-uncased"], False), ([], False)):
+        write_results(tmp_path, four_rows(), match="gpu-seconds", ancestors=ancestors, environment={}, command=["x"])
         assert ("NLI and paraphrase" in build_comparison(tmp_path).read_text()) == told
         assert ("NLI and paraphrase" in (tmp_path / "RESULTS.md").read_text()) == told

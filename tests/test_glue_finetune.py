@@ -76,7 +76,7 @@ def run_folder(student: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "runs" / "one"
     folder.mkdir(parents=True)
     (folder / "ledger.jsonl").write_text('{"event": "export", "seconds": 1.0, "step": 3, "charged": false}\n')
-    (folder / "plan.json").write_text('{"teacher": {"source": "quickstart"}}')
+    (folder / "plan.json").write_text('{"ancestors": ["runs/other", "quickstart"]}')
     subprocess.run(["cp", "-r", str(student), str(folder / "final")], check=True)
     return folder
 

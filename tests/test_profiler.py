@@ -2,7 +2,6 @@
 
 import json
 import time
-import timeit
 from pathlib import Path
 
 import pytest
@@ -116,11 +115,12 @@ def test_trace_writes_what_ran(tmp_path: Path) -> None:
     assert any("mm" in event.get("name", "") for event in events)
 
 
-def test_the_dtype_of_a_cpu_is_the_one_that_it_multiplies_faster() -> None:
-    seconds = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        matrix = torch.randn(512, 512).to(dtype)
-        seconds[dtype] = min(timeit.repeat(lambda m=matrix: m @ m, number=2, repeat=7))  # type: ignore[misc]
-    ratio = seconds[torch.float32] / seconds[torch.bfloat16]
-    if not 0.8 < ratio < 1.25:  # nearer to 1 the two measurements may differ
-        assert profiler.fastest_dtype(CPU) == (torch.bfloat16 if ratio > 1 else torch.float32)
+def test_the_dtype_of_a_cpu_is_the_one_that_it_multiplies_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = profiler.fastest_dtype.__wrapped__
+    monkeypatch.setattr(profiler.environment, "cpu_has_bf16", lambda: True)
+    for fast, slow in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+        rates = {fast: 2e11, slow: 1e11}
+        monkeypatch.setattr(profiler, "measured_matmul_flops", lambda _, dtype, seconds, rates=rates: rates[dtype])
+        assert measure(CPU) == fast
+    monkeypatch.setattr(profiler.environment, "cpu_has_bf16", lambda: False)
+    assert measure(CPU) == torch.float32

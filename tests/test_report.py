@@ -15,7 +15,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from fastkd.report import build_report, loss_warning, model_card
-from fastkd.run_folder import read_run
+from fastkd.run_folder import ancestors, made_from, read_run
 from fastkd.tables import Table, numeric
 
 PHASES = ("data", "teacher", "student", "loss", "backward", "optimizer", "communication", "other")
@@ -27,6 +27,7 @@ PLAN = {
                 "spec": "3L-384H-12A"},
     "teacher": {"layers": 6, "width": 384, "heads": 12, "vocabulary": 30522, "parameters": 22_565_376,
                 "source": "quickstart", "layers_run": 5},
+    "ancestors": ["quickstart"],
     "corpus": {"sources": ["quickstart"], "documents": 10_033, "unique_tokens": 1_134_022},
     "budget": {"unit": "gpu-seconds", "amount": 72.0}, "charge": "loop", "tokens_per_s": 3400.0, "step_seconds": 1.2,
     "steps": 60, "tokens": 240_000.0, "epochs": 0.21,
@@ -316,10 +317,36 @@ def test_energy_and_mfu_are_blank_where_they_are_not_known(tmp_path: Path) -> No
 
 
 def test_the_teachers_note_is_shown_for_the_quickstart_teacher_alone(tmp_path: Path) -> None:
-    plan = PLAN | {"teacher": PLAN["teacher"] | {"source": "google-bert/bert-base-uncased"}}  # type: ignore[operator]
-    assert "paraphrase" not in Page(build_report(make_run(tmp_path / "bert", plan=plan))).text
-    without = PLAN | {"method": "mlm", "teacher": None}
-    assert "paraphrase" not in Page(build_report(make_run(tmp_path / "mlm", plan=without))).text
+    made_from_it = PLAN | {"ancestors": ["runs/other", "quickstart"]}
+    assert "paraphrase" in Page(build_report(make_run(tmp_path / "other", plan=made_from_it))).text
+    another = PLAN | {"ancestors": ["google-bert/bert-base-uncased"]}
+    assert "paraphrase" not in Page(build_report(make_run(tmp_path / "bert", plan=another))).text
+
+
+def test_the_quickstart_teacher_is_known_by_any_name_and_by_its_weights(
+    quickstart_teacher: Path, tmp_path: Path
+) -> None:
+    assert ancestors(None) == [] and ancestors("google-bert/bert-base-uncased") == ["google-bert/bert-base-uncased"]
+    assert ancestors("quickstart") == ["quickstart"]
+    hub = "sentence-transformers/all-MiniLM-L6-v2"
+    assert ancestors(hub) == [hub, "quickstart"]
+    (tmp_path / "copy").symlink_to(quickstart_teacher)
+    copy = str(tmp_path / "copy")
+    assert ancestors(copy) == [copy, "quickstart"]
+    student = make_run(tmp_path / "student", plan=PLAN | {"ancestors": [copy, "quickstart"]})
+    for place in (student, student / "final"):
+        assert ancestors(str(place)) == [str(place), copy, "quickstart"]
+    older = {name: value for name, value in PLAN.items() if name != "ancestors"}
+    assert made_from(older) == ["quickstart"] and made_from(older | {"teacher": None}) == []
+
+
+def test_names_that_are_no_folders_have_nothing_to_do_with_a_plan_that_lies_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plan.json").write_text("[1, 2]")
+    for name in ("quickstart", "bert-base-uncased"):
+        assert ancestors(name) == [name]
 
 
 @pytest.mark.parametrize(

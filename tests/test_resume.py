@@ -13,8 +13,11 @@ from safetensors.torch import load_file
 
 from fastkd import run
 from fastkd.budget import surviving_steps
+from fastkd.config import parse
+from fastkd.distributed import World
 from fastkd.jsonl import read_jsonl
 from fastkd.loop import Loop
+from fastkd.run_folder import read_run
 
 Command = Callable[..., list[str]]
 
@@ -88,8 +91,21 @@ def test_an_interrupt_is_saved_and_resumed(
     assert result.returncode == 0, result.stderr
     student = load_file(folder / "final" / "model.safetensors")
     assert all(torch.equal(student[key], uninterrupted[key]) for key in uninterrupted)
-    events = [line["event"] for line in read_jsonl(folder / "ledger.jsonl") if "event" in line]
-    assert "crash" not in events
+    events = [line for line in read_jsonl(folder / "ledger.jsonl") if "event" in line]
+    assert "crash" not in [event["event"] for event in events]
+    in_loop = [event["seconds"] for event in events if event["event"] == "validation" and event["charged"]]
+    assert sum(in_loop) <= 0.02 * read_run(folder).charged_s, "a resumed run still knows what a validation costs"
+
+
+def test_a_resumed_run_keeps_the_dtype_that_was_measured(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    resolved = {name: parse(["--budget-tokens", "60000", "--dtype", name]) for name in ("auto", "float32")}
+    assert run.with_measured_dtype(resolved["auto"], folder, World()) == resolved["auto"]
+    (folder / "config.toml").write_text(resolved["auto"].to_toml())
+    (folder / "plan.json").write_text('{"dtype": "bfloat16"}')
+    assert run.with_measured_dtype(resolved["auto"], folder, World()).run.dtype == "bfloat16"
+    assert run.with_measured_dtype(resolved["float32"], folder, World()) == resolved["float32"]
 
 
 def test_a_lost_folder_of_checkpoints_starts_over(

@@ -42,6 +42,7 @@ class Plan:
     output_dir: Path
     jobs: int
     saw_pairs: bool  # as Source.saw_pairs says, read before anything is spent
+    bf16: bool  # measured once for all fine-tunings
     cells: list[Cell] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # oddities of the data, in one line each
 
@@ -58,7 +59,9 @@ class Plan:
         model, digest = self.source.folder, self.source.sha256
         for rate, size in self.protocol.grid:
             for seed in range(seeds):
-                job = Job(model, task, data, train_rows, self.protocol, rate, size, seed, test, digest, content)
+                job = Job(
+                    model, task, data, train_rows, self.protocol, rate, size, seed, self.bf16, test, digest, content
+                )
                 self.cells.append(Cell(job, sizes, self.output_dir))
 
 
@@ -111,7 +114,8 @@ def evaluate(
     chosen = _choose(tasks, [Path(path) for path in task_files], PROTOCOLS[protocol], data)
     limits = _limits(train_rows, chosen)
     check_model(source.folder)
-    plan = Plan(source, PROTOCOLS[protocol], folder, jobs or max(1, len(visible_gpus())), source.saw_pairs)
+    jobs = jobs or max(1, len(visible_gpus()))
+    plan = Plan(source, PROTOCOLS[protocol], folder, jobs, source.saw_pairs, fast_bf16())
     for task in chosen.values():
         plan.add(task, data, seeds or plan.protocol.seeds, limits.get(task.name), predict_test)
     return carry_out(plan, log)
@@ -214,7 +218,7 @@ def carry_out(plan: Plan, log: Callable[[str], None]) -> dict[str, Any]:
 def _announce(plan: Plan, finished: int, log: Callable[[str], None]) -> None:
     gpus = visible_gpus()
     device = f"{len(gpus)} GPU{'s' if len(gpus) > 1 else ''}" if gpus else "CPU"
-    dtype = "bfloat16" if fast_bf16() else "float32"
+    dtype = "bfloat16" if plan.bf16 else "float32"
     titles = dict.fromkeys(cell.job.task.title for cell in plan.cells)
     log(f"GLUE of {plan.source.name} ({plan.source.folder}), protocol {plan.protocol.description}")
     log(

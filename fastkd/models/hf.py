@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import re
 import shutil
 import tempfile
@@ -31,7 +30,7 @@ from transformers import (
 )
 from transformers import logging as hf_logging
 
-from fastkd import atomic
+from fastkd import atomic, quickstart
 from fastkd.models import parameter_names
 from fastkd.models.encoder import Encoder, EncoderConfig
 
@@ -63,7 +62,7 @@ def load(source: str | Path, *, device: torch.device | str = "cpu", sha256: str 
     read, is of another family, or, with ``sha256`` given, where its model.safetensors has another digest.
     """
     where = _resolve(source)
-    digest = file_sha256(Path(where) / "model.safetensors") if Path(where).is_dir() else None
+    digest = quickstart.file_sha256(Path(where) / "model.safetensors") if Path(where).is_dir() else None
     if sha256 is not None and digest != sha256:
         raise ValueError(f"{where}/model.safetensors has sha256 {digest}, not {sha256}; download it again")
     with _readable(source):
@@ -114,14 +113,6 @@ def _quiet() -> Iterator[None]:
         hf_logging.set_verbosity(verbosity)
         if bars:
             hf_logging.enable_progress_bar()
-
-
-def file_sha256(path: Path) -> str | None:
-    """Hexadecimal digest of a file, None where there is none."""
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _has_head(found: dict[str, Any], where: str) -> bool:
