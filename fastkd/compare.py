@@ -39,7 +39,7 @@ FIXED = ("method", "charge", "replay", "budget_tokens")  # options of a run that
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """One comparison; all options of a run are taken too, and hold for every row."""
+    """One comparison; a run's options are taken too and hold for every row, but those that are a row's own."""
 
     methods: str = option(
         "mlm,tinybert,minilm,minilmv2",
@@ -141,14 +141,17 @@ class Comparison:
         matching.keep()
         on_main(self.world, self.references.fine_tune)
         todo = [(row, budget, seed) for budget in budgets for seed in range(self.own.seeds) for row in self.rows]
+        finished = on_main(self.world, lambda: [each for each in todo if (self.row_folder(*each) / "final").is_dir()])
         errors: dict[Path, str | None] = {}
-        for number, (row, budget, seed) in enumerate(todo, start=1):
+        # What is finished comes first: the report that lies there keeps their scores until all of them are read again.
+        for number, (row, budget, seed) in enumerate(sorted(todo, key=lambda each: each not in finished), start=1):
             folder = self.row_folder(row, budget, seed)
             self.console.print(f"\nrow {number} of {len(todo)}: {row.label}, seed {seed}, {folder}")
             errors[folder] = self.run_row(row, budget, seed, folder)
             if errors[folder] is not None:
                 self.console.print(f"row failed: {errors[folder]}")
-            on_main(self.world, lambda: self.report(todo, errors))
+            if number >= len(finished):
+                on_main(self.world, lambda: self.report(todo, errors))
         return sum(error is not None for error in errors.values())
 
     def run_row(self, row: Row, budget: dict[str, float], seed: int, folder: Path) -> str | None:

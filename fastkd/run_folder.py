@@ -21,9 +21,10 @@ def ancestors(model: str | None) -> list[str]:
     """
     if model is None or model == quickstart.NAME:
         return [model] if model else []
-    folder = Path(model).resolve()
-    run = folder.parent if folder.name == "final" else folder
-    found = [model, *made_from(_json(run / "plan.json"))]
+    folder = Path(model).absolute()
+    places = [folder, *(path.parent for path in (folder, folder.resolve()) if path.name == "final")]
+    plans = [place / "plan.json" for place in places if (place / "plan.json").is_file()]
+    found = [model, *(made_from(_json(plans[0])) if plans else ())]
     return found if quickstart.NAME in found or not quickstart.is_quickstart(model) else [*found, quickstart.NAME]
 
 

@@ -44,7 +44,7 @@ class Scorer:
             self._fine_tuned[output_dir] = _glue_scores(output_dir)
 
     def glue(self, folder: Path) -> dict[str, float]:
-        """Scores of a fine-tuning with this scorer's data, tasks and rows; without data, whatever lies in the folder."""
+        """Scores of this process's fine-tuning, of the data, rows and seeds asked for; without data, what lies there."""
         return _glue_scores(folder) if self.data is None else self._fine_tuned.get(folder, {})
 
     def of(self, folder: Path) -> dict[str, float]:

@@ -172,6 +172,9 @@ def test_scores_are_those_of_the_tasks_and_rows_asked_for(small: list[str], tmp_
     assert all("RTE accuracy" in row["scores"] for row in first["rows"] + first["references"])
 
     assert do(small, folder, *options, "--glue-tasks", "rte", "--glue-train-rows", "rte=4") == 0
+    shown = [row["scores"]["RTE accuracy"] for row in results(folder)["references"]]
+    cells = [json.loads(path.read_text()) for place in scored[:2] for path in place.glob("glue/*.json")]
+    assert shown == [cell["metrics"]["accuracy"] for cell in cells if cell["rows"]["train"] == 4]
     assert [len(list(place.glob("glue/*.json"))) for place in scored] == [2, 2, 2, 2]
     finished = {path: path.stat().st_mtime_ns for place in scored for path in place.glob("glue/*.json")}
     assert do(small, folder, *options, "--glue-tasks", "rte", "--glue-train-rows", "rte=2") == 0
@@ -288,11 +291,14 @@ def test_what_ran_elsewhere_or_throttled_is_marked(tmp_path: Path) -> None:
         folder.mkdir()
         facts = {"device": device, "packages": {"torch": "2"}, "command": [device]}
         (folder / "environment.json").write_text(json.dumps(facts))
+        plan = {"dtype": {"A": "float32", "B": "bfloat16"}[device], "attention": "sdpa", "tokens": device}
+        (folder / "plan.json").write_text(json.dumps(plan))
     lines = [{"step": step, "throttle": ["thermal"] if step == 1 else []} for step in (1, 2, 3, 4)]
     (folders[1] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert circumstances(folders[0], folders[0], Row("mlm")) == []
     assert circumstances(folders[1], folders[0], Row("mlm")) == [
         "device B, mlm had A",
+        "dtype bfloat16, mlm had float32",
         "clocks held down by thermal in 25% of readings",
     ]
 

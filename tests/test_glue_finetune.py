@@ -322,6 +322,15 @@ def test_the_best_seed_is_submitted(tmp_path: Path) -> None:
     assert written[1].read_text() == "index\tprediction\n0\t5.000\n1\t0.000\n"
 
 
+def test_dtypes_that_differ_are_told() -> None:
+    pairs = cells(**{"rte_1e-5_16": [50.0, 70.0]})
+    found = [
+        (cell, result | {"dtype": dtype}) for (cell, result), dtype in zip(pairs, ("float32", "bfloat16"), strict=True)
+    ]
+    assert "ran in bfloat16 and float32" in markdown(choose(found), PAPER)
+    assert "ran in" not in markdown(choose(found[:1]), PAPER)
+
+
 def test_an_average_takes_all_tasks_or_none() -> None:
     complete = {f"{name}_1e-5_16": [60.0, 70.0] for name in PAPER.tasks}
     scores = choose(cells(**complete))

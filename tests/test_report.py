@@ -334,7 +334,8 @@ def test_the_quickstart_teacher_is_known_by_any_name_and_by_its_weights(
     copy = str(tmp_path / "copy")
     assert ancestors(copy) == [copy, "quickstart"]
     student = make_run(tmp_path / "student", plan=PLAN | {"ancestors": [copy, "quickstart"]})
-    for place in (student, student / "final"):
+    (tmp_path / "final").symlink_to(student)
+    for place in (student, student / "final", tmp_path / "final"):
         assert ancestors(str(place)) == [str(place), copy, "quickstart"]
     older = {name: value for name, value in PLAN.items() if name != "ancestors"}
     assert made_from(older) == ["quickstart"] and made_from(older | {"teacher": None}) == []

@@ -42,7 +42,7 @@ class Source:
     @property
     def saw_pairs(self) -> bool:
         """Whether it is the quickstart teacher, fine-tuned on NLI and paraphrase pairs, or was made from it."""
-        return quickstart.NAME in ancestors(str(self.folder))
+        return quickstart.NAME in ancestors(str(self.run or self.folder))
 
 
 def find_model(model: str | Path) -> Source:
