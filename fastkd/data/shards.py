@@ -27,6 +27,7 @@ from tokenizers import Tokenizer
 from fastkd.data.corpus import check, documents, sources
 from fastkd.data.tokenise import Tokens, tokenise
 from fastkd.data.writer import Writer, sync_folder, write_durably
+from fastkd.digest import file_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,8 +89,7 @@ class Shards:
     def _verify(self, name: str) -> None:
         path, expected = self.folder / name, self.index["files"][name]
         try:
-            with open(path, "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = file_sha256(path)
         except OSError as error:
             reason = error.strerror
             raise ValueError(f"shard {str(path)!r} cannot be read ({reason}): {_remedy(self.folder)}") from error

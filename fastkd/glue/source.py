@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from fastkd import quickstart
+from fastkd.digest import file_sha256
 from fastkd.run_folder import ancestors
 
 REMEDY = "name a run folder, a Hugging Face folder or a hub id"
@@ -28,7 +29,7 @@ class Source:
     def sha256(self) -> str:
         """Digest over weights, configuration and tokenizer; model card and scores are not part of it."""
         digests = {
-            path.name: quickstart.file_sha256(path)
+            path.name: file_sha256(path) if path.is_file() else None
             for path in self.folder.iterdir()
             if path.suffix in HASHED and path.name != "glue.json"
         }

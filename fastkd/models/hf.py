@@ -30,7 +30,8 @@ from transformers import (
 )
 from transformers import logging as hf_logging
 
-from fastkd import atomic, quickstart
+from fastkd import atomic
+from fastkd.digest import file_sha256
 from fastkd.models import parameter_names
 from fastkd.models.encoder import Encoder, EncoderConfig
 
@@ -62,7 +63,8 @@ def load(source: str | Path, *, device: torch.device | str = "cpu", sha256: str 
     read, is of another family, or, with ``sha256`` given, where its model.safetensors has another digest.
     """
     where = _resolve(source)
-    digest = quickstart.file_sha256(Path(where) / "model.safetensors") if Path(where).is_dir() else None
+    weights = Path(where) / "model.safetensors"
+    digest = file_sha256(weights) if weights.is_file() else None
     if sha256 is not None and digest != sha256:
         raise ValueError(f"{where}/model.safetensors has sha256 {digest}, not {sha256}; download it again")
     with _readable(source):
