@@ -1,6 +1,7 @@
 """Documents from local files: .txt (blank lines between documents), .jsonl and .parquet, the first two also .gz."""
 
 import gzip
+import hashlib
 import json
 import zlib
 from collections.abc import Iterator
@@ -8,8 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-
-from fastkd.digest import file_sha256
 
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz")
 
@@ -43,8 +42,8 @@ class LocalFile:
 
     def identity(self) -> dict[str, str]:
         """The sha256 of its content and how that is read, wherever the file lies."""
-        with self._readable():
-            digest = file_sha256(self.path)
+        with self._readable(), open(self.path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"kind": next(suffix for suffix in SUFFIXES if _is(self.path, suffix)), "sha256": digest}
 
     def documents(self, text_field: str) -> Iterator[str]:

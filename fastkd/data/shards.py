@@ -27,7 +27,6 @@ from tokenizers import Tokenizer
 from fastkd.data.corpus import check, documents, sources
 from fastkd.data.tokenise import Tokens, tokenise
 from fastkd.data.writer import Writer, sync_folder, write_durably
-from fastkd.digest import file_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,7 +88,8 @@ class Shards:
     def _verify(self, name: str) -> None:
         path, expected = self.folder / name, self.index["files"][name]
         try:
-            found = file_sha256(path)
+            with open(path, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             reason = error.strerror
             raise ValueError(f"shard {str(path)!r} cannot be read ({reason}): {_remedy(self.folder)}") from error
