@@ -1,0 +1,1 @@
+"""Everything about fastkd that only a GPU can tell, measured in ten minutes: ``python -m bench.device --out DIR``."""
