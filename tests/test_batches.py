@@ -86,6 +86,8 @@ def test_every_micro_batch_is_well_formed(shards: Shards) -> None:
         cu = batch.cu_seqlens.tolist()
         assert cu[: len(batch.lengths) + 1] == np.cumsum([0, *batch.lengths]).tolist()
         assert set(cu[len(batch.lengths) :]) == {2 * PACK}
+        assert batch.sequences.tolist() == cu[: len(batch.lengths) + 1]
+        assert batch.sequences[-1] == 2 * PACK and batch.sequences.data_ptr() == batch.cu_seqlens.data_ptr()
         assert batch.position_ids.tolist() == [place for length in batch.lengths for place in range(length)]
         for sequence in sequences(batch):
             if sequence[0] == SPECIAL.pad:

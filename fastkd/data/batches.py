@@ -41,6 +41,15 @@ class Batch:
     pairs: int  # Σ length², fillers included
     pairs_share: float  # pairs × micro-batches of the step over all ranks ÷ Σ pairs of the step: mean 1
 
+    @property
+    def sequences(self) -> Tensor:
+        """[n + 1] int32: ``cu_seqlens`` of the n sequences that there are, without the repeats of T.
+
+        A view whose size the host knows. About half of the B sequences are empty: what may change its shape from step
+        to step, as the relations do, takes this; what is compiled or captured takes ``cu_seqlens``.
+        """
+        return self.cu_seqlens[: len(self.lengths) + 1]
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """The same micro-batch on another device."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
