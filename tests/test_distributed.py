@@ -170,6 +170,30 @@ def test_a_rank_that_does_not_come_ends_the_job(tmp_path: Path) -> None:
     assert "gave up" in result.stderr
 
 
+FLOAT8 = """
+import sys
+from fastkd.distributed import finish, start
+from fastkd.models import float8
+
+world = start()
+for moved in (0, 1):  # the rank whose text would have float8 refused
+    losses = {"float32": 1.0, "bfloat16": 1.001, "float8": 0.98 if world.rank == moved else 1.0}
+    try:
+        float8.check(losses.__getitem__, world)
+        print(f"rank {moved} moved: taken")
+    except ValueError as error:
+        print(f"rank {moved} moved: {error}")
+finish(world)
+"""
+
+
+def test_ranks_agree_on_float8(tmp_path: Path) -> None:
+    result = ranks(FLOAT8, tmp_path)
+    assert result.returncode == 0, result.stderr
+    refused = "rank 0 moved: a float8 teacher moves the loss by 2.0%, a bfloat16 one by 0.1%: leave --teacher-dtype out"
+    assert sorted(result.stdout.splitlines()) == [refused] * 2 + ["rank 1 moved: taken"] * 2
+
+
 def test_a_batch_that_ranks_cannot_share_is_refused(small: list[str], tmp_path: Path) -> None:
     argv = torchrun(
         *small,
