@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+JOINING = timedelta(minutes=10)  # ranks start as fast as their nodes' disks, and NCCL takes its time between many nodes
 TIMEOUT = timedelta(seconds=45)  # a rank that is gone must end the job within a minute
 T = TypeVar("T")
 
@@ -53,8 +54,12 @@ def node_devices(world: World) -> list[torch.device]:
     return [torch.device(world.device.type, index) for index in range(world.size)]
 
 
-def start() -> World:
-    """Join the process group that torchrun describes, or be alone. Host collectives use gloo, device ones NCCL."""
+def start(timeout: timedelta = TIMEOUT) -> World:
+    """Join the process group that torchrun describes, or be alone. Host collectives use gloo, device ones NCCL.
+
+    Ranks may be minutes late (``JOINING``); once all have met, whoever is missing in a collective for ``timeout`` ends
+    the job. Torchrun ends it where a rank dies before that.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
@@ -63,8 +68,20 @@ def start() -> World:
         torch.cuda.set_device(device)
     if size == 1:
         return World(device=device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+    backend, bound = ("cpu:gloo,cuda:nccl", device) if cuda else ("gloo", None)
+    dist.init_process_group(backend, timeout=JOINING, device_id=bound)  # bound to its device, NCCL connects here
+    _meet(device)
+    assert dist.group.WORLD is not None
+    dist.group.WORLD.set_timeout(timeout)
     return World(rank=dist.get_rank(), size=size, device=device)
+
+
+def _meet(device: torch.device) -> None:
+    """One collective on the host and one on the device, waited for: what either connects at its first is connected."""
+    for place in dict.fromkeys((torch.device("cpu"), device)):  # in the same order on every rank
+        present = torch.ones(1, device=place)
+        dist.all_reduce(present)
+        assert present.item() == dist.get_world_size()
 
 
 def finish(world: World) -> None:

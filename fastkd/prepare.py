@@ -161,7 +161,7 @@ def prepare(resolved: Resolved, world: World) -> Parts:
     parts.set_micro_batch(_micro_batch(parts))
     parts.validation = _validation(parts)
     if loaded is not None and teacher is not None and config.teacher_dtype == "float8":
-        float8.check(lambda name: _loss_of_teacher(parts, loaded, name))
+        float8.check(lambda name: _loss_of_teacher(parts, loaded, name), world)
     return parts
 
 

@@ -1,5 +1,7 @@
 """Batches: pure functions of (seed, step); packs that lose and mix nothing; masks that are exactly as said."""
 
+import collections
+import contextlib
 import hashlib
 import itertools
 import json
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from fastkd.data import packing
 from fastkd.data.batches import Batch, BatchStream, SpecialIds, pack_size, validation_batches
 from fastkd.data.masking import Masker, key_of, mix, mix_tensor
 from fastkd.data.packing import Packer, Text, shuffled
@@ -83,6 +86,8 @@ def test_every_micro_batch_is_well_formed(shards: Shards) -> None:
         cu = batch.cu_seqlens.tolist()
         assert cu[: len(batch.lengths) + 1] == np.cumsum([0, *batch.lengths]).tolist()
         assert set(cu[len(batch.lengths) :]) == {2 * PACK}
+        assert batch.sequences.tolist() == cu[: len(batch.lengths) + 1]
+        assert batch.sequences[-1] == 2 * PACK and batch.sequences.data_ptr() == batch.cu_seqlens.data_ptr()
         assert batch.position_ids.tolist() == [place for length in batch.lengths for place in range(length)]
         for sequence in sequences(batch):
             if sequence[0] == SPECIAL.pad:
@@ -207,6 +212,66 @@ def test_an_exception_of_the_prefetching_thread_is_raised_to_the_reader(shards: 
     with pytest.raises(ValueError, match="step is -1: steps count from 0"):
         next(stream(shards).prefetch(-1))
     assert not any(thread.name.startswith("batches") for thread in threading.enumerate())
+
+
+@pytest.fixture
+def shuffles(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
+    """(key, thread) of every shuffle, as it begins."""
+    begun: list[tuple[int, str]] = []
+
+    def recorded(count: int, key: int) -> np.ndarray:
+        begun.append((key, threading.current_thread().name))
+        return shuffled(count, key)
+
+    monkeypatch.setattr(packing, "shuffled", recorded)
+    return begun
+
+
+def test_every_epoch_is_shuffled_once_and_ahead_of_its_need(shards: Shards, shuffles: list[tuple[int, str]]) -> None:
+    batches = stream(shards, batch_tokens=PACK, micro_tokens=PACK)
+    epoch = round(1 / batches.epoch_of(1))
+    with contextlib.closing(batches.prefetch(0)) as ahead:
+        for i, step in enumerate(itertools.islice(ahead, 3 * epoch + epoch // 4)):
+            assert batches.tokens_of(i).real == step[0].real_tokens
+    keys, threads = zip(*shuffles, strict=True)
+    assert len(set(keys)) == len(keys) >= 4
+    assert threads[0] == threading.current_thread().name  # the first, which sets the shapes
+    assert all(thread.startswith("epochs") for thread in threads[1:])
+    assert digest(step) == digest(stream(shards, batch_tokens=PACK, micro_tokens=PACK).step(i))
+
+
+def test_closing_does_not_wait_for_a_shuffle(shards: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = stream(shards, batch_tokens=PACK, micro_tokens=PACK)
+    begun, go = threading.Event(), threading.Event()
+
+    def held_up(count: int, key: int) -> np.ndarray:
+        begun.set()
+        assert go.wait(60)
+        return shuffled(count, key)
+
+    monkeypatch.setattr(packing, "shuffled", held_up)
+    others = set(threading.enumerate())
+    ahead = batches.prefetch(round(0.6 / batches.epoch_of(1)))
+    assert len(next(ahead)) == 1, "a step waited for the next epoch"
+    assert begun.wait(60)
+    ahead.close()
+    (left,) = set(threading.enumerate()) - others
+    go.set()
+    left.join(60)
+    assert not left.is_alive()
+
+
+def test_an_exception_of_the_shuffling_thread_is_raised_to_the_reader(
+    shards: Shards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = stream(shards, batch_tokens=PACK, micro_tokens=PACK)
+
+    def fails(count: int, key: int) -> np.ndarray:
+        raise MemoryError(f"no room for {count} sequences")
+
+    monkeypatch.setattr(packing, "shuffled", fails)
+    with contextlib.closing(batches.prefetch(0)) as ahead, pytest.raises(MemoryError, match="no room for"):
+        collections.deque(ahead, maxlen=0)
 
 
 def test_masks_are_exactly_15_percent_and_80_10_10(shards: Shards) -> None:

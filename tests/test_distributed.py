@@ -1,4 +1,4 @@
-"""Two ranks do what one does with twice the micro-batch; a lost rank ends the job with a checkpoint."""
+"""Two ranks do what one does with twice the micro-batch; a late one is waited for, a lost one ends the job."""
 
 import os
 import signal
@@ -113,6 +113,85 @@ def test_a_killed_rank_ends_the_job_with_a_checkpoint(victim: int, small: list[s
         assert time.monotonic() - killed < 60
     found = checkpoint.newest(folder / "checkpoints")
     assert found is not None and found.state["step"] >= 5
+
+
+def ranks(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Two ranks that run a script, given a folder."""
+    path = folder / "script.py"
+    path.write_text(script)
+    argv = [*torchrun()[:-2], str(path), str(folder)]
+    return subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=120)
+
+
+LATE = """
+import os, sys, time
+from datetime import timedelta
+from pathlib import Path
+import torch
+from fastkd.distributed import Decision, agree, finish, start
+
+waiting, seconds = Path(sys.argv[1]) / "waiting", 2
+if os.environ["RANK"] == "0":
+    waiting.touch()
+else:  # this rank's imports take longer than a rank that is gone would be waited for
+    while not waiting.exists() or time.time() < waiting.stat().st_mtime + 2 * seconds:
+        torch.linalg.svdvals(torch.randn(200, 200))
+world = start(timedelta(seconds=seconds))
+print("progress", agree(world, Decision(0.5, validate=True)).progress)
+finish(world)
+"""
+
+
+def test_a_rank_that_joins_late_is_waited_for(tmp_path: Path) -> None:
+    result = ranks(LATE, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["progress 0.5"] * 2
+
+
+MISSING = """
+import sys
+from datetime import timedelta
+from fastkd.distributed import Decision, agree, any_rank, start
+
+world = start(timedelta(seconds=2))
+if world.is_main:
+    try:
+        agree(world, Decision(0.5))
+    except RuntimeError:
+        sys.exit("gave up")
+any_rank(world, False)  # waits for as long as it takes
+"""
+
+
+def test_a_rank_that_does_not_come_ends_the_job(tmp_path: Path) -> None:
+    """Not only its death: that it is alive and stuck. The start's patience does not hold on."""
+    result = ranks(MISSING, tmp_path)
+    assert result.returncode != 0
+    assert "gave up" in result.stderr
+
+
+FLOAT8 = """
+import sys
+from fastkd.distributed import finish, start
+from fastkd.models import float8
+
+world = start()
+for moved in (0, 1):  # the rank whose text would have float8 refused
+    losses = {"float32": 1.0, "bfloat16": 1.001, "float8": 0.98 if world.rank == moved else 1.0}
+    try:
+        float8.check(losses.__getitem__, world)
+        print(f"rank {moved} moved: taken")
+    except ValueError as error:
+        print(f"rank {moved} moved: {error}")
+finish(world)
+"""
+
+
+def test_ranks_agree_on_float8(tmp_path: Path) -> None:
+    result = ranks(FLOAT8, tmp_path)
+    assert result.returncode == 0, result.stderr
+    refused = "rank 0 moved: a float8 teacher moves the loss by 2.0%, a bfloat16 one by 0.1%: leave --teacher-dtype out"
+    assert sorted(result.stdout.splitlines()) == [refused] * 2 + ["rank 1 moved: taken"] * 2
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(small: list[str], tmp_path: Path) -> None:

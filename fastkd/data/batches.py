@@ -6,7 +6,7 @@ T tokens of a micro-batch, B sequences at most, M predicted positions; P tokens 
 import dataclasses
 from collections import deque
 from collections.abc import Generator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
 
@@ -40,6 +40,15 @@ class Batch:
     real_tokens: int  # all but fillers
     pairs: int  # Σ length², fillers included
     pairs_share: float  # pairs × micro-batches of the step over all ranks ÷ Σ pairs of the step: mean 1
+
+    @property
+    def sequences(self) -> Tensor:
+        """[n + 1] int32: ``cu_seqlens`` of the n sequences that there are, without the repeats of T.
+
+        A view whose size the host knows. About half of the B sequences are empty: what may change its shape from step
+        to step, as the relations do, takes this; what is compiled or captured takes ``cu_seqlens``.
+        """
+        return self.cu_seqlens[: len(self.lengths) + 1]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """The same micro-batch on another device."""
@@ -125,18 +134,25 @@ class BatchStream:
     def prefetch(self, start: int) -> Generator[list[Batch], None, None]:
         """Yield step(start), step(start + 1), …; a thread assembles the next ones on the host meanwhile.
 
-        What the device does (copies, masks) is queued from the caller's thread and stream. An exception of the thread
-        is raised here; closing the iterator ends the thread.
+        Another thread shuffles the next epoch, half an epoch before it is read. What the device does (copies, masks)
+        is queued from the caller's thread and stream. An exception of the threads is raised here; closing the iterator
+        ends them, a shuffle that has begun as soon as it is done: nobody waits for it.
         """
-        pool = ThreadPoolExecutor(1, "batches")
+        assembling, shuffling = ThreadPoolExecutor(1, "batches"), ThreadPoolExecutor(1, "epochs")
+
+        def assemble(i: int) -> Future[list[Plain]]:
+            self._packer.look_ahead((i + 1) * self._packs_per_step - 1, shuffling)
+            return assembling.submit(self._assemble, i)
+
         try:
-            ahead = deque(pool.submit(self._assemble, i) for i in range(start, start + STEPS_AHEAD))
+            ahead = deque(assemble(i) for i in range(start, start + STEPS_AHEAD))
             for i in count(start + STEPS_AHEAD):
                 plain = ahead.popleft().result()
-                ahead.append(pool.submit(self._assemble, i))
+                ahead.append(assemble(i))
                 yield [self._batch(micro) for micro in plain]
         finally:
-            pool.shutdown(cancel_futures=True)
+            assembling.shutdown(cancel_futures=True)
+            shuffling.shutdown(wait=False)
 
     def epoch_of(self, i: int) -> float:
         """Epochs consumed before step ``i``."""

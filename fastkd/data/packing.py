@@ -9,11 +9,12 @@ every epoch has as many packs, and no token is lost or repeated, but for less th
 Shapes: S sequences of the text, F sequences (fragments) of some packs, n packs.
 """
 
+from concurrent.futures import Executor
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
+from fastkd.data.epochs import Epochs
 from fastkd.data.masking import key_of, mix
 
 PACKINGS = ("documents", "full-sentences")
@@ -125,7 +126,7 @@ class Fragments:
 
 
 class Packer:
-    """The endless row of packs of a text: packs of epoch 0, then of epoch 1, and so on.
+    """The endless row of packs of a text: packs of epoch 0, then of epoch 1, and so on. Any thread may read it.
 
     Attributes:
         packs_per_epoch: the same in every epoch.
@@ -140,7 +141,7 @@ class Packer:
         self._total = int(text.length.sum(dtype=np.int64)) + 2 * len(text.length)
         self._copies = -(-self._span // self._total)  # a corpus below one pack repeats inside it
         self.packs_per_epoch = self._total * self._copies // self._span
-        self._epoch = lru_cache(maxsize=2)(self._shuffle)
+        self._epoch = Epochs(self._shuffle)
         self.max_sequences = self._bound()
 
     def passes(self, packs: int) -> float:
@@ -169,6 +170,15 @@ class Packer:
             np.concatenate([length for _, length, _, _ in parts]),
             np.concatenate([pack + shift for _, _, pack, shift in parts]),
         )
+
+    def look_ahead(self, pack: int, pool: Executor) -> None:
+        """Where ``pack`` lies in the second half of its epoch, have the pool shuffle the next one, unless that is done.
+
+        A shuffle takes about 0.2 s a million sequences: begun half an epoch before, no reader waits for it.
+        """
+        epoch, at = self.place(pack)
+        if 2 * at >= self.packs_per_epoch:
+            self._epoch.ahead(epoch + 1, pool)
 
     def _shuffle(self, number: int) -> "_Epoch":
         """The first shuffle of this epoch that keeps to the static bound: nearly always the first of all."""

@@ -50,8 +50,8 @@ class METHOD(Method):
         q_s, k_s, v_s = student.qkv[self.student_config.num_layers]
         q_t, k_t, v_t = teacher.qkv[self.teacher_config.num_layers]
         heads, bound = self.student_config.num_heads, batch.max_seqlen
-        attention = relation_kl(q_s, q_t, batch.cu_seqlens, heads, student_key=k_s, teacher_key=k_t, max_seqlen=bound)
-        value = relation_kl(v_s, v_t, batch.cu_seqlens, heads, max_seqlen=bound)
+        attention = relation_kl(q_s, q_t, batch.sequences, heads, student_key=k_s, teacher_key=k_t, max_seqlen=bound)
+        value = relation_kl(v_s, v_t, batch.sequences, heads, max_seqlen=bound)
         return MethodLoss(attention + value, {"attention": attention.detach(), "value": value.detach()})
 
     def loss_flops(self, *, tokens: int, pairs: int, predicted: int) -> int:

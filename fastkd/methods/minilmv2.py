@@ -80,7 +80,7 @@ class METHOD(Method):
     ) -> MethodLoss:
         assert teacher is not None
         relations = [
-            relation_kl(s_TD, t_TD, batch.cu_seqlens, self.relation_heads, max_seqlen=batch.max_seqlen)
+            relation_kl(s_TD, t_TD, batch.sequences, self.relation_heads, max_seqlen=batch.max_seqlen)
             for s_TD, t_TD in zip(student.qkv[self.student_config.num_layers], teacher.qkv[self.layer], strict=True)
         ]
         parts = {name: value.detach() for name, value in zip(("query", "key", "value"), relations, strict=True)}

@@ -12,6 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from fastkd.distributed import World, on_main
+
+ALONE = World()  # one process
 LEAST_CAPABILITY = (8, 9)
 MOST_EXCESS = 0.01  # of the loss
 
@@ -33,14 +36,21 @@ def quantise(layers: nn.Module) -> None:
     quantize_(layers, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
 
 
-def check(loss: Callable[[str], float]) -> None:
+def check(loss: Callable[[str], float], world: World = ALONE) -> None:
     """Refuse float8 whose error in the loss exceeds bfloat16's by more than ``MOST_EXCESS`` of the loss.
 
-    ``loss`` gives a batch's loss with the teacher in ``float32``, ``bfloat16`` or ``float8``. Raises ValueError.
+    ``loss`` gives a batch's loss with the teacher in ``float32``, ``bfloat16`` or ``float8``; rank 0's counts, for ranks
+    that read different batches could disagree, and would wait for each other. Raises ValueError, on every rank.
     """
-    exact = loss("float32")
-    half, quarter = (abs(loss(name) - exact) / abs(exact) for name in ("bfloat16", "float8"))
+    half, quarter = on_main(world, lambda: _errors(loss))
     if not quarter - half <= MOST_EXCESS:
         raise ValueError(
             f"a float8 teacher moves the loss by {quarter:.1%}, a bfloat16 one by {half:.1%}: leave --teacher-dtype out"
         )
+
+
+def _errors(loss: Callable[[str], float]) -> tuple[float, float]:
+    """The errors of bfloat16 and float8, as parts of the loss."""
+    exact = loss("float32")
+    half, quarter = (abs(loss(name) - exact) / abs(exact) for name in ("bfloat16", "float8"))
+    return half, quarter

@@ -1,0 +1,58 @@
+"""The epochs in use: each is made once, whichever thread asks first, and ahead of its need where a pool is given."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from threading import Lock
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+HELD = 2  # the epoch that is read and the next one: a step may lie in both
+
+
+class Epochs(Generic[T]):
+    """Epochs by number; the two that were asked for last are held.
+
+    Threads that want an epoch which is being made wait for that one alone: the lock guards the table and is never held
+    while an epoch is made, which takes seconds for a large corpus.
+
+    Args:
+        make: makes an epoch of its number.
+    """
+
+    def __init__(self, make: Callable[[int], T]) -> None:
+        self._make = make
+        self._lock = Lock()
+        self._held: OrderedDict[int, Future[T]] = OrderedDict()
+
+    def __call__(self, number: int) -> T:
+        """An epoch: made here unless it is held or being made. Raises what making it raised; the next call tries again."""
+        epoch, missing = self._slot(number)
+        if missing:
+            self._fill(number, epoch)
+        return epoch.result()
+
+    def ahead(self, number: int, pool: Executor) -> None:
+        """Have the pool make an epoch unless it is held or being made; whoever wants it from now on waits for the pool."""
+        epoch, missing = self._slot(number)
+        if missing:
+            pool.submit(self._fill, number, epoch)
+
+    def _slot(self, number: int) -> tuple[Future[T], bool]:
+        """The place of an epoch, and whether nobody has begun to make it; it is the caller who must then."""
+        with self._lock:
+            missing = number not in self._held
+            epoch = self._held.setdefault(number, Future())
+            self._held.move_to_end(number)
+            while len(self._held) > HELD:
+                self._held.popitem(last=False)
+        return epoch, missing
+
+    def _fill(self, number: int, epoch: Future[T]) -> None:
+        try:
+            epoch.set_result(self._make(number))
+        except BaseException as error:  # those who wait must not wait for ever
+            with self._lock:
+                self._held.pop(number, None)
+            epoch.set_exception(error)
