@@ -98,9 +98,17 @@ def _section(out: Path, name: str, outcome: Row) -> str:
     if picture.exists():
         blocks.append(f"![{name}]({picture.name})")
     if outcome["outcome"] != "done" and log.exists():
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-OUTPUT_LINES:]
+        lines = _end(log.read_text(encoding="utf-8", errors="replace").splitlines())
         blocks.append("\n".join([f"{outcome['outcome']}; `{log.name}` ends:", "", "```", *lines, "```"]))
     return "\n\n".join(blocks)
+
+
+def _end(lines: list[str]) -> list[str]:
+    """The last lines of a log; where it ends with the stacks of a process that was asked to end, where that one was."""
+    stacks = [i for i, line in enumerate(lines) if line.startswith(("Thread 0x", "Current thread 0x"))]
+    if not stacks:
+        return lines[-OUTPUT_LINES:]
+    return lines[max(0, stacks[0] - OUTPUT_LINES // 2) : stacks[0]] + lines[stacks[-1] :][:OUTPUT_LINES]
 
 
 if __name__ == "__main__":

@@ -49,13 +49,19 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         _signal(process, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=GRACE)
-    _signal(process, signal.SIGKILL)
-    process.wait()
+    until = time.monotonic() + GRACE
+    while _signal(process, signal.SIGKILL) and time.monotonic() < until:
+        process.poll()
+        time.sleep(0.01)
 
 
-def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    with suppress(ProcessLookupError, PermissionError):  # nobody is left
+def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> bool:
+    """Whether there is anybody left to signal."""
+    try:
         os.killpg(process.pid, number)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
 
 
 def last_line(log: Path) -> str:

@@ -1,0 +1,268 @@
+"""The suite for a GPU: parts that crash, hang or are interrupted cost their own rows at most; goals are judged by rows."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bench.device import page, part, process
+from bench.device.__main__ import main
+from bench.device.suite import PLAN, Suite, available
+
+ROOT = Path(__file__).parents[1]
+PARTS = {
+    "a_good": """
+        def run(context, rows):
+            rows.add(what="number", value=1.5, device=context.device, left=rows.left)
+    """,
+    "b_crash": """
+        def run(context, rows):
+            rows.add(what="number", value=2.5)
+            raise RuntimeError("the kernel was wrong")
+    """,
+    "c_hang": """
+        import os, subprocess, sys, time
+        def run(context, rows):
+            rows.add(what="number", value=3.5)
+            child = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(15, 1); time.sleep(600)"])
+            rows.add(what="children", value=[os.getpid(), child.pid])
+            if os.path.exists("hanging"):
+                open("hanging", "w").close()
+            time.sleep(600)
+    """,
+    "d_missing": """
+        import no_such_package
+        def run(context, rows):
+            pass
+    """,
+    "e_bad_table": """
+        def run(context, rows):
+            rows.add(what="number", value=float("nan"))
+        def markdown(rows):
+            raise ValueError("no table")
+        def draw(rows, path):
+            path.write_bytes(b"a picture")
+    """,
+}
+TABLE = """
+    SECONDS = {seconds}
+    def markdown(rows):
+        return "values: " + ", ".join(str(row["value"]) for row in rows) + "\\n"
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A folder of parts as a package that this process and those of the parts find."""
+    folder = tmp_path / "modules" / "trial_parts"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("")
+    (folder / "no_part.py").write_text("import no_such_package\n")
+    for name, body in PARTS.items():
+        shared = textwrap.dedent(TABLE.format(seconds=40 if name == "c_hang" else 100))
+        (folder / f"{name}.py").write_text(shared + textwrap.dedent(body))
+    monkeypatch.syspath_prepend(str(folder.parent))
+    path = os.pathsep.join([str(folder.parent), os.environ.get("PYTHONPATH", "")])
+    monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    return "trial_parts"
+
+
+def suite(out: Path, package: str, *parts: str, minutes: float) -> int:
+    return Suite(out, "cpu", minutes, parts or None, package=package).start().run()
+
+
+def outcomes(out: Path) -> dict[str, str]:
+    return {row["part"]: row["outcome"] for row in part.read(out / page.OUTCOMES)}
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that ended and was not collected does not."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def test_parts_are_found_without_being_imported(package: str) -> None:
+    assert available(package) == dict.fromkeys(PARTS, 100) | {"c_hang": 40}
+    assert [name for name in PLAN if name in available("bench.device")][:4] == list(PLAN[:4])
+
+
+def test_whatever_happens_to_a_part_the_others_still_come(package: str, tmp_path: Path) -> None:
+    out, started = tmp_path / "out", time.monotonic()
+    assert suite(out, package, minutes=1.0) == 4
+    assert time.monotonic() - started < 60
+    ends = {"a_good": "done", "b_crash": "failed", "c_hang": "cut off", "d_missing": "failed", "e_bad_table": "done"}
+    assert outcomes(out) == ends
+    lines = {row["part"]: row["line"] for row in part.read(out / page.OUTCOMES)}
+    assert lines["b_crash"] == "RuntimeError: the kernel was wrong"
+    assert lines["d_missing"] == "ModuleNotFoundError: No module named 'no_such_package'"
+    assert (out / "b_crash.md").read_text() == "values: 2.5\n"
+    hung = part.read(out / "c_hang.jsonl")
+    assert (out / "c_hang.md").read_text() == f"values: 3.5, {hung[1]['value']}\n"  # written by the driver
+    assert "time.sleep" not in lines["c_hang"] and "in run" in (out / "c_hang.log").read_text()  # where it hung
+    assert not any(alive(pid) for pid in hung[1]["value"])
+    assert part.read(out / "e_bad_table.jsonl") == [{"what": "number", "value": None}]
+    assert (out / "e_bad_table.png").exists() and not (out / "e_bad_table.md").exists()
+    text = (out / page.NAME).read_text()
+    assert "the kernel was wrong" in text and "values: 3.5" in text and "![e_bad_table](e_bad_table.png)" in text
+    with tarfile.open(out.with_name("out.tar.gz")) as archive:
+        assert {Path(name).name for name in archive.getnames()} == {path.name for path in out.iterdir()}
+
+
+def test_what_a_part_leaves_over_the_next_ones_get(package: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert suite(out, package, "a_good", "e_bad_table", minutes=2.0) == 0
+    first, second = part.read(out / page.OUTCOMES)
+    assert first["limit_s"] == pytest.approx(54, abs=1)  # half of what is not kept for the page
+    assert second["limit_s"] == pytest.approx(108 - first["seconds"], abs=5)
+    assert first["limit_s"] - 15 < part.read(out / "a_good.jsonl")[0]["left"] < first["limit_s"]
+
+
+def test_a_later_run_replaces_the_parts_that_it_runs(package: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert suite(out, package, "a_good", "b_crash", minutes=1.0) == 4
+    (out / "b_crash.png").write_bytes(b"of an earlier run")
+    assert suite(out, package, "b_crash", minutes=1.0) == 4
+    assert outcomes(out) == {"a_good": "done", "b_crash": "failed"}
+    assert not (out / "b_crash.png").exists() and "values: 1.5" in (out / page.NAME).read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_part_and_still_writes_the_page(package: str, tmp_path: Path, number: int) -> None:
+    out = tmp_path / "out"
+    code = (
+        "import sys, pathlib; from bench.device.suite import Suite; "
+        f"sys.exit(Suite(pathlib.Path({str(out)!r}), 'cpu', 5.0, ['a_good', 'c_hang', 'd_missing'], "
+        f"package={package!r}).start().run())"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])}
+    os.mkfifo(tmp_path / "hanging")  # in the parts' working folder
+    driver = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL, cwd=tmp_path)
+    (tmp_path / "hanging").read_text()  # waits for the part
+    driver.send_signal(number)
+    assert driver.wait(60) == 4
+    assert outcomes(out) == {"a_good": "done", "c_hang": "interrupted"}
+    assert "values: 3.5" in (out / page.NAME).read_text()
+    assert not any(alive(pid) for pid in part.read(out / "c_hang.jsonl")[1]["value"])
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--parts", "smoke,nothing"], "no part 'nothing': take of environment, smoke"),
+        (["--minutes", "0"], "--minutes is 0.0"),
+        (["--bundle", "missing.tar"], "--bundle missing.tar is no file"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(
+    options: list[str], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["--device", "cpu", "--out", str(out), *options]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and reason in said[0]
+    assert not out.exists()
+
+
+def test_an_out_that_is_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("kept")
+    assert main(["--device", "cpu", "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "is in the way" in capsys.readouterr().err
+
+
+def test_a_process_and_what_it_leaves_behind_end_together(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    script = "import subprocess, sys; print(subprocess.Popen(['sleep', '600']).pid); sys.exit(3)"
+    ended = process.run([sys.executable, "-c", script], environment=os.environ, log=log, seconds=60)
+    assert ended.code == 3 and ended.seconds < 60
+    assert not alive(int(ended.line))
+
+
+# ---- goals ----------------------------------------------------------------------------------------------------
+
+
+def kernel_row(contender: str, seconds: float, **fields: object) -> part.Row:
+    row = {"what": "kernel", "kernel": "linear_kd", "case": "ce 768", "dtype": "bfloat16", "contender": contender}
+    return row | {"device_s": seconds, "gradient_error": 1e-3, "peak_bytes": 100} | fields
+
+
+@pytest.fixture
+def write_page(tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """Writes a folder of results of a device and its page; verdict by claim."""
+
+    def written(device: str, **rows: list[part.Row]) -> dict[str, str]:
+        ends = [
+            {"what": "part", "part": name, "outcome": "done", "seconds": 1, "limit_s": 2, "line": "", "device": device,
+             "bundle": False, "commit": "abc", "date": "2026-01-01"}
+            for name in rows
+        ]  # fmt: skip
+        for name, content in {**rows, "suite": ends}.items():
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+        table = page.write(tmp_path).read_text().partition("## Claims")[2].partition("## Parts")[0]
+        lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+        return {cells[0]: cells[-1].strip("* |") for cells in lines[2:]}
+
+    return written
+
+
+def verdicts(found: dict[str, str], word: str) -> set[str]:
+    return {verdict for claim, verdict in found.items() if word in claim}
+
+
+def test_goals_are_met_by_the_worst_case(write_page: Callable[..., dict[str, str]]) -> None:
+    rows = [
+        kernel_row("fastkd", 1.0, of_roofline=0.8, roofline="measured"), kernel_row("reference", 4.5),
+        kernel_row("reference compiled", 1.4), kernel_row("orda-kernel", 1.5, gradient_error=2e-2),
+        kernel_row("liger fused_linear_jsd", 2.0, gradient_error=1e-3),
+        kernel_row("fastkd", 1.0, case="kl", of_roofline=0.6, roofline="measured"), kernel_row("reference", 9.0, case="kl"),
+        {"what": "kernel", "kernel": "linear_kd", "case": "kl", "contender": "orda-kernel", "error": "out of memory"},
+    ]  # fmt: skip
+    found = write_page("cuda", kernels=rows)
+    assert verdicts(found, "4 times as fast as eager") == {"met"}
+    assert verdicts(found, "1.5 times as fast as torch.compile") == {"not met"}
+    assert verdicts(found, "faster than orda") == {"met"} == verdicts(found, "faster than Liger")
+    assert verdicts(found, "smaller gradient error") == {"not met"}  # an equal one is not smaller
+    assert verdicts(found, "linear_kd: at least 70% of the roofline") == {"not met"}
+    assert verdicts(found, "relation_kl") == {"not measured"}
+
+
+def test_training_goals(write_page: Callable[..., dict[str, str]]) -> None:
+    rate = {"what": "method", "size": "paper-6l", "dtype": "bfloat16", "mfu": 0.4, "peak_memory_bytes": 5}
+    rows = [
+        rate | {"method": "mlm", "tokens_per_s": 1.6e6},
+        {"what": "tax", "method": "minilmv2", "tax": 1.7, "bound": 1.5, "over": 1.13},
+        {"what": "tax", "method": "tinybert", "tax": 2.1, "bound": 1.7, "over": 1.24},
+    ]
+    found = write_page("cuda", training=rows)
+    assert verdicts(found, "scratch") == {"met"} == verdicts(found, "minilmv2: the teacher")
+    assert verdicts(found, "tinybert: the teacher") == {"not met"}
+    assert verdicts(found, "logit_kd: the teacher") == {"not measured"}
+    rows[0] = rate | {"method": "mlm", "tokens_per_s": 1.5e6}
+    assert verdicts(write_page("cuda", training=rows), "scratch") == {"not met"}
+
+
+def test_a_rehearsal_settles_nothing(write_page: Callable[..., dict[str, str]]) -> None:
+    checks = [{"what": "check", "check": "a", "ok": True, "seconds": 1.0}]
+    assert set(write_page("cpu", smoke=checks, kernels=[kernel_row("fastkd", 1.0)]).values()) == {"not measured"}
+    assert verdicts(write_page("cuda", smoke=checks), "smoke") == {"met"}
+    checks.append({"what": "check", "check": "b", "ok": False, "seconds": 1.0, "error": "RuntimeError: x"})
+    assert verdicts(write_page("cuda", smoke=checks), "smoke") == {"not met"}
+
+
+def test_correctness_is_all_or_nothing(write_page: Callable[..., dict[str, str]]) -> None:
+    tests = {"what": "tests", "selection": "all", "passed": 5, "failed": 0, "errors": 0, "skipped_tests": 2}
+    step = {"what": "gradient", "method": "mlm", "dtype": "float32", "gradient_error": 1e-6, "bound": 1e-5, "ok": True}
+    found = write_page("cuda", correctness=[tests, step])
+    assert verdicts(found, "test passes") == {"met"} == verdicts(found, "gradient in bfloat16")
+    found = write_page("cuda", correctness=[tests | {"failed": 1}, step | {"ok": False}])
+    assert verdicts(found, "test passes") == {"not met"} == verdicts(found, "gradient in bfloat16")
