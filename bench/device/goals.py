@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.device.part import Row
+
 FLOPS_A_TOKEN = 283.5e6  # of a 6L-768H student with its last layer run whole, forward and backward
 PEAK = 989e12  # dense bf16 FLOP/s of an H100's data sheet
 SCRATCH = 0.45 * PEAK / FLOPS_A_TOKEN  # tokens/s

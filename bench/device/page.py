@@ -1,6 +1,6 @@
 """The page of a run: what it ran on, what is claimed beside what was measured, and every part's table and picture.
 
-    python -m bench.device.page DIR       writes DIR/README.md again
+python -m bench.device.page DIR       writes DIR/README.md again
 """
 
 from __future__ import annotations

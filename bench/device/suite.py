@@ -203,7 +203,9 @@ class Run:
             page.write(self._out)
         except Exception:
             reason = traceback.format_exc()
-            (self._out / page.NAME).write_text(f"The page could not be written:\n\n```\n{reason}```\n", encoding="utf-8")
+            (self._out / page.NAME).write_text(
+                f"The page could not be written:\n\n```\n{reason}```\n", encoding="utf-8"
+            )
         self._pack()
 
     @property
