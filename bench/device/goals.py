@@ -73,7 +73,7 @@ def _predicted_scratch(predictions: Any, gpu: str) -> str:
 
 def _tax(method: str) -> Goal:
     def settle(results: Results) -> Finding | None:
-        row = results.last("training", "tax", method=method)
+        row = results.last("training", "tax", method=method, size="paper-6l")
         if row.get("over") is None:
             return None
         return Finding(f"{row['tax']:.2f} for {row['bound']:.2f}: {row['over']:.2f} times", row["over"] <= TAX)
@@ -93,7 +93,7 @@ def _mfu(results: Results) -> Finding | None:
 def _over_the_paper(results: Results) -> Finding | None:
     found = []
     for peer in results.all("training", "peer", peer="paper"):
-        ours = results.last("training", "method", method=peer["method"])
+        ours = results.last("training", "method", method=peer["method"], size=peer.get("size"))
         if ours.get("tokens_per_s") and peer.get("tokens_per_s"):
             memory = ""
             if ours.get("peak_memory_bytes") and peer.get("peak_memory_bytes"):

@@ -38,6 +38,7 @@ from typing import Any
 from bench.device import page, process
 from bench.device.part import Context
 from fastkd import environment, jsonl
+from fastkd.digest import file_sha256
 
 PLAN = ("environment", "smoke", "full_step", "correctness", "training", "kernels", "blocks", "comparison")
 ROOT = Path(__file__).parents[2]  # of the checkout
@@ -65,7 +66,7 @@ class Suite:
         seconds = self._chosen()
         self._check()
         scratch = _scratch(self.out)
-        bundle = None if self.bundle is None else _unpacked(self.bundle, scratch / "bundle")
+        bundle = None if self.bundle is None else _unpacked(self.bundle, scratch)
         return Run(self, scratch, bundle, seconds, started)
 
     def _chosen(self) -> dict[str, float]:
@@ -254,9 +255,13 @@ def _scratch(out: Path) -> Path:
     return path
 
 
-def _unpacked(archive: Path, folder: Path) -> Path:
-    """A bundle's content, verified."""
+def _unpacked(archive: Path, scratch: Path) -> Path:
+    """The folder of a bundle's verified content; one that an earlier run unpacked is verified again."""
     from bench import bundle
 
-    bundle.unpack(archive, folder)
+    folder = scratch / f"bundle-{file_sha256(archive)[:12]}"
+    if folder.exists():
+        bundle.opened(folder)
+    else:
+        bundle.unpack(archive, folder)
     return folder

@@ -17,12 +17,9 @@ from fastkd.prepare import Parts, prepare
 
 def files(context: Context, teacher: str) -> tuple[str, list[str]]:
     """Folder of a random teacher of this size, and the corpus; what an earlier part made is taken again."""
-    root = Path(context.scratch or context.out) / "material"
-    folder, text = root / teacher, root / ("tiny" if context.tiny else "full")
-    text.mkdir(parents=True, exist_ok=True)
-    if not (folder / "config.json").exists():
-        material.teacher(teacher, folder, material.like(context, root / "tokenizer"))
-    return str(folder), material.corpus(context, text)
+    root = Path(context.scratch or context.out) / (Path(context.bundle).name if context.bundle else "generated")
+    folder = material.teacher(teacher, root / teacher, material.like(context, root / "tokenizer"))
+    return str(folder), material.corpus(context, root / ("tiny" if context.tiny else "full"))
 
 
 def parts(context: Context, method: str, *, teacher: str, student: str, **options: Any) -> Parts:
