@@ -250,6 +250,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axes.bar_label(bars, [_rate(row) for row in found], padding=3)
         axes.invert_yaxis()
         axes.set_xlim(0, 1.35 * max(1.0, *shares))
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
         sheet = all(_share(row) for row in found)
         axes.set_xlabel("of the data sheet" if sheet else "of the fastest of its unit")
         axes.grid(axis="y", visible=False)

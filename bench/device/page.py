@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from bench.device import goals, part
 from bench.device.part import Row
@@ -40,9 +39,10 @@ def _head(outcomes: Mapping[str, Row], rows: Mapping[str, Sequence[Row]]) -> str
         lines.append(f"**A rehearsal in tiny sizes on a CPU ({', '.join(rehearsed)}): it settles no claim.**")
     facts = goals.Results(rows).last("environment", "facts")
     if facts:
-        lines.append(f"{facts.get('in_words', '')}.")
-    if commits := {row["commit"] for row in outcomes.values() if row.get("commit")}:
-        lines.append(f"Commit {', '.join(sorted(commits))}; {max(row['date'] for row in outcomes.values())}.")
+        lines.append(f"{facts['in_words']}.")
+    commits = {row["commit"] for row in outcomes.values() if row.get("commit")} - {facts.get("commit")}
+    if commits:
+        lines.append(f"Parts were measured at commit {', '.join(sorted(commits))} (+: with changes) too.")
     if outcomes and not any(row["bundle"] for row in outcomes.values()):
         lines.append("Without a bundle: teachers are random and text is generated, so losses mean nothing.")
     return "\n\n".join(lines)
@@ -51,32 +51,32 @@ def _head(outcomes: Mapping[str, Row], rows: Mapping[str, Sequence[Row]]) -> str
 def _goals(outcomes: Mapping[str, Row], rows: Mapping[str, Sequence[Row]]) -> str:
     """Every goal with what was expected and measured. Rows of a rehearsal do not count."""
     measured = {name: found for name, found in rows.items() if outcomes[name]["device"] == "cuda"}
-    results, predictions, gpu = goals.Results(measured), *_predictions(measured)
+    results = goals.Results(measured)
+    predictions, note = _predictions(results)
     lines: list[tuple[str, ...]] = []
     for goal in goals.GOALS:
         finding = goal.settle(results)
         verdict = {True: "met", False: "**not met**", None: "measured"}[finding.met] if finding else "not measured"
-        lines.append((goal.claim, _predicted(goal, predictions, gpu), finding.text if finding else "", verdict))
-    note = "" if predictions is None else f"\nPredicted: `bench.predictions` for {gpu}, before anything was measured.\n"
-    return Table(("claim", "predicted", "measured", ""), list(lines)).markdown() + note
+        lines.append((goal.claim, _predicted(goal, predictions), finding.text if finding else "", verdict))
+    return Table(("claim", "predicted", "measured", ""), list(lines)).markdown() + f"\n{note}\n"
 
 
-def _predictions(rows: Mapping[str, Sequence[Row]]) -> tuple[Any, str]:
-    """The module of predictions, if it can be had, and the GPU to ask it for: an H100 where it does not know this one."""
+def _predictions(results: goals.Results) -> tuple[Callable[[goals.Goal], str] | None, str]:
+    """What gives a goal's prediction, and a line about where it is from; None where there are none to be had."""
     try:
         predictions = importlib.import_module("bench.predictions")
-        name = str(goals.Results(rows).last("environment", "facts").get("device", ""))
-        return predictions, predictions.gpu_named(name) or "H100"
-    except Exception as error:  # a page without predictions is better than none
-        print(f"no predictions: {part.in_one_line(error)}")
-        return None, ""
+        # an H100 where the device is not known
+        gpu = predictions.gpu_named(str(results.last("environment", "facts").get("device", ""))) or "H100"
+    except Exception as error:
+        return None, f"No predictions: {part.in_one_line(error)}."
+    note = f"Predicted by `bench.predictions` for {gpu}, from data sheets alone."
+    return lambda goal: goal.predicted(predictions, gpu), note
 
 
-def _predicted(goal: goals.Goal, predictions: Any, gpu: str) -> str:
-    if predictions is None:
-        return ""
+def _predicted(goal: goals.Goal, predict: Callable[[goals.Goal], str] | None) -> str:
+    """A goal's prediction; that there is none costs no page."""
     try:
-        return goal.predicted(predictions, gpu)
+        return "" if predict is None else predict(goal)
     except Exception as error:
         return f"none ({part.in_one_line(error)})"
 

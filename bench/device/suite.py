@@ -144,7 +144,7 @@ class Run:
         name, share = next(iter(self._waiting.items()))
         limit = max(self._parts_end - time.monotonic(), 0.0) * share / sum(self._waiting.values())
         del self._waiting[name]
-        margin = min(5.0, limit / 10)  # for its table
+        margin = min(8.0, limit / 6)  # for its table and picture
         context = Context(
             name, str(self._out.absolute()), self._suite.device, limit - margin, self._suite.device == "cpu",
             None if self._bundle is None else str(self._bundle), str(self._scratch),
