@@ -111,6 +111,7 @@ def draw(rows: list[Row], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     timed = [row for row in rows if row["what"] == "kernel" and "device_s" in row]
     ours = [row for row in timed if row["contender"] == "fastkd"]
@@ -128,6 +129,9 @@ def draw(rows: list[Row], path: Path) -> None:
         right.scatter(*zip(*points, strict=True), label=name, marker="osD^vP"[number % 6])
     right.axvline(1, color="grey", linewidth=0.8)
     right.set(title="times as long as fastkd takes", xscale="log")
+    right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    right.xaxis.set_major_formatter("{x:g}")
+    right.xaxis.set_minor_formatter(NullFormatter())
     if right.get_legend_handles_labels()[0]:
         right.legend(fontsize=8)
     left.invert_yaxis()

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.device import material, worker
+from bench.device import material, train_step, worker
 from bench.device.part import Context, Row, Rows
 from bench.throughput import SIZES
 from bench.variants import Spec
@@ -82,13 +82,11 @@ class Training:
     def measure(self, entry: Entry) -> None:
         """One row, and what is derived from it."""
         size = SIZES[entry.size]
-        scratch = Path(self.context.scratch or self.context.out).absolute()
-        teacher = material.teacher(size.teacher, scratch / size.teacher, material.like(self.context, scratch / "like"))
-        corpus = material.corpus(self.context, scratch / "text")
+        teacher, corpus = train_step.files(self.context, size.teacher)
         about = {"teacher": "random", "text": material.text(self.context), "sequences": self.sequences(entry)}
         cuda, tiny = self.context.device == "cuda", self.context.tiny
         spec = Spec(
-            entry.variant, entry.method, size.student, str(teacher), corpus, self.context.device,
+            entry.variant, entry.method, size.student, teacher, corpus, self.context.device,
             "bfloat16" if cuda else "float32", self.sequences(entry), size.seq_length,
             warmup=1 if tiny else WARMUP, steps=2 if tiny else STEPS,
         )  # fmt: skip
@@ -214,14 +212,14 @@ def draw(rows: list[Row], path: Path) -> None:
 
     measured = _measured(rows)
     sizes = list(dict.fromkeys(row["size"] for row in measured)) or [""]
-    figure, axes = plt.subplots(1, len(sizes), figsize=(1 + 4.5 * len(sizes), 3.6), squeeze=False)
+    phases = list(dict.fromkeys(phase for row in measured for phase in row["phases"] if row["phases"][phase] > 0))
+    figure, axes = plt.subplots(1, len(sizes), figsize=(1.5 + 4.5 * len(sizes), 3.6), squeeze=False)
     for axis, size in zip(axes[0], sizes, strict=True):
         bars = [row for row in measured if row["size"] == size]
         left = [0.0] * len(bars)
-        for phase in bars[0]["phases"] if bars else ():
+        for phase in phases:
             widths = [row["phases"][phase] * 1e3 for row in bars]
-            if any(widths):
-                axis.barh([row["method"] for row in bars], widths, left=left, label=phase)
+            axis.barh([row["method"] for row in bars], widths, left=left, label=phase)
             left = [a + b for a, b in zip(left, widths, strict=True)]
         axis.invert_yaxis()
         axis.set(title=size, xlabel="ms a step")
