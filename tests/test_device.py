@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.device import page, part, process
+from bench.device import correctness, environment, page, part, process, smoke
 from bench.device.__main__ import main
 from bench.device.suite import PLAN, Suite, available
+from fastkd import methods
 
 ROOT = Path(__file__).parents[1]
 PARTS = {
@@ -186,6 +187,77 @@ def test_a_process_and_what_it_leaves_behind_end_together(tmp_path: Path) -> Non
     ended = process.run([sys.executable, "-c", script], environment=os.environ, log=log, seconds=60)
     assert ended.code == 3 and ended.seconds < 60
     assert not alive(int(ended.line))
+
+
+# ---- parts ----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_measures_the_machine_and_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    out = tmp_path / "out"
+    assert main(["--device", "cpu", "--minutes", "4", "--parts", "full_step,environment", "--out", str(out)]) == 0
+    assert list(outcomes(out)) == ["environment", "full_step"]  # in the suite's order
+    ceilings = [row for row in part.read(out / "environment.jsonl") if row["what"] == "ceiling"]
+    assert {row["name"].split()[0] for row in ceilings} == {"copy", "bfloat16", "float32", "exp2"}
+    measured = environment.measured(out)
+    assert measured is not None and measured.bytes == next(row["value"] for row in ceilings if row["name"] == "copy")
+    step = part.read(out / "full_step.jsonl")[0]
+    assert step["ok"] and step["tokens_per_s"] > 0 and step["loss"] > 0
+    for name in ("environment.png", "environment.md", "full_step.md", "full_step.log"):
+        assert (out / name).stat().st_size > 0
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> part.Context:
+    """A context whose parts share what they make."""
+    folder = tmp_path_factory.mktemp("scratch")
+    return part.Context("correctness", str(folder), "cpu", 600.0, True, None, str(folder))
+
+
+@pytest.mark.parametrize("method", methods.available())
+def test_a_step_is_compared_with_the_same_in_float64(method: str, scratch: part.Context) -> None:
+    single, half = correctness.gradients(scratch, method)
+    assert single["ok"] and half["ok"] and (single["dtype"], half["dtype"]) == ("float32", "bfloat16")
+    assert 0 < single["gradient_error"] < 1e-5 < half["gradient_error"] < 0.1
+    assert single["loss"] > 1e-4  # of two models that differ
+
+
+def test_checks_name_what_fails_and_go_on(scratch: part.Context) -> None:
+    names = [name for name, _ in smoke.checks(scratch)]
+    assert [name for name in names if name.startswith("one eager step of")] == [
+        f"one eager step of {method}" for method in methods.available()
+    ]
+    assert {name.split(",")[0] for name in names} >= set(smoke.kernels()) == {"linear_kd", "relation_kl", "score_mse"}
+    found = {name: check() for name, check in smoke.checks(scratch) if not name.startswith("one eager step")}
+    assert found["attention, width 32, a sequence without queries"] == "sdpa"
+    rows = [{"what": "check", "check": "a", "ok": False, "error": "ValueError: no", "seconds": 1.0}]
+    assert "| a | **failed** | 1.0 | ValueError: no |" in smoke.markdown(rows)
+
+
+@pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["alone", "xdist"])
+def test_outcomes_of_tests_are_written_one_by_one(workers: list[str], tmp_path: Path) -> None:
+    if workers:
+        pytest.importorskip("xdist")
+    (tmp_path / "test_trial.py").write_text(
+        "import pytest\n"
+        "@pytest.fixture\ndef broken(): raise OSError('no disk')\n"
+        "def test_good(): pass\n"
+        "def test_bad(): assert 1 == 2, 'not equal'\n"
+        "def test_without(broken): pass\n"
+        "@pytest.mark.skip\ndef test_skipped(): pass\n"
+    )
+    (tmp_path / "test_syntax.py").write_text("def test(:\n")
+    file = tmp_path / "outcomes.jsonl"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.device.outcomes", "--outcomes", str(file), *workers]
+    command += ["--rootdir", str(tmp_path), "--continue-on-collection-errors", str(tmp_path)]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.DEVNULL, check=False, timeout=120)
+    rows = {row["test"].split("::")[-1]: row for row in part.read(file)}
+    kinds = {"test_good": "passed", "test_bad": "failed", "test_without": "error", "test_skipped": "skipped"}
+    assert {name: row["outcome"] for name, row in rows.items() if name in kinds} == kinds
+    assert rows["test_bad"]["message"].startswith("test_trial.py:5: AssertionError: not equal")
+    assert rows["test_without"]["message"] == "test_trial.py:3: OSError: no disk"
+    assert next(row for name, row in rows.items() if "syntax" in name)["outcome"] == "error"
 
 
 # ---- goals ----------------------------------------------------------------------------------------------------

@@ -95,6 +95,8 @@ def _section(out: Path, name: str, outcome: Row) -> str:
     table, picture, log = (out / f"{name}{suffix}" for suffix in (".md", ".png", ".log"))
     if table.exists():
         blocks.append(table.read_text(encoding="utf-8").strip())
+    elif rows := len(part.read(out / f"{name}.jsonl")):
+        blocks.append(f"No table could be made of the {rows} rows in `{name}.jsonl`.")
     if picture.exists():
         blocks.append(f"![{name}]({picture.name})")
     if outcome["outcome"] != "done" and log.exists():

@@ -108,7 +108,8 @@ def _product(device: torch.device, add: bool) -> str | None:
 
 def _within(bound: float, out: Tensor, expected: Tensor) -> str:
     """The relative error in words. Raises AssertionError where it is beyond the bound, or no number."""
-    error = float((out.double() - expected).norm() / expected.norm().clamp(min=1e-30))
+    out, expected = out.detach().double(), expected.detach()
+    error = float((out - expected).norm() / expected.norm().clamp(min=1e-30))
     if not error <= bound:
         raise AssertionError(f"error {error:.1e}, allowed are {bound:.0e}")
     return f"error {error:.1e}"

@@ -115,7 +115,7 @@ class Run:
         self, suite: Suite, scratch: Path, bundle: Path | None, seconds: dict[str, float], started: float
     ) -> None:
         self._suite, self._out, self._scratch, self._bundle = suite, suite.out, scratch, bundle
-        self._waiting = dict(seconds)
+        self._waiting, self._begun = dict(seconds), list[Context]()
         total = 60 * suite.minutes
         self._end = started + total
         self._parts_end = self._end - min(20.0, total / 10)  # the rest is for a last table, the page and the archive
@@ -131,8 +131,8 @@ class Run:
                     context, limit = self._next()
                     outcomes.add(self._part(context, limit))
                     self._write_page()
-                    if self._complete(context):
-                        self._write_page()
+                    self._begun.append(context)
+                    self._complete()
             except KeyboardInterrupt:  # between two parts
                 outcomes.add("interrupted")
                 self._write_page()
@@ -175,15 +175,14 @@ class Run:
             file.write(jsonl.to_line(row))
         print(f"{outcome} after {ended.seconds:.1f} s{': ' + line if line else ''}", flush=True)
 
-    def _complete(self, context: Context) -> bool:
-        """Write the table of a part that could not do it any more; whether there was one to write."""
-        if context.path(".md").exists() or not context.path(".jsonl").exists():
-            return False
-        left = max(1.0, min(20.0, self._end - time.monotonic() - 2))
-        process.run(
-            [*self._argv(context), "--show"], environment=self._environment(), log=context.path(".log"), seconds=left
-        )
-        return True
+    def _complete(self) -> None:
+        """The tables of parts that could not write them any more; what did not come before is tried again."""
+        for context in self._begun:
+            left = min(30.0, self._end - time.monotonic() - 2)
+            if context.path(".jsonl").exists() and not context.path(".md").exists() and left > 1:
+                argv = [*self._argv(context), "--show"]
+                process.run(argv, environment=self._environment(), log=context.path(".log"), seconds=left)
+                self._write_page()
 
     def _argv(self, context: Context) -> list[str]:
         return [sys.executable, "-m", "bench.device.part", self._suite.package, context.dump()]
