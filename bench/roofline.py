@@ -5,6 +5,7 @@
 A loss runs in steps, one launch after the other. Inside a step, memory, tensor cores and the exponential unit can
 overlap completely, so a step takes at least the longest of the three, and the loss the sum of its steps. Bytes count a
 step's inputs and outputs, each once. The backward, which scales the gradients, is not counted: it can be fused away.
+A step says what kind of launch it is; ``bench.predictions`` knows how much of the peaks each kind may reach.
 Shapes: M rows, V vocabulary, D width (D_s, D_t), n length of a sequence, A relation heads.
 """
 
@@ -51,6 +52,7 @@ class Step:
     flops: float
     bytes: float
     exponentials: float = 0
+    kind: str = "stream"  # a key of ``predictions.KINDS``
 
     def seconds(self, device: Device, dtype: torch.dtype) -> float:
         """The longest of its three resources."""
@@ -62,7 +64,8 @@ def linear_kd_steps(case: linear_kd.Case) -> list[Step]:
     """Logits of each model, dz, dx, dW: 2MV(D_t + 3D_s) FLOPs, and M·V written once and read twice a model.
 
     Exponentials: one a logit for its tile's sum and one for its probability, again for a second temperature. The
-    gradient of the bias can ride on dW.
+    gradient of the bias can ride on dz or dW. One chunk of rows is assumed: each further one reads W again and adds
+    to dW.
     """
     m, v, d, size = case.rows, case.vocabulary, case.student_width, case.dtype.itemsize
     tempered = case.teacher_width is not None and case.ce_weight != 0 and case.temperature != 1
@@ -70,14 +73,14 @@ def linear_kd_steps(case: linear_kd.Case) -> list[Step]:
     models = 1 + (case.teacher_width is not None)
 
     def logits(width: int, softmaxes: int) -> Step:
-        return Step(2 * m * v * width, size * (m * width + v * width + m * v), softmaxes * m * v)
+        return Step(2 * m * v * width, size * (m * width + v * width + m * v), softmaxes * m * v, "logits")
 
     steps = [logits(d, softmaxes)]
     if case.teacher_width is not None:
         steps.append(logits(case.teacher_width, 1))
     dz = Step(0, size * m * v * (models + 1), (softmaxes + models - 1) * m * v)
-    dx = Step(2 * m * v * d, size * (m * v + v * d) + 4 * m * d)
-    dw = Step(2 * m * v * d, size * (m * v + m * d) + 4 * v * d)
+    dx = Step(2 * m * v * d, size * (m * v + v * d) + 4 * m * d, kind="product")
+    dw = Step(2 * m * v * d, size * (m * v + m * d) + 4 * v * d, kind="product")
     return [*steps, dz, dx, dw]
 
 
@@ -94,9 +97,9 @@ def relation_kl_steps(case: packed.Case) -> list[Step]:
     exponentials = 2 * case.num_heads * pairs
     scores, gradient = 2 * pairs * (ds + dt), 2 * pairs * ds
     if max(case.lengths) <= 128:
-        return [Step(scores + (1 + cross) * gradient, inputs + outputs, exponentials)]
-    second = Step((1 + cross) * (scores + gradient), inputs + outputs, (1 + cross) * exponentials)
-    return [Step(scores, inputs, exponentials), second]
+        return [Step(scores + (1 + cross) * gradient, inputs + outputs, exponentials, "short")]
+    second = Step((1 + cross) * (scores + gradient), inputs + outputs, (1 + cross) * exponentials, "rows")
+    return [Step(scores, inputs, exponentials, "rows"), second]
 
 
 def score_mse_steps(case: score_mse.Case) -> list[Step]:
@@ -105,7 +108,8 @@ def score_mse_steps(case: score_mse.Case) -> list[Step]:
     ds, dt = case.student_width, case.teacher_width
     passes = 1 if max(case.lengths) <= 128 else 2
     flops = 2 * pairs * (passes * (ds + dt) + 2 * ds)
-    return [Step(flops, case.dtype.itemsize * tokens * 2 * (2 * ds + dt))]
+    kind = "short" if passes == 1 else "rows"
+    return [Step(flops, case.dtype.itemsize * tokens * 2 * (2 * ds + dt), kind=kind)]
 
 
 def _pairs_and_tokens(case: packed.Case) -> tuple[int, int]:
