@@ -55,9 +55,10 @@ def hand_over(row: Mapping[str, Any]) -> None:
 
 
 def _read(pipe: IO[str], each: Callable[[Row], None]) -> None:
-    for line in pipe:
-        if line.startswith("{"):
-            each(json.loads(line))
+    with pipe:
+        for line in pipe:
+            if line.startswith("{"):
+                each(json.loads(line))
 
 
 def _reason(errors: IO[str], status: int) -> str:
