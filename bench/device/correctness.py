@@ -163,7 +163,7 @@ Step = tuple[Tensor, list[Tensor]]  # loss and gradients, in float64 on the CPU
 def _step(parts: Parts, model: hf.Loaded, batch: Batch, device: torch.device, dtype: torch.dtype) -> Step:
     """Loss and gradients of a copy of the student, with a teacher, in this dtype on this device."""
     wide, attention = torch.promote_types(dtype, torch.float32), choose_backend(device, dtype)
-    student, method = (copy.deepcopy(module).to(device, wide) for module in (parts.student, parts.method))
+    student, method = copy.deepcopy(parts.student).to(device, wide), copy.deepcopy(parts.method).to(device, wide)
     student.attention, teacher = attention, None
     if method.teacher_needs is not None:
         teacher = Teacher(model, method.teacher_needs, device=device, dtype=dtype, attention=attention)

@@ -20,7 +20,7 @@ from bench.device import part, train_step
 from bench.device.part import Context, Row, Rows
 from fastkd import profiler, quantities
 from fastkd.prepare import Parts
-from fastkd.tables import Table, numeric
+from fastkd.tables import Cell, Table, numeric
 from fastkd.train import Trainer
 
 SECONDS = 60
@@ -96,7 +96,7 @@ def _steps(parts: Parts) -> Row:
 
 def markdown(rows: Sequence[Row]) -> str:
     """A line a way to run it."""
-    lines = []
+    lines: list[tuple[Cell | str, ...]] = []
     for row in rows:
         name = f"{row['method']}, {row['size']}, {row['batch_tokens']:,} tokens, {'compiled' if row['compile'] else 'eager'}"
         if not row["ok"]:
@@ -113,4 +113,4 @@ def markdown(rows: Sequence[Row]) -> str:
             f"ms by phase: {phases}; code {row['code']}",
         ))  # fmt: skip
     head = ("step", "first step beyond two others", "step", "tokens/s", "peak memory", "")
-    return Table(head, list(lines)).markdown() if lines else "No step was finished.\n"
+    return Table(head, lines).markdown() if lines else "No step was finished.\n"

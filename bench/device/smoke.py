@@ -163,12 +163,13 @@ def _attention(device: torch.device, width: int, empty: bool) -> str:
     """Forward and backward of the fastest backend in bfloat16 against attention written out in float64."""
     keys, heads = (7, 128, 33, 90), 4
     queries = (2, 0, 33, 0) if empty else keys
-    q, k, v = (torch.randn(n, heads, width, device=device) for n in (sum(queries), sum(keys), sum(keys)))
-    leaves = [x.bfloat16().requires_grad_() for x in (q, k, v)]
+    rows = (sum(queries), sum(keys), sum(keys))
+    leaves = [torch.randn(n, heads, width, device=device).bfloat16().requires_grad_() for n in rows]
     cu_q, cu_k = (torch.tensor([0, *n], device=device).cumsum(0).int() for n in (queries, keys))
-    out = varlen_attention(*leaves, cu_q, cu_k, 128, 128)
+    q, k, v = leaves
+    out = varlen_attention(q, k, v, cu_q, cu_k, 128, 128)
     exact = [x.detach().double().requires_grad_() for x in leaves]
-    expected = _written_out(*exact, queries, keys)
+    expected = _written_out(exact, queries, keys)
     direction = torch.randn_like(expected)
     found = torch.autograd.grad(out, leaves, direction.to(out.dtype))
     true = torch.autograd.grad(expected, exact, direction)
@@ -177,8 +178,8 @@ def _attention(device: torch.device, width: int, empty: bool) -> str:
     return choose_backend(device, torch.bfloat16)
 
 
-def _written_out(q: Tensor, k: Tensor, v: Tensor, queries: Sequence[int], keys: Sequence[int]) -> Tensor:
-    rows = []
+def _written_out(tensors: Sequence[Tensor], queries: Sequence[int], keys: Sequence[int]) -> Tensor:
+    (q, k, v), rows = tensors, []
     for a, b, c in zip(q.split(list(queries)), k.split(list(keys)), v.split(list(keys)), strict=True):
         weights = torch.softmax(torch.einsum("ihd,jhd->hij", a, b) / a.shape[-1] ** 0.5, dim=-1)
         rows.append(torch.einsum("hij,jhd->ihd", weights, c))

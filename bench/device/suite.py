@@ -115,7 +115,7 @@ class Run:
         self, suite: Suite, scratch: Path, bundle: Path | None, seconds: dict[str, float], started: float
     ) -> None:
         self._suite, self._out, self._scratch, self._bundle = suite, suite.out, scratch, bundle
-        self._waiting, self._begun = dict(seconds), list[Context]()
+        self._waiting = dict(seconds)
         total = 60 * suite.minutes
         self._end = started + total
         self._parts_end = self._end - min(20.0, total / 10)  # the rest is for a last table, the page and the archive
@@ -124,15 +124,16 @@ class Run:
     def run(self) -> int:
         """Run the parts and write the page. 0: all ran; 4: some did not."""
         self._out.mkdir(parents=True, exist_ok=True)
-        outcomes: set[str] = set()
+        outcomes, begun = set[str](), list[Context]()
         with _interruptible():
             try:
                 while self._waiting and "interrupted" not in outcomes:
                     context, limit = self._next()
                     outcomes.add(self._part(context, limit))
                     self._write_page()
-                    self._begun.append(context)
-                    self._complete()
+                    self._complete([context])
+                    begun.append(context)
+                self._complete(begun)
             except KeyboardInterrupt:  # between two parts
                 outcomes.add("interrupted")
                 self._write_page()
@@ -175,9 +176,9 @@ class Run:
             file.write(jsonl.to_line(row))
         print(f"{outcome} after {ended.seconds:.1f} s{': ' + line if line else ''}", flush=True)
 
-    def _complete(self) -> None:
-        """The tables of parts that could not write them any more; what did not come before is tried again."""
-        for context in self._begun:
+    def _complete(self, contexts: Sequence[Context]) -> None:
+        """Write the tables of those parts that could not do it any more."""
+        for context in contexts:
             left = min(30.0, self._end - time.monotonic() - 2)
             if context.path(".jsonl").exists() and not context.path(".md").exists() and left > 1:
                 argv = [*self._argv(context), "--show"]

@@ -28,6 +28,6 @@ def parts(context: Context, method: str, *, teacher: str, student: str, **option
     """What a run with these options is made of, on the part's device."""
     folder, corpus = files(context, teacher)
     name = "teacher" if methods.load(method).METHOD.uses_teacher else "tokenizer"
-    values = {"preset": "quickstart", "method": method, name: folder, "student": student, "corpus": corpus}
-    values |= {"budget_tokens": 1e15, "seed": SEED, **options}
+    values: dict[str, Any] = {"preset": "quickstart", "method": method, name: folder, "student": student}
+    values |= {"corpus": corpus, "budget_tokens": 1e15, "seed": SEED, **options}
     return prepare(resolve(values), World(device=torch.device(context.device)))
