@@ -80,7 +80,7 @@ def _tax(method: str) -> Goal:
 
     def predicted(predictions: Any, gpu: str) -> str:
         step = predictions.step(method, "paper-6l", gpu)
-        return f"{step.tax:.2f} for {step.tax_bound:.2f}"
+        return f"{step.tax:.2f} for {step.tax_bound:.2f}: {step.tax / step.tax_bound:.2f} times"
 
     return Goal(f"{method}: the teacher costs at most {TAX} times its arithmetic", settle, predicted)
 

@@ -17,6 +17,7 @@ from fastkd.tables import Table
 
 NAME = "README.md"
 OUTCOMES = "suite.jsonl"  # what became of each part
+VERDICTS, UNKNOWN = {True: "met", False: "**not met**", None: "measured"}, "not measured"
 OUTPUT_LINES = 12  # of a log, for a part that did not end well
 
 
@@ -56,9 +57,13 @@ def _goals(outcomes: Mapping[str, Row], rows: Mapping[str, Sequence[Row]]) -> st
     lines: list[tuple[str, ...]] = []
     for goal in goals.GOALS:
         finding = goal.settle(results)
-        verdict = {True: "met", False: "**not met**", None: "measured"}[finding.met] if finding else "not measured"
+        verdict = VERDICTS[finding.met] if finding else UNKNOWN
         lines.append((goal.claim, _predicted(goal, predictions), finding.text if finding else "", verdict))
-    return Table(("claim", "predicted", "measured", ""), list(lines)).markdown() + f"\n{note}\n"
+    count = ", ".join(
+        f"{sum(line[3] == verdict for line in lines)} {verdict.strip('*')}" for verdict in VERDICTS.values()
+    )
+    count += f", {sum(line[3] == UNKNOWN for line in lines)} {UNKNOWN}"
+    return Table(("claim", "predicted", "measured", ""), list(lines)).markdown() + f"\n{count}. {note}\n"
 
 
 def _predictions(results: goals.Results) -> tuple[Callable[[goals.Goal], str] | None, str]:
