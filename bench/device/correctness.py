@@ -98,8 +98,11 @@ def _test(selection: Selection, context: Context, rows: Rows) -> None:
     outcomes.unlink(missing_ok=True)
     started, seconds = time.monotonic(), min(selection.share * context.seconds, rows.left)
     status: int | None = None
+    threads = {"OMP_NUM_THREADS": "1"} if selection.workers > 1 else {}
     try:
-        status = subprocess.run(_command(selection, outcomes), cwd=ROOT, timeout=seconds, check=False).returncode
+        status = subprocess.run(
+            _command(selection, outcomes), cwd=ROOT, env={**os.environ, **threads}, timeout=seconds, check=False
+        ).returncode
     except subprocess.TimeoutExpired:
         print(f"cut off after {seconds:.0f} s", flush=True)
     found = part.read(outcomes)

@@ -79,7 +79,6 @@ def checks(context: Context) -> Iterator[Check]:
         yield f"one eager step of {method}", functools.partial(_step, context, method)
     if context.device == "cuda":
         yield "a teacher, captured", functools.partial(_captured, context)
-        yield "one compiled step with a captured teacher", functools.partial(_compiled, context)
 
 
 # ---- products -------------------------------------------------------------------------------------------------
@@ -213,20 +212,11 @@ def _captured(context: Context) -> str:
     return found
 
 
-def _compiled(context: Context) -> str:
-    """A method's step with both models compiled, and on a GPU the teacher captured, has the eager one's loss."""
-    losses = []
-    for compile in (False, True):
-        trainer = Trainer(_parts(context, "minilmv2", compile=compile))
-        losses.append(trainer.step(trainer.parts.stream.step(0), 1e-4)[0].double())
-    return _within(ATTENTION_ERROR, losses[1], losses[0])
-
-
-def _parts(context: Context, method: str, compile: bool = False) -> Parts:
+def _parts(context: Context, method: str) -> Parts:
     sizes = TINY if context.tiny else FULL
     return train_step.parts(
         context, method, teacher=sizes.teacher, student=sizes.student, seq_length=sizes.length,
-        batch_tokens=sizes.sequences * sizes.length, micro_batch=str(sizes.sequences * sizes.length), compile=compile,
+        batch_tokens=sizes.sequences * sizes.length, micro_batch=str(sizes.sequences * sizes.length), compile=False,
         dtype="bfloat16",
     )  # fmt: skip
 

@@ -23,6 +23,7 @@ import hashlib
 import importlib.util
 import io
 import os
+import shutil
 import signal
 import sys
 import tarfile
@@ -256,12 +257,13 @@ def _scratch(out: Path) -> Path:
 
 
 def _unpacked(archive: Path, scratch: Path) -> Path:
-    """The folder of a bundle's verified content; one that an earlier run unpacked is verified again."""
+    """The folder of a bundle's verified content; what an earlier run unpacked is taken again if it is still whole."""
     from bench import bundle
 
     folder = scratch / f"bundle-{file_sha256(archive)[:12]}"
-    if folder.exists():
+    with suppress(ValueError):
         bundle.opened(folder)
-    else:
-        bundle.unpack(archive, folder)
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    bundle.unpack(archive, folder)
     return folder
