@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from bench.device.tile_search import Search
 
 SECONDS = 50
-COMPILERS = 12
+COMPILERS = 14
 COMPILING = 0.6  # of the time at most
-SEARCH_S = 4.0  # of timing one search
+SEARCH_S = 2.5  # of timing one search
 
 
 def run(context: Context, rows: Rows) -> None:
@@ -112,7 +112,7 @@ def _gain(row: Row) -> str:
 
 
 def _line(row: Row, now: Row | None) -> str:
-    tile = f"({', '.join(map(str, row['tile']))})" if "tile" in row else ""
+    tile = f"({', '.join(str(size) for size in row['tile'] if size is not None)})" if "tile" in row else ""
     head = f"| {row['kernel']} | {row['case']} | {tile}{' now' if row.get('now') else ''} |"
     if "device_s" not in row:
         return f"{head} {(row.get('error') or 'left out: ' + row.get('skipped', '')).replace('|', '/')} | | |"

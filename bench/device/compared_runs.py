@@ -26,6 +26,7 @@ from fastkd.distributed import World
 from fastkd.loop import Interrupted
 from fastkd.matching import release_memory
 from fastkd.models import hf
+from fastkd.plan import BudgetTooSmall
 from fastkd.row import parse_row
 from fastkd.run_folder import read_run
 
@@ -91,7 +92,7 @@ class Comparison:
                 yield {**names, **self.run(entry)}
             except Interrupted:
                 raise
-            except Skipped as reason:
+            except (Skipped, BudgetTooSmall) as reason:
                 yield {**names, "skipped": str(reason)}
             except Exception as error:
                 yield {**names, "error": part.in_one_line(error)}

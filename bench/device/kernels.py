@@ -115,7 +115,7 @@ def draw(rows: list[Row], path: Path) -> None:
 
     timed = [row for row in rows if row["what"] == "kernel" and "device_s" in row]
     ours = [row for row in timed if row["contender"] == "fastkd"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 1.2 + 0.4 * max(len(ours), 3)), sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 1.2 + 0.4 * max(len(ours), 3)), sharey=True)
     labels = [f"{row['kernel']}: {row['case']}" for row in ours]
     left.barh(labels, [row.get("of_roofline", 0.0) for row in ours], color="tab:blue")
     left.set(title="fastkd's share of the roofline", xlim=(0, 1))
@@ -133,7 +133,7 @@ def draw(rows: list[Row], path: Path) -> None:
     right.xaxis.set_major_formatter("{x:g}")
     right.xaxis.set_minor_formatter(NullFormatter())
     if right.get_legend_handles_labels()[0]:
-        right.legend(fontsize=8)
+        right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     left.invert_yaxis()
     figure.tight_layout()
     figure.savefig(path, dpi=110)

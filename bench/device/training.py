@@ -123,7 +123,7 @@ class Training:
     def limit(self) -> float:
         """Seconds after which a row is cut off: the first may compile for long, but leaves room for others."""
         if not self.sizes:
-            return 0.6 * self.rows.left
+            return max(0.6 * self.rows.left, min(self.rows.left - 2, 90.0))
         return min(self.rows.left - 2, max(90.0, 2 * self.longest_warm))
 
 
@@ -212,7 +212,8 @@ def draw(rows: list[Row], path: Path) -> None:
 
     measured = _measured(rows)
     sizes = list(dict.fromkeys(row["size"] for row in measured)) or [""]
-    phases = list(dict.fromkeys(phase for row in measured for phase in row["phases"] if row["phases"][phase] > 0))
+    order = list(measured[0]["phases"]) if measured else []
+    phases = [phase for phase in order if any(row["phases"][phase] > 0 for row in measured)]
     figure, axes = plt.subplots(1, len(sizes), figsize=(1.5 + 4.5 * len(sizes), 3.6), squeeze=False)
     for axis, size in zip(axes[0], sizes, strict=True):
         bars = [row for row in measured if row["size"] == size]
