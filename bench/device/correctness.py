@@ -36,7 +36,7 @@ from fastkd.prepare import Parts
 from fastkd.tables import Table, numeric
 from fastkd.train import Objective
 
-SECONDS = 70
+SECONDS = 100
 ROOT = Path(__file__).parents[2]
 FILES = ("linear_kd", "relation_kl", "score_mse", "packed", "tiling", "attention", "profiler")
 WORKERS = 10
@@ -87,8 +87,8 @@ def _selections(context: Context) -> tuple[Selection, ...]:
     files = tuple(path for path in paths if (ROOT / path).exists())
     workers = min(WORKERS, max(1, (os.cpu_count() or 1) - 2))
     return (
-        Selection("kernels and attention", files, "not interpreted and not bench_shapes", workers, 0.6),
-        Selection("shapes of the benches", files, "bench_shapes", 0, 0.2),
+        Selection("kernels and attention", files, "not interpreted and not bench_shapes", workers, 0.65),
+        Selection("shapes of the benches", files, "bench_shapes", 0, 0.15),
     )
 
 

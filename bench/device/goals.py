@@ -21,10 +21,10 @@ METHODS = ("logit_kd", "minilm", "minilmv2", "tinybert")  # with a teacher
 
 
 class Results:
-    """The rows of a run by part."""
+    """The rows of a run by part, and which parts ended by themselves."""
 
-    def __init__(self, rows: Mapping[str, Sequence[Row]]) -> None:
-        self._rows = rows
+    def __init__(self, rows: Mapping[str, Sequence[Row]], done: Iterable[str] = ()) -> None:
+        self._rows, self._done = rows, set(done)
 
     def all(self, part: str, what: str, failed: bool = False, **fields: Any) -> list[Row]:
         """The rows of a kind whose fields have these values, those with an ``error`` only where they are asked for."""
@@ -38,6 +38,10 @@ class Results:
     def last(self, part: str, what: str, **fields: Any) -> Row:
         """The last of them, or an empty one."""
         return (self.all(part, what, **fields) or [{}])[-1]
+
+    def verdict(self, part: str, fine: bool, missing: bool = False) -> bool | None:
+        """Whether all is fine; None where it is so far, but something is missing or the part was cut off."""
+        return None if fine and (missing or part not in self._done) else fine
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,8 @@ def _times(claim: str, kernel: str, least: float, contenders: Callable[[str], bo
         if not found:
             return None
         (worst, where), best = found[0], found[-1][0]
-        return Finding(f"{worst:.2f} ({where}) to {best:.2f} times", worst >= least and (least != 1 or worst > 1))
+        text = f"{worst:.2f} ({where}) to {best:.2f} times, {len(found)} compared"
+        return Finding(text, worst >= least and (least != 1 or worst > 1))
 
     return Goal(claim, settle)
 
@@ -165,16 +170,21 @@ def _tests(results: Results) -> Finding | None:
     if not rows:
         return None
     passed, failed = sum(row["passed"] for row in rows), sum(row["failed"] + row["errors"] for row in rows)
-    return Finding(f"{passed} passed, {failed} failed", passed > 0 and failed == 0)
+    cut = [row["selection"] for row in rows if not row["complete"]]
+    text = f"{passed} passed, {failed} failed" + (f"; cut off: {', '.join(cut)}" if cut else "")
+    return Finding(text, results.verdict("correctness", passed > 0 and failed == 0, missing=bool(cut)))
 
 
 def _gradients(results: Results) -> Finding | None:
-    rows = results.all("correctness", "gradient")
+    tried = results.all("correctness", "gradient", failed=True)
+    rows = [row for row in tried if "gradient_error" in row]
     if not rows:
         return None
     worst = max(rows, key=lambda row: row["gradient_error"] / row["bound"])
     text = f"worst: {worst['method']} in {worst['dtype']}, {worst['gradient_error']:.1e} of {worst['bound']:.1e}"
-    return Finding(text, all(row["ok"] for row in rows))
+    missing = {"mlm", *METHODS} - {row["method"] for row in rows}
+    text += f"; not measured: {', '.join(sorted(missing))}" if missing else ""
+    return Finding(text, results.verdict("correctness", all(row["ok"] for row in tried), missing=bool(missing)))
 
 
 def _checks(results: Results) -> Finding | None:
@@ -182,7 +192,8 @@ def _checks(results: Results) -> Finding | None:
     if not rows:
         return None
     wrong = [row["check"] for row in rows if not row["ok"]]
-    return Finding(", ".join(wrong) + " failed" if wrong else f"all {len(rows)} of them", not wrong)
+    text = ", ".join(wrong) + " failed" if wrong else f"{len(rows)} checks passed"
+    return Finding(text, results.verdict("smoke", not wrong))
 
 
 def _budget(results: Results) -> Finding | None:

@@ -87,7 +87,7 @@ def checks(context: Context) -> Iterator[Check]:
 def _product_checks(device: torch.device) -> Iterator[Check]:
     """The two forms that write half-precision products as float32, here of a transposed column slice as in linear_kd."""
     yield "mm(out_dtype=float32, out=)", functools.partial(_product, device, add=False)
-    yield "addmm(out_dtype=float32), accumulating", functools.partial(_product, device, add=True)
+    yield "addmm(out_dtype=float32, out=), in place", functools.partial(_product, device, add=True)
 
 
 def _product(device: torch.device, add: bool) -> str | None:
@@ -99,7 +99,7 @@ def _product(device: torch.device, add: bool) -> str | None:
     if device.type == "cpu":  # it has neither overload
         result = torch.addmm(out, a.float(), b.float(), beta=int(add), out=out)
     elif add:
-        result = torch.addmm(out, a, b, out_dtype=torch.float32)
+        result = torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:
         result = torch.mm(a, b, out_dtype=torch.float32, out=out)
     return _within(PRODUCT_ERROR, result, expected + 3.0 * add)
