@@ -62,9 +62,16 @@ class Selection:
 
 
 def run(context: Context, rows: Rows) -> None:
-    """The tests, those of the largest shapes, then the steps."""
+    """The tests, those of the largest shapes, then the steps; a rehearsal, for which pytest is long, the other way round."""
+    if context.tiny:
+        _steps(context, rows)
     for selection in _selections(context):
         _test(selection, context, rows)
+    if not context.tiny:
+        _steps(context, rows)
+
+
+def _steps(context: Context, rows: Rows) -> None:
     for method in methods.available():
         if rows.left < 2:
             rows.add(what="gradient", method=method, skipped="no time was left")
