@@ -26,13 +26,13 @@ class Results:
     def __init__(self, rows: Mapping[str, Sequence[Row]], done: Iterable[str] = ()) -> None:
         self._rows, self._done = rows, set(done)
 
-    def all(self, part: str, what: str, failed: bool = False, **fields: Any) -> list[Row]:
-        """The rows of a kind whose fields have these values, those with an ``error`` only where they are asked for."""
+    def all(self, part: str, what: str, everything: bool = False, **fields: Any) -> list[Row]:
+        """The rows of a kind whose fields have these values; failed and skipped ones only where everything is asked for."""
         wanted = {"what": what, **fields}
         return [
             row
             for row in self._rows.get(part, ())
-            if wanted.items() <= row.items() and "skipped" not in row and (failed or "error" not in row)
+            if wanted.items() <= row.items() and (everything or not {"error", "skipped"} & row.keys())
         ]
 
     def last(self, part: str, what: str, **fields: Any) -> Row:
@@ -176,7 +176,7 @@ def _tests(results: Results) -> Finding | None:
 
 
 def _gradients(results: Results) -> Finding | None:
-    tried = results.all("correctness", "gradient", failed=True)
+    tried = results.all("correctness", "gradient", everything=True)
     rows = [row for row in tried if "gradient_error" in row]
     if not rows:
         return None
@@ -184,16 +184,21 @@ def _gradients(results: Results) -> Finding | None:
     text = f"worst: {worst['method']} in {worst['dtype']}, {worst['gradient_error']:.1e} of {worst['bound']:.1e}"
     missing = {"mlm", *METHODS} - {row["method"] for row in rows}
     text += f"; not measured: {', '.join(sorted(missing))}" if missing else ""
-    return Finding(text, results.verdict("correctness", all(row["ok"] for row in tried), missing=bool(missing)))
+    return Finding(
+        text, results.verdict("correctness", all(row.get("ok", True) for row in tried), missing=bool(missing))
+    )
 
 
 def _checks(results: Results) -> Finding | None:
-    rows = results.all("smoke", "check", failed=True)
+    rows = results.all("smoke", "check", everything=True)
     if not rows:
         return None
-    wrong = [row["check"] for row in rows if not row["ok"]]
-    text = ", ".join(wrong) + " failed" if wrong else f"{len(rows)} checks passed"
-    return Finding(text, results.verdict("smoke", not wrong))
+    wrong = [row["check"] for row in rows if not row.get("ok", True)]
+    skipped = sum("skipped" in row for row in rows)
+    text = f"{len(rows) - skipped - len(wrong)} of {len(rows)} checks passed" + "".join(
+        f"; failed: {name}" for name in wrong
+    )
+    return Finding(text, results.verdict("smoke", not wrong, missing=skipped > 0))
 
 
 def _budget(results: Results) -> Finding | None:

@@ -54,6 +54,9 @@ Check = tuple[
 def run(context: Context, rows: Rows) -> None:
     """Every check, one after the other."""
     for name, check in checks(context):
+        if rows.left < 1:
+            rows.add(what="check", check=name, skipped="no time was left")
+            continue
         started = time.monotonic()
         row: Row = {"what": "check", "check": name, "ok": True}
         try:
@@ -226,13 +229,10 @@ def _parts(context: Context, method: str) -> Parts:
 
 def markdown(rows: Sequence[Row]) -> str:
     """A line a check."""
-    lines = [
-        (
-            row["check"],
-            "passed" if row["ok"] else "**failed**",
-            numeric("seconds", row["seconds"], f"{row['seconds']:.1f}"),
-            row.get("error") or row.get("found", ""),
-        )
-        for row in rows
-    ]
+    lines = []
+    for row in rows:
+        verdict = "passed" if row.get("ok") else "skipped" if "skipped" in row else "**failed**"
+        remark = row.get("error") or row.get("skipped") or row["found"]
+        seconds = row.get("seconds")
+        lines.append((row["check"], verdict, numeric("seconds", seconds, f"{seconds or 0:.1f}"), remark))
     return Table(("check", "", "s", ""), list(lines)).markdown() if rows else "Nothing was checked.\n"
