@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.roofline import cases
-from fastkd.kernels import linear_kd, packed
+from fastkd.kernels import hidden_mse, linear_kd, packed
 
 Inputs = dict[str, Any]  # keyword arguments of a kernel
 Loss = Callable[[Inputs], Tensor]  # → a scalar
@@ -261,9 +261,9 @@ def entries() -> list[tuple[str, Any, Contender]]:
 def gradient_error(contender: Contender, kernel: str, case: Any, device: str) -> float:
     """The worst ‖g − g₆₄‖/‖g₆₄‖ of a gradient, g₆₄ by float64 autograd of the definition, on the case's first rows.
 
-    512 rows of a linear_kd case; of a packed one the sequences that start within its first 1,024 tokens.
+    512 rows of a linear_kd or hidden_mse case; of a packed one the sequences that start within its first 1,024 tokens.
     """
-    if isinstance(case, linear_kd.Case):
+    if isinstance(case, linear_kd.Case | hidden_mse.Case):
         part: Any = replace(case, rows=min(case.rows, 512))
     else:
         fitting = sum(sum(case.lengths[:i]) < 1024 for i in range(len(case.lengths)))

@@ -143,7 +143,10 @@ RELATION: Table = {
     "score_mse.rows_float32": {"any": _ROWS_FLOAT32},
 }
 
-TABLE: Table = {**LINEAR_KD, **RELATION}
+# ---- hidden_mse -----------------------------------------------------------------------------------------------
+HIDDEN_MSE: Table = {"hidden_mse": {"any": (Row(Tile(0, 4096, 0, 8, 1)),)}}
+
+TABLE: Table = {**LINEAR_KD, **RELATION, **HIDDEN_MSE}
 
 
 def backend(name: str | None, x: Tensor) -> str:
