@@ -280,4 +280,4 @@ def _first_rows(case: Any) -> Any:
     if isinstance(case, packed.Case):
         fitting = sum(sum(case.lengths[:i]) < 1024 for i in range(len(case.lengths)))
         return replace(case, lengths=case.lengths[:fitting])
-    return replace(case, rows=min(case.rows, 512)) if hasattr(case, "rows") else case
+    return replace(case, rows=min(case.rows, 512))
