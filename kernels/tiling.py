@@ -13,7 +13,8 @@ architecture and fails when a row of the table is compiled by no entry.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -126,6 +127,18 @@ RELATION: Table = {
 }
 
 TABLE: Table = {**LINEAR_KD, **RELATION}
+
+
+@contextmanager
+def using(kernel: str, tile: Tile) -> Iterator[None]:
+    """Inside the block every launch of ``kernel`` takes ``tile``, whatever its width, length and architecture."""
+    global TABLE
+    assert kernel in TABLE, f"{kernel!r} is none of {', '.join(TABLE)}"
+    kept, TABLE = TABLE, {**TABLE, kernel: {"any": (Row(tile),)}}
+    try:
+        yield
+    finally:
+        TABLE = kept
 
 
 def backend(name: str | None, x: Tensor) -> str:
