@@ -261,7 +261,7 @@ def entries() -> list[tuple[str, Any, Contender]]:
 def gradient_error(contender: Contender, kernel: str, case: Any, device: str, loss: Loss | None = None) -> float:
     """The worst ‖g − g₆₄‖/‖g₆₄‖ of a gradient, g₆₄ by float64 autograd of the definition, on the case's first rows.
 
-    512 rows of a case that has rows; of a packed one the sequences that start within its first 1,024 tokens. ``loss``:
+    512 rows of a case that counts rows; of a packed one the sequences that start within its first 1,024 tokens. ``loss``:
     what the contender made before, if it need not be made again.
     """
     inputs = contender.inputs(_first_rows(case), device)

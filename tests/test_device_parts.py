@@ -1,6 +1,7 @@
 """Four parts of bench.device, run for real in tiny sizes: training, kernels, blocks, comparison; and what they stand on."""
 
 import importlib
+import json
 import math
 from pathlib import Path
 
@@ -168,6 +169,14 @@ def test_blocks(tmp_path: Path, scratch: Path) -> None:
     (proposed,) = (row for row in rows if row["what"] == "proposed")
     assert proposed["device_s"] <= tile_search.LEAST_GAIN * min(row["device_s"] for row in tiles)
     assert proposed["row"] in blocks.markdown(rows)
+
+
+def test_tiles_can_be_compiled_by_a_process_of_their_own() -> None:
+    failed: list[Row] = []
+    named = json.dumps({"device": DEVICE, "tiny": True, "pairs": [[0, 0], [0, 1]]})
+    env = {} if DEVICE == "cuda" else {"TRITON_INTERPRET": "1"}
+    assert worker.run(["bench.device.tile_search", named], 300, failed.append, env) == ""
+    assert failed == []
 
 
 def test_searches_name_kernels_of_the_table() -> None:

@@ -77,8 +77,9 @@ def _prepared(context: Context, rows: Rows, searches: list[Search]) -> dict[tupl
 
 HEAD = "| kernel | case | tile | µs | × | difference |\n| --- | --- | --- | ---: | ---: | ---: |"
 NOTE = (
-    "A tile is (block_m, block_n, block_k, warps, stages); the first of a case is today's. Times are of a whole call, value and "
-    "gradient; × is today's time over the row's. Difference: the worst ‖x − y‖/‖y‖ of value and gradients, y by today's tile."
+    "A tile is (block_m, block_n, block_k, warps, stages[, registers]); the first of a case is today's. Times are of a whole call, "
+    "value and gradient; × is today's time over the row's. Difference: the worst ‖x − y‖/‖y‖ of value and gradients, y by "
+    "today's tile."
 )
 
 

@@ -25,6 +25,7 @@ SPECIAL = {
     "mask_token": "[MASK]",
 }
 VOCABULARY = 30_522  # of BERT
+SEED = 1_000  # of a teacher's weights: with a student's seed, layers of one shape would be the student's own
 _SYLLABLES = [consonant + vowel for consonant in "bcdfghjklmnprstvwz" for vowel in "aeiou"]
 _WORDS_A_DOCUMENT = 90  # mean, spread as lead sections are
 
@@ -58,7 +59,7 @@ def teacher(spec: str, folder: Path, like: Path) -> Path:
     ``folder``, unless it is there already."""
     if not folder.exists():
         model = hf.load(like)
-        encoder = Encoder(hf.student_config(spec, model.config, model.tokenizer), mlm_head=True)
+        encoder = Encoder(hf.student_config(spec, model.config, model.tokenizer), mlm_head=True, seed=SEED)
         hf.export(encoder, model.tokenizer, folder, card="", mlm_head=True)
     return folder
 

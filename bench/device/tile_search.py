@@ -88,6 +88,7 @@ def searches(tiny: bool) -> list[Search]:
         _packed("relation_kl.short", "256×128, 768, A=48", _SHORT),
         _packed("score_mse.short", "256×128, 768/768, A=12", _SHORT),
         _packed("relation_kl.short", "256×128, 768, A=12", _SHORT),
+        _hidden("hidden_mse", "131072×768", _HIDDEN),
         _packed("relation_kl.self", "8×1024, 768, A=48", _SELF),
         _packed("relation_kl.stats", "8×1024, 768, A=48", _STATS),
         _linear("linear_kd.logits", "kl+ce 768/768", _LOGITS),
@@ -104,7 +105,11 @@ _GRADIENT = (
     Tile(64, 2048, 0, 8, 1), Tile(64, 1024, 0, 4, 1), Tile(32, 2048, 0, 8, 1), Tile(128, 2048, 0, 8, 1),
     Tile(64, 4096, 0, 16, 1), Tile(64, 2048, 0, 4, 1),
 )  # fmt: skip
-_SHORT = (Tile(128, 0, 0, 4, 1), Tile(128, 0, 0, 8, 1), Tile(128, 0, 0, 16, 1), Tile(128, 0, 0, 8, 2))
+# The last number: the registers of a thread, so that two programs share a multiprocessor.
+_SHORT = (
+    Tile(128, 0, 0, 8, 1, 128), Tile(128, 0, 0, 8, 1), Tile(128, 0, 0, 4, 1), Tile(128, 0, 0, 16, 1), Tile(128, 0, 0, 8, 2),
+)  # fmt: skip
+_HIDDEN = tuple(Tile(0, block, 0, warps, 1) for block in (2048, 4096, 8192) for warps in (4, 8))
 _SELF = (Tile(64, 32, 0, 8, 2), Tile(128, 32, 0, 8, 2), Tile(64, 64, 0, 8, 2), Tile(64, 32, 0, 4, 1))
 _STATS = (Tile(64, 64, 0, 4, 2), Tile(128, 64, 0, 8, 2))
 
@@ -121,6 +126,11 @@ def _linear(kernel: str, name: str, candidates: tuple[Tile, ...]) -> Search | No
     widest = max(case.student_width, case.teacher_width or 0)
     width = case.vocabulary if kernel.endswith("gradient") else widest
     return Search(kernel, "linear_kd", case, width, None, candidates)
+
+
+def _hidden(kernel: str, name: str, candidates: tuple[Tile, ...]) -> Search | None:
+    case = _case(kernel, name)
+    return None if case is None else Search(kernel, "hidden_mse", case, case.width, None, candidates)
 
 
 def _packed(kernel: str, name: str, candidates: tuple[Tile, ...]) -> Search | None:

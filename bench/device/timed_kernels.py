@@ -27,18 +27,20 @@ from bench.memory import gpu_peak
 from fastkd.kernels import packed
 
 # By worth; the cases that are left out here only differ in size. A kernel that is not named gives all its cases.
+CE, KL, KL_CE = ("linear_kd", "ce 768"), ("linear_kd", "kl 384/768"), ("linear_kd", "kl+ce 768/768")
+A48, SCORE = ("relation_kl", "256×128, 768, A=48"), ("score_mse", "256×128, 768/768, A=12")
 WANTED = (
-    ("linear_kd", "ce 768"),
-    ("relation_kl", "256×128, 768, A=48"),
-    ("linear_kd", "kl 384/768"),
-    ("score_mse", "256×128, 768/768, A=12"),
+    CE,
+    A48,
+    KL,
+    SCORE,
     ("relation_kl", "256×128, 768, A=12"),
     ("relation_kl", "256×128, 768, A=12 cross"),
-    ("linear_kd", "kl+ce 768/768"),
+    KL_CE,
+    ("hidden_mse", "131072×768"),
     ("relation_kl", "8×1024, 768, A=48"),
 )
-COMPILED = {WANTED[0], WANTED[1], WANTED[3]}
-PEERED = {WANTED[1], WANTED[2], WANTED[6]}
+COMPILED, PEERED = {CE, A48, SCORE}, {A48, KL, KL_CE}
 ROUNDS, ROUND_MS = 3, 10  # of each contender
 FIRST_S, COMPILE_S = 12.0, 20.0  # of a case and of torch.compile, until one was timed
 # Which steps of bench.roofline a Triton kernel does, by a word of its name.
@@ -46,6 +48,7 @@ STEPS: dict[str, dict[str, slice]] = {
     "linear_kd": {"logits": slice(0, -3), "gradient": slice(-3, -2)},
     "relation_kl": {"short": slice(None), "stats": slice(0, 1), "self": slice(1, 2), "cross": slice(1, 2)},
     "score_mse": {"short": slice(None), "rows": slice(None)},
+    "hidden_mse": {"difference": slice(None)},
 }
 
 
