@@ -4,9 +4,11 @@
 
 Every file of ``kernels/`` lists in ``AUDIT`` the variants its launch code can choose (``tiling.Build``); each is
 compiled with the tile that ``tiling.py`` gives it. The table shows, per variant and architecture, registers a
-thread, bytes spilled, shared memory, matrix instructions and theoretical occupancy. Exits 1 when a kernel spills,
-needs more shared memory than a block may have, lacks the matrix instruction of its architecture, or when a row of
-``tiling.TABLE`` is compiled by no variant. Needs Triton but no GPU.
+thread, bytes spilled, shared memory, matrix instructions, the widest and the narrowest access to global memory (bytes a
+thread, loads and copies to shared memory, then stores; NVIDIA), and how many programs a multiprocessor holds, with its
+theoretical occupancy. Exits 1 when a kernel spills, needs more shared memory than a block may have, lacks the matrix
+instruction of its architecture, the 16-byte accesses or the resident programs that its ``Build`` asks for, or when a row
+of ``tiling.TABLE`` is compiled by no variant. Needs Triton but no GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +68,9 @@ class Report:
     spilled: int  # bytes of local memory a thread
     shared: int  # bytes a block
     matrix: int  # instructions
+    loads: tuple[int, ...]  # sizes of global loads and asynchronous copies, bytes, ascending; () where unknown
+    stores: tuple[int, ...]
+    programs: int  # a multiprocessor holds
     occupancy: float  # resident warps / the most there can be
     problems: tuple[str, ...]
 
@@ -84,6 +89,8 @@ def audit(build: tiling.Build, arch: Architecture) -> Report:
     registers, spilled = _amd_usage(compiled) if arch.backend == "hip" else _nvidia_usage(compiled)
     shared = compiled.metadata.shared
     matrix = len(re.findall(arch.matrix, compiled.asm[arch.assembly]))
+    loads, stores = accesses(compiled.asm["ptx"]) if arch.backend == "cuda" else ((), ())
+    programs = resident(arch, registers, shared, tile.num_warps)
     problems = []
     if spilled:
         problems.append(f"spills {spilled} bytes")
@@ -91,8 +98,25 @@ def audit(build: tiling.Build, arch: Architecture) -> Report:
         problems.append(f"needs {shared} of {arch.shared_block} bytes of shared memory")
     if build.matrix and not matrix:
         problems.append("has no matrix instruction")
-    resident = occupancy(arch, registers, shared, tile.num_warps)
-    return Report(build.name, arch.name, tile, registers, spilled, shared, matrix, resident, tuple(problems))
+    if build.wide and arch.backend == "cuda" and not (16 in loads and 16 in stores):
+        problems.append(f"loads at most {max(loads)} and stores at most {max(stores)} bytes at a time, not 16")
+    if programs < (least := dict(build.resident).get(arch.name, 0)):
+        problems.append(f"lets {programs} of {least} programs share a multiprocessor")
+    occupied = programs * tile.num_warps / arch.warps
+    return Report(
+        build.name,
+        arch.name,
+        tile,
+        registers,
+        spilled,
+        shared,
+        matrix,
+        loads,
+        stores,
+        programs,
+        occupied,
+        tuple(problems),
+    )
 
 
 def _compile(build: tiling.Build, tile: tiling.Tile, arch: Architecture) -> Any:
@@ -107,8 +131,7 @@ def _compile(build: tiling.Build, tile: tiling.Tile, arch: Architecture) -> Any:
     aligned = [name for name, kind in build.signature.items() if kind.startswith("*") or name in build.divisible]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(build.kernel, signature, constants, attributes)
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    return triton.compile(source, target=GPUTarget(arch.backend, arch.name, arch.warp), options=options)
+    return triton.compile(source, target=GPUTarget(arch.backend, arch.name, arch.warp), options=tile.options)
 
 
 def _nvidia_usage(compiled: Any) -> tuple[int, int]:
@@ -131,13 +154,24 @@ def _amd_usage(compiled: Any) -> tuple[int, int]:
     return int(fields["vgpr_count"]), int(fields["private_segment_fixed_size"])
 
 
-def occupancy(arch: Architecture, registers: int, shared: int, num_warps: int) -> float:
-    """Warps that registers, shared memory and the scheduler let be resident, over the most there can be."""
+_ACCESS = re.compile(r"\b(ld|st)\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.[bfsu](\d+)\b")
+_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global(?:\.[\w:]+)* \[[^]]*\], \[[^]]*\], (\w+)")
+
+
+def accesses(ptx: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes in bytes, ascending, of a thread's loads from global memory (copies to shared memory too) and of its stores."""
+    sizes: dict[str, set[int]] = {"ld": {int(size, 0) for size in _COPY.findall(ptx)}, "st": set()}
+    for kind, vector, bits in _ACCESS.findall(ptx):
+        sizes[kind].add(int(vector or 1) * int(bits) // 8)
+    return tuple(sorted(sizes["ld"])), tuple(sorted(sizes["st"]))
+
+
+def resident(arch: Architecture, registers: int, shared: int, num_warps: int) -> int:
+    """Programs that registers, shared memory and the scheduler let one multiprocessor hold."""
     per_warp = -(-registers * arch.warp // 256) * 256
     by_registers = arch.registers // (per_warp * num_warps)
     by_shared = arch.shared // (shared + arch.reserved) if shared + arch.reserved else arch.warps
-    blocks = min(by_registers, by_shared, arch.warps // num_warps, 32)
-    return blocks * num_warps / arch.warps
+    return min(by_registers, by_shared, arch.warps // num_warps, 32)
 
 
 def uncompiled_rows(compiled: Iterable[tiling.Build], architectures: Iterable[Architecture]) -> list[str]:
@@ -147,36 +181,42 @@ def uncompiled_rows(compiled: Iterable[tiling.Build], architectures: Iterable[Ar
         for build in compiled
         for arch in architectures
     }
-    wanted = {arch.name for arch in architectures} | {"any"}
+    names = {arch.name for arch in architectures}
+
+    def wanted(column: int | str, columns: Mapping[int | str, tuple[tiling.Row, ...]]) -> bool:
+        return column in names or (column == "any" and not names <= set(columns))
+
     return [
         f"{kernel} on {arch}: {row.tile} is compiled by no AUDIT entry"
         for kernel, columns in tiling.TABLE.items()
         for arch, rows in columns.items()
         for row in rows
-        if arch in wanted and (kernel, row.tile) not in seen
+        if wanted(arch, columns) and (kernel, row.tile) not in seen
     ]
 
 
 def table(reports: Sequence[Report]) -> str:
     """The reports as a Markdown table."""
     lines = [
-        "| kernel | arch | blocks, warps, stages | registers | spilled | shared KiB | matrix | occupancy | |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
+        "| kernel | arch | blocks, warps, stages | registers | spilled | shared KiB | matrix | loads | stores | programs "
+        "| occupancy | |",
+        "| --- | --- | --- |" + " ---: |" * 8 + " --- |",
     ]
     for r in reports:
         blocks = "×".join(str(block) for block in r.tile[:3] if block)
         arch = f"sm_{r.architecture}" if isinstance(r.architecture, int) else r.architecture
         cells = (
-            r.build,
-            arch,
-            f"{blocks}, {r.tile.num_warps}, {r.tile.num_stages}",
-            r.registers,
-            r.spilled,
-            f"{r.shared / 1024:.1f}",
-        )
-        numbers = (r.matrix, f"{r.occupancy:.0%}", "; ".join(r.problems) or "ok")
-        lines.append("| " + " | ".join(map(str, (*cells, *numbers))) + " |")
+            r.build, arch, f"{blocks}, {r.tile.num_warps}, {r.tile.num_stages}", r.registers, r.spilled,
+            f"{r.shared / 1024:.1f}", r.matrix, _sizes(r.loads), _sizes(r.stores), r.programs, f"{r.occupancy:.0%}",
+            "; ".join(r.problems) or "ok",
+        )  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
+
+
+def _sizes(accesses: tuple[int, ...]) -> str:
+    """The widest and the narrowest."""
+    return f"{accesses[-1]}…{accesses[0]}" if accesses else ""
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

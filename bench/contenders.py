@@ -258,23 +258,26 @@ def entries() -> list[tuple[str, Any, Contender]]:
     return [(kernel, case, contender) for kernel, case in cases() for contender in contenders(kernel)]
 
 
-def gradient_error(contender: Contender, kernel: str, case: Any, device: str) -> float:
+def gradient_error(contender: Contender, kernel: str, case: Any, device: str, loss: Loss | None = None) -> float:
     """The worst ‖g − g₆₄‖/‖g₆₄‖ of a gradient, g₆₄ by float64 autograd of the definition, on the case's first rows.
 
-    512 rows of a linear_kd case; of a packed one the sequences that start within its first 1,024 tokens.
+    512 rows of a case that counts rows; of a packed one the sequences that start within its first 1,024 tokens. ``loss``:
+    what the contender made before, if it need not be made again.
     """
-    if isinstance(case, linear_kd.Case):
-        part: Any = replace(case, rows=min(case.rows, 512))
-    else:
-        fitting = sum(sum(case.lengths[:i]) < 1024 for i in range(len(case.lengths)))
-        part = replace(case, lengths=case.lengths[:fitting])
-    inputs = contender.inputs(part, device)
+    inputs = contender.inputs(_first_rows(case), device)
     exact = {
         name: x.detach().double().requires_grad_(x.requires_grad)
         if isinstance(x, Tensor) and x.is_floating_point()
         else x
         for name, x in inputs.items()
     }
-    _, gradients = step(contender.make(), inputs)()
+    _, gradients = step(loss or contender.make(), inputs)()
     _, expected = step(definition(kernel), exact)()
     return max(float((g.double() - e).norm() / e.norm()) for g, e in zip(gradients, expected, strict=True))
+
+
+def _first_rows(case: Any) -> Any:
+    if isinstance(case, packed.Case):
+        fitting = sum(sum(case.lengths[:i]) < 1024 for i in range(len(case.lengths)))
+        return replace(case, lengths=case.lengths[:fitting])
+    return replace(case, rows=min(case.rows, 512))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(64 << 10)}
 def peak_bytes(kernel: str, case: Any, contender: Contender, device: str) -> int | None:
     """Bytes, the gradients included; None where it cannot be measured."""
     if device == "cuda":
-        return _gpu_peak(step(contender.make(), contender.inputs(case, device)))
+        return gpu_peak(step(contender.make(), contender.inputs(case, device)))
     if sys.platform != "linux":
         return None
     command = [sys.executable, "-m", "bench.memory", kernel, case.name, contender.name]
@@ -37,7 +38,8 @@ def peak_bytes(kernel: str, case: Any, contender: Contender, device: str) -> int
     return int(done.stdout.splitlines()[-1])
 
 
-def _gpu_peak(run: Any) -> int:
+def gpu_peak(run: Callable[[], object]) -> int:
+    """Bytes of a call, by the allocator; the first call, which may compile, is not counted."""
     run()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

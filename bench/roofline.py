@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from fastkd.kernels import linear_kd, packed, score_mse, tiling
+from fastkd.kernels import hidden_mse, linear_kd, packed, score_mse, tiling
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,12 @@ def score_mse_steps(case: score_mse.Case) -> list[Step]:
     return [Step(flops, case.dtype.itemsize * tokens * 2 * (2 * ds + dt), kind=kind)]
 
 
+def hidden_mse_steps(case: hidden_mse.Case) -> list[Step]:
+    """One launch that reads both matrices and writes the student's gradient."""
+    size = case.rows * case.width
+    return [Step(3 * size, size * (2 * case.dtype.itemsize + case.teacher_dtype.itemsize))]
+
+
 def _pairs_and_tokens(case: packed.Case) -> tuple[int, int]:
     """Σ n² and Σ n."""
     return sum(n * n for n in case.lengths), sum(case.lengths)
@@ -121,6 +127,7 @@ STEPS: dict[str, Callable[[Any], list[Step]]] = {
     "linear_kd": linear_kd_steps,
     "relation_kl": relation_kl_steps,
     "score_mse": score_mse_steps,
+    "hidden_mse": hidden_mse_steps,
 }
 
 

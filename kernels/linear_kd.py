@@ -8,7 +8,7 @@ With z = x Wᵀ + b for student and teacher, p = softmax(z_s/τ), q = softmax(z_
     dz_s = [kl_weight·τ·(p − q) + ce_weight·(softmax(z_s) − onehot(y))] / N,  dx = dz W,  dW = dzᵀ x,  db = Σ dz.
 
 The loss is a scalar, so its gradient is made in the forward pass, a chunk of rows at a time, and the backward
-only scales it. Shapes: M rows, V vocabulary, D width (D_s, D_t), R rows of a chunk, C columns of a block.
+only multiplies it by the loss's own. Shapes: M rows, V vocabulary, D width (D_s, D_t), R rows of a chunk, C columns of a block.
 """
 
 from __future__ import annotations
@@ -90,8 +90,11 @@ class _Head(NamedTuple):
     def rows(self, rows: slice | Tensor, dtype: torch.dtype | None = None) -> _Head:
         return self._replace(hidden=self.hidden[rows].to(dtype or self.hidden.dtype))
 
-    def cast(self, dtype: torch.dtype) -> _Head:
-        return self._replace(hidden=self.hidden.to(dtype).contiguous(), weight=self.weight.to(dtype).contiguous())
+    def cast(self, dtype: torch.dtype, columns: int) -> _Head:
+        """Contiguous operands in ``dtype``, and a float32 bias for ``columns``, −∞ from V on and 0 if there was none."""
+        bias = self.weight.new_full((columns,), -math.inf, dtype=torch.float32)
+        bias[: len(self.weight)] = 0.0 if self.bias is None else self.bias
+        return _Head(self.hidden.to(dtype).contiguous(), self.weight.to(dtype).contiguous(), bias)
 
 
 class _Terms(NamedTuple):
@@ -106,33 +109,35 @@ class _Terms(NamedTuple):
 
 
 class _Gradients(NamedTuple):
-    """N times the gradients, in float32 (float64 for float64); one that is not wanted is None."""
+    """The gradients, in float32 (float64 for float64); one that is not wanted is None."""
 
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
 
     @property
-    def wanted(self) -> bool:
-        return any(x is not None for x in self)
+    def wanted(self) -> list[Tensor]:
+        return [x for x in self if x is not None]
 
 
 class _Sums(NamedTuple):
-    """Sums over the rows that are not ignored, and their number N."""
+    """Sums over the rows that are not ignored."""
 
     kl: Tensor
     ce: Tensor
-    rows: Tensor
 
 
 # ---- Triton ---------------------------------------------------------------------------------------------------
 #
-# A chunk of R rows takes three steps. Both models' logits are never rounded at their own magnitude: a tile of
+# A chunk of R rows takes four steps. Both models' logits are never rounded at their own magnitude: a tile of
 # TILE columns is stored as its difference from its row maxima.
 #   1. _logits_kernel, once a model: x Wᵀ + b → centred logits [R, V] in x's dtype; per tile and row, in float32
-#      from the accumulators, max and Σ exp; the label's logit [R]
-#   2. _gradient_kernel: both models' tiles and statistics → N·dz in place of the student's logits; KL, CE [R]
-#   3. the vendor's GEMM: dz, W → dx; dzᵀ, x → dW in float32
+#      from the accumulators, max and Σ exp
+#   2. _offsets_kernel: those statistics → what each tile's centred logits lack to log-probabilities; CE [R]
+#   3. _gradient_kernel: both models' tiles and offsets → dz in place of the student's logits; per block of rows, in
+#      float32, Σ dz over the rows, and KL
+#   4. the vendor's GEMM: dz, W → dx; dzᵀ, x → dW in float32, which later chunks add to
+# Logits and dz have whole tiles of columns: what lies past V is −∞ and 0, rows are aligned, and accesses 16 bytes wide.
 
 
 _IGNORED = tiling.constant(IGNORED)
@@ -144,7 +149,7 @@ _LN_2 = tiling.constant(math.log(2.0))
 def _logits_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [R, WIDTH]
     weight_ptr,  # [V, WIDTH]
-    bias_ptr,  # [V]
+    bias_ptr,  # [stride] in float32, −∞ from V on
     labels_ptr,  # [R]
     logits_ptr,  # [R, stride], as the statistics with rows up to a multiple of BLOCK_M
     maximum_ptr,  # [R, tiles]
@@ -155,7 +160,6 @@ def _logits_kernel(  # type: ignore[no-untyped-def]
     stride,
     exponent,  # log₂e / τ
     WIDTH: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     HAS_LABELS: tl.constexpr,  # ignored rows may be skipped
     HAS_SUM_CE: tl.constexpr,
     UPCAST: tl.constexpr,  # the interpreter's tl.dot is wrong for bf16 operands
@@ -173,7 +177,7 @@ def _logits_kernel(  # type: ignore[no-untyped-def]
             return
 
     # Rows and columns past the end read the last one, so that loads need no mask. Such a row is never read again,
-    # and a bias of −∞ takes such a column out of the maximum and the sum. Offsets inside a tile fit 32 bits.
+    # and its bias of −∞ takes such a column out of the maximum and the sum. Offsets inside a tile fit 32 bits.
     x_ptr += first_row.to(tl.int64) * WIDTH
     weight_ptr += first_column.to(tl.int64) * WIDTH
     x_ptrs = x_ptr + tl.minimum(rows_M, rows - 1 - first_row)[:, None] * WIDTH + depth_K[None, :]
@@ -189,10 +193,7 @@ def _logits_kernel(  # type: ignore[no-untyped-def]
         if UPCAST:
             x, weight = x.to(tl.float32), weight.to(tl.float32)
         z = tl.dot(x, weight, z, input_precision="ieee")
-    bias = tl.where(first_column + columns_N < vocabulary, 0.0, float("-inf"))
-    if HAS_BIAS:
-        bias += tl.load(bias_ptr + first_column + last).to(tl.float32)
-    z += bias[None, :]
+    z += tl.load(bias_ptr + first_column + columns_N)[None, :]
 
     maximum = tl.max(z, 1)
     z -= maximum[:, None]
@@ -206,115 +207,136 @@ def _logits_kernel(  # type: ignore[no-untyped-def]
 
 
 @tiling.jit
-def _normalizer(maxima, sums, exponent):  # type: ignore[no-untyped-def]
-    """Row maximum of the logits and log₂ Σ exp((z − maximum)/τ), from the tiles' statistics."""
+def _close(maximum_ptr, sum_ptr, exponent, TILES: tl.constexpr, TILES_UP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Put each tile's offset in place of its sum; return the row's maximum m and log₂ Σ exp((z − m)/τ)."""
+    tiles = tl.arange(0, TILES_UP)
+    maxima = tl.load(maximum_ptr + tiles, mask=tiles < TILES, other=float("-inf"))
+    sums = tl.load(sum_ptr + tiles, mask=tiles < TILES, other=0.0)
     maximum = tl.max(maxima, 0)
-    return maximum, tl.log2(tl.sum(sums * tl.exp2((maxima - maximum) * exponent), 0))
+    shift = (maxima - maximum) * exponent
+    total = tl.log2(tl.sum(sums * tl.exp2(shift), 0))
+    tl.store(sum_ptr + tiles, shift - total, mask=tiles < TILES)
+    return maximum, total
 
 
 @tiling.jit
-def _gradient_kernel(  # type: ignore[no-untyped-def]
-    student_ptr,  # [R, stride] centred logits, replaced by N·dz
+def _offsets_kernel(  # type: ignore[no-untyped-def]
     student_maximum_ptr,  # [R, TILES]
-    student_sum_ptr,  # [R, TILES]
-    student_sum_ce_ptr,  # [R, TILES]
-    teacher_ptr,  # [R, stride] centred logits
+    student_sum_ptr,  # [R, TILES], replaced by offsets: log₂ p = centred logit · exponent + offset
+    student_sum_ce_ptr,  # [R, TILES], likewise, of the softmax at temperature 1
     teacher_maximum_ptr,  # [R, TILES]
-    teacher_sum_ptr,  # [R, TILES]
+    teacher_sum_ptr,  # [R, TILES], likewise
     labels_ptr,  # [R]
     x_ptr,  # [R, WIDTH] and
     weight_ptr,  # [V, WIDTH] and
-    bias_ptr,  # [V], the student's, for the label's logit
-    kl_ptr,  # [R]: Σ q (log q − log p)
+    bias_ptr,  # [stride], the student's, for the label's logit
     ce_ptr,  # [R]
-    stride,
     exponent,  # log₂e / τ
-    kl_factor,  # kl_weight·τ
-    ce_weight,
-    VOCABULARY: tl.constexpr,
     WIDTH: tl.constexpr,
     WIDTH_UP: tl.constexpr,  # the power of two from WIDTH on
-    TILE: tl.constexpr,  # columns that share a maximum
-    TILES: tl.constexpr,  # ⌈VOCABULARY / TILE⌉
+    TILES: tl.constexpr,
     TILES_UP: tl.constexpr,  # the power of two from TILES on
     HAS_TEACHER: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     HAS_LABELS: tl.constexpr,
     HAS_CE: tl.constexpr,
     HAS_SUM_CE: tl.constexpr,  # the cross-entropy's softmax is not the divergence's
-    WRITE: tl.constexpr,  # the gradient is wanted
-    BLOCK_N: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    student_ptr += row * stride
-    tiles_G = tl.arange(0, BLOCK_N // TILE)
-    columns_GC = tiles_G[:, None] * TILE + tl.arange(0, TILE)[None, :]
-    label = tl.full((), _IGNORED, tl.int64)
     if HAS_LABELS:
         label = tl.load(labels_ptr + row)
         if label == _IGNORED:
-            tl.store(kl_ptr + row, 0.0)
-            tl.store(ce_ptr + row, 0.0)
-            if WRITE:
-                zeros = tl.zeros((BLOCK_N // TILE, TILE), student_ptr.dtype.element_ty)
-                for start in range(0, VOCABULARY, BLOCK_N):
-                    tl.store(student_ptr + start + columns_GC, zeros, mask=start + columns_GC < VOCABULARY)
             return
-
-    all_T = tl.arange(0, TILES_UP)
-    in_T = all_T < TILES
-    student_maximum_ptr += row * TILES
-    maxima = tl.load(student_maximum_ptr + all_T, mask=in_T, other=float("-inf"))
-    sums = tl.load(student_sum_ptr + row * TILES + all_T, mask=in_T, other=0.0)
-    max_s, log_s = _normalizer(maxima, sums, exponent)
-    log_ce = log_s
+    tiles = row * TILES
+    maximum, total = _close(student_maximum_ptr + tiles, student_sum_ptr + tiles, exponent, TILES, TILES_UP)
     if HAS_SUM_CE:
-        sums = tl.load(student_sum_ce_ptr + row * TILES + all_T, mask=in_T, other=0.0)
-        _, log_ce = _normalizer(maxima, sums, _LOG2_E)
-    max_t, log_t = max_s, log_s
+        _, total = _close(student_maximum_ptr + tiles, student_sum_ce_ptr + tiles, _LOG2_E, TILES, TILES_UP)
     if HAS_TEACHER:
-        teacher_ptr += row * stride
-        teacher_maximum_ptr += row * TILES
-        maxima = tl.load(teacher_maximum_ptr + all_T, mask=in_T, other=float("-inf"))
-        sums = tl.load(teacher_sum_ptr + row * TILES + all_T, mask=in_T, other=0.0)
-        max_t, log_t = _normalizer(maxima, sums, exponent)
-
-    kl_GC = tl.zeros((BLOCK_N // TILE, TILE), tl.float32)
-    for start in range(0, VOCABULARY, BLOCK_N):
-        columns = start + columns_GC
-        inside = columns < VOCABULARY
-        tiles = start // TILE + tiles_G
-        z_s = tl.load(student_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-        shift = tl.load(student_maximum_ptr + tiles, mask=tiles < TILES, other=0.0) - max_s
-        log2_p = z_s * exponent + (shift * exponent - log_s)[:, None]
-        p = tl.exp2(log2_p)
-        dz = tl.zeros((BLOCK_N // TILE, TILE), tl.float32)
-        if HAS_TEACHER:
-            z_t = tl.load(teacher_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-            shift_t = tl.load(teacher_maximum_ptr + tiles, mask=tiles < TILES, other=0.0) - max_t
-            log2_q = z_t * exponent + (shift_t * exponent - log_t)[:, None]
-            q = tl.exp2(log2_q)
-            # Σ(p − q) = 0, and with it every term is ≥ 0 and of second order in p − q: a rounding of the logits
-            # moves the sum in second order only, where Σ q (log q − log p) alone cancels for a good student.
-            kl_GC += tl.where(inside, q * (log2_q - log2_p) * _LN_2 + (p - q), 0.0)
-            dz += kl_factor * (p - q)
-        if HAS_CE:
-            if HAS_SUM_CE:
-                p = tl.exp2(z_s * _LOG2_E + (shift * _LOG2_E - log_ce)[:, None])
-            dz += ce_weight * (p - tl.where(columns == label, 1.0, 0.0))
-        if WRITE:
-            tl.store(student_ptr + columns, dz.to(student_ptr.dtype.element_ty), mask=inside)
-    tl.store(kl_ptr + row, tl.sum(tl.sum(kl_GC, 1), 0))
-    ce = 0.0
+        _close(teacher_maximum_ptr + tiles, teacher_sum_ptr + tiles, exponent, TILES, TILES_UP)
     if HAS_CE:
         depth = tl.arange(0, WIDTH_UP)
         x = tl.load(x_ptr + row * WIDTH + depth, mask=depth < WIDTH, other=0.0).to(tl.float32)
         weight = tl.load(weight_ptr + label * WIDTH + depth, mask=depth < WIDTH, other=0.0).to(tl.float32)
-        z_y = tl.sum(x * weight, 0)
-        if HAS_BIAS:
-            z_y += tl.load(bias_ptr + label).to(tl.float32)
-        ce = max_s - z_y + log_ce * _LN_2
-    tl.store(ce_ptr + row, ce)
+        z_y = tl.sum(x * weight, 0) + tl.load(bias_ptr + label)
+        tl.store(ce_ptr + row, maximum - z_y + total * _LN_2)
+
+
+@tiling.jit
+def _gradient_kernel(  # type: ignore[no-untyped-def]
+    student_ptr,  # [R, stride] centred logits, replaced by dz
+    student_offset_ptr,  # [R, tiles]
+    student_offset_ce_ptr,  # [R, tiles]
+    teacher_ptr,  # [R, stride] centred logits
+    teacher_offset_ptr,  # [R, tiles]
+    labels_ptr,  # [R]
+    share_ptr,  # []: what dz is multiplied with
+    kl_ptr,  # [row blocks, tiles], added to: Σ q (log q − log p)
+    db_ptr,  # [row blocks, stride], added to: Σ dz
+    rows,
+    stride,
+    exponent,  # log₂e / τ
+    kl_factor,  # kl_weight·τ
+    ce_weight,
+    TILE: tl.constexpr,  # columns that share an offset
+    HAS_TEACHER: tl.constexpr,
+    HAS_LABELS: tl.constexpr,
+    HAS_CE: tl.constexpr,
+    HAS_SUM_CE: tl.constexpr,
+    HAS_DB: tl.constexpr,
+    WRITE: tl.constexpr,  # the gradient is wanted
+    BLOCK_M: tl.constexpr,  # rows of a program
+    BLOCK_N: tl.constexpr,  # logits of a step
+):
+    # Tiles run fastest: programs at work together read long pieces of the same rows.
+    STEP: tl.constexpr = BLOCK_N // TILE
+    tile, block = tl.program_id(0), tl.program_id(1)
+    first_row = block * BLOCK_M
+    student_ptr += first_row.to(tl.int64) * stride + tile * TILE
+    if HAS_TEACHER:
+        teacher_ptr += first_row.to(tl.int64) * stride + tile * TILE
+    columns_C = tl.arange(0, TILE)
+    share = tl.load(share_ptr).to(tl.float32)
+    kl_RC = tl.zeros((STEP, TILE), tl.float32)
+    db_RC = tl.zeros((STEP, TILE), tl.float32)
+    for start in range(0, min(BLOCK_M, rows - first_row), STEP):
+        rows_R = start + tl.arange(0, STEP)
+        exists = first_row + rows_R < rows
+        counts = exists
+        if HAS_LABELS:
+            labels = tl.load(labels_ptr + first_row + rows_R, mask=exists, other=_IGNORED)
+            counts = labels != _IGNORED
+        # Rows that do not count are not read, for nothing was written there: p = q, and the cross-entropy's factor
+        # is 0. Columns past V need no mask: −∞ there becomes a number, so that p, q and q·(log q − log p) are 0.
+        logits = rows_R[:, None] * stride + columns_C[None, :]
+        offsets = (first_row + rows_R) * tl.num_programs(0) + tile
+        z_s = tl.load(student_ptr + logits, mask=counts[:, None], other=0.0).to(tl.float32)
+        offset = tl.load(student_offset_ptr + offsets, mask=counts, other=0.0)
+        log2_p = tl.maximum(z_s * exponent + offset[:, None], -1e30)
+        p = tl.exp2(log2_p)
+        dz = tl.zeros((STEP, TILE), tl.float32)
+        if HAS_TEACHER:
+            z_t = tl.load(teacher_ptr + logits, mask=counts[:, None], other=0.0).to(tl.float32)
+            offset = tl.load(teacher_offset_ptr + offsets, mask=counts, other=0.0)
+            log2_q = tl.maximum(z_t * exponent + offset[:, None], -1e30)
+            q = tl.exp2(log2_q)
+            # Σ(p − q) = 0, and with it every term is ≥ 0 and of second order in p − q: a rounding of the logits
+            # moves the sum in second order only, where Σ q (log q − log p) alone cancels for a good student.
+            kl_RC += q * (log2_q - log2_p) * _LN_2 + (p - q)
+            dz += kl_factor * share * (p - q)
+        if HAS_CE:
+            if HAS_SUM_CE:
+                offset = tl.load(student_offset_ce_ptr + offsets, mask=counts, other=0.0)
+                p = tl.exp2(z_s * _LOG2_E + offset[:, None])
+            one_hot = tl.where(columns_C[None, :] == (labels - tile * TILE).to(tl.int32)[:, None], 1.0, 0.0)
+            dz += tl.where(counts, ce_weight * share, 0.0)[:, None] * (p - one_hot)
+        if WRITE:
+            db_RC += dz
+            tl.store(student_ptr + logits, dz.to(student_ptr.dtype.element_ty), mask=exists[:, None])
+    if HAS_TEACHER:
+        kl_ptr += block * tl.num_programs(0) + tile
+        tl.store(kl_ptr, tl.load(kl_ptr) + tl.sum(tl.sum(kl_RC, 1), 0))
+    if HAS_DB:
+        db_ptr += block.to(tl.int64) * stride + tile * TILE + columns_C
+        tl.store(db_ptr, tl.load(db_ptr) + tl.sum(db_RC, 0))
 
 
 class _Logits(NamedTuple):
@@ -326,8 +348,8 @@ class _Logits(NamedTuple):
     total_ce: Tensor | None  # [R, tiles]: Σ exp(z − max)
 
     @classmethod
-    def empty(cls, like: Tensor, rows: int, vocabulary: int, tile: tiling.Tile, with_ce: bool) -> _Logits:
-        tiles = -(-vocabulary // tile.block_n)
+    def empty(cls, head: _Head, rows: int, tile: tiling.Tile, with_ce: bool) -> _Logits:
+        like, tiles = head.hidden, -(-len(head.weight) // tile.block_n)
         rows = -(-rows // tile.block_m) * tile.block_m
         centred = like.new_empty((rows, tiles * tile.block_n))
         maximum, total, total_ce = (like.new_empty((rows, tiles), dtype=torch.float32) for _ in range(3))
@@ -353,7 +375,6 @@ def _logits(head: _Head, labels: Tensor | None, out: _Logits, temperature: float
         out.centred.stride(0),
         LOG2E / temperature,
         WIDTH=width,
-        HAS_BIAS=head.bias is not None,
         HAS_LABELS=labels is not None,
         HAS_SUM_CE=out.total_ce is not None,
         UPCAST=tiling.INTERPRETED,
@@ -365,52 +386,87 @@ def _logits(head: _Head, labels: Tensor | None, out: _Logits, temperature: float
     )
 
 
-def _gradient(
-    head: _Head,
-    student: _Logits,
-    teacher: _Logits | None,
-    labels: Tensor | None,
-    kl: Tensor,
-    ce: Tensor,
-    terms: _Terms,
-    tile: tiling.Tile,
-    write: bool,
+class _Partial(NamedTuple):
+    """What each block of rows adds up over the chunks; sums of theirs are the same in every run."""
+
+    kl: Tensor  # [row blocks, tiles]
+    db: Tensor | None  # [row blocks, stride]
+
+    @classmethod
+    def zeros(cls, logits: _Logits, rows: int, launch: tiling.Tile, with_db: bool) -> _Partial:
+        blocks = -(-rows // launch.block_m)
+        db = logits.maximum.new_zeros((blocks, logits.centred.shape[1])) if with_db else None
+        return cls(logits.maximum.new_zeros((blocks, logits.maximum.shape[1])), db)
+
+
+def _offsets(
+    head: _Head, student: _Logits, teacher: _Logits | None, labels: Tensor | None, ce: Tensor, terms: _Terms
 ) -> None:
-    """Step 2: fill ``kl`` and ``ce`` [R], and leave N·dz in the student's logits."""
-    vocabulary, width = head.weight.shape
-    name = _gradient_tile_name(student.centred.dtype)
-    launch = tiling.tile(name, width=vocabulary, arch=tiling.architecture(kl.device))
+    """Step 2: statistics → offsets in the place of both models' sums; fill ``ce`` [R] where there is one."""
+    rows, width = head.hidden.shape
     tiles = student.maximum.shape[1]
-    _gradient_kernel[(len(kl),)](
-        student.centred,
+    launch = tiling.tile("linear_kd.offsets", width=width, arch=tiling.architecture(ce.device))
+    _offsets_kernel[(rows,)](
         student.maximum,
         student.total,
         student.total_ce,
-        None if teacher is None else teacher.centred,
         None if teacher is None else teacher.maximum,
         None if teacher is None else teacher.total,
         labels,
         head.hidden,
         head.weight,
         head.bias,
-        kl,
         ce,
-        student.centred.stride(0),
         LOG2E / terms.temperature,
-        terms.kl_weight * terms.temperature,
-        terms.ce_weight,
-        VOCABULARY=vocabulary,
         WIDTH=width,
         WIDTH_UP=_power_of_two(width),
-        TILE=tile.block_n,
         TILES=tiles,
         TILES_UP=_power_of_two(tiles),
         HAS_TEACHER=teacher is not None,
-        HAS_BIAS=head.bias is not None,
         HAS_LABELS=labels is not None,
         HAS_CE=terms.ce_weight != 0,
         HAS_SUM_CE=student.total_ce is not None,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+
+
+def _gradient(
+    rows: int,
+    student: _Logits,
+    teacher: _Logits | None,
+    labels: Tensor | None,
+    share: Tensor,
+    partial: _Partial,
+    terms: _Terms,
+    launch: tiling.Tile,
+    write: bool,
+) -> None:
+    """Step 3: add to ``partial``, and leave dz in the student's logits if they are to be written."""
+    tiles, stride = student.maximum.shape[1], student.centred.stride(0)
+    _gradient_kernel[(tiles, -(-rows // launch.block_m))](
+        student.centred,
+        student.total,
+        student.total_ce if write else None,
+        None if teacher is None else teacher.centred,
+        None if teacher is None else teacher.total,
+        labels,
+        share,
+        partial.kl,
+        partial.db,
+        rows,
+        stride,
+        LOG2E / terms.temperature,
+        terms.kl_weight * terms.temperature,
+        terms.ce_weight,
+        TILE=stride // tiles,
+        HAS_TEACHER=teacher is not None,
+        HAS_LABELS=labels is not None,
+        HAS_CE=write and terms.ce_weight != 0,
+        HAS_SUM_CE=write and student.total_ce is not None,
+        HAS_DB=partial.db is not None,
         WRITE=write,
+        BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
@@ -424,35 +480,42 @@ def _triton(
     terms: _Terms,
     chunk_rows: int,
     dtype: torch.dtype,
+    share: Tensor,
     out: _Gradients,
 ) -> _Sums:
-    """The three steps for each chunk of rows. A bias may keep another dtype."""
-    student = student.cast(dtype)
-    teacher = None if teacher is None else teacher.cast(dtype)
-    x, vocabulary = student.hidden, student.weight.shape[0]
-    kl, ce = (x.new_zeros(len(x), dtype=torch.float32) for _ in range(2))
-    tile = _logits_tile(student, teacher)
+    """The four steps for each chunk of rows."""
+    vocabulary, x = len(student.weight), student.hidden
+    tile, launch = _logits_tile(dtype, student, teacher), _gradient_tile(dtype, x.device)
+    columns = -(-vocabulary // tile.block_n) * tile.block_n
+    student = student.cast(dtype, columns)
+    teacher = None if teacher is None else teacher.cast(dtype, columns)
     rows = min(chunk_rows, len(x))
-    logits_s = _Logits.empty(x, rows, vocabulary, tile, terms.two_softmaxes)
-    logits_t = None if teacher is None else _Logits.empty(x, rows, vocabulary, tile, False)
+    logits_s = _Logits.empty(student, rows, tile, terms.two_softmaxes)
+    logits_t = None if teacher is None else _Logits.empty(student, rows, tile, False)
+    ce, partial = x.new_zeros(len(x), dtype=torch.float32), _Partial.zeros(logits_s, rows, launch, out.bias is not None)
+    write = bool(out.wanted)
     for start in range(0, len(x), chunk_rows):
         part = slice(start, start + chunk_rows)
         y, head = None if labels is None else labels[part], student.rows(part)
+        r = len(head.hidden)
         with torch.cuda.device_of(x):
             _logits(head, y, logits_s, terms.temperature, tile)
             if teacher is not None and logits_t is not None:
                 _logits(teacher.rows(part), y, logits_t, terms.temperature, tile)
-            _gradient(head, logits_s, logits_t, y, kl[part], ce[part], terms, tile, out.wanted)
-        _products(logits_s.centred[: len(head.hidden), :vocabulary], head, start, out)
-    return _Sums(terms.temperature**2 * kl.sum(), ce.sum(), _valid(x, labels).sum())
+            _offsets(head, logits_s, logits_t, y, ce[part], terms)
+            if write or logits_t is not None:
+                _gradient(r, logits_s, logits_t, y, share, partial, terms, launch, write)
+        _products(logits_s.centred[:r, :vocabulary], head, start, out)
+    if out.bias is not None and partial.db is not None:
+        torch.sum(partial.db[:, :vocabulary], 0, out=out.bias)
+    return _Sums(terms.temperature**2 * partial.kl.sum(), ce.sum())
 
 
-def _logits_tile(student: _Head, teacher: _Head | None) -> tiling.Tile:
+def _logits_tile(dtype: torch.dtype, student: _Head, teacher: _Head | None) -> tiling.Tile:
     """One tile for both models, since their blocks of columns share dz."""
-    x = student.hidden
-    width = max(x.shape[1], 0 if teacher is None else teacher.hidden.shape[1])
-    kernel = _logits_tile_name(x.dtype, x.shape[1], width)
-    return tiling.tile(kernel, width=width, arch=tiling.architecture(x.device))
+    widths = [head.hidden.shape[1] for head in (student, teacher) if head is not None]
+    arch = tiling.architecture(student.hidden.device)
+    return tiling.tile(_logits_tile_name(dtype, *widths), width=max(widths), arch=arch)
 
 
 def _logits_tile_name(dtype: torch.dtype, *widths: int) -> str:
@@ -461,27 +524,34 @@ def _logits_tile_name(dtype: torch.dtype, *widths: int) -> str:
     return "linear_kd.logits_ragged" if any(width % 64 for width in widths) else "linear_kd.logits"
 
 
+def _gradient_tile(dtype: torch.dtype, device: torch.device) -> tiling.Tile:
+    return tiling.tile(_gradient_tile_name(dtype), width=0, arch=tiling.architecture(device))
+
+
 def _gradient_tile_name(dtype: torch.dtype) -> str:
     return "linear_kd.gradient_float32" if dtype == torch.float32 else "linear_kd.gradient"
 
 
 def _products(dz: Tensor, student: _Head, start: int, out: _Gradients) -> None:
-    """Step 3 for one chunk: dx of its rows, and its share of dW and db."""
+    """Step 4 for one chunk: dx of its rows, and its share of dW, which the first chunk writes and the others add to.
+
+    A row of dz starts at a multiple of its tile's columns, so at 16 bytes; cuBLAS wants its leading dimension aligned.
+    """
     if out.hidden is not None:
         _wide_product(dz, student.weight, out.hidden[start : start + len(dz)])
-    if out.weight is not None and start == 0:
-        _wide_product(dz.t(), student.hidden, out.weight)
-    elif out.weight is not None:
-        out.weight.add_(_wide_product(dz.t(), student.hidden, torch.empty_like(out.weight)))
-    if out.bias is not None:
-        out.bias.add_(dz.sum(0, dtype=out.bias.dtype))
+    if out.weight is not None:
+        _wide_product(dz.t(), student.hidden, out.weight, add=start > 0)
 
 
-def _wide_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a b of half-precision matrices, kept in the float32 it is accumulated in."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32, out=out)
-    return torch.mm(a.float(), b.float(), out=out)
+def _wide_product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    """out = a b, or out += a b, of half-precision matrices and in the float32 that they are accumulated in."""
+    options = {"out_dtype": torch.float32} if a.is_cuda and a.dtype != torch.float32 else {}
+    if not options:
+        a, b = a.float(), b.float()
+    if add:
+        torch.addmm(out, a, b, out=out, **options)
+    else:
+        torch.mm(a, b, out=out, **options)
 
 
 def _power_of_two(n: int) -> int:
@@ -528,9 +598,18 @@ class _Softmax:
 class _Chunk:
     """Both models' softmaxes for R rows: p and q at temperature τ, p_ce the student's at 1."""
 
-    def __init__(self, student: _Head, teacher: _Head | None, labels: Tensor | None, terms: _Terms, buffers: Tensor):
+    def __init__(
+        self,
+        student: _Head,
+        teacher: _Head | None,
+        labels: Tensor | None,
+        terms: _Terms,
+        share: Tensor,
+        buffers: Tensor,
+    ):
         self.terms, self.labels, self.student, self.teacher = terms, labels, student, teacher
-        self.valid = _valid(student.hidden, labels).double()
+        self.valid = torch.ones_like(student.hidden[:, 0]).double() if labels is None else (labels != IGNORED).double()
+        self.share = share * self.valid  # [R]
         softmaxes = [_Softmax(buffer[: len(student.hidden)]) for buffer in buffers]
         self.p = self.p_ce = softmaxes.pop()
         self.q = softmaxes.pop() if teacher is not None else None
@@ -583,16 +662,26 @@ class _Chunk:
         return (rows * self.valid).sum()
 
     def dz(self) -> Iterator[tuple[slice, Tensor]]:
-        """Pass two: N·dz of each block of columns, without the one-hot."""
-        kl = self.terms.kl_weight * self.terms.temperature * self.valid if self.q is not None else 0 * self.valid
-        ce = self.terms.ce_weight * self.valid
+        """Pass two: dz of each block of columns."""
+        kl = self.terms.kl_weight * self.terms.temperature * self.share if self.q is not None else 0 * self.share
+        ce = self.terms.ce_weight * self.share
         for i, columns in enumerate(_blocks(self.student)):
             dz = self.p.weighted(i, columns, kl + ce if self.p_ce is self.p else kl)
             if self.q is not None:
                 dz -= self.q.weighted(i, columns, kl)
             if self.p_ce is not self.p:
                 dz += self.p_ce.weighted(i, columns, ce)
+            if self.labels is not None and self.terms.ce_weight:
+                self._subtract_one_hot(dz, columns, ce)
             yield columns, dz
+
+    def _subtract_one_hot(self, dz: Tensor, columns: slice, ce: Tensor) -> None:
+        """Take ``ce`` [R] from each row's label if it is in the block: one element a row, so the order is fixed."""
+        assert self.labels is not None
+        place = self.labels - columns.start
+        inside = (place >= 0) & (place < dz.shape[1])
+        place = place.clamp(0, dz.shape[1] - 1)
+        dz.scatter_add_(1, place[:, None], (-ce * inside).to(dz.dtype)[:, None])
 
 
 def _blocks(head: _Head) -> list[slice]:
@@ -623,6 +712,7 @@ def _blocked(
     terms: _Terms,
     chunk_rows: int,
     dtype: torch.dtype,
+    share: Tensor,
     out: _Gradients,
 ) -> _Sums:
     """Every chunk of rows. On a CPU ignored rows are left out; elsewhere, finding them would wait for the device.
@@ -636,13 +726,15 @@ def _blocked(
         kept = (labels != IGNORED).nonzero()[:, 0]
     softmaxes = 1 + (teacher is not None) + terms.two_softmaxes
     buffers = x.new_empty((softmaxes, min(chunk_rows, len(kept)), len(student.weight)), dtype=wide)
-    sums = x.new_zeros(3, dtype=torch.float64)
+    sums = x.new_zeros(2, dtype=torch.float64)
+    for gradient in out.wanted:
+        gradient.zero_()
     for rows in kept.split(chunk_rows) if len(kept) else ():
         y = None if labels is None else labels[rows]
         part_t = None if teacher is None else teacher.rows(rows, wide)
-        chunk = _Chunk(student.rows(rows, wide), part_t, y, terms, buffers)
+        chunk = _Chunk(student.rows(rows, wide), part_t, y, terms, share, buffers)
         chunk.read_logits()
-        sums += torch.stack([chunk.kl(), chunk.ce(), chunk.valid.sum()])
+        sums += torch.stack([chunk.kl(), chunk.ce()])
         if out.wanted:
             _accumulate(chunk, rows, _gradient_dtype(dtype, x.device), out)
     return _Sums(*sums)
@@ -655,7 +747,7 @@ def _gradient_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def _accumulate(chunk: _Chunk, rows: Tensor, dtype: torch.dtype, out: _Gradients) -> None:
-    """Add a chunk's share of N·dx, N·dW and N·db."""
+    """Add a chunk's share of dx, dW and db."""
     x, weight = chunk.student.hidden.to(dtype), chunk.student.weight
     dx = torch.zeros_like(chunk.student.hidden)
     for columns, dz in chunk.dz():
@@ -666,26 +758,8 @@ def _accumulate(chunk: _Chunk, rows: Tensor, dtype: torch.dtype, out: _Gradients
             dx += _linear(dz, weight[columns].to(dtype).t())
         if out.weight is not None:
             out.weight[columns] += _linear(dz.t(), x.t())
-    if chunk.labels is not None and chunk.terms.ce_weight:
-        _subtract_one_hot(chunk, dx, out)
     if out.hidden is not None:
         out.hidden[rows] = dx
-
-
-def _subtract_one_hot(chunk: _Chunk, dx: Tensor, out: _Gradients) -> None:
-    """The label's −ce_weight in dz, unrounded."""
-    assert chunk.labels is not None
-    y, ce = chunk.labels.clamp(min=0), (chunk.terms.ce_weight * chunk.valid).to(dx.dtype)
-    dx -= ce[:, None] * chunk.student.weight[y]
-    if out.weight is not None:
-        out.weight.index_add_(0, y, ce[:, None] * chunk.student.hidden, alpha=-1)
-    if out.bias is not None:
-        out.bias.index_add_(0, y, ce, alpha=-1)
-
-
-def _valid(x: Tensor, labels: Tensor | None) -> Tensor:
-    """[M], 1 for a row that counts and 0 for an ignored one."""
-    return torch.ones_like(x[:, 0], dtype=torch.bool) if labels is None else labels != IGNORED
 
 
 # ---- the operator ---------------------------------------------------------------------------------------------
@@ -695,7 +769,7 @@ _ARGUMENTS = (
     "Tensor? teacher_weight, Tensor? teacher_bias, float kl_weight, float ce_weight, float temperature, "
     "int chunk_rows, str backend, ScalarType dtype, bool need_hidden, bool need_weight, bool need_bias"
 )
-_RETURNS = "Tensor loss, Tensor kl, Tensor ce, Tensor scale, Tensor dx, Tensor dw, Tensor db"
+_RETURNS = "Tensor loss, Tensor kl, Tensor ce, Tensor dx, Tensor dw, Tensor db"
 
 
 @torch.library.custom_op("fastkd::linear_kd", mutates_args=(), schema=f"({_ARGUMENTS}) -> ({_RETURNS})")
@@ -717,7 +791,7 @@ def _operator(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, ...]:
-    """The values, N times the gradients (empty where not needed) and their scale 1/N."""
+    """The values and the gradients, which are empty where they are not needed."""
     teacher = None
     if teacher_hidden is not None and teacher_weight is not None:
         teacher = _Head(teacher_hidden, teacher_weight, teacher_bias)
@@ -725,23 +799,27 @@ def _operator(
     terms = _Terms(kl_weight, ce_weight, temperature if teacher is not None else 1.0)
     outputs = _empty_outputs(student_hidden, student_weight, dtype, need_hidden, need_weight, need_bias)
     needed = (need_hidden, need_weight, need_bias)
-    out = _Gradients(*(x.zero_() if need else None for x, need in zip(outputs[4:], needed, strict=True)))
-    path = _triton if backend == "triton" else _blocked
+    out = _Gradients(*(x if need else None for x, need in zip(outputs[3:], needed, strict=True)))
+    path = _triton if backend == "triton" and len(student_hidden) else _blocked
     rows = chunk_rows or _default_chunk(student_hidden, student_weight, teacher is not None, backend)
     if labels is not None:
         _check_labels(labels, len(student_weight))
+    share = _share(student_hidden, labels)
+    # dz/N is below float16's smallest number where a softmax is small and N large: there the result is divided.
+    early = share if dtype != torch.float16 else torch.ones_like(share)
     with torch.autocast(student_hidden.device.type, enabled=False):
-        sums = path(student, teacher, labels, terms, rows, dtype, out)
-    scale = 1 / sums.rows.double().clamp(min=1)
-    kl, ce = sums.kl * scale, sums.ce * scale
-    for x, value in zip(outputs, (kl_weight * kl + ce_weight * ce, kl, ce, scale), strict=False):
+        sums = path(student, teacher, labels, terms, rows, dtype, early, out)
+    for x in out.wanted if dtype == torch.float16 else ():
+        x.mul_(share)
+    kl, ce = sums.kl * share, sums.ce * share
+    for x, value in zip(outputs, (kl_weight * kl + ce_weight * ce, kl, ce), strict=False):
         x.copy_(value)
     return outputs
 
 
 def _check_labels(labels: Tensor, vocabulary: int) -> None:
     """ValueError for an id outside the vocabulary; on a GPU, which the host does not wait for, a failed assertion there."""
-    wrong = (labels != IGNORED) & ((labels < 0) | (labels >= vocabulary))
+    wrong = (labels != IGNORED) & (labels != labels.clamp(0, vocabulary - 1))
     if labels.device.type != "cpu":
         torch._assert_async(~wrong.any())
     elif wrong.any():
@@ -751,13 +829,20 @@ def _check_labels(labels: Tensor, vocabulary: int) -> None:
         )
 
 
+def _share(hidden: Tensor, labels: Tensor | None) -> Tensor:
+    """1/N in float64, a tensor on the device: the host does not wait for the count."""
+    if labels is None:
+        return hidden.new_full((), 1 / max(1, len(hidden)), dtype=torch.float64)
+    return (labels != IGNORED).sum().clamp(min=1).double().reciprocal()
+
+
 def _empty_outputs(
     hidden: Tensor, weight: Tensor, dtype: torch.dtype, need_hidden: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor, ...]:
     wide = torch.promote_types(dtype, torch.float32)
     shapes = (hidden.shape if need_hidden else (0,), weight.shape if need_weight else (0,))
     bias_shape = weight.shape[:1] if need_bias else (0,)
-    return tuple(hidden.new_empty(shape, dtype=wide) for shape in ((), (), (), (), *shapes, bias_shape))
+    return tuple(hidden.new_empty(shape, dtype=wide) for shape in ((), (), (), *shapes, bias_shape))
 
 
 @_operator.register_fake
@@ -783,12 +868,12 @@ def _fake(
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, kl, ce, scale, *gradients = output
+    _, kl, ce, *gradients = output
     ctx.needed = inputs[-3:]
     ctx.dtypes = [None if x is None else x.dtype for x in (inputs[0], inputs[1], inputs[3])]
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(kl, ce, scale, *gradients)
-    ctx.save_for_backward(scale, *gradients)
+    ctx.mark_non_differentiable(kl, ce, *gradients)
+    ctx.save_for_backward(*gradients)
 
 
 def _scale_gradients(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -798,11 +883,10 @@ def _scale_gradients(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tens
         )
     if grad_loss is None:
         return (None,) * 16
-    scale, *gradients = ctx.saved_tensors
-    factor = grad_loss * scale
+    # The product is rounded to the parameter's dtype as it is written: one pass, where a cast would be another.
     dx, dw, db = (
-        (x * factor).to(dtype) if needed else None
-        for x, dtype, needed in zip(gradients, ctx.dtypes, ctx.needed, strict=True)
+        torch.mul(x, grad_loss, out=torch.empty_like(x, dtype=dtype)) if needed else None
+        for x, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needed, strict=True)
     )
     return dx, dw, None, db, *[None] * 12
 
@@ -1047,44 +1131,83 @@ BENCHES = (
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def _logits_build(dtype: torch.dtype, width: int, *, least: bool = False) -> tiling.Build:
-    """The logits' kernel with every option on, or with none but a bias."""
-    half, pointer = dtype != torch.float32, f"*{_TYPES[dtype]}"
-    signature = {"x_ptr": pointer, "weight_ptr": pointer, "bias_ptr": "*fp32", "logits_ptr": pointer}
-    signature |= {"maximum_ptr": "*fp32", "sum_ptr": "*fp32", "rows": "i32", "vocabulary": "i32", "stride": "i32"}
-    optional = {"labels_ptr": "*i64", "sum_ce_ptr": "*fp32"}
-    absent = dict.fromkeys(optional, None) if least else {}
-    flags = {"HAS_BIAS": True, "HAS_LABELS": not least, "HAS_SUM_CE": not least}
+_KL, _CE = ("HAS_TEACHER",), ("HAS_CE", "HAS_LABELS")
+_TERMS = {  # what a method or an evaluation asks for: the arguments that are there
+    "KL": (*_KL, "WRITE", "HAS_DB"),
+    "CE": (*_CE, "WRITE", "HAS_DB"),
+    "KL+CE": (*_KL, *_CE, "HAS_SUM_CE", "WRITE", "HAS_DB"),
+    "KL's value": _KL,
+}
+_OPTIONAL = {
+    "sum_ce_ptr": "HAS_SUM_CE",
+    "student_offset_ce_ptr": "HAS_SUM_CE",
+    "teacher_ptr": "HAS_TEACHER",
+    "teacher_offset_ptr": "HAS_TEACHER",
+    "labels_ptr": "HAS_LABELS",
+    "db_ptr": "HAS_DB",
+}
+
+
+def _variant(terms: str, signature: dict[str, str], *flags: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """The signature and the constants of a kernel for some terms of the loss."""
+    absent = [name for name, flag in _OPTIONAL.items() if name in signature and flag not in _TERMS[terms]]
+    constants = {flag: flag in _TERMS[terms] for flag in flags} | dict.fromkeys(absent, None)
+    return {name: kind for name, kind in signature.items() if name not in absent}, constants
+
+
+def _logits_build(dtype: torch.dtype, width: int, terms: str = "KL+CE") -> tiling.Build:
+    pointer = f"*{_TYPES[dtype]}"
+    signature = {"x_ptr": pointer, "weight_ptr": pointer, "bias_ptr": "*fp32", "labels_ptr": "*i64"}
+    signature |= {"logits_ptr": pointer, **dict.fromkeys(("maximum_ptr", "sum_ptr", "sum_ce_ptr"), "*fp32")}
+    signature |= {"rows": "i32", "vocabulary": "i32", "stride": "i32", "exponent": "fp32"}
+    signature, constants = _variant(terms, signature, "HAS_LABELS", "HAS_SUM_CE")
     return tiling.Build(
-        name=f"linear_kd.logits {_TYPES[dtype]} D={width}{' KL alone' if least else ''}",
+        name=f"linear_kd.logits {_TYPES[dtype]} D={width} {terms}",
         kernel=_logits_kernel,
-        signature=signature | {"exponent": "fp32"} | ({} if least else optional),
-        constants={**absent, **flags, "WIDTH": width, "UPCAST": False},
+        signature=signature,
+        constants={**constants, "WIDTH": width, "UPCAST": False},
         tile=_logits_tile_name(dtype, width),
         width=width,
         divisible=("stride",),
-        matrix=half,
+        matrix=dtype != torch.float32,
     )
 
 
-def _gradient_build(dtype: torch.dtype, tile: int, *, vocabulary: int = 30522, width: int = 768) -> tiling.Build:
-    """The gradient's kernel with every option on."""
+def _offsets_build(dtype: torch.dtype, tile: int, *, vocabulary: int = 30522, width: int = 768) -> tiling.Build:
+    """The offsets' kernel with every option on."""
     statistics = ("student_maximum_ptr", "student_sum_ptr", "student_sum_ce_ptr", "teacher_maximum_ptr")
-    halves = ("student_ptr", "teacher_ptr", "x_ptr", "weight_ptr")
-    floats = (*statistics, "teacher_sum_ptr", "bias_ptr", "kl_ptr", "ce_ptr")
-    signature = {**dict.fromkeys(halves, f"*{_TYPES[dtype]}"), **dict.fromkeys(floats, "*fp32")}
-    signature |= {"labels_ptr": "*i64", "stride": "i32", "exponent": "fp32", "kl_factor": "fp32", "ce_weight": "fp32"}
+    floats = dict.fromkeys((*statistics, "teacher_sum_ptr", "bias_ptr", "ce_ptr"), "*fp32")
+    signature = floats | dict.fromkeys(("x_ptr", "weight_ptr"), f"*{_TYPES[dtype]}") | {"labels_ptr": "*i64"}
     tiles = -(-vocabulary // tile)
-    sizes = {"VOCABULARY": vocabulary, "TILE": tile, "TILES": tiles, "TILES_UP": _power_of_two(tiles)}
-    flags = ("HAS_TEACHER", "HAS_BIAS", "HAS_LABELS", "HAS_CE", "HAS_SUM_CE", "WRITE")
+    sizes = {"WIDTH": width, "WIDTH_UP": _power_of_two(width), "TILES": tiles, "TILES_UP": _power_of_two(tiles)}
+    flags = ("HAS_TEACHER", "HAS_LABELS", "HAS_CE", "HAS_SUM_CE")
     return tiling.Build(
-        name=f"linear_kd.gradient {_TYPES[dtype]} V={vocabulary} tiles of {tile}",
+        name=f"linear_kd.offsets {_TYPES[dtype]} V={vocabulary} tiles of {tile}",
+        kernel=_offsets_kernel,
+        signature=signature | {"exponent": "fp32"},
+        constants={**dict.fromkeys(flags, True), **sizes},
+        tile="linear_kd.offsets",
+        width=width,
+        blocks=(),
+        matrix=False,
+    )
+
+
+def _gradient_build(dtype: torch.dtype, tile: int, terms: str = "KL+CE") -> tiling.Build:
+    logits = dict.fromkeys(("student_ptr", "teacher_ptr"), f"*{_TYPES[dtype]}")
+    offsets = dict.fromkeys(("student_offset_ptr", "student_offset_ce_ptr", "teacher_offset_ptr"), "*fp32")
+    signature = logits | offsets | {"labels_ptr": "*i64", "share_ptr": "*fp64", "kl_ptr": "*fp32", "db_ptr": "*fp32"}
+    signature |= {"rows": "i32", "stride": "i32", "exponent": "fp32", "kl_factor": "fp32", "ce_weight": "fp32"}
+    flags = ("HAS_TEACHER", "HAS_LABELS", "HAS_CE", "HAS_SUM_CE", "HAS_DB", "WRITE")
+    signature, constants = _variant(terms, signature, *flags)
+    return tiling.Build(
+        name=f"linear_kd.gradient {_TYPES[dtype]} tiles of {tile} {terms}",
         kernel=_gradient_kernel,
         signature=signature,
-        constants={**dict.fromkeys(flags, True), **sizes, "WIDTH": width, "WIDTH_UP": _power_of_two(width)},
+        constants={**constants, "TILE": tile},
         tile=_gradient_tile_name(dtype),
-        width=vocabulary,
-        blocks=("BLOCK_N",),
+        width=0,
+        blocks=("BLOCK_M", "BLOCK_N"),
         divisible=("stride",),
         matrix=False,
     )
@@ -1092,10 +1215,11 @@ def _gradient_build(dtype: torch.dtype, tile: int, *, vocabulary: int = 30522, w
 
 AUDIT = (
     *(_logits_build(torch.bfloat16, width) for width in (312, 384, 768, 1024)),
-    *(_logits_build(torch.bfloat16, width, least=True) for width in (384, 768, 1024)),
+    *(_logits_build(torch.bfloat16, 768, terms) for terms in ("KL", "CE")),
     _logits_build(torch.float16, 768),
     _logits_build(torch.float32, 384),
-    *(_gradient_build(torch.bfloat16, tile) for tile in (128, 256)),
-    _gradient_build(torch.bfloat16, 128, vocabulary=50368, width=1024),
+    *(_offsets_build(dtype, tile) for dtype, tile in ((torch.bfloat16, 128), (torch.float32, 64))),
+    *(_gradient_build(torch.bfloat16, 128, terms) for terms in _TERMS),
+    _gradient_build(torch.bfloat16, 256),
     _gradient_build(torch.float32, 64),
 )

@@ -103,10 +103,14 @@ def padded_rows(cu_seqlens: Tensor, bound: int) -> tuple[Tensor, Tensor]:
 def _tile(  # type: ignore[no-untyped-def]
     pointer, stride, first, count, head, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """Pointers [ROWS, COLUMNS] to one head's slice of packed rows, and which are inside."""
+    """Pointers [ROWS, COLUMNS] to one head's slice of packed rows, and which are inside.
+
+    One 64-bit base, and 32-bit distances inside the tile: half the registers of a 64-bit address for every row.
+    """
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
-    return pointer + (first + row).to(tl.int64) * stride + head * WIDTH + column, (row < count) & (column < WIDTH)
+    base = pointer + first.to(tl.int64) * stride + head * WIDTH
+    return base + (row * stride + column), (row < count) & (column < WIDTH)
 
 
 @jit
@@ -169,8 +173,12 @@ def build(
     length: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
     constants: dict[str, Any] | None = None,
+    wide: bool = True,
 ) -> Build:
-    """A variant of a kernel for the audit. Argument types follow from the names that both losses' kernels share."""
+    """A variant of a kernel for the audit. Argument types follow from the names that both losses' kernels share.
+
+    ``wide`` as in ``tiling.Build``, of half-precision variants: a head is then a multiple of 8 entries, 16 bytes.
+    """
     half, pads = dtype != torch.float32, [pad_width(width) for width in widths]
     pointers = {"cu_ptr": "*i32", "stats_ptr": "*fp32", "loss_ptr": "*fp32"}
     signature = {}
@@ -197,6 +205,8 @@ def build(
         blocks=("BLOCK_M",) if length else ("BLOCK_M", "BLOCK_N"),
         divisible=tuple(name for name in signature if name.endswith("_stride") or name == "width"),
         matrix=half,
+        wide=wide and half,
+        resident=((90, 2),) if half and length else (),  # where a sequence is one tile: one program loads, another computes
     )  # fmt: skip
 
 

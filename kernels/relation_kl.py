@@ -33,6 +33,7 @@ except ImportError:
     tl = None
 
 LN2 = math.log(2)
+_INTERPRETED = tiling.constant(tiling.INTERPRETED)
 
 
 def reference(
@@ -61,7 +62,7 @@ def reference(
 
 # ---- Triton ---------------------------------------------------------------------------------------------------
 #
-# Sequences of one tile's length: one launch, a program holds both score tiles of a sequence and head.
+# Sequences of one tile's length: one launch, a program makes G of a sequence and head, 64 rows of scores at a time.
 # Longer ones: _stats_kernel streams columns → row maxima and sums of exponentials, [4, A, T];
 #              _self_kernel or _cross_kernel streams them again → loss and gradient of a block of rows.
 # Exponentials are powers of two, with 1/ln 2 in the scale of the scores. A padded row loads as zeros, so Q = P and
@@ -98,42 +99,109 @@ def _from_maxima(z, y, max_t, NEAR: tl.constexpr):  # type: ignore[no-untyped-de
 
 
 @jit
+def _larger(y, z, other_y, other_z):  # type: ignore[no-untyped-def]
+    return tl.maximum(y, other_y), tl.maximum(z, other_z)
+
+
+@jit
+def _added(p, e, d, other_p, other_e, other_d):  # type: ignore[no-untyped-def]
+    return p + other_p, e + other_e, d + other_d
+
+
+@jit
+def _row_maxima(y, z):  # type: ignore[no-untyped-def]
+    """Of both tiles, exchanged between warps at once: a fold of pairs, for which the interpreter takes minutes."""
+    if _INTERPRETED:
+        return tl.max(y, 1), tl.max(z, 1)
+    return tl.reduce((y, z), 1, _larger)
+
+
+@jit
+def _row_sums(p, e, d):  # type: ignore[no-untyped-def]
+    """The same of three tiles."""
+    if _INTERPRETED:
+        return tl.sum(p, 1), tl.sum(e, 1), tl.sum(d, 1)
+    return tl.reduce((p, e, d), 1, _added)
+
+
+@jit
+def _short_scores(  # type: ignore[no-untyped-def]
+    q, k, qt, kt, count, scale_s, scale_t, NEAR: tl.constexpr, ROWS: tl.constexpr, LENGTH: tl.constexpr
+):
+    """Y and Z of some rows, base 2 and less their rows' maxima."""
+    y = tl.zeros([ROWS, LENGTH], tl.float32)
+    z = y
+    # A loop of one pass. Triton gives all warps to the rows of a product that another product follows, and the second
+    # four of eight would then repeat 64 rows of the first; what follows a loop it does not see, and splits the columns.
+    for _ in tl.range(0, tl.minimum(count, 1), num_stages=1):
+        y = tl.dot(qt, tl.trans(kt), y, input_precision="ieee")
+        if NEAR:
+            z = tl.dot(q - qt, tl.trans(k), z, input_precision="ieee")
+            z = tl.dot(qt, tl.trans(k - kt), z, input_precision="ieee")
+        else:
+            z = tl.dot(q, tl.trans(k), z, input_precision="ieee")
+    inside = (tl.arange(0, LENGTH) < count)[None, :]
+    y = tl.where(inside, y, -1e30)
+    if NEAR:
+        y *= scale_t
+        y -= tl.max(y, 1)[:, None]
+        z = y + tl.where(inside, z, 0.0) * scale_s
+        z -= tl.max(z, 1)[:, None]
+    else:
+        max_t, max_s = _row_maxima(y, tl.where(inside, z, -1e30))
+        y = y * scale_t - (max_t * scale_t)[:, None]
+        z = tl.where(inside, z, -1e30) * scale_s - (max_s * scale_s)[:, None]
+    return y, z
+
+
+@jit
+def _short_rows(  # type: ignore[no-untyped-def]
+    q, k, qt, kt, count, scale_s, scale_t,
+    DOT: tl.constexpr, NEAR: tl.constexpr, ROWS: tl.constexpr, LENGTH: tl.constexpr,
+):  # fmt: skip
+    """G and the KL of some rows of a sequence against all of its columns."""
+    y, z = _short_scores(q, k, qt, kt, count, scale_s, scale_t, NEAR, ROWS, LENGTH)
+    p = tl.exp2(y)
+    e = tl.exp2(z)
+    sum_t, sum_s, kl = _row_sums(p, e, p * (y - z))
+    g = e * (1 / sum_s)[:, None] - p * (1 / sum_t)[:, None]
+    return g.to(DOT), kl / sum_t + tl.log2(sum_s / sum_t)
+
+
+@jit
 def _short_tile(  # type: ignore[no-untyped-def]
     sources, dq_ptr, dk_ptr, start, count, head, width, alpha, scale_s, scale_t,
     WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
-    DOT: tl.constexpr, NEAR: tl.constexpr, CROSS: tl.constexpr, LENGTH: tl.constexpr,
+    DOT: tl.constexpr, NEAR: tl.constexpr, CROSS: tl.constexpr, ROWS: tl.constexpr, LENGTH: tl.constexpr,
 ):  # fmt: skip
-    """Loss and gradient of a sequence and head. In this order both score tiles fit the registers, 128 × 128 as well."""
+    """Loss and gradient of a sequence and head: all rows at once, or two halves, between which only G is kept."""
     query_s, key_s, query_t, key_t = sources
-    qt = load_tile(query_t, start, count, head, WIDTH_T, LENGTH, PAD_T, DOT)
-    kt = qt
-    if CROSS:
-        kt = load_tile(key_t, start, count, head, WIDTH_T, LENGTH, PAD_T, DOT)
-    y = _teacher_scores(qt, kt, count, scale_t)
-    q = load_tile(query_s, start, count, head, WIDTH_S, LENGTH, PAD_S, DOT)
-    k = q
-    if CROSS:
-        k = load_tile(key_s, start, count, head, WIDTH_S, LENGTH, PAD_S, DOT)
-    z = _student_scores(q, k, qt, kt, count, scale_s, NEAR)
-    max_t = tl.max(y, 1)[:, None]
-    y -= max_t
-    z = _from_maxima(z, y, max_t, NEAR)
-    p = tl.exp2(y)
-    sum_t = tl.sum(p, 1)
-    kl = tl.sum(p * (y - z), 1) / sum_t
-    max_s = tl.max(z, 1)
-    e = tl.exp2(z - max_s[:, None])
-    sum_s = tl.sum(e, 1)
-    kl += max_s + tl.log2(sum_s / sum_t)
-    g = (e * (1 / sum_s)[:, None] - p * (1 / sum_t)[:, None]).to(DOT)
+    kt = load_tile(key_t, start, count, head, WIDTH_T, LENGTH, PAD_T, DOT)
+    k = load_tile(key_s, start, count, head, WIDTH_S, LENGTH, PAD_S, DOT)
+    loss = tl.zeros([ROWS], tl.float32)
+    upper = tl.zeros([ROWS, LENGTH], DOT)
+    lower = upper
+    for i in tl.range(0, LENGTH, ROWS, num_stages=1):
+        qt = kt
+        q = k
+        if CROSS or ROWS < LENGTH:
+            qt = load_tile(query_t, start + i, count - i, head, WIDTH_T, ROWS, PAD_T, DOT)
+            q = load_tile(query_s, start + i, count - i, head, WIDTH_S, ROWS, PAD_S, DOT)
+        upper = lower
+        lower, kl = _short_rows(q, k, qt, kt, count, scale_s, scale_t, DOT, NEAR, ROWS, LENGTH)
+        loss += kl
+    g = lower
+    if ROWS < LENGTH:
+        g = tl.reshape(tl.permute(tl.join(upper, lower), (2, 0, 1)), (LENGTH, LENGTH))
     dq = tl.dot(g, k, input_precision="ieee")
     if CROSS:
+        q = load_tile(query_s, start, count, head, WIDTH_S, LENGTH, PAD_S, DOT)
         dk = tl.dot(tl.trans(g), q, input_precision="ieee") * alpha
         store_tile(dk_ptr, width, start, count, head, dk, WIDTH_S, LENGTH, PAD_S)
     else:
-        dq = tl.dot(tl.trans(g), q, dq, input_precision="ieee")
+        dq = tl.dot(tl.trans(g), k, dq, input_precision="ieee")
     store_tile(dq_ptr, width, start, count, head, dq * alpha, WIDTH_S, LENGTH, PAD_S)
-    return tl.sum(kl)
+    return tl.sum(loss)
 
 
 @jit
@@ -152,16 +220,18 @@ def _short_kernel(  # type: ignore[no-untyped-def]
     start = tl.load(cu_ptr + sequence)
     count = tl.load(cu_ptr + sequence + 1) - start
     sources = ((q_ptr, q_stride), (k_ptr, k_stride), (qt_ptr, qt_stride), (kt_ptr, kt_stride))
+    FULL: tl.constexpr = min(BLOCK_M, 64)  # rows of scores at a time: 128 would take every register
+    HALF: tl.constexpr = min(BLOCK_M // 2, 64)
     loss = 0.0
     if count > BLOCK_M // 2:
         loss = _short_tile(
             sources, dq_ptr, dk_ptr, start, count, head, width, alpha, scale_s, scale_t,
-            WIDTH_S, WIDTH_T, PAD_S, PAD_T, DOT, NEAR, CROSS, BLOCK_M,
+            WIDTH_S, WIDTH_T, PAD_S, PAD_T, DOT, NEAR, CROSS, FULL, BLOCK_M,
         )  # fmt: skip
     elif count > 0:
         loss = _short_tile(
             sources, dq_ptr, dk_ptr, start, count, head, width, alpha, scale_s, scale_t,
-            WIDTH_S, WIDTH_T, PAD_S, PAD_T, DOT, NEAR, CROSS, BLOCK_M // 2,
+            WIDTH_S, WIDTH_T, PAD_S, PAD_T, DOT, NEAR, CROSS, HALF, BLOCK_M // 2,
         )  # fmt: skip
     tl.store(loss_ptr + sequence * tl.num_programs(0) + head, loss)
 
@@ -465,8 +535,7 @@ class _Launch:
         loss = dq.new_empty((self.sequences, self.heads), dtype=torch.float32)
         _short_kernel[(self.heads, self.sequences)](
             *self.tensors, self.cu_seqlens, dq, dk if cross else dq, loss, **self.strides(), width=dq.shape[1],
-            alpha=self.alpha, **self.scales, CROSS=cross, **self.constants, BLOCK_M=tile.block_m,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            alpha=self.alpha, **self.scales, CROSS=cross, **self.constants, BLOCK_M=tile.block_m, **tile.options,
         )  # fmt: skip
         return loss
 
@@ -493,9 +562,7 @@ class _Launch:
     def _blocks(self, kernel: str) -> tuple[dict[str, int], tuple[int, int, int]]:
         """Launch options of a row-block kernel and its grid."""
         tile = self.tile(kernel)
-        options = {
-            "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "num_warps": tile.num_warps, "num_stages": tile.num_stages
-        }  # fmt: skip
+        options = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, **tile.options}
         return options, (self.heads, -(-self.length // tile.block_m), self.sequences)
 
 
@@ -716,7 +783,7 @@ AUDIT = (
         for cross in (False, True)
     ),
     *(
-        build(kernel, tile, widths=widths, constants={"NEAR": False})
+        build(kernel, tile, widths=widths, constants={"NEAR": False}, wide=kernel is not _stats_kernel)
         for kernel, tile in _LONG_KERNELS
         for widths in ((64, 64), (16, 16), (128, 128))
     ),
@@ -728,8 +795,9 @@ AUDIT = (
     *(
         build(
             _short_kernel, "relation_kl.short_float32", widths=widths, length=32, dtype=torch.float32,
-            constants={"NEAR": widths == (64, 64), "CROSS": True},
+            constants={"NEAR": widths == (64, 64), "CROSS": cross},
         )
         for widths in ((64, 64), (32, 64))
+        for cross in (False, True)
     ),
 )  # fmt: skip

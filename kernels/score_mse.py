@@ -82,24 +82,32 @@ def _short_kernel(  # type: ignore[no-untyped-def]
     WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
     DOT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Program (head, sequence), at most BLOCK_M tokens. In this order R fits the registers, 128 × 128 as well."""
+    """Program (head, sequence), at most BLOCK_M tokens: R in two halves of its columns, of which it keeps the operand's dtype."""
     head, sequence = tl.program_id(0), tl.program_id(1)
     start = tl.load(cu_ptr + sequence)
     count = tl.load(cu_ptr + sequence + 1) - start
+    COLUMNS: tl.constexpr = BLOCK_M // 2
     loss = 0.0
     if count > 0:
         qt = load_tile((qt_ptr, qt_stride), start, count, head, WIDTH_T, BLOCK_M, PAD_T, DOT)
-        kt = load_tile((kt_ptr, kt_stride), start, count, head, WIDTH_T, BLOCK_M, PAD_T, DOT)
-        y = tl.dot(qt, tl.trans(kt), input_precision="ieee") * alpha_t
         q = load_tile((q_ptr, q_stride), start, count, head, WIDTH_S, BLOCK_M, PAD_S, DOT)
-        k = load_tile((k_ptr, k_stride), start, count, head, WIDTH_S, BLOCK_M, PAD_S, DOT)
-        r = tl.dot(q, tl.trans(k), input_precision="ieee") * alpha_s - y
-        loss = tl.sum(tl.sum(r * r, 1))
-        r = r.to(DOT)
-        dq = tl.dot(r, k, input_precision="ieee") * alpha_s
-        store_tile(dq_ptr, width, start, count, head, dq, WIDTH_S, BLOCK_M, PAD_S)
+        squares = tl.zeros([BLOCK_M], tl.float32)
+        left = tl.zeros([BLOCK_M, COLUMNS], DOT)
+        right = left
+        for j in tl.range(0, BLOCK_M, COLUMNS, num_stages=1):
+            kt = load_tile((kt_ptr, kt_stride), start + j, count - j, head, WIDTH_T, COLUMNS, PAD_T, DOT)
+            k = load_tile((k_ptr, k_stride), start + j, count - j, head, WIDTH_S, COLUMNS, PAD_S, DOT)
+            r = _residual(q, k, qt, kt, alpha_s, alpha_t)
+            squares += tl.sum(r * r, 1)
+            left = right
+            right = r.to(DOT)
+        loss = tl.sum(squares)
+        r = tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (BLOCK_M, BLOCK_M))
         dk = tl.dot(tl.trans(r), q, input_precision="ieee") * alpha_s
         store_tile(dk_ptr, width, start, count, head, dk, WIDTH_S, BLOCK_M, PAD_S)
+        k = load_tile((k_ptr, k_stride), start, count, head, WIDTH_S, BLOCK_M, PAD_S, DOT)
+        dq = tl.dot(r, k, input_precision="ieee") * alpha_s
+        store_tile(dq_ptr, width, start, count, head, dq, WIDTH_S, BLOCK_M, PAD_S)
     tl.store(loss_ptr + sequence * tl.num_programs(0) + head, loss)
 
 
@@ -177,8 +185,7 @@ def _triton(
         (_short_kernel if short else _rows_kernel)[grid](
             *tensors, cu_seqlens, dq, dk, loss, *(x.stride(0) for x in tensors), width=dq.shape[1],
             alpha_s=1 / math.sqrt(width_s), alpha_t=1 / math.sqrt(width_t), WIDTH_S=width_s, WIDTH_T=width_t,
-            PAD_S=pads[0], PAD_T=pads[1], DOT=packed.dot_dtype(query_s.dtype), **blocks,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            PAD_S=pads[0], PAD_T=pads[1], DOT=packed.dot_dtype(query_s.dtype), **blocks, **tile.options,
         )  # fmt: skip
     return loss.sum(), dq, dk
 

@@ -29,7 +29,7 @@ def test_every_kernel_compiles_for_sm_80_and_sm_90_without_spills() -> None:
     names = {build.name for build in audit.builds()}
     assert {(row[0], row[1]) for row in rows} == {(name, arch) for name in names for arch in ("sm_80", "sm_90")}
     multiplies = {build.name for build in audit.builds() if build.matrix}
-    for name, _, _, registers, spilled, _, matrix, _, verdict, *_ in rows:
+    for name, _, _, registers, spilled, _, matrix, _, _, _, _, verdict, *_ in rows:
         assert int(registers) <= 255 and int(spilled) == 0 and verdict == "ok"
         assert int(matrix) > 0 or name not in multiplies
 
@@ -66,13 +66,48 @@ def test_interpreted_kernels_are_refused() -> None:
 @pytest.mark.parametrize(
     ("registers", "shared", "warps", "expected"),
     [
-        (32, 0, 8, 1.0),  # 2,048 threads of 32 registers fill the file
-        (128, 0, 8, 0.25),  # 512 threads of 128 do
-        (255, 0, 8, 0.125),
-        (32, 100 << 10, 8, 0.25),  # two blocks' shared memory fit, of 8 warps each
-        (32, 200 << 10, 4, 0.0625),
+        (32, 0, 8, 8),  # 2,048 threads of 32 registers fill the file
+        (128, 0, 8, 2),  # 512 threads of 128 do
+        (129, 0, 8, 1),
+        (255, 0, 8, 1),
+        (32, 100 << 10, 8, 2),  # by shared memory
+        (32, 200 << 10, 4, 1),
     ],
 )
-def test_occupancy_on_hopper(registers: int, shared: int, warps: int, expected: float) -> None:
+def test_programs_on_a_hopper_multiprocessor(registers: int, shared: int, warps: int, expected: int) -> None:
     (hopper,) = (arch for arch in audit.ARCHITECTURES if arch.name == 90)
-    assert audit.occupancy(hopper, registers, shared, warps) == expected
+    assert audit.resident(hopper, registers, shared, warps) == expected
+
+
+def test_sizes_of_accesses_are_read_from_the_assembly() -> None:
+    ptx = """
+    @%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+    ld.global.b16 { %rs1 }, [ %rd2 + 0 ];
+    @!%p1 ld.global.L1::evict_last.v2.b64 { %rd5, %rd6 }, [ %rd4 + 0 ];
+    cp.async.ca.shared.global [ %r5 + 0 ], [ %rd3 + 0 ], 0x4, 0x4;
+    cp.async.cg.shared.global [ %r5 + 0 ], [ %rd3 + 0 ], 0x10, %r6;
+    st.global.v2.b32 [ %rd7 + 0 ], { %r1, %r2 };
+    st.shared.v4.b32 [ %r7 + 0 ], { %r1, %r2, %r3, %r4 };
+    """
+    assert audit.accesses(ptx) == ((2, 4, 16), (8,))
+
+
+FAILS = """
+import dataclasses
+from bench import audit
+from fastkd.kernels import tiling
+build = next(build for build in audit.builds() if build.name == "hidden_mse fp32/bf16")
+(hopper,) = (arch for arch in audit.ARCHITECTURES if arch.name == 90)
+print(audit.audit(build, hopper).problems)
+print(audit.audit(dataclasses.replace(build, divisible=()), hopper).problems)
+print(audit.audit(dataclasses.replace(build, resident=((90, 33),)), hopper).problems)
+"""
+
+
+def test_narrow_accesses_and_too_few_programs_are_found() -> None:
+    """Without a size that 16 divides, the compiler cannot know that a mask is the same for four entries."""
+    done = run("-c", FAILS)
+    sound, narrow, few = done.stdout.splitlines() or [done.stderr] * 3
+    assert sound == "()"
+    assert "bytes at a time, not 16" in narrow
+    assert "of 33 programs share a multiprocessor" in few

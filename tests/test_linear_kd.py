@@ -1,5 +1,6 @@
 """linear_kd: values and gradients against float64 autograd of its definition, on every backend and case."""
 
+import math
 import os
 import subprocess
 import sys
@@ -98,6 +99,59 @@ def test_the_chunk_does_not_matter(device: str, backend: str) -> None:
         result = evaluate(linear_kd, inputs, backend=backend, chunk_rows=rows)
         for name in expected:
             assert error(result[name], expected[name].double().cpu()) <= 1e-6, (rows, name)
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_add_up_over_chunks(dtype: torch.dtype, device: str, backend: str) -> None:
+    """Chunks of more rows than a program has, and a last one of fewer; on a GPU later ones add to the first one's dW."""
+    inputs = Case("", 150, 700, 40, 56, dtype, ce_weight=0.5, temperature=2.0, ignored=9).inputs(device)
+    expected = evaluate(kernel.reference, in_float64(inputs))
+    result = evaluate(linear_kd, inputs, backend=backend, chunk_rows=70)
+    for name in expected:
+        assert error(result[name], expected[name]) <= (1e-5 if dtype == torch.float32 else 1e-2), name
+
+
+@on_every_backend
+def test_small_probabilities_of_many_rows_in_float16(device: str, backend: str) -> None:
+    """Divided by 240 rows, most of what a flat softmax leaves in dz is below float16's normal numbers."""
+    inputs = Case("", 260, 1500, 16, 24, torch.float16, spread=1.0, ce_weight=0.5, ignored=20).inputs(device)
+    expected = evaluate(kernel.reference, in_float64(inputs))
+    result = evaluate(linear_kd, inputs, backend=backend)
+    for name in expected:
+        assert error(result[name], expected[name]) <= 1e-2, name
+
+
+@on_every_backend
+@pytest.mark.parametrize("temperature", [1.0, 50.0])
+@pytest.mark.parametrize("vocabulary", [129, 250])
+def test_columns_past_the_vocabulary_leave_no_trace(
+    vocabulary: int, temperature: float, device: str, backend: str
+) -> None:
+    """They are the last word's again before the bias takes them out, and that word has most of the probability."""
+    inputs = Case("", 20, vocabulary, 16, 24, ce_weight=0.5, temperature=temperature, ignored=2).inputs(device)
+    inputs["student_bias"] = inputs["student_bias"].detach().clone()
+    inputs["student_bias"][-1] = temperature * (math.log(vocabulary) + 2)
+    expected = evaluate(kernel.reference, in_float64(inputs))
+    result = evaluate(linear_kd, inputs, backend=backend)
+    for name in expected:
+        assert error(result[name], expected[name]) <= 1e-5, name
+
+
+@pytest.mark.parametrize("backend", ["blocked", pytest.param("triton", marks=INTERPRETER)])
+@pytest.mark.parametrize("rows", ["none", "ignored", "some"])
+def test_memory_that_nobody_wrote_is_not_read(rows: str, backend: str) -> None:
+    """PyTorch's deterministic mode fills new tensors with NaN."""
+    inputs = (Case("", 0, 50, 8, 8, ce_weight=1.0) if rows == "none" else SMALL).inputs()
+    if rows == "ignored":
+        inputs["labels"] = torch.full_like(inputs["labels"], IGNORED)
+    torch.use_deterministic_algorithms(True)
+    try:
+        result = evaluate(linear_kd, inputs, backend=backend, chunk_rows=16)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(x.isfinite().all() for x in result.values())
+    assert rows == "some" or not any(x.any() for x in result.values())
 
 
 @on_every_backend

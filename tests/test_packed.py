@@ -54,6 +54,20 @@ def test_dtypes_may_differ(name: str, student: str, teacher: str) -> None:
 
 
 @each_loss
+@pytest.mark.parametrize("backend", ["blocked", "triton"])
+def test_cu_seqlens_may_be_a_slice_of_more_slots(name: str, backend: str) -> None:
+    """A batch's slots end with empty ones: what is launched for the others is the same without them."""
+    given = inputs(name)
+    cu_seqlens = given["cu_seqlens"]
+    slots = torch.cat([cu_seqlens.new_full((3,), 7), cu_seqlens, cu_seqlens[-1:].expand(20)])
+    sliced = slots[3 : 3 + len(cu_seqlens)]
+    whole = value_and_gradients(LOSSES[name][0], given | {"cu_seqlens": slots[3:]}, backend=backend)
+    out = value_and_gradients(LOSSES[name][0], given | {"cu_seqlens": sliced}, backend=backend)
+    assert torch.equal(out[0], whole[0])
+    assert all(torch.equal(a, b) for a, b in zip(out[1], whole[1], strict=True))
+
+
+@each_loss
 def test_no_rows_at_all_is_a_loss_of_zero(name: str) -> None:
     loss, gradients = value_and_gradients(LOSSES[name][0], inputs(name, (0, 0)), backend="blocked")
     assert float(loss) == 0 and all(g.shape == (0, 32) for g in gradients)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastkd import flops
 from fastkd.data.batches import Batch
+from fastkd.kernels.hidden_mse import hidden_mse
 from fastkd.kernels.score_mse import score_mse
 from fastkd.methods import Method, MethodLoss, require_equal_heads, require_teacher
 from fastkd.models.encoder import Encoder, EncoderConfig, Needs, Outputs
@@ -99,7 +100,7 @@ class METHOD(Method):
 
     def _hidden_error(self, h_s_TD: Tensor, h_t_TD: Tensor) -> Tensor:
         projected = h_s_TD if self.projection is None else self.projection(h_s_TD)
-        return (projected.float() - h_t_TD.float()).square().mean()
+        return hidden_mse(projected, h_t_TD)
 
     def loss_flops(self, *, tokens: int, pairs: int, predicted: int) -> int:
         assert self.teacher_config is not None

@@ -1,0 +1,266 @@
+"""Whether what is fast is right: the tests of kernels and attention, and one step of every method, on this device.
+
+The tests run side by side, since most of their time is Triton's compiler; the shapes of the benches run alone, since
+their float64 definitions take some 15 GB each. Steps are those of training: loss and gradient of all parameters in
+bfloat16 and float32 against the same step in float64 on the CPU, with weights and text of the same numbers. What a CPU
+makes of the same step in the same dtype is what rounding costs (its path is tested without a GPU); a device may be
+twice as far off.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.device import part, train_step
+from bench.device.part import Context, Row, Rows
+from fastkd import methods, plots, profiler
+from fastkd.data.batches import Batch
+from fastkd.models import hf
+from fastkd.models.attention import choose_backend
+from fastkd.models.teacher import Teacher
+from fastkd.prepare import Parts
+from fastkd.tables import Table, numeric
+from fastkd.train import Objective
+
+SECONDS = 100
+ROOT = Path(__file__).parents[2]
+FILES = ("linear_kd", "relation_kl", "score_mse", "packed", "tiling", "attention", "profiler")
+WORKERS = 10
+FAILURES = 40  # that become rows
+DTYPES = (torch.float32, torch.bfloat16)
+FACTOR = 2.0  # over the error that a CPU makes in the same dtype
+# Errors of a loss and of a gradient below which a CPU's luck does not count.
+LOSSES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+FLOORS = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
+FULL: dict[str, Any] = {"teacher": "2L-768H-12A", "student": "2L-384H-12A", "seq_length": 128, "batch_tokens": 2048}
+TINY: dict[str, Any] = {"teacher": "2L-48H-4A", "student": "1L-48H-4A", "seq_length": 16, "batch_tokens": 256}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Tests to run together, and the share of the part's seconds that they may take."""
+
+    name: str
+    files: tuple[str, ...]
+    expression: str  # of pytest's -k
+    workers: int
+    share: float
+
+
+def run(context: Context, rows: Rows) -> None:
+    """The tests, those of the largest shapes, then the steps; a rehearsal, for which pytest is long, the other way round."""
+    if context.tiny:
+        _steps(context, rows)
+    for selection in _selections(context):
+        _test(selection, context, rows)
+    if not context.tiny:
+        _steps(context, rows)
+
+
+def _steps(context: Context, rows: Rows) -> None:
+    for method in methods.available():
+        if rows.left < 2:
+            rows.add(what="gradient", method=method, skipped="no time was left")
+            continue
+        try:
+            for row in gradients(context, method):
+                rows.add(**row)
+        except Exception as error:
+            traceback.print_exc()
+            rows.add(what="gradient", method=method, ok=False, error=part.in_one_line(error))
+
+
+# ---- tests ----------------------------------------------------------------------------------------------------
+
+
+def _selections(context: Context) -> tuple[Selection, ...]:
+    if context.tiny:
+        return (Selection("one test file", ("tests/test_packed.py",), "", 0, 0.6),)
+    paths = (f"tests/test_{name}.py" for name in FILES)
+    files = tuple(path for path in paths if (ROOT / path).exists())
+    workers = min(WORKERS, max(1, (os.cpu_count() or 1) - 2))
+    return (
+        Selection("kernels and attention", files, "not interpreted and not bench_shapes", workers, 0.65),
+        Selection("shapes of the benches", files, "bench_shapes", 0, 0.15),
+    )
+
+
+def _test(selection: Selection, context: Context, rows: Rows) -> None:
+    """Run a selection; a row that sums it up, then one for each failure."""
+    outcomes = Path(context.scratch or context.out) / "outcomes.jsonl"
+    outcomes.unlink(missing_ok=True)
+    started, seconds = time.monotonic(), min(selection.share * context.seconds, rows.left)
+    status: int | None = None
+    threads = {"OMP_NUM_THREADS": "1"} if selection.workers > 1 else {}
+    try:
+        status = subprocess.run(
+            _command(selection, outcomes), cwd=ROOT, env={**os.environ, **threads}, timeout=seconds, check=False
+        ).returncode
+    except subprocess.TimeoutExpired:
+        print(f"cut off after {seconds:.0f} s", flush=True)
+    found = part.read(outcomes)
+    count = {kind: sum(row["outcome"] == kind for row in found) for kind in ("passed", "failed", "error", "skipped")}
+    row: Row = {
+        "what": "tests", "selection": selection.name, "passed": count["passed"], "failed": count["failed"],
+        "errors": count["error"], "skipped_tests": count["skipped"], "workers": selection.workers,
+        "seconds": time.monotonic() - started, "complete": status in (0, 1),
+    }  # fmt: skip
+    if not found:
+        row["error"] = "pytest told of no test" if status is None else f"pytest ended with status {status}"
+    rows.add(**row)
+    for failure in [row for row in found if row["outcome"] in ("failed", "error")][:FAILURES]:
+        rows.add(what="failure", test=failure["test"], message=failure["message"])
+
+
+def _command(selection: Selection, outcomes: Path) -> list[str]:
+    """Warnings are no errors here: Inductor's advice about TF32 is one on this device."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--no-header",
+        "--tb=short",
+        "-o",
+        "filterwarnings=",
+        "-W",
+        "default",
+    ]
+    command += ["-p", "no:cacheprovider", "-p", "bench.device.outcomes", "--outcomes", str(outcomes), *selection.files]
+    command += ["-k", selection.expression] if selection.expression else []
+    if selection.workers > 1 and importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(selection.workers), "--dist", "load"]
+    return command
+
+
+# ---- steps ----------------------------------------------------------------------------------------------------
+
+
+def gradients(context: Context, method: str) -> list[Row]:
+    """A method's step in each dtype on the device, against float64 on the CPU."""
+    sizes = TINY if context.tiny else FULL
+    parts = train_step.parts(replace(context, device="cpu"), method, **sizes, micro_batch=str(sizes["batch_tokens"]),
+                             compile=False, dtype="float32")  # fmt: skip
+    model = hf.load(train_step.files(context, sizes["teacher"])[0])
+    batch = parts.stream.step(0)[0]
+    evaluate = functools.partial(_step, parts, model, batch)
+    exact = evaluate(torch.device("cpu"), torch.float64)
+    return [
+        _compared(
+            method, dtype, exact, evaluate(torch.device("cpu"), dtype), evaluate(torch.device(context.device), dtype)
+        )
+        for dtype in DTYPES
+    ]
+
+
+Step = tuple[Tensor, list[Tensor]]  # loss and gradients, in float64 on the CPU
+
+
+def _step(parts: Parts, model: hf.Loaded, batch: Batch, device: torch.device, dtype: torch.dtype) -> Step:
+    """Loss and gradients of a copy of the student, with a teacher, in this dtype on this device."""
+    wide, attention = torch.promote_types(dtype, torch.float32), choose_backend(device, dtype)
+    student, method = copy.deepcopy(parts.student).to(device, wide), copy.deepcopy(parts.method).to(device, wide)
+    student.attention, teacher = attention, None
+    if method.teacher_needs is not None:
+        teacher = Teacher(model, method.teacher_needs, device=device, dtype=dtype, attention=attention)
+        if dtype == torch.float64:
+            teacher.encoder.double()
+    objective, batch = Objective(student, method, teacher, 0.0), batch.to(device)
+    taught = None if teacher is None else teacher(method.text(batch), batch)
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        loss = objective(batch, taught, profiler.PhaseClock(device)).loss
+    loss.backward()
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in objective.parameters()]
+    return loss.detach().double().cpu(), [gradient.double().cpu() for gradient in found]
+
+
+def _compared(method: str, dtype: torch.dtype, exact: Step, on_cpu: Step, step: Step) -> Row:
+    plain, error = _errors(on_cpu, exact), _errors(step, exact)
+    loss_bound, bound = (
+        max(FACTOR * found, floor[dtype]) for found, floor in zip(plain, (LOSSES, FLOORS), strict=True)
+    )
+    return {
+        "what": "gradient", "method": method, "dtype": str(dtype)[6:], "loss": float(step[0]), "loss_error": error[0],
+        "gradient_error": error[1], "cpu_gradient_error": plain[1], "loss_bound": loss_bound, "bound": bound,
+        "ok": error[1] <= bound and error[0] <= loss_bound,
+    }  # fmt: skip
+
+
+def _errors(step: Step, exact: Step) -> tuple[float, float]:
+    """|loss − ref|/|ref|, and ‖g − ref‖/‖ref‖ over all parameters together."""
+    difference = sum(float((a - b).square().sum()) for a, b in zip(step[1], exact[1], strict=True))
+    size = sum(float(b.square().sum()) for b in exact[1])
+    return float((step[0] - exact[0]).abs() / exact[0].abs()), (difference / max(size, 1e-300)) ** 0.5
+
+
+# ---- table and picture ----------------------------------------------------------------------------------------
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Counts of the tests, the failures, and the steps' errors."""
+    tests = [row for row in rows if row["what"] == "tests"]
+    failures = [row for row in rows if row["what"] == "failure"]
+    steps = [row for row in rows if row["what"] == "gradient"]
+    blocks = []
+    if tests:
+        head = ("tests", "passed", "failed", "errors", "skipped", "s", "")
+        blocks.append(Table(head, [_test_cells(row) for row in tests]).markdown())
+    if failures:
+        cells = [(f"`{row['test']}`", row["message"]) for row in failures]
+        blocks.append(Table(("failed", "why"), list(cells)).markdown())
+    if steps:
+        head = ("step of", "in", "loss's error", "gradient's error", "a CPU's", "allowed", "")
+        blocks.append(Table(head, [_step_cells(row) for row in steps]).markdown())
+    return "\n".join(blocks) or "Nothing was tested.\n"
+
+
+def _test_cells(row: Row) -> tuple[Any, ...]:
+    counts = [numeric(name, row[name], str(row[name])) for name in ("passed", "failed", "errors", "skipped_tests")]
+    remark = row.get("error") or ("" if row["complete"] else "cut off before the end")
+    return (row["selection"], *counts, numeric("seconds", row["seconds"], f"{row['seconds']:.0f}"), remark)
+
+
+def _step_cells(row: Row) -> tuple[Any, ...]:
+    names = ("loss_error", "gradient_error", "cpu_gradient_error", "bound")
+    cells = [numeric(name, row.get(name), f"{row[name]:.1e}" if row.get(name) is not None else "") for name in names]
+    verdict = row.get("skipped") or row.get("error") or ("passed" if row["ok"] else "**failed**")
+    return (row["method"], row.get("dtype", ""), *cells, verdict)
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """A bar a step: its gradient's error, with what is allowed as a mark."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    steps = [row for row in rows if row["what"] == "gradient" and row.get("gradient_error")]
+    if not steps:
+        return
+    colours = {"float32": plots.BLUE, "bfloat16": plots.VERMILLION}
+    with matplotlib.rc_context(plots.STYLE):
+        figure = Figure(figsize=(6.0, 0.8 + 0.26 * len(steps)), layout="constrained")
+        axes, places = figure.add_subplot(), range(len(steps))
+        errors = [row["gradient_error"] for row in steps]
+        axes.barh(places, errors, color=[colours[row["dtype"]] for row in steps], height=0.6)
+        axes.plot([row["bound"] for row in steps], places, "|", color=plots.INK, markersize=11, label="allowed")
+        axes.set_yticks(places, [f"{row['method']}, {row['dtype']}" for row in steps])
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        axes.set_xlim(min(errors) / 3)
+        axes.set_xlabel("relative error of the step's gradient against float64")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        axes.grid(axis="y", visible=False)
+        figure.savefig(path, dpi=150)

@@ -1,0 +1,226 @@
+"""Fused losses and their peers, value and gradient together: ``python -m bench.device.timed_kernels JSON``, for ``kernels``.
+
+All contenders of a case are ready before the first is timed, and take turns. On a GPU a call is timed on the device
+alone: as a CUDA graph, or by events where a peer cannot be captured. On a CPU, in tiny sizes, by the wall clock.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from bench import roofline
+from bench.contenders import Contender, Loss, contenders, gradient_error, step
+from bench.device import environment, part, worker
+from bench.device.part import Row
+from bench.memory import gpu_peak
+from fastkd.kernels import packed
+
+# By worth; the cases that are left out here only differ in size. A kernel that is not named gives all its cases.
+CE, KL, KL_CE = ("linear_kd", "ce 768"), ("linear_kd", "kl 384/768"), ("linear_kd", "kl+ce 768/768")
+A48, SCORE = ("relation_kl", "256×128, 768, A=48"), ("score_mse", "256×128, 768/768, A=12")
+WANTED = (
+    CE,
+    A48,
+    KL,
+    SCORE,
+    ("relation_kl", "256×128, 768, A=12"),
+    ("relation_kl", "256×128, 768, A=12 cross"),
+    KL_CE,
+    ("hidden_mse", "131072×768"),
+    ("relation_kl", "8×1024, 768, A=48"),
+)
+COMPILED, PEERED = {CE, A48, SCORE}, {A48, KL, KL_CE}
+ROUNDS, ROUND_MS = 3, 10  # of each contender
+FIRST_S, COMPILE_S = 12.0, 20.0  # of a case and of torch.compile, until one was timed
+# Which steps of bench.roofline a Triton kernel does, by a word of its name.
+STEPS: dict[str, dict[str, slice]] = {
+    "linear_kd": {"logits": slice(0, -3), "gradient": slice(-3, -2)},
+    "relation_kl": {"short": slice(None), "stats": slice(0, 1), "self": slice(1, 2), "cross": slice(1, 2)},
+    "score_mse": {"short": slice(None), "rows": slice(None)},
+    "hidden_mse": {"difference": slice(None)},
+}
+
+
+def chosen(tiny: bool) -> list[tuple[str, Any]]:
+    """(kernel, case) to measure, the worthiest first."""
+    named = {kernel for kernel, _ in WANTED}
+    there = {(kernel, case.name): case for kernel, case in roofline.cases()}
+    known = [(kernel, there[kernel, name]) for kernel, name in WANTED if (kernel, name) in there]
+    found = known + [(kernel, case) for (kernel, _), case in there.items() if kernel not in named]
+    return [(kernel, _tiny(case)) for kernel, case in found] if tiny else found
+
+
+def _tiny(case: Any) -> Any:
+    """The same case with a few rows."""
+    if isinstance(case, packed.Case):
+        return dataclasses.replace(case, lengths=tuple(min(n, 32) for n in case.lengths[:2]))
+    smaller = {"rows": 32, "vocabulary": 1000}
+    known = {field.name for field in dataclasses.fields(case)}
+    return dataclasses.replace(case, **{name: value for name, value in smaller.items() if name in known})
+
+
+@dataclass
+class Bench:
+    """What every case needs to know. ``skip``: cases that are done."""
+
+    out: str
+    device: str
+    tiny: bool
+    seconds: float
+    skip: int
+
+    def rows(self) -> Iterator[Row]:
+        """The rows of every case that the time allows; before each case a row of kind "case"."""
+        started, longest = time.monotonic(), 0.0 if self.tiny else FIRST_S
+        for kernel, case in chosen(self.tiny)[self.skip :]:
+            name = f"{case.name} in miniature" if self.tiny else case.name
+            names = {"kernel": kernel, "case": name, "dtype": str(case.dtype)[6:]}
+            left = self.seconds - (time.monotonic() - started)
+            if left < longest:
+                why = f"takes about {longest:.0f} s, {left:.0f} s were left"
+                yield {"what": "kernel", **names, "contender": "fastkd", "skipped": why}
+                continue
+            began = time.monotonic()
+            yield {"what": "case", **names}
+            for row in self.case(kernel, case, left):
+                yield {"what": "kernel", **names, **row}
+            longest = max(longest, 0.0 if self.tiny else time.monotonic() - began)
+
+    def case(self, kernel: str, case: Any, left: float) -> Iterator[Row]:
+        """One case: what could not be run, then every contender's measurement, then the launches of fastkd's call."""
+        ready: list[tuple[Contender, Loss, Callable[[], Any]]] = []
+        for contender in self.contenders(kernel, case):
+            reason = contender.refusal(case, self.device)
+            if not reason and "compiled" in contender.name and left < FIRST_S + COMPILE_S:
+                reason = f"compiling takes about {COMPILE_S:.0f} s, {left:.0f} s were left for the case"
+            if reason:
+                yield {"contender": contender.name, "skipped": reason}
+                continue
+            try:
+                loss = contender.make()
+                run = step(loss, contender.inputs(case, self.device))
+                run()
+                ready.append((contender, loss, run))
+            except Exception as error:
+                yield {"contender": contender.name, "error": _survivable(error)}
+        times = _interleaved([run for *_, run in ready], self.device, self.tiny)
+        for (contender, loss, run), timed in zip(ready, times, strict=True):
+            try:
+                yield {"contender": contender.name, **timed, **self.beside(kernel, case, contender, loss, run, timed)}
+            except Exception as error:
+                yield {"contender": contender.name, **timed, "error": _survivable(error)}
+        if self.device == "cuda" and ready and ready[0][0].name == "fastkd":
+            yield from self.launches(kernel, case, ready[0][2])
+
+    def contenders(self, kernel: str, case: Any) -> Iterable[Contender]:
+        """fastkd and its definition in every case, the others in some."""
+        mine = (kernel, case.name)
+        for contender in contenders(kernel):
+            compiled = contender.name == "reference compiled" and mine in COMPILED and not self.tiny
+            # chunks that torch.compile makes ready for a minute: pytest bench has them
+            peer = contender.name not in ("reference compiled", "liger chunked jsd") and mine in PEERED
+            if contender.name in ("fastkd", "reference") or compiled or peer:
+                yield contender
+
+    def beside(
+        self, kernel: str, case: Any, contender: Contender, loss: Loss, run: Callable[[], Any], timed: Row
+    ) -> Row:
+        """Memory, the gradients' error (what is compiled has its definition's) and the share of the roofline."""
+        found: Row = {"peak_bytes": gpu_peak(run) if self.device == "cuda" else None}
+        if contender.name != "reference compiled":
+            found["gradient_error"] = gradient_error(contender, kernel, case, self.device, loss)
+        device, which = self.ceilings()
+        if device is not None and kernel in roofline.STEPS and "device_s" in timed:
+            floor = roofline.floor(kernel, case, device)
+            found |= {"floor_s": floor, "of_roofline": floor / timed["device_s"], "roofline": which}
+        return found
+
+    def ceilings(self) -> tuple[roofline.Device | None, str]:
+        """Those that this run measured, else the datasheet's, if the device is known."""
+        measured = environment.measured(self.out)
+        if measured is not None or self.device == "cpu":
+            return measured, "measured"
+        return roofline.device_named(torch.cuda.get_device_name()), "datasheet"
+
+    def launches(self, kernel: str, case: Any, run: Callable[[], Any]) -> Iterator[Row]:
+        """Seconds of each kernel of a call, the longest first, those of Triton against their own floor."""
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+            run()
+            torch.cuda.synchronize()
+        device, which = self.ceilings()
+        events = [event for event in recorded.key_averages() if event.device_type == DeviceType.CUDA]
+        for event in sorted(events, key=lambda event: -event.self_device_time_total)[:8]:
+            row = {"what": "launch", "launch": event.key[:150], "calls": event.count}
+            row["device_s"] = event.self_device_time_total / 1e6
+            words = STEPS.get(kernel, {}) if event.key.startswith("_") else {}  # Triton keeps a function's name
+            part_of = next((where for word, where in words.items() if word in event.key), None)
+            if device is not None and part_of is not None and row["device_s"]:
+                floor = sum(each.seconds(device, case.dtype) for each in roofline.STEPS[kernel](case)[part_of])
+                row |= {"floor_s": floor, "of_roofline": floor / row["device_s"], "roofline": which}
+            yield row
+
+
+def _interleaved(runs: list[Callable[[], Any]], device: str, tiny: bool) -> list[Row]:
+    """Every call's median seconds over rounds in which all take turns, and (max − min)/median; or its error."""
+    found: list[Row] = [{} for _ in runs]
+    seconds: list[list[float]] = [[] for _ in runs]
+    for _ in range(ROUNDS):
+        for number, run in enumerate(runs):
+            if "error" in found[number]:
+                continue
+            try:
+                value, found[number]["timing"] = _seconds(run, device, found[number].get("timing"))
+                seconds[number].append(value)
+            except Exception as error:
+                found[number] = {"error": _survivable(error)}
+    for row, values in zip(found, seconds, strict=True):
+        if "error" not in row:
+            median = statistics.median(values)
+            row |= {"device_s": median, "spread": (max(values) - min(values)) / median, "rounds_s": values}
+    return found
+
+
+def _seconds(run: Callable[[], Any], device: str, timing: str | None) -> tuple[float, str]:
+    """A call's seconds, and how they were taken: as before, if it was timed before."""
+    if device == "cpu":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start, "wall"
+    import triton.testing
+
+    if timing != "events":
+        try:
+            return triton.testing.do_bench_cudagraph(run, rep=ROUND_MS, return_mode="median") / 1e3, "graph"
+        except Exception as error:  # what waits for the device cannot be captured
+            _survivable(error)
+    return triton.testing.do_bench(run, warmup=ROUND_MS, rep=3 * ROUND_MS, return_mode="median") / 1e3, "events"
+
+
+def _survivable(error: Exception) -> str:
+    """The error in one line; raised again where the device lies behind it, for then nothing else would run either."""
+    text = str(error)
+    if "CUDA error" in text and "captur" not in text:
+        raise error
+    torch.cuda.empty_cache() if torch.cuda.is_available() else None
+    return part.in_one_line(error)
+
+
+def main() -> None:
+    """Print the rows."""
+    for row in Bench(**json.loads(sys.argv[1])).rows():
+        worker.hand_over(row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""Four parts of bench.device, run for real in tiny sizes: training, kernels, blocks, comparison; and what they stand on."""
+
+import importlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.device import (
+    blocks,
+    comparison,
+    kernels,
+    material,
+    part,
+    tile_search,
+    timed_step,
+    train_step,
+    training,
+    worker,
+)
+from bench.device.part import Context, Row, Rows
+from bench.variants import Spec, fastkd_parts
+from fastkd.kernels import tiling
+from fastkd.models import hf
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PARTS = {"training": training, "kernels": kernels, "blocks": blocks, "comparison": comparison}
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("scratch")
+
+
+def context(name: str, out: Path, scratch: Path) -> Context:
+    return Context(name, str(out), DEVICE, 300.0, True, None, str(scratch))
+
+
+def rows_of(name: str, out: Path, scratch: Path) -> list[Row]:
+    """Run a part, show what it found, and return its rows."""
+    module, given = PARTS[name], context(name, out, scratch)
+    module.run(given, Rows(given))
+    rows = part.read(out / f"{name}.jsonl")
+    module.draw(rows, out / f"{name}.png")
+    assert (out / f"{name}.png").stat().st_size > 5000
+    return rows
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_without_rows_has_a_table_and_a_picture(name: str, tmp_path: Path) -> None:
+    assert PARTS[name].markdown([]).startswith("No ")
+    PARTS[name].draw([], tmp_path / "none.png")
+    assert (tmp_path / "none.png").exists()
+    assert PARTS[name].SECONDS > 0
+
+
+# ---- a worker -------------------------------------------------------------------------------------------------
+
+HANGS = "import threading\nprint('noise')\nprint('{\"row\": 1}', flush=True)\nthreading.Event().wait()\n"
+FAILS = "print('{\"row\": 1}', flush=True)\nraise ValueError('no such thing')\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "seconds", "reason"),
+    [(HANGS, 5.0, "cut off after 5 s"), (FAILS, 60.0, "exit status 1: ValueError: no such thing")],
+    ids=["hangs", "fails"],
+)
+def test_rows_that_arrived_stay_however_a_worker_ends(source: str, seconds: float, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "ends_badly.py").write_text(source)
+    found: list[Row] = []
+    assert worker.run(["ends_badly"], seconds, found.append, {"PYTHONPATH": str(tmp_path)}) == reason
+    assert found == [{"row": 1}]
+
+
+# ---- material -------------------------------------------------------------------------------------------------
+
+
+def test_models_and_text_are_made_once(tmp_path: Path) -> None:
+    given = context("training", tmp_path, tmp_path)
+    like = material.like(given, tmp_path / "like")
+    teacher = material.teacher("2L-48H-4A", tmp_path / "teacher", like)
+    made = teacher.stat().st_mtime_ns
+    loaded = hf.load(teacher)
+    assert (loaded.config.num_layers, loaded.config.vocab_size, len(loaded.tokenizer)) == (2, 30_522, 30_522)
+    assert loaded.encoder.head is not None
+    (path,) = material.corpus(given, tmp_path / "text")
+    ids = loaded.tokenizer(Path(path).read_text().split("\n\n")[0])["input_ids"]
+    assert loaded.tokenizer.unk_token_id not in ids
+    assert material.teacher("2L-48H-4A", teacher, like).stat().st_mtime_ns == made
+    assert material.text(given) == "generated"
+
+
+def test_a_bundle_gives_its_teacher_and_its_text(tmp_path: Path) -> None:
+    given = Context("training", str(tmp_path), DEVICE, 60.0, True, str(tmp_path / "bundle"))
+    assert material.like(given, tmp_path) == tmp_path / "bundle" / "teacher"
+    assert material.corpus(given, tmp_path) == [str(tmp_path / "bundle" / "shards")]
+    assert material.text(given) == "bundle"
+
+
+# ---- training -------------------------------------------------------------------------------------------------
+
+
+def test_training(tmp_path: Path, scratch: Path) -> None:
+    rows = rows_of("training", tmp_path, scratch)
+    methods = {row["method"]: row for row in rows if row["what"] == "method"}
+    assert list(methods) == ["mlm", "minilmv2"]
+    for row in methods.values():
+        assert len(row["steps_s"]) == row["steps"] == 2
+        assert row["host_s"] > 0 and row["tokens_per_s"] > 0
+        assert row["flops_a_token"] < row["flops_a_token_whole"]
+        assert set(row["phases"]) >= {"data", "teacher", "student", "loss", "backward", "optimizer"}
+        kernels_of_it = (tmp_path / f"training-{row['method']}-kernels.txt").read_text().splitlines()
+        assert 2 < len(kernels_of_it) <= 1 + timed_step.TOP
+    assert methods["mlm"]["phases"]["teacher"] == 0 < methods["minilmv2"]["phases"]["teacher"]
+    (tax,) = (row for row in rows if row["what"] == "tax")
+    assert tax["tax"] == methods["mlm"]["tokens_per_s"] / methods["minilmv2"]["tokens_per_s"]
+    assert math.isclose(tax["over"], tax["tax"] / tax["bound"])
+    (peer,) = (row for row in rows if row["what"] == "peer")
+    assert (peer["peer"], peer["method"], peer["size"]) == ("paper", "mlm", "tiny")
+    table = training.markdown(rows)
+    assert "| tiny | mlm |" in table and "the paper's way" in table
+
+
+def test_a_row_without_time_is_left_out_with_its_reason(tmp_path: Path, scratch: Path) -> None:
+    given = Context("training", str(tmp_path), DEVICE, 3.0, False, None, str(scratch))
+    training.run(given, Rows(given))
+    rows = part.read(tmp_path / "training.jsonl")
+    assert len(rows) == len(training.entries(tiny=False)) and all("s were left" in row["skipped"] for row in rows)
+    assert "* paper-6l, mlm: left out" in training.markdown(rows)
+
+
+def test_whole_flops_run_the_last_layer_at_every_row(scratch: Path, tmp_path: Path) -> None:
+    teacher, corpus = train_step.files(context("training", tmp_path, scratch), "2L-48H-4A")
+    spec = Spec("fastkd", "mlm", "1L-48H-4A", teacher, corpus, "cpu", "float32", 16, 16, warmup=1, steps=1)
+    parts = fastkd_parts(spec)
+    count, tokens, width, inner = parts.stream.tokens_of(0), 256, 48, 192
+    rest = (tokens - count.predicted) * 4 * (width**2 + width * inner)
+    attention = 4 * width * count.pairs - 4 * width * count.pairs * count.predicted // tokens
+    run = sum(parts.step_cost(0).flops.values())
+    assert timed_step.whole_flops(parts, 0) - run == 3 * (rest + attention)
+
+
+# ---- kernels --------------------------------------------------------------------------------------------------
+
+
+def test_kernels(tmp_path: Path, scratch: Path) -> None:
+    rows = [row for row in rows_of("kernels", tmp_path, scratch) if row["what"] == "kernel"]
+    ours = [row for row in rows if row["contender"] == "fastkd"]
+    assert {row["kernel"] for row in ours} >= {"linear_kd", "relation_kl", "score_mse"}
+    for row in ours:
+        assert row["device_s"] > 0 and row["gradient_error"] < 1e-2 and "error" not in row
+        same = [each["contender"] for each in rows if (each["kernel"], each["case"]) == (row["kernel"], row["case"])]
+        assert "reference" in same
+    measured = {row["contender"] for row in rows}
+    assert {"orda-kernel", "liger fused_linear_jsd"} <= measured  # measured, or a row that says why not
+    assert "| linear_kd | ce 768 in miniature bfloat16 | fastkd |" in kernels.markdown(rows)
+
+
+# ---- blocks ---------------------------------------------------------------------------------------------------
+
+
+def test_blocks(tmp_path: Path, scratch: Path) -> None:
+    rows = rows_of("blocks", tmp_path, scratch)
+    tiles = [row for row in rows if row["what"] == "tile"]
+    assert [row["now"] for row in tiles] == [True, False]
+    assert all(row["ok"] and row["difference"] <= 1e-5 for row in tiles)
+    (proposed,) = (row for row in rows if row["what"] == "proposed")
+    assert proposed["device_s"] <= tile_search.LEAST_GAIN * min(row["device_s"] for row in tiles)
+    assert proposed["row"] in blocks.markdown(rows)
+
+
+def test_tiles_can_be_compiled_by_a_process_of_their_own() -> None:
+    failed: list[Row] = []
+    named = json.dumps({"device": DEVICE, "tiny": True, "pairs": [[0, 0], [0, 1]]})
+    env = {} if DEVICE == "cuda" else {"TRITON_INTERPRET": "1"}
+    assert worker.run(["bench.device.tile_search", named], 300, failed.append, env) == ""
+    assert failed == []
+
+
+def test_searches_name_kernels_of_the_table() -> None:
+    for search in tile_search.searches(tiny=False):
+        now, *others = search.tiles(90)
+        assert now == tiling.tile(search.kernel, width=search.width, length=search.length, arch=90)
+        assert others
+
+
+@pytest.mark.parametrize(
+    "search", tile_search.searches(tiny=False), ids=lambda search: f"{search.kernel} {search.case.name}"
+)
+def test_a_proposed_row_can_be_pasted_and_gives_the_fastest_right_tile(
+    search: tile_search.Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles = search.tiles(90)
+    timed = [
+        {"tile": list(tile), "now": number == 0, "ok": number != 1 or len(tiles) == 2, "device_s": 1 / (2 + number % 4)}
+        for number, tile in enumerate(tiles)
+    ]
+    wanted = min((row for row in timed if row["ok"]), key=lambda row: row["device_s"])
+    found = tile_search.proposal(search, timed, 90)
+    assert found is not None and found["tile"] == wanted["tile"]
+    column = eval("{" + found["row"] + "}", {"Row": tiling.Row, "Tile": tiling.Tile})
+    monkeypatch.setattr(tiling, "TABLE", {**tiling.TABLE, search.kernel: {**tiling.TABLE[search.kernel], **column}})
+    assert tiling.tile(search.kernel, width=search.width, length=search.length, arch=90) == tuple(wanted["tile"])
+
+
+# ---- comparison -----------------------------------------------------------------------------------------------
+
+
+def test_comparison_and_its_resumption(tmp_path: Path, scratch: Path) -> None:
+    first = rows_of("comparison", tmp_path, scratch)
+    scratch_row, distilled, by_flops = first
+    assert [row["label"] for row in first] == ["mlm", "minilmv2", "minilmv2"]
+    assert all(row["charged_s"] <= 1.2 * row["budget_s"] for row in (scratch_row, distilled))
+    assert scratch_row["mlm_loss"] > 0 and distilled["mlm_loss"] is None
+    assert by_flops["budget"] == scratch_row["flops"] and by_flops["flops"] <= scratch_row["flops"]
+    assert "| minilmv2 | flops |" in comparison.markdown(first)
+    again = rows_of("comparison", tmp_path, scratch)
+    taken = ("label", "match", "flops", "tokens", "charged_s", "loss_last")
+    assert [[row[name] for name in taken] for row in again] == [[row[name] for name in taken] for row in first]
+
+
+def test_modules_of_parts_need_no_gpu_to_be_shown() -> None:
+    for name in PARTS:
+        assert importlib.import_module(f"bench.device.{name}") is PARTS[name]
