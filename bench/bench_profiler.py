@@ -1,6 +1,7 @@
 """What timing the phases of a step costs: the same steps with the profiler and without, taking turns.
 
     python -m bench.bench_profiler [--steps 100] [options of a run]
+    python -m bench.bench_profiler --teacher BUNDLE/teacher --corpus BUNDLE/shards          without packages and network
 
 ``with`` is what a run does: a mark after each phase, a lap, its seconds, the joules. ``without`` has a clock whose marks
 do nothing. Steps of both kinds alternate on the same trainer, so that a machine that slows down slows both. ``calls`` is

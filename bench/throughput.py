@@ -2,6 +2,7 @@
 
     python -m bench.throughput                      quickstart size on a CPU; with --device cuda the paper's sizes too
     python -m bench.throughput --sizes paper-6l --methods mlm,logit_kd,minilmv2 --dtypes bfloat16
+    python -m bench.throughput --tokenizer BUNDLE/teacher --corpus BUNDLE/shards            without packages and network
 
 For each size, dtype and method the variants take turns, round after round, each in a fresh process, so that a machine
 that slows down slows all of them and a peak of memory is one variant's own. Beside ``fastkd``:
@@ -33,13 +34,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer, BertConfig
 
 from bench.results import RESULTS, device_folder, in_words, measured_on
 from bench.variants import Spec
-from fastkd import atomic, environment, methods, profiler
+from fastkd import atomic, environment, methods, profiler, quickstart
 from fastkd.models import hf
 from fastkd.models.encoder import Encoder
-from fastkd.prepare import load_model
+from fastkd.prepare import model_folder
 
 
 @dataclass(frozen=True)
@@ -180,11 +182,19 @@ def write(groups: list[dict[str, Any]], folder: Path) -> Path:
     return path
 
 
-def write_teacher(spec: str, folder: Path) -> None:
-    """A teacher of transformers' with random weights, an MLM head and the quickstart tokenizer."""
-    like = load_model("quickstart")
-    encoder = Encoder(hf.student_config(spec, like.config, like.tokenizer), mlm_head=True)
-    hf.export(encoder, like.tokenizer, folder, card="", mlm_head=True)
+def write_teacher(spec: str, folder: Path, tokenizer: str = quickstart.NAME) -> None:
+    """A teacher of transformers' with random weights, an MLM head and a tokenizer by name or folder.
+
+    Raises:
+        ValueError: the tokenizer cannot be read.
+    """
+    source = model_folder(tokenizer)
+    try:
+        own = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--tokenizer {tokenizer} holds no tokenizer; give a model's folder or hub id") from error
+    like = hf.from_hf(BertConfig(vocab_size=len(own), pad_token_id=own.pad_token_id))
+    hf.export(Encoder(hf.student_config(spec, like, own), mlm_head=True), own, folder, card="", mlm_head=True)
 
 
 def default_dtypes(device: str) -> list[str]:
@@ -206,7 +216,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sequences", type=int, help="of a batch, a multiple of 16")
-    parser.add_argument("--corpus", nargs="+", default=["quickstart"])
+    parser.add_argument(
+        "--tokenizer", default=quickstart.NAME, help="folder or hub id; of the teacher and all students"
+    )
+    parser.add_argument(
+        "--corpus", nargs="+", default=[quickstart.NAME], help="as of a run: files, or a folder of shards"
+    )
     parser.add_argument("--results", type=Path, help="folder of the results; default bench/results/DEVICE")
     options = parser.parse_args(argv)
     if min(options.warmup, options.steps, options.rounds) < 1:
@@ -218,7 +233,10 @@ def main(argv: list[str] | None = None) -> None:
     results, groups = options.results or RESULTS / device_folder(options.device), []
     for size in options.sizes.split(",") if options.sizes else everywhere:
         with tempfile.TemporaryDirectory() as folder:
-            write_teacher(SIZES[size].teacher, Path(folder) / "teacher")
+            try:
+                write_teacher(SIZES[size].teacher, Path(folder) / "teacher", options.tokenizer)
+            except ValueError as error:
+                parser.error(str(error))
             for dtype in options.dtypes.split(",") if options.dtypes else default_dtypes(options.device):
                 print(f"{size}, {dtype}", flush=True)
                 for method in options.methods.split(","):

@@ -53,7 +53,7 @@ class Parts:
     @property
     def inputs(self) -> dict[str, str | None]:
         """What was read from outside, by content: a run that is resumed must find the same."""
-        return {"corpus_version": self.shards.folder.name, "teacher_version": self.teacher_version}
+        return {"corpus_version": self.shards.version, "teacher_version": self.teacher_version}
 
     @property
     def pack_tokens(self) -> int:

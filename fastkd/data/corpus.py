@@ -1,4 +1,7 @@
-"""From a corpus specification to documents: the quickstart package, local files, hub datasets, or several joined."""
+"""From a corpus specification to documents: the quickstart package, local files, hub datasets, or several joined.
+
+A folder of shards can stand in a corpus's place: it was tokenised elsewhere, and there is no text to read.
+"""
 
 import glob
 import hashlib
@@ -80,8 +83,27 @@ def documents(spec: str | Sequence[str], *, text_field: str = "text") -> Iterato
     return chain.from_iterable(source.documents(text_field) for source in sources(spec))
 
 
+def shard_folder(spec: str | Sequence[str]) -> Path | None:
+    """The folder of shards that a specification names; None where it names text.
+
+    Raises:
+        ValueError: shards together with another corpus.
+    """
+    specs = [spec] if isinstance(spec, str) else list(spec)
+    folders = [Path(part.strip()).expanduser() for part in specs if part.strip()]
+    given = [folder for folder in folders if (folder / "index.json").is_file() and not _texts(folder)]
+    if given and len(specs) > 1:
+        raise ValueError(f"{str(given[0])!r} holds shards, which stand by themselves: give --corpus nothing beside it")
+    return given[0] if given else None
+
+
 def check(spec: str | Sequence[str], *, text_field: str = "text") -> None:
-    """Read one document of every source: raises ``ValueError`` for a corpus that cannot be read or is empty."""
+    """Read one document of every source: raises ``ValueError`` for a corpus that cannot be read or is empty.
+
+    Shards are verified when they are loaded.
+    """
+    if shard_folder(spec) is not None:
+        return
     first = [next(source.documents(text_field), None) for source in sources(spec)]
     if not any(first):
         raise ValueError(f"corpus {spec!r} is empty: it holds no document with any text")
@@ -92,7 +114,7 @@ def _resolve(spec: str) -> list[Source]:
         return [Quickstart()]
     path = Path(spec).expanduser()
     if path.is_dir():
-        return _files(spec, sorted(part for part in path.rglob("*") if is_supported(part)))
+        return _files(spec, _texts(path))
     if path.is_file():
         return _files(spec, [path])
     if glob.has_magic(spec):
@@ -104,6 +126,10 @@ def _resolve(spec: str) -> list[Source]:
             f"corpus file {spec!r} does not exist: give an existing path or glob, or take --preset quickstart"
         )
     return [hub]
+
+
+def _texts(folder: Path) -> list[Path]:
+    return sorted(part for part in folder.rglob("*") if is_supported(part))
 
 
 def _files(spec: str, paths: list[Path]) -> list[Source]:

@@ -24,7 +24,7 @@ import numpy as np
 from filelock import FileLock
 from tokenizers import Tokenizer
 
-from fastkd.data.corpus import check, documents, sources
+from fastkd.data.corpus import check, documents, shard_folder, sources
 from fastkd.data.tokenise import Tokens, tokenise
 from fastkd.data.writer import Writer, sync_folder, write_durably
 
@@ -37,11 +37,17 @@ log = logging.getLogger(__name__)
 
 
 class Shards:
-    """A verified build. Raises ``ValueError`` where a file is missing or is not what was written."""
+    """A verified build. Raises ``ValueError`` where a file is missing or is not what was written.
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    Args:
+        folder: where the build lies.
+        remedy: what the error tells to do; as a rule, to delete what can be built again.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, remedy: str | None = None) -> None:
         self.folder = Path(folder)
-        self.index = _read_index(self.folder)
+        self._remedy = remedy or _rebuild(self.folder)
+        self.index = _read_index(self.folder, self._remedy)
         with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
             list(pool.map(self._verify, self.index["files"]))
 
@@ -49,6 +55,11 @@ class Shards:
     def unique_tokens(self) -> int:
         """Tokens of the training split, special tokens not counted."""
         return int(self.index["tokens"]["train"])
+
+    @property
+    def version(self) -> str:
+        """The key of all that these were made from: equal for equal content, wherever it lies."""
+        return _key(self.index["recipe"])
 
     @property
     def vocab_size(self) -> int:
@@ -91,10 +102,9 @@ class Shards:
             with open(path, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            reason = error.strerror
-            raise ValueError(f"shard {str(path)!r} cannot be read ({reason}): {_remedy(self.folder)}") from error
+            raise ValueError(f"shard {str(path)!r} cannot be read ({error.strerror}): {self._remedy}") from error
         if found != expected:
-            raise ValueError(f"shard {str(path)!r} is corrupted (its sha256 changed): {_remedy(self.folder)}")
+            raise ValueError(f"shard {str(path)!r} is corrupted (its sha256 changed): {self._remedy}")
 
 
 def build_shards(
@@ -108,11 +118,12 @@ def build_shards(
 ) -> Shards:
     """Tokenise a corpus into ``folder``, or load what an earlier call with the same arguments left there.
 
+    A specification that is itself a folder of shards is loaded from where it lies; ``folder`` is not touched.
     Builds appear whole or not at all. Of several processes that want the same one, one builds and the others wait. A
     build that is found corrupted is made again.
 
     Args:
-        spec: as in ``corpus.sources``.
+        spec: as in ``corpus.sources``, or a folder of shards.
         tokenizer: a fast tokenizer of transformers.
         folder: the cache of shards.
         text_field: column or JSON field that holds the text.
@@ -120,8 +131,11 @@ def build_shards(
         validation_fraction: part of the documents held out, at least one and at most 2,000 different ones.
 
     Raises:
-        ValueError: an unreadable or empty corpus, a tokenizer without Rust backend, an unwritable folder.
+        ValueError: an unreadable or empty corpus, a tokenizer without Rust backend, an unwritable folder; shards that
+            are damaged or of another tokenizer.
     """
+    if (given := shard_folder(spec)) is not None:
+        return _given(given, tokenizer)
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction is {validation_fraction}: take one between 0 and 1, such as 0.02")
     recipe = {
@@ -132,7 +146,7 @@ def build_shards(
         "validation_fraction": validation_fraction,
     }
     root = Path(folder).expanduser()
-    final = _built_before(root, recipe) or root / hashlib.sha256(_canonical(recipe)).hexdigest()[:16]
+    final = _built_before(root, recipe) or root / _key(recipe)
     if (shards := _load(final)) is not None:  # without a lock: a finished cache may be shared read-only
         return shards
     check(spec, text_field=text_field)
@@ -151,6 +165,17 @@ def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
     parts = json.loads(_backend(tokenizer).to_str())
     deciding = {name: parts[name] for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+
+
+def _given(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> Shards:
+    """Shards that the user names in a corpus's place."""
+    shards = Shards(folder, remedy="copy it again, or give --corpus text")
+    if shards.tokenizer_hash != tokenizer_hash(tokenizer):
+        raise ValueError(
+            f"the shards in {str(folder)!r} were made by another tokenizer than the student's: take a teacher with that "
+            "tokenizer (or name it by --tokenizer), or give --corpus text"
+        )
+    return shards
 
 
 def _backend(tokenizer: "PreTrainedTokenizerBase") -> Tokenizer:
@@ -178,6 +203,10 @@ def _load(folder: Path) -> Shards | None:
         return None
 
 
+def _key(recipe: dict[str, Any]) -> str:
+    return hashlib.sha256(_canonical(recipe)).hexdigest()[:16]
+
+
 def _canonical(recipe: dict[str, Any], *, without: str = "") -> bytes:
     """A recipe as bytes, one field of its sources left out."""
     parts = [{name: value for name, value in source.items() if name != without} for source in recipe["sources"]]
@@ -191,22 +220,23 @@ def _built_before(root: Path, recipe: dict[str, Any]) -> Path | None:
     wanted = _canonical(recipe, without="commit")
     indices = sorted(root.glob("*/index.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in indices:
-        if _canonical(_read_index(path.parent)["recipe"], without="commit") == wanted:
+        if _canonical(_read_index(path.parent, _rebuild(path.parent))["recipe"], without="commit") == wanted:
             return path.parent
     return None
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def _read_index(folder: Path, remedy: str) -> dict[str, Any]:
     try:
         index = json.loads((folder / "index.json").read_bytes())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{str(folder)!r} holds no readable index.json ({error}): {_remedy(folder)}") from error
-    if index.get("recipe", {}).get("format") != FORMAT:
-        raise ValueError(f"{str(folder)!r} was written by another version of fastkd: {_remedy(folder)}")
+        raise ValueError(f"{str(folder)!r} holds no readable index.json ({error}): {remedy}") from error
+    recipe = index.get("recipe") if isinstance(index, dict) else None
+    if not isinstance(recipe, dict) or recipe.get("format") != FORMAT:
+        raise ValueError(f"{str(folder)!r} holds no shards that this version of fastkd wrote: {remedy}")
     return dict(index)
 
 
-def _remedy(folder: Path) -> str:
+def _rebuild(folder: Path) -> str:
     return f"delete {str(folder)!r}, the next run builds it again from the corpus"
 
 
