@@ -95,7 +95,9 @@ class Matching:
 
 
 def release_memory() -> None:
-    """Give back what earlier rows held on the GPU: each row finds the same device, and its own peak is counted."""
+    """Give back what earlier rows held: each row finds the same device, its own peak is counted, and graphs of other
+    rows' shapes do not count against the limit of recompilations, at which a whole graph would be refused."""
+    torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

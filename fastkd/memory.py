@@ -18,14 +18,22 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def activation_bytes(
-    config: EncoderConfig, needs: Needs, *, tokens: int, predicted: int, itemsize: int, weight_pairs: int = 0
+    config: EncoderConfig,
+    needs: Needs,
+    *,
+    tokens: int,
+    predicted: int,
+    itemsize: int,
+    residual_itemsize: int = 4,
+    weight_pairs: int = 0,
 ) -> int:
     """Bytes that a forward with gradients keeps for its backward: what each layer saves, from the shapes alone.
 
     Each row of a layer saves its input, Q, K, V, the attention's output and the feed-forward's input (6·D) and two inner
-    activations (2·I) in the compute dtype of ``itemsize`` bytes, and the input of two LayerNorms (2·D) in float32; less
-    where the last layer runs for ``predicted`` rows or to its projection alone. ``weight_pairs`` is Σ length² where the
-    attention keeps its weights (on a CPU: bfloat16, or with dropout), H for each pair, and 0 where it makes them anew.
+    activations (2·I) in the compute dtype of ``itemsize`` bytes, and the input of two LayerNorms (2·D) in the residual
+    stream's; less where the last layer runs for ``predicted`` rows or to its projection alone. ``weight_pairs`` is
+    Σ length² where the attention keeps its weights (on a CPU: bfloat16, or with dropout), H for each pair, and 0 where
+    it makes them anew.
     """
     D, I, L = config.hidden_size, config.intermediate_size, config.num_layers  # noqa: E741
     total = 4 * D * tokens  # of the embeddings' LayerNorm
@@ -35,7 +43,7 @@ def activation_bytes(
             total += 4 * D * tokens * itemsize
             continue
         rows = tokens if extent == "all" else predicted
-        total += rows * ((6 * D + 2 * I) * itemsize + 2 * D * 4)
+        total += rows * ((6 * D + 2 * I) * itemsize + 2 * D * residual_itemsize)
         total += config.num_heads * weight_pairs * rows // tokens * itemsize
         total += 3 * D * (tokens - rows) * itemsize  # input, keys and values of the rows that ask nothing
     return total + (3 * D * predicted * 4 if needs.logits else 0)

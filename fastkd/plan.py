@@ -177,8 +177,10 @@ def make(resolved: Resolved, parts: Parts, measured: Measurement) -> dict[str, A
         "batch_tokens": config.batch_tokens,
         "micro_batch": parts.micro_tokens,
         "attention": parts.attention,
+        "attention_remark": parts.attention_remark,
         "dtype": str(parts.dtype).removeprefix("torch."),
         "compile": parts.compile,
+        "residual": config.residual,
         "activation_bytes": parts.activation_bytes(parts.micro_tokens),
         "validation_seconds": measured.validation_seconds,
     } | predict(parts, measured)
@@ -206,6 +208,8 @@ def _teacher(parts: Parts) -> dict[str, Any] | None:
         "parameters": parts.teacher_parameters,
         "source": parts.config.teacher,
         "layers_run": parts.teacher.needs.depth(config.num_layers),
+        "attention": parts.teacher.attention,
+        "attention_remark": parts.teacher.attention_remark,
     }
 
 
@@ -215,13 +219,14 @@ def render(plan: dict[str, Any], console: Console) -> None:
     flops = plan["flops_per_token"]
     rows = [
         ("preset", f"{plan['preset']} ({plan['preset_reason']})"),
-        ("device", f"{plan['devices']} × {plan['device']}, {plan['dtype']}, attention {plan['attention']}, "
-                   f"compile {'on' if plan['compile'] else 'off'}"),
+        ("device", f"{plan['devices']} × {plan['device']}, {plan['dtype']}, residual stream {plan['residual']}, "
+                   f"attention {_attention(plan)}, compile {'on' if plan['compile'] else 'off'}"),
         ("method", f"{plan['method']}, learning rate {plan['lr']:g}"),
         ("student", f"{student['spec']}, {q.count(student['parameters'])} parameters"
                     + (f", started from {student['start']}" if student["start"] else "")),
         ("teacher", "none" if teacher is None else f"{teacher['source']}, {q.count(teacher['parameters'])} parameters, "
-                                                   f"{teacher['layers_run']} of {teacher['layers']} layers run"),
+                                                   f"{teacher['layers_run']} of {teacher['layers']} layers run, "
+                                                   f"attention {_attention(teacher)}"),
         ("corpus", f"{', '.join(plan['corpus']['sources'])}: {q.count(plan['corpus']['unique_tokens'])} tokens"),
         ("budget", f"{Budget(**plan['budget'])}, charged: {plan['charge']}"),
         ("step", f"{q.count(plan['batch_tokens'])} tokens in micro-batches of {q.count(plan['micro_batch'])}, "
@@ -238,6 +243,11 @@ def render(plan: dict[str, Any], console: Console) -> None:
     ]  # fmt: skip
     for name, value in rows:
         console.print(f"{name:<17}{value}", soft_wrap=True, markup=False)
+
+
+def _attention(model: dict[str, Any]) -> str:
+    """A backend, and why it is a slow one."""
+    return model["attention"] + (f" ({model['attention_remark']})" if model["attention_remark"] else "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

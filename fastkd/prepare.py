@@ -14,14 +14,14 @@ from transformers import PreTrainedTokenizerBase
 
 from fastkd import flops, memory, methods, profiler, quickstart
 from fastkd.budget import StepCost
-from fastkd.config import Resolved, RunConfig
+from fastkd.config import BFLOAT16_STREAM, Resolved, RunConfig
 from fastkd.data import corpus
 from fastkd.data.batches import Batch, BatchStream, SpecialIds, pack_size, validation_batches
 from fastkd.data.shards import Shards, build_shards
 from fastkd.distributed import World, any_rank, barrier, smallest
 from fastkd.methods import Method
 from fastkd.models import float8, hf
-from fastkd.models.attention import choose_backend
+from fastkd.models.attention import Setting
 from fastkd.models.encoder import Encoder, EncoderConfig, Needs
 from fastkd.models.teacher import Teacher, check_teacher
 
@@ -35,7 +35,8 @@ class Parts:
     config: RunConfig
     world: World
     dtype: torch.dtype
-    attention: str
+    attention: str  # the student's backend
+    attention_remark: str | None  # why it is a slow one
     compile: bool
     tokenizer: PreTrainedTokenizerBase
     student: Encoder
@@ -105,6 +106,7 @@ class Parts:
             tokens=tokens,
             predicted=round(self.config.mask_rate * tokens),
             itemsize=self.dtype.itemsize,
+            residual_itemsize=getattr(torch, self.config.residual).itemsize,
             weight_pairs=tokens * self.config.seq_length if self._keeps_attention_weights else 0,
         )
 
@@ -121,13 +123,16 @@ def prepare(resolved: Resolved, world: World) -> Parts:
     """
     config = resolved.run
     dtype = compute_dtype(config.dtype, world)
-    attention = choose_backend(world.device, dtype, config.dropout, config.attention)
+    if config.residual == "bfloat16" and dtype == torch.float32:
+        raise ValueError(BFLOAT16_STREAM)
     corpus.check(config.corpus, text_field=config.text_field)
     if config.teacher_dtype == "float8":
         float8.require(world.device)
     loaded = load_model(config.teacher) if config.teacher else None
     like, tokenizer = _tokenizer(config, loaded)
     student_config = hf.student_config(config.student, like, tokenizer)
+    setting = Setting.on(world.device, dtype, student_config.head_width, config.dropout)
+    attention = setting.choose(config.attention)
     memory.require_room(student_config, world.device)
     if config.seq_length > student_config.max_length:
         raise ValueError(
@@ -136,7 +141,10 @@ def prepare(resolved: Resolved, world: World) -> Parts:
     method = methods.load(config.method).METHOD(resolved.method, student_config, loaded.config if loaded else None)
     if loaded is not None:
         check_teacher(loaded, student_config, tokenizer, method.teacher_needs or Needs())
-    student = Encoder(student_config, mlm_head=method.trains_mlm_head, attention=attention, seed=config.seed)
+    student = Encoder(
+        student_config, mlm_head=method.trains_mlm_head, attention=attention, residual=getattr(torch, config.residual),
+        seed=config.seed,
+    )  # fmt: skip
     method.initialise(torch.Generator().manual_seed(config.seed))
     if config.init_from_teacher:
         if loaded is None:
@@ -146,7 +154,7 @@ def prepare(resolved: Resolved, world: World) -> Parts:
     teacher = None
     if loaded is not None and method.teacher_needs is not None:
         teacher = Teacher(
-            loaded, method.teacher_needs, device=world.device, dtype=dtype, attention=attention, compile=use_compile,
+            loaded, method.teacher_needs, device=world.device, dtype=dtype, attention=config.attention, compile=use_compile,
             float8=config.teacher_dtype == "float8",
         )  # fmt: skip
     shards = _shards(config, tokenizer, world)
@@ -155,8 +163,8 @@ def prepare(resolved: Resolved, world: World) -> Parts:
     teacher_parameters = sum(p.numel() for p in loaded.encoder.parameters()) if loaded else 0
     teacher_version = (loaded.sha256 or loaded.revision) if loaded else None
     parts = Parts(
-        config, world, dtype, attention, use_compile, tokenizer, student, method, teacher, teacher_parameters,
-        teacher_version, shards, lr,
+        config, world, dtype, attention, setting.remark(attention), use_compile, tokenizer, student, method, teacher,
+        teacher_parameters, teacher_version, shards, lr,
     )  # fmt: skip
     parts.set_micro_batch(_micro_batch(parts))
     parts.validation = _validation(parts)
@@ -186,11 +194,8 @@ def _loss_of_teacher(parts: Parts, loaded: hf.Loaded, name: str) -> float:
     """The loss of a held-out batch and the untrained student with the teacher in float32, bfloat16 or float8."""
     device, batch, method, student = parts.world.device, parts.validation[0], parts.method, parts.student
     dtype = torch.float32 if name == "float32" else torch.bfloat16
-    attention = choose_backend(device, dtype, 0.0, None)
     assert method.teacher_needs is not None
-    teacher = Teacher(
-        loaded, method.teacher_needs, device=device, dtype=dtype, attention=attention, float8=name == "float8"
-    )
+    teacher = Teacher(loaded, method.teacher_needs, device=device, dtype=dtype, float8=name == "float8")
     taught = teacher(method.text(batch), batch)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=parts.dtype != torch.float32):
         out = student(method.text(batch), batch, method.student_needs)

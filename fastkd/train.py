@@ -60,8 +60,7 @@ class Trainer:
         self.device = parts.world.device
         self.objective = Objective(parts.student, parts.method, parts.teacher, config.dropout)
         if parts.compile:
-            for layer in parts.student.layers:
-                layer.compile(fullgraph=True, dynamic=False)
+            parts.student.compile_graphs(layerwise=parts.world.size > 1)  # ranks exchange gradients during a backward
         memory.keep_what_is_freed(self.device)
         self.clock = profiler.PhaseClock(self.device)
         self.model: nn.Module = self.objective

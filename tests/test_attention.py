@@ -1,6 +1,7 @@
 """varlen_attention against attention written out for each sequence in float64, and its backends against each other."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastkd.models.attention import BACKENDS, available_backends, choose_backend, varlen_attention
+from fastkd.models.attention import (
+    BACKENDS,
+    Setting,
+    available_backends,
+    choose_backend,
+    has_function,
+    varlen_attention,
+)
 from fastkd.models.attention_cpu import plan
 
 HEADS, WIDTH = 3, 8
@@ -154,15 +162,73 @@ def test_two_runs_give_identical_bits() -> None:
 
 
 def test_the_cpu_takes_sdpa_and_refuses_the_rest() -> None:
-    assert choose_backend("cpu", torch.bfloat16) == "sdpa" == choose_backend("cpu", torch.float32, 0.1, "sdpa")
+    assert choose_backend("cpu", torch.bfloat16, 32) == "sdpa" == choose_backend("cpu", torch.float32, 26, 0.1, "sdpa")
     assert available_backends()[-1] == "sdpa"
     with pytest.raises(ValueError, match="'flash' is unknown; take one of flash_attn, varlen_attn, sdpa"):
-        choose_backend("cpu", torch.bfloat16, override="flash")
+        choose_backend("cpu", torch.bfloat16, 32, override="flash")
     for backend in BACKENDS[:2]:
         with pytest.raises(ValueError, match=f"--attention {backend} .*use --attention sdpa"):
-            choose_backend("cpu", torch.bfloat16, override=backend)
+            choose_backend("cpu", torch.bfloat16, 32, override=backend)
         with pytest.raises(ValueError, match=f"--attention {backend}"):
             varlen_attention(*inputs((3,), (3,)), boundaries((3,)), boundaries((3,)), 3, 3, backend=backend)
+
+
+H100 = {"device": "cuda", "capability": (9, 0), "dtype": torch.bfloat16, "head_width": 64, "dropout": 0.0}
+WITHOUT_PACKAGE = ("varlen_attn", "sdpa")
+
+
+@pytest.mark.parametrize(
+    ("changes", "chosen", "remark"),
+    [
+        ({}, "flash_attn", None),
+        ({"available": WITHOUT_PACKAGE}, "varlen_attn", None),
+        ({"head_width": 256}, "flash_attn", None),
+        ({"head_width": 8}, "flash_attn", None),
+        (
+            {"head_width": 26},
+            "sdpa",
+            "head width 26: FlashAttention takes multiples of 8 up to 256; sequences are padded",
+        ),
+        ({"head_width": 264}, "sdpa", "head width 264: FlashAttention"),
+        ({"dtype": torch.float32}, "sdpa", "float32: FlashAttention takes 16 bits; sequences are padded"),
+        ({"dtype": torch.float16}, "flash_attn", None),
+        ({"capability": (7, 5)}, "sdpa", "FlashAttention needs compute capability 8.0"),
+        ({"dropout": 0.1}, "flash_attn", None),
+        ({"dropout": 0.1, "available": WITHOUT_PACKAGE}, "sdpa", "dropout 0.1: varlen_attn cannot drop"),
+        ({"device": "cpu", "capability": None}, "sdpa", None),
+    ],
+    ids=str,
+)
+def test_the_fastest_that_can_is_chosen(changes: dict[str, object], chosen: str, remark: str | None) -> None:
+    setting = Setting(**{**H100, **changes})  # type: ignore[arg-type]
+    assert setting.choose() == chosen
+    found = setting.remark(chosen)
+    assert found is None if remark is None else found is not None and found.startswith(remark)
+    for other in BACKENDS[: BACKENDS.index(chosen)]:
+        with pytest.raises(ValueError, match=f"--attention {other} cannot be taken .*; use --attention sdpa"):
+            setting.choose(other)
+
+
+def test_a_backend_that_was_asked_for_is_remarked_on() -> None:
+    assert Setting(**H100).remark("sdpa") == "as asked; sequences are padded, up to 3 times the rows"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("def flash_attn_varlen_func(): ...", True),
+        ("def another_interface(): ...", False),
+        ("raise OSError('undefined symbol')", False),
+    ],
+)
+def test_a_package_counts_if_it_has_the_function(
+    source: str, found: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"attention_package_{abs(hash(source))}"
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert has_function(name, "flash_attn_varlen_func") == found
+    assert not has_function(f"{name}_that_is_missing", "flash_attn_varlen_func")
 
 
 @pytest.mark.gpu
@@ -182,10 +248,10 @@ def test_gpu_backends_agree() -> None:
 @pytest.mark.gpu
 def test_gpu_takes_the_fastest_and_refuses_dropout_where_it_cannot() -> None:
     fastest = available_backends()[0]
-    assert choose_backend("cuda", torch.bfloat16) == fastest != "sdpa"
-    assert choose_backend("cuda", torch.float32) == "sdpa"
-    with pytest.raises(ValueError, match="cannot drop attention weights; use --dropout 0"):
-        choose_backend("cuda", torch.bfloat16, 0.1, "varlen_attn")
+    assert choose_backend("cuda", torch.bfloat16, 64) == fastest != "sdpa"
+    assert choose_backend("cuda", torch.float32, 64) == choose_backend("cuda", torch.bfloat16, 26) == "sdpa"
+    with pytest.raises(ValueError, match="cannot drop attention weights"):
+        choose_backend("cuda", torch.bfloat16, 64, 0.1, "varlen_attn")
     for dropout, backend in itertools.product((0.0, 0.1), available_backends()):
         if not (dropout and backend == "varlen_attn"):
-            assert choose_backend("cuda", torch.bfloat16, dropout, backend) == backend
+            assert choose_backend("cuda", torch.bfloat16, 64, dropout, backend) == backend

@@ -40,6 +40,13 @@ def test_the_command_line_overrides_the_preset() -> None:
     assert (run.student, run.batch_tokens, run.teacher) == ("2L-48H-12A", 2048, "quickstart")
 
 
+def test_a_bfloat16_residual_stream_needs_bfloat16_products() -> None:
+    options = [*BUDGET, "--preset", "quickstart", "--residual", "bfloat16"]
+    assert parse([*options, "--dtype", "bfloat16"]).run.residual == "bfloat16"
+    with pytest.raises(ValueError, match="--residual bfloat16 needs --dtype bfloat16"):
+        parse([*options, "--dtype", "float32"])
+
+
 def test_config_toml_reads_back(tmp_path: Path) -> None:
     resolved = parse([*BUDGET, "--preset", "quickstart", "--method", "logit_kd", "--temperature", "3"])
     values = tomllib.loads(resolved.to_toml())

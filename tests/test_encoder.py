@@ -7,8 +7,10 @@ import pytest
 import torch
 from packed_text import RAGGED, VOCAB, PackedText, bert, pack, roberta
 from torch import Tensor
+from torch._dynamo.backends.debugging import aot_eager
 from transformers import AutoModel, PreTrainedModel
 
+from fastkd.models import encoder as encoder_module
 from fastkd.models.encoder import Encoder, EncoderConfig, Layer, Needs, Outputs
 from fastkd.models.hf import from_hf_model, load
 
@@ -207,6 +209,89 @@ def test_layers_trace_as_one_graph_each() -> None:
     traced = gradients(encoder, selected(encoder(text.input_ids, text, needs), needs))
     for name, gradient in plain.items():
         assert relative_error(traced[name], gradient) < 1e-5, name
+
+
+class Traced:
+    """A compiler that traces, counts its graphs and runs them as they are."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        self.graphs += 1
+        return aot_eager(graph, inputs)
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> Traced:
+    torch.compiler.reset()
+    compiler = Traced()
+    monkeypatch.setitem(encoder_module.GRAPH, "backend", compiler)
+    return compiler
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("needs", [*PARTIAL, Needs(hidden=(0, 1, 2, 3), qkv=(1, 2, 3))], ids=str)
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_a_compiled_forward_is_the_same(needs: Needs, layerwise: bool, traced: Traced) -> None:
+    encoder, text = from_hf_model(bert(), mlm_head=True), pack(RAGGED)
+    plain = selected(encoder(text.input_ids, text, needs), needs)
+    expected = {name: x.clone() for name, x in gradients(encoder, plain).items()}
+    encoder.compile_graphs(layerwise=layerwise)
+    outputs = selected(encoder(text.input_ids, text, needs), needs)
+    assert layerwise or traced.graphs == 1
+    for ours, theirs in zip(outputs, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    found = gradients(encoder, outputs)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert relative_error(found[name], gradient) < 1e-5, name
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_batches_of_one_shape_share_their_graphs(layerwise: bool, traced: Traced) -> None:
+    """Lengths, predictions and text differ in every step. A step without gradients has graphs of its own: layer by layer
+    they are the embeddings, a layer, one whose projection is read, one of predicted rows, and the head."""
+    encoder, needs = from_hf_model(bert(), mlm_head=True), Needs(logits=True, qkv=(2,))
+    encoder.compile_graphs(layerwise=layerwise)
+    lengths, counts = [(17, 1, 40), (40, 17, 1), (19, 38, 1)], []
+    for number, each in enumerate(lengths):
+        text = PackedText(**{**vars(pack(each, seed=number)), "max_seqlen": 45})
+        sum(x.sum() for x in selected(encoder(text.input_ids, text, needs), needs)).backward()
+        with torch.no_grad():
+            encoder(text.input_ids, text, needs)
+        counts.append(traced.graphs)
+    assert len(set(counts)) == 1 and counts[0] == 2 * (5 if layerwise else 1)
+
+
+def test_a_layer_returns_its_projection_only_if_it_is_read() -> None:
+    """An output that nobody reads costs a compiled backward a gradient of zeros, [T, 3D]."""
+    encoder, text = from_hf_model(bert(), mlm_head=True), pack(RAGGED)
+    layer, x = encoder.layers[0], torch.randn(sum(RAGGED), 48)
+    sequences = (text.cu_seqlens, text.max_seqlen, 0.0, "sdpa")
+    assert layer(x, *sequences)[1] is None
+    assert layer(x, *sequences, return_qkv=True)[1].shape == (sum(RAGGED), 3 * 48)
+
+
+def test_a_bfloat16_residual_stream_rounds_what_layers_hand_on() -> None:
+    """LayerNorms still compute in float32: it adds about as much to the error as the bfloat16 products make."""
+    encoder, text = from_hf_model(bert(), mlm_head=True), pack(RAGGED)
+    exact, needs = selected(encoder(text.input_ids, text, EVERYTHING), EVERYTHING), EVERYTHING
+    true = {name: x.clone() for name, x in gradients(encoder, exact).items()}
+    errors, gradient_errors = {}, {}
+    for residual in (None, torch.bfloat16):
+        encoder.residual = residual
+        with torch.autocast("cpu", torch.bfloat16):
+            out = encoder(text.input_ids, text, needs)
+        assert all(x.dtype == (residual or torch.float32) for x in out.hidden.values())
+        assert out.head_rows is not None and out.head_rows.dtype == torch.float32
+        errors[residual] = relative_error(out.hidden[3], exact[5])
+        found = gradients(encoder, selected(out, needs))
+        assert all(x.dtype == torch.float32 for x in found.values())
+        gradient_errors[residual] = max(relative_error(x, true[name]) for name, x in found.items())
+    assert errors[torch.bfloat16] < 2 * errors[None] < 0.05
+    assert gradient_errors[None] < 0.05 and gradient_errors[torch.bfloat16] < 0.05
 
 
 def test_dropout_is_off_unless_asked_for() -> None:

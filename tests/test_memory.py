@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from packed_text import VOCAB, pack
 from safetensors.torch import load_file
 
 from fastkd import memory, run
 from fastkd.config import resolve
 from fastkd.distributed import World
 from fastkd.jsonl import read_jsonl
+from fastkd.matching import release_memory
+from fastkd.models import encoder
+from fastkd.models.encoder import Encoder, EncoderConfig, Needs
 from fastkd.prepare import prepare
 
 PACK = 16 * 32  # tokens of a pack of the small run
@@ -41,15 +45,30 @@ def saved_bytes(options: dict) -> tuple[int, int]:
     return sum(kept.values()), parts.activation_bytes(parts.micro_tokens)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "residual"), [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]
+)
 @pytest.mark.parametrize("method", ["mlm", "minilmv2"])
-def test_activation_bytes_are_what_autograd_keeps(method: str, dtype: str, corpus_file: Path) -> None:
+def test_activation_bytes_are_what_autograd_keeps(method: str, dtype: str, residual: str, corpus_file: Path) -> None:
     options = {
         "preset": "quickstart", "corpus": [str(corpus_file)], "student": "2L-96H-12A", "seq_length": 64,
-        "batch_tokens": 2048, "method": method, "dtype": dtype, "budget_tokens": 1e6,
+        "batch_tokens": 2048, "method": method, "dtype": dtype, "residual": residual, "budget_tokens": 1e6,
     }  # fmt: skip
     found, predicted = saved_bytes(options)
     assert 0.8 * found <= predicted <= 1.25 * found
+
+
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_graphs_of_earlier_rows_do_not_count_against_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the limit of recompilations a whole graph is refused: each row of a comparison starts with none."""
+    monkeypatch.setitem(encoder.GRAPH, "backend", "eager")
+    text = pack((9, 7, 16))
+    for width in (16, 24, 32, 40, 48):
+        release_memory()
+        student = Encoder(EncoderConfig("bert", VOCAB, width, 2, 4, 2 * width, max_positions=64), mlm_head=True)
+        student.compile_graphs()
+        for needs in (Needs(logits=True), Needs(qkv=(2,))):
+            student(text.input_ids, text, needs)
 
 
 @pytest.mark.parametrize(

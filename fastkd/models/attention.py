@@ -7,7 +7,8 @@ another sequence. Query rows may be fewer than key rows: the last layer asks for
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -17,52 +18,101 @@ from torch import Tensor
 from fastkd.models.attention_cpu import cpu_attention
 
 BACKENDS = ("flash_attn", "varlen_attn", "sdpa")  # fastest first
+FUNCTIONS = {
+    "flash_attn": ("flash_attn", "flash_attn_varlen_func"),
+    "varlen_attn": ("torch.nn.attention.varlen", "varlen_attn"),
+}
+LEAST_CAPABILITY = (8, 0)  # of a GPU, for FlashAttention
+HEAD_STEP, WIDEST_HEAD = 8, 256  # FlashAttention's head widths: "head_size must be a multiple of 8", at most 256
+
+
+def has_function(module: str, function: str) -> bool:
+    """Whether a module can be imported and has the function: a package may have another API, or fail to load."""
+    try:
+        return hasattr(importlib.import_module(module), function)
+    except Exception:  # a library built for another torch raises what it likes
+        return False
 
 
 @lru_cache(maxsize=1)
 def available_backends() -> tuple[str, ...]:
     """The backends that this installation can run on its devices, fastest first; ``sdpa`` is always one."""
-    found = ["sdpa"]
-    if torch.cuda.is_available():
-        if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
-            found.insert(0, "varlen_attn")
-        if importlib.util.find_spec("flash_attn") is not None:
-            found.insert(0, "flash_attn")
-    return tuple(found)
+    if not torch.cuda.is_available():
+        return ("sdpa",)
+    return tuple(name for name in BACKENDS if name not in FUNCTIONS or has_function(*FUNCTIONS[name]))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What decides which backends can be taken."""
+
+    device: str  # its type
+    capability: tuple[int, int] | None  # of a GPU
+    dtype: torch.dtype
+    head_width: int
+    dropout: float
+    available: tuple[str, ...] = BACKENDS
+
+    @classmethod
+    def on(cls, device: torch.device | str, dtype: torch.dtype, head_width: int, dropout: float) -> Setting:
+        """On a device of this machine."""
+        device = torch.device(device)
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        return cls(device.type, capability, dtype, head_width, dropout, available_backends())
+
+    def refusal(self, name: str) -> str | None:
+        """Why the backend cannot be taken, or None: only ``sdpa`` can do everything everywhere."""
+        if name == "sdpa":
+            return None
+        if self.device != "cuda":
+            return f"it needs CUDA, not {self.device}"
+        if name not in self.available:
+            return "pip install 'fastkd[flash]' is missing" if name == "flash_attn" else "it needs torch >= 2.11"
+        if self.capability is not None and self.capability < LEAST_CAPABILITY:
+            return "FlashAttention needs compute capability 8.0"
+        if self.dtype not in (torch.float16, torch.bfloat16):
+            return f"{str(self.dtype).removeprefix('torch.')}: FlashAttention takes 16 bits"
+        if self.head_width % HEAD_STEP or self.head_width > WIDEST_HEAD:
+            return f"head width {self.head_width}: FlashAttention takes multiples of {HEAD_STEP} up to {WIDEST_HEAD}"
+        if self.dropout and name == "varlen_attn":
+            return f"dropout {self.dropout:g}: varlen_attn cannot drop attention weights"
+        return None
+
+    def choose(self, override: str | None = None) -> str:
+        """The fastest backend that can be taken, or ``override``.
+
+        Raises:
+            ValueError: ``override`` is unknown, or cannot be taken.
+        """
+        if override is None:
+            return next(name for name in BACKENDS if self.refusal(name) is None)
+        if override not in BACKENDS:
+            raise ValueError(f"--attention {override!r} is unknown; take one of {', '.join(BACKENDS)}")
+        refusal = self.refusal(override)
+        if refusal is not None:
+            raise ValueError(f"--attention {override} cannot be taken ({refusal}); use --attention sdpa")
+        return override
+
+    def remark(self, name: str) -> str | None:
+        """Why a GPU takes ``sdpa``, and what that costs; None of the other backends and of a CPU."""
+        if name != "sdpa" or self.device != "cuda":
+            return None
+        return f"{self.refusal('varlen_attn') or 'as asked'}; sequences are padded, up to 3 times the rows"
 
 
 def choose_backend(
-    device: torch.device | str, dtype: torch.dtype, dropout: float = 0.0, override: str | None = None
+    device: torch.device | str,
+    dtype: torch.dtype,
+    head_width: int,
+    dropout: float = 0.0,
+    override: str | None = None,
 ) -> str:
-    """The backend for tensors of ``dtype`` on ``device``: the fastest that can do it, or ``override``.
+    """The backend for heads of ``head_width`` in ``dtype`` on ``device``: the fastest that can do it, or ``override``.
 
-    Raises ValueError where ``override`` is unknown, not installed, or cannot do what is asked: only ``sdpa``
-    takes float32 or runs off CUDA, and ``varlen_attn`` cannot drop attention weights.
+    Raises ValueError where ``override`` is unknown, not installed, or cannot do what is asked: only ``sdpa`` takes
+    float32, heads of any width, or runs off CUDA, and ``varlen_attn`` cannot drop attention weights.
     """
-    refusals = {name: _refusal(name, torch.device(device), dtype, dropout) for name in BACKENDS}
-    if override is None:
-        return next(name for name, refusal in refusals.items() if refusal is None)
-    if override not in refusals:
-        raise ValueError(f"--attention {override!r} is unknown; take one of {', '.join(BACKENDS)}")
-    if refusals[override] is not None:
-        raise ValueError(f"--attention {override} {refusals[override]}")
-    return override
-
-
-def _refusal(name: str, device: torch.device, dtype: torch.dtype, dropout: float) -> str | None:
-    """Why the backend cannot be taken, or None."""
-    if name == "sdpa":
-        return None
-    if name not in available_backends():
-        install = "pip install 'fastkd[flash]'" if name == "flash_attn" else "torch >= 2.11"
-        return f"is not available here (it needs CUDA and {install}); use --attention sdpa"
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
-        return f"needs 16-bit tensors on CUDA, not {dtype} on {device.type}; use --attention sdpa"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "needs a GPU of compute capability 8.0; use --attention sdpa"
-    if dropout and name == "varlen_attn":
-        return f"cannot drop attention weights; use --dropout 0 (now {dropout}) or --attention sdpa"
-    return None
+    return Setting.on(device, dtype, head_width, dropout).choose(override)
 
 
 def varlen_attention(
@@ -83,7 +133,7 @@ def varlen_attention(
     probability of dropping an attention weight; ``backend`` as in `choose_backend`, which refuses with ValueError.
     """
     if backend is None or not torch.compiler.is_compiling():  # the encoder has chosen before a graph is traced
-        backend = choose_backend(q.device, q.dtype, dropout, backend)
+        backend = choose_backend(q.device, q.dtype, q.shape[-1], dropout, backend)
     if backend == "flash_attn":
         from flash_attn import flash_attn_varlen_func
 

@@ -7,14 +7,18 @@ of transformers' ``BertForMaskedLM`` and ``RobertaForMaskedLM``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.models.attention import choose_backend, varlen_attention
+from fastkd.models.attention import choose_backend
+from fastkd.models.layer import Head, Layer
+
+GRAPH: dict[str, Any] = {"fullgraph": True, "dynamic": False}  # of torch.compile: shapes are the same in every step
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,11 @@ class EncoderConfig:
     def position_offset(self) -> int:
         """Row of the position table of position 0: RoBERTa leaves the first pad_token_id + 1 unused."""
         return self.pad_token_id + 1 if self.family == "roberta" else 0
+
+    @property
+    def head_width(self) -> int:
+        """d, of an attention head."""
+        return self.hidden_size // self.num_heads
 
     @property
     def max_length(self) -> int:
@@ -103,106 +112,28 @@ class Packed(Protocol):
     def predicted(self) -> Tensor: ...  # [M] int64, ascending
 
 
-class Layer(nn.Module):
-    """One post-LN transformer layer with a fused QKV projection.
-
-    The residual stream and the LayerNorms are float32 whatever the products' dtype is: post-LN students lose
-    accuracy when the stream is rounded at every layer, and on a CPU bfloat16 LayerNorms are no faster.
-    """
-
-    def __init__(self, config: EncoderConfig) -> None:
-        super().__init__()
-        D, eps = config.hidden_size, config.layer_norm_eps
-        self.num_heads = config.num_heads
-        self.qkv = nn.Linear(D, 3 * D)
-        self.attention_output = nn.Linear(D, D)
-        self.attention_norm = nn.LayerNorm(D, eps=eps)
-        self.up = nn.Linear(D, config.intermediate_size)
-        self.down = nn.Linear(config.intermediate_size, D)
-        self.output_norm = nn.LayerNorm(D, eps=eps)
-
-    def forward(
-        self,
-        x: Tensor,  # [T, D]
-        cu_seqlens: Tensor,  # [B+1]
-        max_seqlen: int,
-        dropout: float,
-        backend: str | None,
-        rows: Tensor | None = None,  # [M], ascending
-    ) -> tuple[Tensor, Tensor | None]:
-        """Layer output [T, D] and QKV projection [T, 3D]; with ``rows``, those rows of the output alone: [M, D], None.
-
-        Keys and values cover all of x either way.
-        """
-        sequences = (cu_seqlens, max_seqlen, dropout, backend)
-        if rows is None:
-            qkv = self.project(x)
-            q, k, v = qkv.chunk(3, dim=-1)
-            return self._feed_forward(x, self._attend(q, k, v, cu_seqlens, *sequences), dropout), qkv
-        x_rows, D = x.index_select(0, rows), x.shape[-1]
-        q = _linear(x_rows, self.qkv.weight[:D], self.qkv.bias[:D])
-        k, v = _linear(x, self.qkv.weight[D:], self.qkv.bias[D:]).chunk(2, dim=-1)
-        cu_rows = torch.searchsorted(rows, cu_seqlens.long()).int()
-        return self._feed_forward(x_rows, self._attend(q, k, v, cu_rows, *sequences), dropout), None
-
-    def project(self, x: Tensor) -> Tensor:
-        """[T, D] → queries, keys and values side by side, [T, 3D]."""
-        return _linear(x, self.qkv.weight, self.qkv.bias)
-
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_q: Tensor,
-        cu_k: Tensor,
-        longest: int,
-        dropout: float,
-        backend: str | None,
-    ) -> Tensor:
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in (q, k, v))
-        context = varlen_attention(q, k, v, cu_q, cu_k, longest, longest, dropout=dropout, backend=backend)
-        return context.flatten(1)
-
-    def _feed_forward(self, x: Tensor, context: Tensor, dropout: float) -> Tensor:
-        """From the layer's input and its attention's context to the layer's output, row by row."""
-        attended = self.attention_output(context)
-        x = self.attention_norm(x + F.dropout(attended, dropout, training=dropout > 0))
-        expanded = self.down(F.gelu(_linear(x, self.up.weight, self.up.bias)))
-        return self.output_norm(x + F.dropout(expanded, dropout, training=dropout > 0))
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x Wᵀ + b with x in the weight's dtype: a teacher's is bfloat16; of a student's, autocast takes care."""
-    return F.linear(x.to(weight.dtype), weight, bias)
-
-
-class Head(nn.Module):
-    """The MLM head up to the decoder, whose weight is the word embeddings'."""
-
-    def __init__(self, config: EncoderConfig) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[M, D] → [M, D] float32."""
-        x = F.gelu(_linear(x, self.dense.weight, self.dense.bias))
-        return self.norm(x.to(self.norm.weight.dtype))
-
-
 class Encoder(nn.Module):
     """Embeddings, layers and, with ``mlm_head``, the masked-language-model head.
 
-    ``attention`` names a backend of ``attention.py`` (None: the fastest). Initialised as BERT is, from
-    ``seed``: weights normal with standard deviation ``initializer_range``, biases 0, LayerNorms 1, the
-    padding token's embedding 0.
+    ``attention`` names a backend of ``attention.py`` (None: the fastest), ``residual`` the dtype of what the embeddings
+    and layers hand on (None: that of the LayerNorms). Initialised as BERT is, from ``seed``: weights normal with standard deviation
+    ``initializer_range``, biases 0, LayerNorms 1, the padding token's embedding 0.
     """
 
-    def __init__(self, config: EncoderConfig, *, mlm_head: bool, attention: str | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        config: EncoderConfig,
+        *,
+        mlm_head: bool,
+        attention: str | None = None,
+        residual: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
-        self.config, self.attention = config, attention
+        self.config, self.attention, self.residual = config, attention, residual
+        # Functions of the class, so that a copy of this encoder runs its own weights.
+        self._graph: Callable[..., Outputs] = Encoder._run
+        self._embedding: Callable[..., Tensor] = Encoder.embed
         D = config.hidden_size
         self.word_embeddings = nn.Embedding(config.vocab_size, D, padding_idx=config.pad_token_id)
         self.position_embeddings = nn.Embedding(config.max_positions, D)
@@ -235,12 +166,25 @@ class Encoder(nn.Module):
             raise ValueError("this encoder has no MLM head; use a method without logits, such as minilmv2")
         return self.head.bias
 
+    def compile_graphs(self, *, layerwise: bool = False) -> None:
+        """Compile the forward, embeddings and head included, as one graph, or as one of each layer.
+
+        One graph fuses across layers, but its backward hands over all gradients at once, at its end. ``layerwise``
+        hands over each layer's when it has them, so that ranks can exchange them meanwhile.
+        """
+        if not layerwise:
+            self._graph = torch.compile(Encoder._run, **GRAPH)
+            return
+        self._embedding = torch.compile(Encoder.embed, **GRAPH)
+        for module in (*self.layers, *([] if self.head is None else [self.head])):
+            module.compile(**GRAPH)
+
     def embed(self, ids: Tensor, position_ids: Tensor, dropout: float) -> Tensor:
         """[T] ids → [T, D]: words, positions and type 0 summed, then LayerNorm."""
         offset = self.config.position_offset
         places = self.position_embeddings.weight[offset:] + self.type_embeddings.weight[0]
         x = self.embedding_norm(self.word_embeddings(ids) + F.embedding(position_ids, places))
-        return F.dropout(x, dropout, training=dropout > 0)
+        return F.dropout(x, dropout, training=dropout > 0).to(self.residual or x.dtype)
 
     def forward(self, ids: Tensor, batch: Packed, needs: Needs, *, dropout: float = 0.0) -> Outputs:
         """Run what ``needs`` reads and nothing more, exactly.
@@ -249,37 +193,56 @@ class Encoder(nn.Module):
         outputs and attention weights. The last layer needed stops at its QKV projection if only that is read,
         and computes queries, attention and feed-forward for predicted rows only if only those are.
         """
+        if needs.logits and self.head is None:
+            raise ValueError("this encoder has no MLM head; use a method without logits, such as minilmv2")
+        # A graph sees the batch's tensors alone: what else differs from step to step, such as the lengths, would be
+        # compiled into it.
+        tensors = (ids, batch.position_ids, batch.cu_seqlens, batch.predicted)
+        backend = self._backend(ids.device, dropout)
+        return self._graph(self, *tensors, batch.max_seqlen, needs, dropout, backend)
+
+    def _run(
+        self,
+        ids: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        predicted: Tensor,
+        max_seqlen: int,
+        needs: Needs,
+        dropout: float,
+        backend: str,
+    ) -> Outputs:
         out, depth = Outputs(), needs.depth(self.config.num_layers)
-        sequences = (batch.cu_seqlens, batch.max_seqlen, dropout, self._backend(ids.device, dropout))
-        x, rows = self.embed(ids, batch.position_ids, dropout), None
+        sequences = (cu_seqlens, max_seqlen, dropout, backend)
+        x = self._embedding(self, ids, position_ids, dropout)
         for number in range(1, depth + 1):
-            layer = cast(Layer, self.layers[number - 1])
+            layer, qkv = cast(Layer, self.layers[number - 1]), None
             if number - 1 in needs.hidden:
                 out.hidden[number - 1] = x
             extent = needs.extent(number, self.config.num_layers)
             if extent == "predicted":
-                rows, _ = layer(x, *sequences, rows=batch.predicted)
+                rows, _ = layer(x, *sequences, rows=predicted)
                 return self._finish(out, rows, needs)
             if extent == "projection":
                 qkv = layer.project(x)
             else:
-                x, qkv = layer(x, *sequences)
-            if number in needs.qkv:
+                x, qkv = layer(x, *sequences, return_qkv=number in needs.qkv)
+            if qkv is not None:
                 q, k, v = qkv.chunk(3, dim=-1)
                 out.qkv[number] = q, k, v
         if depth in needs.hidden:
             out.hidden[depth] = x
-        return self._finish(out, x.index_select(0, batch.predicted) if needs.rows else None, needs)
+        return self._finish(out, x.index_select(0, predicted) if needs.rows else None, needs)
 
     def _finish(self, out: Outputs, rows: Tensor | None, needs: Needs) -> Outputs:
         if needs.last_rows:
             out.last_rows = rows
         if needs.logits:
-            if self.head is None or rows is None:
-                raise ValueError("this encoder has no MLM head; use a method without logits, such as minilmv2")
+            assert self.head is not None
             out.head_rows = self.head(rows)
         return out
 
-    def _backend(self, device: torch.device, dropout: float) -> str | None:
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        return choose_backend(device, dtype or self.word_embeddings.weight.dtype, dropout, self.attention)
+    def _backend(self, device: torch.device, dropout: float) -> str:
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else self.word_embeddings.weight.dtype
+        return choose_backend(device, dtype, self.config.head_width, dropout, self.attention)

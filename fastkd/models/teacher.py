@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from fastkd.models.attention import Setting
 from fastkd.models.captured import Captured
 from fastkd.models.encoder import Encoder, EncoderConfig, Needs, Outputs, Packed
 from fastkd.models.float8 import quantise
@@ -24,7 +25,8 @@ class Teacher:
     Products run in ``dtype``: their weights and the word embeddings are cast to it once, and LayerNorms, positions
     and the residual stream stay float32, as under autocast. With ``float8`` the layers' products run in that. Layers
     above the deepest one read, and the MLM head where no logits are, are dropped from memory. It is no nn.Module:
-    nothing can put it into training mode or hand its parameters to an optimiser. With ``compile`` its layers are
+    nothing can put it into training mode or hand its parameters to an optimiser. ``attention`` names a backend (None: the
+    fastest that takes its head width). With ``compile`` its forward is
     compiled and, on CUDA, forwards of the first one's shapes are one CUDA graph, whose outputs the next overwrites.
     """
 
@@ -43,10 +45,11 @@ class Teacher:
         self.encoder = _cast(_cut(loaded.encoder, needs).to(device), dtype)
         if float8:
             quantise(self.encoder.layers)
-        self.encoder.attention = attention
+        setting = Setting.on(device, dtype, self.config.head_width, 0.0)
+        self.attention = self.encoder.attention = setting.choose(attention)
+        self.attention_remark = setting.remark(self.attention)
         if compile:
-            for layer in self.encoder.layers:
-                layer.compile(fullgraph=True, dynamic=False)
+            self.encoder.compile_graphs()
         self._captures = compile and torch.device(device).type == "cuda"
         self._captured: Captured | None = None
 
