@@ -94,7 +94,7 @@ class METHOD(Method):
         q_s, k_s, _ = student.qkv[m]
         q_t, k_t, _ = teacher.qkv[g]
         error = score_mse(
-            q_s, k_s, q_t, k_t, batch.cu_seqlens, self.student_config.num_heads, max_seqlen=batch.max_seqlen
+            q_s, k_s, q_t, k_t, batch.sequences, self.student_config.num_heads, max_seqlen=batch.max_seqlen
         )
         return error * batch.pairs_share  # the mean over the pairs of the whole batch, not of this micro-batch
 
