@@ -24,19 +24,17 @@ CHUNK_ROWS = 4096  # of linear_kd
 
 
 def scaling(kernel: str, case: Any) -> list[Step]:
-    """What a loss's backward does: it scales the gradients, eagerly, where a floor takes that for free.
+    """What a loss's backward does, where a floor takes it for free: it scales the gradients in one pass.
 
-    linear_kd: of dx and dW in float32 (read 4, write 4, then a cast where the operands are narrower). The others: of
-    gradients in the operands' dtype, through float32.
+    linear_kd's dx and dW are read in float32 and written in the operands' dtype; the others' keep that dtype.
     """
     size = case.dtype.itemsize
-    cast = 4 + size if size < 4 else 0
     if kernel == "linear_kd":
-        return [Step(0, (8 + cast) * case.student_width * (case.rows + case.vocabulary))]
+        return [Step(0, (4 + size) * case.student_width * (case.rows + case.vocabulary))]
     if kernel not in ("relation_kl", "score_mse"):
         return []
     gradients = 2 if kernel == "score_mse" else 1 + case.cross
-    return [Step(0, (8 + 2 * cast) * gradients * sum(case.lengths) * case.student_width)]
+    return [Step(0, 2 * size * gradients * sum(case.lengths) * case.student_width)]
 
 
 def parts(method: Any, work: Work) -> dict[str, list[Step]]:

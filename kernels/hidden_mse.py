@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.kernels import tiling
+from fastkd.kernels import packed, tiling
 from fastkd.kernels.tiling import Build, jit
 
 try:
@@ -44,7 +44,7 @@ def _difference_kernel(  # type: ignore[no-untyped-def]
     loss_ptr,  # [programs]: Σ (s − t)² of a block
     size, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Program (block): its entries, which are anything's but no row's."""
+    """Program (block): its entries, wherever rows begin."""
     entry = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = entry < size
     student = tl.load(s_ptr + entry, mask=inside, other=0.0).to(tl.float32)
@@ -110,8 +110,7 @@ def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     if torch.is_grad_enabled():
         raise RuntimeError("hidden_mse has no second derivative: call backward without create_graph=True")
     (difference,) = ctx.saved_tensors
-    factor = grad_loss * (2 / max(difference.numel(), 1))
-    return (difference.to(factor.dtype) * factor).to(difference.dtype), None, None
+    return packed.scaled(difference, grad_loss * (2 / max(difference.numel(), 1))), None, None
 
 
 _hidden_mse.register_autograd(_backward, setup_context=_setup_context)

@@ -84,6 +84,14 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """x · factor in ``dtype`` (default: x's), rounded once, as it is written: one pass without a copy in float32.
+
+    ``factor`` is a scalar. Given one dimension it is not rounded to x's dtype before the product.
+    """
+    return torch.mul(x, factor.view(1), out=torch.empty_like(x, dtype=dtype))
+
+
 def padded(cu_seqlens: Tensor, bound: int) -> Group:
     """All sequences as one group, padded to ``bound``, without reading ``cu_seqlens`` on the host."""
     return Group(*padded_rows(cu_seqlens, bound), padded=True)

@@ -677,8 +677,7 @@ def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
         raise RuntimeError("relation_kl has no second derivative: call backward without create_graph=True")
     dq, dk = ctx.saved_tensors
     factor = grad_loss / (ctx.heads * max(len(dq), 1))
-    grad_query, grad_key = ((x.to(factor.dtype) * factor).to(x.dtype) for x in (dq, dk))
-    return grad_query, grad_key if ctx.cross else None, *[None] * 6
+    return packed.scaled(dq, factor), packed.scaled(dk, factor) if ctx.cross else None, *[None] * 6
 
 
 _relation_kl.register_autograd(_backward, setup_context=_setup_context)

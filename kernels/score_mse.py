@@ -307,8 +307,7 @@ def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     if torch.is_grad_enabled():
         raise RuntimeError("score_mse has no second derivative: call backward without create_graph=True")
     dq, dk, factor = ctx.saved_tensors
-    factor = grad_loss * factor
-    return *((x.to(factor.dtype) * factor).to(ctx.dtype) for x in (dq, dk)), *[None] * 6
+    return *(packed.scaled(x, grad_loss * factor, ctx.dtype) for x in (dq, dk)), *[None] * 6
 
 
 _score_mse.register_autograd(_backward, setup_context=_setup_context)

@@ -13,7 +13,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-import made_model
 import pytest
 import torch
 from hypothesis import settings
@@ -24,6 +23,8 @@ settings.load_profile("fastkd")
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import made_model  # noqa: E402  (its imports decorate kernels)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
