@@ -547,7 +547,7 @@ def _products(dz: Tensor, student: _Head, start: int, out: _Gradients) -> None:
 
 def _wide_product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
     """out = a b, or out += a b, of half-precision matrices and in the float32 that they are accumulated in."""
-    options = {"out_dtype": torch.float32} if a.is_cuda and a.dtype != torch.float32 else {}
+    options: dict[str, Any] = {"out_dtype": torch.float32} if a.is_cuda and a.dtype != torch.float32 else {}
     if not options:
         a, b = a.float(), b.float()
     if add:
