@@ -297,7 +297,7 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     share = tl.load(share_ptr).to(tl.float32)
     kl_RC = tl.zeros((STEP, TILE), tl.float32)
     db_RC = tl.zeros((STEP, TILE), tl.float32)
-    for start in range(0, min(BLOCK_M, rows - first_row), STEP):
+    for start in range(0, BLOCK_M, STEP):
         rows_R = start + tl.arange(0, STEP)
         exists = first_row + rows_R < rows
         counts = exists
@@ -444,7 +444,9 @@ def _gradient(
 ) -> None:
     """Step 3: add to ``partial``, and leave dz in the student's logits if they are to be written."""
     tiles, stride = student.maximum.shape[1], student.centred.stride(0)
-    _gradient_kernel[(tiles, -(-rows // launch.block_m))](
+    tile = stride // tiles
+    block_m = min(launch.block_m, max(launch.block_n // tile, _power_of_two(rows)))  # few rows need no empty steps
+    _gradient_kernel[(tiles, -(-rows // block_m))](
         student.centred,
         student.total,
         student.total_ce if write else None,
@@ -459,14 +461,14 @@ def _gradient(
         LOG2E / terms.temperature,
         terms.kl_weight * terms.temperature,
         terms.ce_weight,
-        TILE=stride // tiles,
+        TILE=tile,
         HAS_TEACHER=teacher is not None,
         HAS_LABELS=labels is not None,
         HAS_CE=write and terms.ce_weight != 0,
         HAS_SUM_CE=write and student.total_ce is not None,
         HAS_DB=partial.db is not None,
         WRITE=write,
-        BLOCK_M=launch.block_m,
+        BLOCK_M=block_m,
         BLOCK_N=launch.block_n,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
@@ -545,7 +547,7 @@ def _products(dz: Tensor, student: _Head, start: int, out: _Gradients) -> None:
 
 def _wide_product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
     """out = a b, or out += a b, of half-precision matrices and in the float32 that they are accumulated in."""
-    options = {"out_dtype": torch.float32} if a.is_cuda and a.dtype != torch.float32 else {}
+    options: dict[str, Any] = {"out_dtype": torch.float32} if a.is_cuda and a.dtype != torch.float32 else {}
     if not options:
         a, b = a.float(), b.float()
     if add:
