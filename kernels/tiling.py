@@ -164,18 +164,6 @@ def using(kernel: str, tile: Tile) -> Iterator[None]:
         TABLE = kept
 
 
-@contextmanager
-def using(kernel: str, tile: Tile) -> Iterator[None]:
-    """Inside the block every launch of ``kernel`` takes ``tile``, whatever its width, length and architecture."""
-    global TABLE
-    assert kernel in TABLE, f"{kernel!r} is none of {', '.join(TABLE)}"
-    kept, TABLE = TABLE, {**TABLE, kernel: {"any": (Row(tile),)}}
-    try:
-        yield
-    finally:
-        TABLE = kept
-
-
 def backend(name: str | None, x: Tensor) -> str:
     """The backend for ``x``: by default "triton" on a GPU (float64 apart), else "blocked".
 
