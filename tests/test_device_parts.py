@@ -161,6 +161,8 @@ def test_kernels(tmp_path: Path, scratch: Path) -> None:
 # ---- blocks ---------------------------------------------------------------------------------------------------
 
 
+# Triton 3.6's interpreter, of numbers that a loop is bounded by.
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 def test_blocks(tmp_path: Path, scratch: Path) -> None:
     rows = rows_of("blocks", tmp_path, scratch)
     tiles = [row for row in rows if row["what"] == "tile"]
