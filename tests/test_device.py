@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -71,7 +72,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.syspath_prepend(str(folder.parent))
     path = os.pathsep.join([str(folder.parent), os.environ.get("PYTHONPATH", "")])
     monkeypatch.setenv("PYTHONPATH", path)
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # it holds the scratch folder
     return "trial_parts"
 
 
@@ -191,7 +192,7 @@ def test_a_process_and_what_it_leaves_behind_end_together(tmp_path: Path) -> Non
 
 
 def test_the_command_measures_the_machine_and_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # it holds the scratch folder
     out = tmp_path / "out"
     assert main(["--device", "cpu", "--minutes", "4", "--parts", "full_step,environment", "--out", str(out)]) == 0
     assert list(outcomes(out)) == ["environment", "full_step"]  # in the suite's order
