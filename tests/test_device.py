@@ -145,7 +145,10 @@ def test_a_signal_ends_the_part_and_still_writes_the_page(package: str, tmp_path
         f"sys.exit(Suite(pathlib.Path({str(out)!r}), 'cpu', 5.0, ['a_good', 'c_hang', 'd_missing'], "
         f"package={package!r}).start().run())"
     )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]]),
+        "TMPDIR": str(tmp_path),
+    }
     os.mkfifo(tmp_path / "hanging")  # in the parts' working folder
     driver = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL, cwd=tmp_path)
     (tmp_path / "hanging").read_text()  # waits for the part
