@@ -227,7 +227,7 @@ GOALS = (
     _times(f"linear_kd: {_LIGER}", "linear_kd", 1, lambda name: name.startswith(("liger", "orda")), "gradient_error"),
     _times("relation_kl: 20 times as fast as eager", "relation_kl", 20, EAGER.__contains__),
     _times("score_mse: 20 times as fast as eager", "score_mse", 20, EAGER.__contains__),
-    *(_roofline(kernel) for kernel in ("linear_kd", "relation_kl", "score_mse")),
+    *(_roofline(kernel) for kernel in ("linear_kd", "relation_kl", "score_mse", "hidden_mse")),
     _memory("linear_kd", "[rows, vocabulary]"),
     _memory("relation_kl", "[length, length]"),
     _memory("score_mse", "[length, length]"),

@@ -14,8 +14,6 @@ from fastkd.config import resolve
 from fastkd.distributed import World
 from fastkd.prepare import Parts, prepare
 
-SEED = 1  # of the student: of the teacher's own, 0, equal shapes would be equal models
-
 
 def files(context: Context, teacher: str) -> tuple[str, list[str]]:
     """Folder of a random teacher of this size, and the corpus; what an earlier part made is taken again."""
@@ -29,5 +27,5 @@ def parts(context: Context, method: str, *, teacher: str, student: str, **option
     folder, corpus = files(context, teacher)
     name = "teacher" if methods.load(method).METHOD.uses_teacher else "tokenizer"
     values: dict[str, Any] = {"preset": "quickstart", "method": method, name: folder, "student": student}
-    values |= {"corpus": corpus, "budget_tokens": 1e15, "seed": SEED, **options}
+    values |= {"corpus": corpus, "budget_tokens": 1e15, **options}
     return prepare(resolve(values), World(device=torch.device(context.device)))
