@@ -52,11 +52,12 @@ def absent_h100() -> Iterator[None]:
     """
     if torch.version.cuda is None:
         raise ValueError("Inductor writes CUDA code with a CUDA build of torch only: install one (it needs no GPU)")
-    answers, interface = _answers(), device_interface.CudaInterface
-    shared = {name: staticmethod(answers[name]) for name in answers if hasattr(interface, name)}
+    interface = device_interface.CudaInterface
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.multiple(torch.cuda, **answers))
-        stack.enter_context(mock.patch.multiple(interface, **shared))
+        for name, answer in _answers().items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, answer))
+            if hasattr(interface, name):
+                stack.enter_context(mock.patch.object(interface, name, staticmethod(answer)))
         stack.enter_context(mock.patch.object(fake_tensor, "init_gpu_context", lambda _: None))
         target = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32))
         stack.enter_context(mock.patch.object(driver, "_active", target))

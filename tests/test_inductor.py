@@ -1,0 +1,24 @@
+"""Inductor's code for a GPU that is not here: what it holds of the encoder."""
+
+import pytest
+import torch
+
+from fastkd.models.encoder import EncoderConfig
+
+if torch.version.cuda is None:
+    pytest.skip("Inductor writes CUDA code with a CUDA build of torch", allow_module_level=True)
+
+from bench.inductor import read
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of a device that is not there
+def test_a_step_is_one_graph_without_fills_or_eager_operations() -> None:
+    config = EncoderConfig("bert", 300, 64, 2, 2, 128)
+    found, code = read(config, tokens=512, method="mlm", residual="float32", layerwise=False)
+    for direction in ("forward", "backward"):
+        work = found[direction]
+        assert work["graphs"] == 1
+        assert work["kernels"] > 0 and work["kernel_bytes"] > 0
+        assert work["fills"] == 0 and not work["eager"]
+    assert found["forward"]["calls"]["_varlen_attn"] == found["backward"]["calls"]["_varlen_attn_backward"] == 2
+    assert "triton" in code
