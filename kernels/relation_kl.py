@@ -178,7 +178,7 @@ def _short_tile(  # type: ignore[no-untyped-def]
     query_s, key_s, query_t, key_t = sources
     kt = load_tile(key_t, start, count, head, WIDTH_T, LENGTH, PAD_T, DOT)
     k = load_tile(key_s, start, count, head, WIDTH_S, LENGTH, PAD_S, DOT)
-    loss = tl.zeros([ROWS], tl.float32)
+    loss = 0.0
     upper = tl.zeros([ROWS, LENGTH], DOT)
     lower = upper
     for i in tl.range(0, LENGTH, ROWS, num_stages=1):
@@ -189,19 +189,19 @@ def _short_tile(  # type: ignore[no-untyped-def]
             q = load_tile(query_s, start + i, count - i, head, WIDTH_S, ROWS, PAD_S, DOT)
         upper = lower
         lower, kl = _short_rows(q, k, qt, kt, count, scale_s, scale_t, DOT, NEAR, ROWS, LENGTH)
-        loss += kl
+        loss += tl.sum(kl)
     g = lower
     if ROWS < LENGTH:
         g = tl.reshape(tl.permute(tl.join(upper, lower), (2, 0, 1)), (LENGTH, LENGTH))
     dq = tl.dot(g, k, input_precision="ieee")
+    if not CROSS:
+        dq = tl.dot(tl.trans(g), k, dq, input_precision="ieee")
+    store_tile(dq_ptr, width, start, count, head, dq * alpha, WIDTH_S, LENGTH, PAD_S)
     if CROSS:
         q = load_tile(query_s, start, count, head, WIDTH_S, LENGTH, PAD_S, DOT)
         dk = tl.dot(tl.trans(g), q, input_precision="ieee") * alpha
         store_tile(dk_ptr, width, start, count, head, dk, WIDTH_S, LENGTH, PAD_S)
-    else:
-        dq = tl.dot(tl.trans(g), k, dq, input_precision="ieee")
-    store_tile(dq_ptr, width, start, count, head, dq * alpha, WIDTH_S, LENGTH, PAD_S)
-    return tl.sum(loss)
+    return loss
 
 
 @jit
