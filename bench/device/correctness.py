@@ -30,7 +30,6 @@ from bench.device.part import Context, Row, Rows
 from fastkd import methods, plots, profiler
 from fastkd.data.batches import Batch
 from fastkd.models import hf
-from fastkd.models.attention import choose_backend
 from fastkd.models.teacher import Teacher
 from fastkd.prepare import Parts
 from fastkd.tables import Table, numeric
@@ -172,11 +171,11 @@ Step = tuple[Tensor, list[Tensor]]  # loss and gradients, in float64 on the CPU
 
 def _step(parts: Parts, model: hf.Loaded, batch: Batch, device: torch.device, dtype: torch.dtype) -> Step:
     """Loss and gradients of a copy of the student, with a teacher, in this dtype on this device."""
-    wide, attention = torch.promote_types(dtype, torch.float32), choose_backend(device, dtype)
+    wide = torch.promote_types(dtype, torch.float32)
     student, method = copy.deepcopy(parts.student).to(device, wide), copy.deepcopy(parts.method).to(device, wide)
-    student.attention, teacher = attention, None
+    student.attention, teacher = None, None  # the fastest that takes this dtype
     if method.teacher_needs is not None:
-        teacher = Teacher(model, method.teacher_needs, device=device, dtype=dtype, attention=attention)
+        teacher = Teacher(model, method.teacher_needs, device=device, dtype=dtype)
         if dtype == torch.float64:
             teacher.encoder.double()
     objective, batch = Objective(student, method, teacher, 0.0), batch.to(device)
