@@ -13,6 +13,7 @@ from transformers import AutoModel, PreTrainedModel
 from fastkd.models import encoder as encoder_module
 from fastkd.models.encoder import Encoder, EncoderConfig, Layer, Needs, Outputs
 from fastkd.models.hf import from_hf_model, load
+from fastkd.models.lookup import lookup
 
 EVERYTHING = Needs(logits=True, hidden=(0, 1, 2, 3), qkv=(1, 2, 3), last_rows=True)
 TINY = EncoderConfig("bert", VOCAB, 48, 3, 4, 100, max_positions=64)
@@ -68,6 +69,18 @@ def test_quickstart_teacher_equals_transformers(quickstart_teacher: Path) -> Non
         worst = max(1e-5, 2 * rounding.abs().max().item())
         torch.testing.assert_close(ours32, exact, atol=worst, rtol=0)
         torch.testing.assert_close(ours32, theirs32, atol=worst, rtol=0)
+
+
+def test_a_lookup_is_an_embedding() -> None:
+    table = torch.randn(50, 12, generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(50, (400,), generator=torch.Generator().manual_seed(1))
+    direction = torch.randn(400, 12, generator=torch.Generator().manual_seed(2))
+    found, expected = (table.clone().requires_grad_() for _ in range(2))
+    rows = lookup(found, ids, padding=3)
+    rows.backward(direction)
+    torch.nn.functional.embedding(ids, expected, padding_idx=3).backward(direction)
+    assert torch.equal(rows, table[ids]) and (ids == 3).any()
+    assert torch.equal(found.grad, expected.grad) and not found.grad[3].any()
 
 
 def test_gradients_equal_transformers() -> None:

@@ -22,3 +22,12 @@ def test_a_step_is_one_graph_without_fills_or_eager_operations() -> None:
         assert work["fills"] == 0 and not work["eager"]
     assert found["forward"]["calls"]["_varlen_attn"] == found["backward"]["calls"]["_varlen_attn_backward"] == 2
     assert "triton" in code
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of a device that is not there
+@pytest.mark.parametrize(("method", "added"), [("mlm", 1), ("minilmv2", 0)])
+def test_no_gradient_is_added_up_in_any_order(method: str, added: int) -> None:
+    """Of the embeddings none is; the predicted rows, all different, are added to zeros: one addition a place."""
+    config = EncoderConfig("bert", 300, 64, 2, 2, 128)
+    _, code = read(config, tokens=512, method=method, residual="float32", layerwise=False)
+    assert code.count("tl.atomic_add") == added

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastkd.models.attention import choose_backend
 from fastkd.models.layer import Head, Layer
+from fastkd.models.lookup import lookup
 
 GRAPH: dict[str, Any] = {"fullgraph": True, "dynamic": False}  # of torch.compile: shapes are the same in every step
 
@@ -183,7 +184,8 @@ class Encoder(nn.Module):
         """[T] ids → [T, D]: words, positions and type 0 summed, then LayerNorm."""
         offset = self.config.position_offset
         places = self.position_embeddings.weight[offset:] + self.type_embeddings.weight[0]
-        x = self.embedding_norm(self.word_embeddings(ids) + F.embedding(position_ids, places))
+        words = lookup(self.word_embeddings.weight, ids, self.config.pad_token_id)
+        x = self.embedding_norm(words + lookup(places, position_ids))
         return F.dropout(x, dropout, training=dropout > 0).to(self.residual or x.dtype)
 
     def forward(self, ids: Tensor, batch: Packed, needs: Needs, *, dropout: float = 0.0) -> Outputs:
