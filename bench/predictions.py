@@ -56,10 +56,10 @@ KINDS = {
     "product": Kind(0.66, 0.84, 1.0, "cuBLAS, one dimension long: 650 of an H100's 989 TFLOP/s"),
     "logits": Kind(0.60, 0.84, 1.0, "epilogue of exponentials and stores, hidden behind other tiles' products in part"),
     "attention": Kind(0.35, 0.68, 0.4, "FlashAttention-2, no Hopper instructions; short sequences are bound by bytes"),
-    "short": Kind(0.40, 0.84, 0.40, "one block a multiprocessor: load, product, exponentials take turns", serial=True),
-    "rows": Kind(
-        0.20, 0.84, 0.25, "as short; small products with a wait each, statistics in 4-byte loads", serial=True
+    "short": Kind(
+        0.50, 0.84, 0.50, "two blocks a multiprocessor; the instructions around an exponential take turns", serial=True
     ),
+    "rows": Kind(0.20, 0.84, 0.25, "small products with a wait each, statistics in 4-byte loads", serial=True),
 }
 
 
