@@ -3,7 +3,8 @@
 import importlib.util
 import json
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 # Before anything imports torch or triton: two xdist workers share two cores, and a kernel that is decorated
@@ -15,6 +16,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
 # The same examples each time, and however slow the machine is.
@@ -29,17 +31,24 @@ import made_model  # noqa: E402  (its imports decorate kernels)
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test of a module that computes on a GPU is marked so; without one, what is marked is skipped.
-
-    The benches' shapes need 15 GB for their float64 references: under ``-n 8 --dist loadgroup`` one worker takes them all.
-    """
+    """A test of a module that computes on a GPU is marked so; without one, what is marked is skipped."""
     for item in items:
         if getattr(getattr(item, "module", None), "DEVICE", "cpu") == "cuda":
             item.add_marker(pytest.mark.gpu)
-        if item.name.startswith("test_bench_shapes"):
-            item.add_marker(pytest.mark.xdist_group("bench shapes"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    """The benches' shapes need 15 GB for their float64 references: one worker at a time takes that, and gives it back."""
+    if not item.name.startswith("test_bench_shapes"):
+        return (yield)
+    with FileLock(Path(tempfile.gettempdir()) / "fastkd-bench-shapes.lock"):
+        try:
+            return (yield)
+        finally:
+            torch.cuda.empty_cache()
 
 
 def packaged(package: str, requirement: str) -> Path:
@@ -76,6 +85,9 @@ def shard_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of the tests' own, so that nothing of the user's is read or written."""
     folder = tmp_path_factory.mktemp("cache")
     os.environ["XDG_CACHE_HOME"] = str(folder)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(
+        folder / "inductor"
+    )  # what a killed compiler left elsewhere is not loaded
     return folder
 
 

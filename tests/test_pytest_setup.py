@@ -61,17 +61,20 @@ def test_what_computes_on_a_gpu_is_marked_so(tmp_path: Path) -> None:
     assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, done.stdout
 
 
-GROUPED = """
-import os, pytest
+SHAPES = """
+import pathlib, pytest
 
 @pytest.mark.parametrize("case", range(6))
 def test_bench_shapes_on_a_gpu(case):
-    print("WORKER", os.environ["PYTEST_XDIST_WORKER"])
+    with (pathlib.Path(__file__).parent / "log").open("a") as log:
+        print("begin", file=log, flush=True)
+        sum(range(3_000_000))
+        print("end", file=log, flush=True)
 """
 
 
-def test_one_worker_takes_all_shapes_of_the_benches(tmp_path: Path) -> None:
+def test_one_worker_at_a_time_takes_shapes_of_the_benches(tmp_path: Path) -> None:
     pytest.importorskip("xdist")
-    done = run_pytest(tmp_path, GROUPED, "-n", "2", "--dist", "loadgroup")
-    workers = {line for line in done.stdout.splitlines() if line.startswith("WORKER")}
-    assert done.returncode == 0 and len(workers) == 1, done.stdout
+    done = run_pytest(tmp_path, SHAPES, "-n", "2", "--dist", "load")
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "log").read_text().split() == ["begin", "end"] * 6

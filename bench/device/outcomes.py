@@ -5,7 +5,6 @@ pytest -p bench.device.outcomes --outcomes FILE tests        a line of JSON a te
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if "PYTEST_XDIST_WORKER" not in os.environ and config.getoption("--outcomes"):  # the controller hears of all tests
+    if not hasattr(config, "workerinput") and config.getoption("--outcomes"):  # xdist's controller hears of all tests
         config.pluginmanager.register(_Writer(config.getoption("--outcomes")))
 
 
