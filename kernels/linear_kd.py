@@ -1213,10 +1213,9 @@ def _gradient_build(
     signature = logits | offsets | {"labels_ptr": "*i64", "share_ptr": "*fp64", "kl_ptr": "*fp32", "db_ptr": "*fp32"}
     signature |= {"rows": "i32", "stride": "i32", "exponent": "fp32", "kl_factor": "fp32", "ce_weight": "fp32"}
     flags = ("HAS_TEACHER", "HAS_LABELS", "HAS_CE", "HAS_SUM_CE", "HAS_DB", "WRITE")
-    outputs, case = (("WRITE", "HAS_DB"), "") if db else (("WRITE",), ", no db")
-    if not write:
-        outputs, case = (), ", value"
-    signature, constants = _variant((*_TERMS[terms], *outputs), signature, *flags)
+    on = (*_TERMS[terms], *("WRITE",) * write, *("HAS_DB",) * (write and db))
+    case = ("" if db else ", no db") if write else ", value"
+    signature, constants = _variant(on, signature, *flags)
     return tiling.Build(
         name=f"linear_kd.gradient {_TYPES[dtype]} tiles of {tile} {terms}{case}",
         kernel=_gradient_kernel,
