@@ -178,10 +178,12 @@ def _short_tile(  # type: ignore[no-untyped-def]
     query_s, key_s, query_t, key_t = sources
     kt = load_tile(key_t, start, count, head, WIDTH_T, LENGTH, PAD_T, DOT)
     k = load_tile(key_s, start, count, head, WIDTH_S, LENGTH, PAD_S, DOT)
-    loss = 0.0
+    loss = tl.zeros([ROWS], tl.float32)
+    # Two zeros, not one with two names: the compiler would not see that the loop changes ``upper``, and keep its zeros.
+    # Addresses and masks are made anew for each half (no LICM): kept from the first, they do not fit the registers.
     upper = tl.zeros([ROWS, LENGTH], DOT)
-    lower = upper
-    for i in tl.range(0, LENGTH, ROWS, num_stages=1):
+    lower = tl.zeros([ROWS, LENGTH], DOT)
+    for i in tl.range(0, LENGTH, ROWS, num_stages=1, disable_licm=True):
         qt = kt
         q = k
         if CROSS or ROWS < LENGTH:
@@ -189,7 +191,7 @@ def _short_tile(  # type: ignore[no-untyped-def]
             q = load_tile(query_s, start + i, count - i, head, WIDTH_S, ROWS, PAD_S, DOT)
         upper = lower
         lower, kl = _short_rows(q, k, qt, kt, count, scale_s, scale_t, DOT, NEAR, ROWS, LENGTH)
-        loss += tl.sum(kl)
+        loss += kl
     g = lower
     if ROWS < LENGTH:
         g = tl.reshape(tl.permute(tl.join(upper, lower), (2, 0, 1)), (LENGTH, LENGTH))
@@ -201,7 +203,7 @@ def _short_tile(  # type: ignore[no-untyped-def]
         q = load_tile(query_s, start, count, head, WIDTH_S, LENGTH, PAD_S, DOT)
         dk = tl.dot(tl.trans(g), q, input_precision="ieee") * alpha
         store_tile(dk_ptr, width, start, count, head, dk, WIDTH_S, LENGTH, PAD_S)
-    return loss
+    return tl.sum(loss)
 
 
 @jit

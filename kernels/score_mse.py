@@ -92,8 +92,9 @@ def _short_kernel(  # type: ignore[no-untyped-def]
         qt = load_tile((qt_ptr, qt_stride), start, count, head, WIDTH_T, BLOCK_M, PAD_T, DOT)
         q = load_tile((q_ptr, q_stride), start, count, head, WIDTH_S, BLOCK_M, PAD_S, DOT)
         squares = tl.zeros([BLOCK_M], tl.float32)
+        # Two zeros, not one with two names: the compiler would not see that the loop changes ``left``, and keep its zeros.
         left = tl.zeros([BLOCK_M, COLUMNS], DOT)
-        right = left
+        right = tl.zeros([BLOCK_M, COLUMNS], DOT)
         for j in tl.range(0, BLOCK_M, COLUMNS, num_stages=1):
             kt = load_tile((kt_ptr, kt_stride), start + j, count - j, head, WIDTH_T, COLUMNS, PAD_T, DOT)
             k = load_tile((k_ptr, k_stride), start + j, count - j, head, WIDTH_S, COLUMNS, PAD_S, DOT)
