@@ -106,7 +106,10 @@ class RunConfig:
     teacher_dtype: Literal["auto", "float8"] = option(
         "auto", "the teacher's; float8 (torchao): refused if it moves the loss by 1%% more than bfloat16 does"
     )
-    attention: str | None = option(None, "attention backend; default: the fastest at hand")
+    attention: str | None = option(
+        None,
+        "flash_attn, varlen_attn or sdpa; default: for student and teacher the fastest that takes their head widths",
+    )
     compile: bool | None = option(None, "torch.compile student and teacher; default: on CUDA only")
     checkpoint_minutes: float = option(10.0, "minutes between checkpoints; 0 saves after every step")
     validations: int = option(
