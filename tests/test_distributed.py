@@ -25,11 +25,21 @@ def environment(**extra: str) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1"} | extra
 
 
-@pytest.mark.parametrize("method", ["mlm", "minilmv2", "tinybert"])
-def test_two_ranks_equal_one_with_twice_the_micro_batch(method: str, small: list[str], tmp_path: Path) -> None:
+NO_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+
+
+@pytest.mark.parametrize(
+    ("method", "compile"),
+    [("mlm", "false"), ("minilmv2", "false"), ("tinybert", "false"), pytest.param("mlm", "true", marks=NO_COMPILER)],
+)
+def test_two_ranks_equal_one_with_twice_the_micro_batch(
+    method: str, compile: str, small: list[str], tmp_path: Path
+) -> None:
+    """And where each rank compiles its layers, which one rank alone would compile as one graph."""
     options = [*small, "--method", method, "--budget-tokens", "8500"]
-    assert run.main([*options, "--micro-batch", "1024", "--output-dir", str(tmp_path / "one")]) == 0
-    argv = torchrun(*options, "--micro-batch", "512", "--output-dir", str(tmp_path / "two"))
+    alone = ["--micro-batch", "1024", "--compile", "false", "--output-dir", str(tmp_path / "one")]
+    assert run.main([*options, *alone]) == 0
+    argv = torchrun(*options, "--micro-batch", "512", "--compile", compile, "--output-dir", str(tmp_path / "two"))
     result = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two"))
