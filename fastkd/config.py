@@ -101,7 +101,9 @@ class RunConfig:
         "auto", "compute dtype; auto: bfloat16 where it is faster than float32 (a CPU is measured)"
     )
     residual: Literal["float32", "bfloat16"] = option(
-        "float32", "dtype of the student's residual stream; bfloat16 moves fewer bytes and rounds after every layer"
+        "float32",
+        "dtype of the student's residual stream; bfloat16 (of bfloat16 products alone) moves fewer bytes and rounds after "
+        "every layer",
     )
     teacher_dtype: Literal["auto", "float8"] = option(
         "auto", "the teacher's; float8 (torchao): refused if it moves the loss by 1%% more than bfloat16 does"
