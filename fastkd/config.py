@@ -44,6 +44,7 @@ RANGES: dict[str, tuple[float, float]] = {
 BFLOAT16_STREAM = "--residual bfloat16 needs --dtype bfloat16: the products of a float32 run would round their inputs"
 # Options that change what is shown or where it lies, not what is trained: no part of a run's name.
 PRESENTATION = ("output_dir", "log_to", "log_every", "trace")
+FREE_TO_CHANGE = (*PRESENTATION, "checkpoint_minutes")  # when a run goes on
 
 
 def option(default: Any, help: str) -> Any:
@@ -100,12 +101,17 @@ class RunConfig:
         "auto", "compute dtype; auto: bfloat16 where it is faster than float32 (a CPU is measured)"
     )
     residual: Literal["float32", "bfloat16"] = option(
-        "float32", "dtype of the student's residual stream; bfloat16 moves fewer bytes and rounds after every layer"
+        "float32",
+        "dtype of the student's residual stream; bfloat16 (of bfloat16 products alone) moves fewer bytes and rounds after "
+        "every layer",
     )
     teacher_dtype: Literal["auto", "float8"] = option(
         "auto", "the teacher's; float8 (torchao): refused if it moves the loss by 1%% more than bfloat16 does"
     )
-    attention: str | None = option(None, "attention backend; default: the fastest at hand")
+    attention: str | None = option(
+        None,
+        "flash_attn, varlen_attn or sdpa; default: for student and teacher the fastest that takes their head widths",
+    )
     compile: bool | None = option(None, "torch.compile student and teacher; default: on CUDA only")
     checkpoint_minutes: float = option(10.0, "minutes between checkpoints; 0 saves after every step")
     validations: int = option(
@@ -201,6 +207,17 @@ class Resolved:
         """The resolved configuration, as config.toml holds it; options that are not set are left out."""
         return to_toml(dataclasses.asdict(self.run)) + "\n[method_options]\n" + to_toml(dataclasses.asdict(self.method))
 
+    def continues(self, toml: str) -> bool:
+        """Whether a config.toml, perhaps an older one, means this run: an option that it lacks had its default."""
+        try:
+            run = tomllib.loads(toml)
+        except tomllib.TOMLDecodeError:
+            return False
+        method = run.pop("method_options", {})
+        return _choices(self.run) == _choices(RunConfig(), run) and _choices(self.method) == _choices(
+            type(self.method)(), method
+        )
+
 
 class _Parser(HfArgumentParser):
     """argparse says usage and error over many lines; a user's mistake here is one line. A switch alone means true."""
@@ -278,6 +295,12 @@ def _without_teacher(values: dict[str, Any], explicit: dict[str, Any]) -> dict[s
             "--init-from-teacher, or choose another method"
         )
     return values | {"tokenizer": values.get("tokenizer") or values.get("teacher"), "teacher": None}
+
+
+def _choices(options: Any, changes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What options with some changes say of what is trained."""
+    values = dataclasses.asdict(options) | (changes or {})
+    return {name: value for name, value in values.items() if value is not None and name not in FREE_TO_CHANGE}
 
 
 def _namespace(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

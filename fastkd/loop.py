@@ -122,6 +122,7 @@ class Loop:
 
     def _run(self, traced: Callable[[], None]) -> None:
         self.trainer.clock = profiler.PhaseClock(self.trainer.device)
+        self._shuffle_first_epoch()
         while True:
             while len(self.issued) >= STEPS_AHEAD or (self.issued and self.trainer.device.type == "cpu"):
                 self._settle()
@@ -141,6 +142,12 @@ class Loop:
         if decision.interrupted:
             self.save()
             raise Interrupted(f"stopped at step {self.totals.step}; issue the same command again to resume")
+
+    def _shuffle_first_epoch(self) -> None:
+        """Have every rank shuffle the epoch of the next step, which a resumed run does not know yet, before any waits in
+        a decision: for a large corpus it takes longer than peers wait for one that may be gone."""
+        self.parts.step_cost(self.totals.step)
+        barrier(self.world)
 
     def _read(self) -> list[Batch]:
         """This rank's micro-batches of the next step; those of the steps after it are read meanwhile."""

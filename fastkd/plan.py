@@ -216,10 +216,10 @@ def _teacher(parts: Parts) -> dict[str, Any] | None:
 def render(plan: dict[str, Any], console: Console) -> None:
     """Print a plan, a line a fact."""
     student, teacher, q = plan["student"], plan["teacher"], quantities
-    flops = plan["flops_per_token"]
+    flops, rounded = plan["flops_per_token"], ", bfloat16 residual stream" if plan["residual"] == "bfloat16" else ""
     rows = [
         ("preset", f"{plan['preset']} ({plan['preset_reason']})"),
-        ("device", f"{plan['devices']} × {plan['device']}, {plan['dtype']}, residual stream {plan['residual']}, "
+        ("device", f"{plan['devices']} × {plan['device']}, {plan['dtype']}{rounded}, "
                    f"attention {_attention(plan)}, compile {'on' if plan['compile'] else 'off'}"),
         ("method", f"{plan['method']}, learning rate {plan['lr']:g}"),
         ("student", f"{student['spec']}, {q.count(student['parameters'])} parameters"

@@ -64,7 +64,10 @@ class Parts:
     def set_micro_batch(self, tokens: int) -> None:
         """Cut the training batches into micro-batches of so many tokens; what a step holds does not depend on it."""
         config, world = self.config, self.world
-        self.micro_tokens = tokens
+        before, self.micro_tokens = self.micro_tokens, tokens
+        if before:
+            self.stream = self.stream.recut(tokens)
+            return
         self.stream = BatchStream(
             self.shards,
             SpecialIds.of(self.tokenizer),

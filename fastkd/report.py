@@ -177,6 +177,8 @@ def _corpus_text(corpus: Mapping[str, Any]) -> str:
 
 def _numerics(plan: Mapping[str, Any]) -> Iterator[str]:
     yield str(plan["dtype"])
+    if plan.get("residual") == "bfloat16":
+        yield "bfloat16 residual stream"
     yield f"{plan['attention']} attention"
     yield "compiled" if plan["compile"] else "not compiled"
 

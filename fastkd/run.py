@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from fastkd import atomic, environment, monitor, plan, profiler
-from fastkd.config import PRESENTATION, Resolved, parse
+from fastkd.config import Resolved, parse
 from fastkd.distributed import World, barrier, finish, on_main, start
 from fastkd.loop import Interrupted, Loop
 from fastkd.models import hf
@@ -121,18 +121,13 @@ def check_folder(folder: Path, resolved: Resolved) -> Run | None:
     """
     atomic.check_writable(folder / "checkpoints", *(folder / name for name in FILES))
     config = folder / "config.toml"
-    if config.exists() and _identity(config.read_text("utf-8", "replace")) != _identity(resolved.to_toml()):
+    if config.exists() and not resolved.continues(config.read_text("utf-8", "replace")):
         raise ValueError(f"{folder} holds a run of another configuration: give another --output-dir, or remove it")
     if config.exists():
         return read_run(folder)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no run: give another --output-dir")
     return None
-
-
-def _identity(toml: str) -> list[str]:
-    """The lines of a configuration that make it this run and no other."""
-    return [line for line in toml.splitlines() if not line.startswith((*PRESENTATION, "checkpoint_minutes"))]
 
 
 def with_measured_dtype(resolved: Resolved, began: Run | None, world: World) -> Resolved:

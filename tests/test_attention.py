@@ -209,6 +209,16 @@ def test_the_fastest_that_can_is_chosen(changes: dict[str, object], chosen: str,
             setting.choose(other)
 
 
+def test_a_refusal_names_what_is_missing_and_what_works() -> None:
+    setting = Setting(**{**H100, "available": WITHOUT_PACKAGE})  # type: ignore[arg-type]
+    with pytest.raises(ValueError) as refusal:
+        setting.choose("flash_attn")
+    assert str(refusal.value) == (
+        "--attention flash_attn cannot be taken (flash_attn_varlen_func cannot be imported: pip install 'fastkd[flash]'); "
+        "use --attention sdpa, or leave it out"
+    )
+
+
 def test_a_backend_that_was_asked_for_is_remarked_on() -> None:
     assert Setting(**H100).remark("sdpa") == "as asked; sequences are padded, up to 3 times the rows"  # type: ignore[arg-type]
 

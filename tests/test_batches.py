@@ -240,6 +240,22 @@ def test_every_epoch_is_shuffled_once_and_ahead_of_its_need(shards: Shards, shuf
     assert digest(step) == digest(stream(shards, batch_tokens=PACK, micro_tokens=PACK).step(i))
 
 
+def test_a_recut_stream_is_another_micro_batch_of_the_same_steps(
+    shards: Shards, shuffles: list[tuple[int, str]]
+) -> None:
+    """Nothing is shuffled for it, as a run that halves its micro-batch may have a large corpus."""
+    whole = stream(shards, world=2, rank=1, micro_tokens=4 * PACK)
+    expected = digest(whole.step(3))
+    before = len(shuffles)
+    halves = whole.recut(2 * PACK)
+    found, counted = digest(halves.step(3)), halves.tokens_of(3)
+    assert len(shuffles) == before
+    assert found == digest(stream(shards, world=2, rank=1, micro_tokens=2 * PACK).step(3)) != expected
+    assert digest(whole.step(3)) == expected and counted == whole.tokens_of(3)
+    with pytest.raises(ValueError, match="--batch-tokens is"):
+        whole.recut(3 * PACK)
+
+
 def test_closing_does_not_wait_for_a_shuffle(shards: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = stream(shards, batch_tokens=PACK, micro_tokens=PACK)
     begun, go = threading.Event(), threading.Event()

@@ -55,6 +55,23 @@ def test_config_toml_reads_back(tmp_path: Path) -> None:
     assert values["corpus"] == ["quickstart"]
 
 
+def test_a_run_goes_on_with_its_own_options_and_may_be_older_than_some_of_them() -> None:
+    resolved = parse([*BUDGET, "--preset", "quickstart", "--dtype", "bfloat16"])
+    toml = resolved.to_toml()
+    older = "".join(line for line in toml.splitlines(keepends=True) if not line.startswith(("residual", "warmup")))
+    assert older != toml and resolved.continues(toml) and resolved.continues(older)
+    for other in (["--residual", "bfloat16"], ["--warmup", "0.1"], ["--relation-heads", "24"], ["--lr", "1e-3"]):
+        changed = parse([*BUDGET, "--preset", "quickstart", "--dtype", "bfloat16", *other])
+        assert (
+            not changed.continues(toml) and not changed.continues(older) and not resolved.continues(changed.to_toml())
+        )
+    unlike = parse(
+        [*BUDGET, "--preset", "quickstart", "--dtype", "bfloat16", "--log-every", "7", "--checkpoint-minutes", "1"]
+    )
+    assert unlike.continues(older)
+    assert not resolved.continues(toml + "an_option_that_went = 1\n") and not resolved.continues("no toml")
+
+
 def test_the_recorded_command_means_the_same_run() -> None:
     argv = [*BUDGET, "--preset", "quickstart", "--corpus", "a.txt", "b.txt", "--as-released", "--lr", "1e-3"]
     resolved = parse(argv)

@@ -1,6 +1,7 @@
 """Two ranks do what one does with twice the micro-batch; a late one is waited for, a lost one ends the job."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,11 +25,21 @@ def environment(**extra: str) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1"} | extra
 
 
-@pytest.mark.parametrize("method", ["mlm", "minilmv2", "tinybert"])
-def test_two_ranks_equal_one_with_twice_the_micro_batch(method: str, small: list[str], tmp_path: Path) -> None:
+NO_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+
+
+@pytest.mark.parametrize(
+    ("method", "compile"),
+    [("mlm", "false"), ("minilmv2", "false"), ("tinybert", "false"), pytest.param("mlm", "true", marks=NO_COMPILER)],
+)
+def test_two_ranks_equal_one_with_twice_the_micro_batch(
+    method: str, compile: str, small: list[str], tmp_path: Path
+) -> None:
+    """And where each rank compiles its layers, which one rank alone would compile as one graph."""
     options = [*small, "--method", method, "--budget-tokens", "8500"]
-    assert run.main([*options, "--micro-batch", "1024", "--output-dir", str(tmp_path / "one")]) == 0
-    argv = torchrun(*options, "--micro-batch", "512", "--output-dir", str(tmp_path / "two"))
+    alone = ["--micro-batch", "1024", "--compile", "false", "--output-dir", str(tmp_path / "one")]
+    assert run.main([*options, *alone]) == 0
+    argv = torchrun(*options, "--micro-batch", "512", "--compile", compile, "--output-dir", str(tmp_path / "two"))
     result = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two"))
@@ -168,6 +179,49 @@ def test_a_rank_that_does_not_come_ends_the_job(tmp_path: Path) -> None:
     result = ranks(MISSING, tmp_path)
     assert result.returncode != 0
     assert "gave up" in result.stderr
+
+
+RESUMED = """
+import os, sys, time
+from datetime import timedelta
+
+import torch
+from fastkd import run
+from fastkd.data import packing
+from fastkd.data.epochs import Epochs
+from fastkd.distributed import start
+
+seconds = 5
+
+
+class Slow(Epochs):  # of a large corpus, on rank 0: every epoch but the first
+    def __init__(self, make):
+        def slow(number):
+            until = time.monotonic() + 2 * seconds
+            while number and time.monotonic() < until:
+                torch.linalg.svdvals(torch.randn(200, 200))
+            return make(number)
+
+        super().__init__(slow)
+
+
+if os.environ["RANK"] == "0":
+    packing.Epochs = Slow
+run.start = lambda: start(timedelta(seconds=seconds))
+sys.exit(run.main())
+"""
+
+
+def test_ranks_that_resume_wait_for_each_others_shuffle(mlm_run: Path, small: list[str], tmp_path: Path) -> None:
+    """Of the epoch in which a run goes on, however long that takes."""
+    folder, script = tmp_path / "run", tmp_path / "resumed.py"
+    shutil.copytree(mlm_run, folder, ignore=shutil.ignore_patterns("final"))
+    script.write_text(RESUMED)
+    options = [*small, "--method", "mlm", "--budget-tokens", "60000", "--output-dir", str(folder)]
+    argv = [*torchrun()[:-2], str(script), *options]
+    result = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert surviving_steps(folder / "ledger.jsonl")[-1]["epoch"] > 1 and (folder / "final").is_dir()
 
 
 FLOAT8 = """

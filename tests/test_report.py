@@ -425,3 +425,9 @@ def test_the_model_card_of_scratch_training_names_no_teacher(tmp_path: Path) -> 
     content = model_card(make_run(tmp_path / "run", plan=PLAN | {"method": "mlm", "teacher": None}), mlm_head=True)
     assert ModelCard(content).data.tags == ["fastkd", "mlm"] and "| teacher | none |" in content
     assert "energy" not in content
+
+
+def test_a_rounded_residual_stream_is_told(tmp_path: Path) -> None:
+    rounded = build_report(make_run(tmp_path / "rounded", plan=PLAN | {"residual": "bfloat16"}))
+    plain = build_report(make_run(tmp_path / "plain", plan=PLAN | {"residual": "float32"}))
+    assert "bfloat16 residual stream" in rounded.read_text() and "residual" not in plain.read_text()

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -157,6 +158,21 @@ def test_the_same_command_again_says_that_it_is_done(mlm_run: Path, small: list[
     assert do(options, mlm_run) == 0
     assert "finished already" in capsys.readouterr().out
     assert (mlm_run / "ledger.jsonl").read_bytes() == before
+
+
+def test_a_run_of_an_older_version_is_resumed_and_reported(mlm_run: Path, small: list[str], tmp_path: Path) -> None:
+    """Its folder knows nothing of what later versions added."""
+    folder = tmp_path / "older"
+    shutil.copytree(mlm_run, folder, ignore=shutil.ignore_patterns("final", "report.html"))
+    config, plan = folder / "config.toml", folder / "plan.json"
+    kept = [line for line in config.read_text().splitlines(keepends=True) if not line.startswith("residual")]
+    config.write_text("".join(kept))
+    younger = ("residual", "attention_remark")
+    plan.write_text(
+        json.dumps({name: value for name, value in json.loads(plan.read_text()).items() if name not in younger})
+    )
+    assert do([*small, "--method", "mlm", "--budget-tokens", "60000"], folder) == 0
+    assert (folder / "final" / "model.safetensors").exists() and (folder / "report.html").exists()
 
 
 def test_another_configuration_is_refused_in_the_same_folder(mlm_run: Path, small: list[str], capsys) -> None:

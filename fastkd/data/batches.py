@@ -3,6 +3,7 @@
 T tokens of a micro-batch, B sequences at most, M predicted positions; P tokens of a pack.
 """
 
+import copy
 import dataclasses
 from collections import deque
 from collections.abc import Generator
@@ -114,18 +115,26 @@ class BatchStream:
         self._packer = Packer(text, pack_tokens=self._pack_tokens, seed=seed)
         self._seq_length = seq_length
         self._device = torch.device(device)
-        self._packs_per_step = batch_tokens // self._pack_tokens
-        self._packs_per_micro = micro_tokens // self._pack_tokens
-        own = self._packs_per_step // world
-        self._own = range(rank * own, (rank + 1) * own, self._packs_per_micro)
+        self._packs_per_step, self._rank, self._world = batch_tokens // self._pack_tokens, rank, world
         self._masked_per_pack = round(mask_rate * self._pack_tokens)
-        self._plain = Assembler(self._packer, special, seed, self._packs_per_micro)
+        self._plain = Assembler(self._packer, special, seed, micro_tokens // self._pack_tokens)
         self._mask = Masker(shards.vocab_size, special.all_special, special.mask, self._masked_per_pack, self._device)
 
     @property
     def unique_tokens(self) -> int:
         """Tokens of the split in use, special tokens not counted."""
         return self._packer.text.tokens
+
+    def recut(self, micro_tokens: int) -> "BatchStream":
+        """The same steps in micro-batches of another size. Both streams share the epochs that are shuffled.
+
+        Raises:
+            ValueError: as when a stream is made.
+        """
+        check_sizes(self._packs_per_step * self._pack_tokens, micro_tokens, self._pack_tokens, self._world)
+        other = copy.copy(self)
+        other._plain = dataclasses.replace(self._plain, packs=micro_tokens // self._pack_tokens)
+        return other
 
     def step(self, i: int) -> list[Batch]:
         """This rank's micro-batches of step ``i``, on the device."""
@@ -176,10 +185,11 @@ class BatchStream:
     def _assemble(self, i: int) -> list[Plain]:
         everything = self._fragments(i)
         length, _ = everything.sizes(self._packs_per_step, self._pack_tokens)
-        mean_pairs = float((length**2).sum()) * self._packs_per_micro / self._packs_per_step
+        packs, own = self._plain.packs, self._packs_per_step // self._world
+        mean_pairs = float((length**2).sum()) * packs / self._packs_per_step
         micros = []
-        for first in self._own:
-            fragments = everything.of(first, first + self._packs_per_micro)
+        for first in range(self._rank * own, (self._rank + 1) * own, packs):
+            fragments = everything.of(first, first + packs)
             micros.append(self._plain(fragments, i * self._packs_per_step + first, mean_pairs))
         return [micro.pinned() for micro in micros] if self._device.type == "cuda" else micros
 

@@ -65,9 +65,10 @@ class Setting:
         if name == "sdpa":
             return None
         if self.device != "cuda":
-            return f"it needs CUDA, not {self.device}"
+            return f"it needs a CUDA device, not a {self.device}"
         if name not in self.available:
-            return "pip install 'fastkd[flash]' is missing" if name == "flash_attn" else "it needs torch >= 2.11"
+            remedy = "pip install 'fastkd[flash]'" if name == "flash_attn" else "it came with torch 2.11"
+            return f"{FUNCTIONS[name][1]} cannot be imported: {remedy}"
         if self.capability is not None and self.capability < LEAST_CAPABILITY:
             return "FlashAttention needs compute capability 8.0"
         if self.dtype not in (torch.float16, torch.bfloat16):
@@ -90,7 +91,9 @@ class Setting:
             raise ValueError(f"--attention {override!r} is unknown; take one of {', '.join(BACKENDS)}")
         refusal = self.refusal(override)
         if refusal is not None:
-            raise ValueError(f"--attention {override} cannot be taken ({refusal}); use --attention sdpa")
+            raise ValueError(
+                f"--attention {override} cannot be taken ({refusal}); use --attention sdpa, or leave it out"
+            )
         return override
 
     def remark(self, name: str) -> str | None:

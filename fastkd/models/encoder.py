@@ -117,8 +117,8 @@ class Encoder(nn.Module):
     """Embeddings, layers and, with ``mlm_head``, the masked-language-model head.
 
     ``attention`` names a backend of ``attention.py`` (None: the fastest), ``residual`` the dtype of what the embeddings
-    and layers hand on (None: that of the LayerNorms). Initialised as BERT is, from ``seed``: weights normal with standard deviation
-    ``initializer_range``, biases 0, LayerNorms 1, the padding token's embedding 0.
+    and layers hand on (None: that of the LayerNorms). Initialised as BERT is, from ``seed``: weights normal with
+    standard deviation ``initializer_range``, biases 0, LayerNorms 1, the padding token's embedding 0.
     """
 
     def __init__(

@@ -25,9 +25,9 @@ class Teacher:
     Products run in ``dtype``: their weights and the word embeddings are cast to it once, and LayerNorms, positions
     and the residual stream stay float32, as under autocast. With ``float8`` the layers' products run in that. Layers
     above the deepest one read, and the MLM head where no logits are, are dropped from memory. It is no nn.Module:
-    nothing can put it into training mode or hand its parameters to an optimiser. ``attention`` names a backend (None: the
-    fastest that takes its head width). With ``compile`` its forward is
-    compiled and, on CUDA, forwards of the first one's shapes are one CUDA graph, whose outputs the next overwrites.
+    nothing can put it into training mode or hand its parameters to an optimiser. ``attention`` names a backend (None:
+    the fastest that takes its head width). With ``compile`` its forward is compiled and, on CUDA, forwards of the first
+    one's shapes are one CUDA graph, whose outputs the next overwrites.
     """
 
     def __init__(
