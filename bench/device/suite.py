@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import unpacking
 from bench.device import page, process
 from bench.device.part import Context
 from fastkd import environment, jsonl
@@ -258,12 +259,10 @@ def _scratch(out: Path) -> Path:
 
 def _unpacked(archive: Path, scratch: Path) -> Path:
     """The folder of a bundle's verified content; what an earlier run unpacked is taken again if it is still whole."""
-    from bench import bundle
-
     folder = scratch / f"bundle-{file_sha256(archive)[:12]}"
     with suppress(ValueError):
-        bundle.opened(folder)
+        unpacking.opened(folder)
         return folder
     shutil.rmtree(folder, ignore_errors=True)
-    bundle.unpack(archive, folder)
+    unpacking.unpack(archive, folder)
     return folder
