@@ -62,15 +62,24 @@ HANGS = "import threading\nprint('noise')\nprint('{\"row\": 1}', flush=True)\nth
 FAILS = "print('{\"row\": 1}', flush=True)\nraise ValueError('no such thing')\n"
 
 
+NOISY = "print('{0: no JSON}')\nprint('{\"bad\": 1}')\nprint('{\"row\": 1}')\nprint('{' * 1_000_000)\nraise SystemExit('end')\n"
 @pytest.mark.parametrize(
     ("source", "seconds", "reason"),
-    [(HANGS, 5.0, "cut off after 5 s"), (FAILS, 60.0, "exit status 1: ValueError: no such thing")],
-    ids=["hangs", "fails"],
+    [
+        (HANGS, 5.0, "cut off after 5 s"),
+        (FAILS, 60.0, "exit status 1: ValueError: no such thing"),
+        (NOISY, 60.0, "exit status 1: end"),
+    ],
+    ids=["hangs", "fails", "makes noise"],
 )
 def test_rows_that_arrived_stay_however_a_worker_ends(source: str, seconds: float, reason: str, tmp_path: Path) -> None:
     (tmp_path / "ends_badly.py").write_text(source)
     found: list[Row] = []
-    assert worker.run(["ends_badly"], seconds, found.append, {"PYTHONPATH": str(tmp_path)}) == reason
+
+    def take(row: Row) -> None:
+        found.append({"row": row["row"]})
+
+    assert worker.run(["ends_badly"], seconds, take, {"PYTHONPATH": str(tmp_path)}) == reason
     assert found == [{"row": 1}]
 
 
