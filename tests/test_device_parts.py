@@ -21,6 +21,7 @@ from bench.device import (
     worker,
 )
 from bench.device.part import Context, Row, Rows
+from bench.device.timer import Timer
 from bench.variants import Spec, fastkd_parts
 from fastkd.kernels import tiling
 from fastkd.models import hf
@@ -183,6 +184,14 @@ def test_blocks(tmp_path: Path, scratch: Path) -> None:
 
 
 def test_tiles_can_be_compiled_by_a_process_of_their_own() -> None:
+@pytest.mark.gpu
+def test_a_call_that_waits_is_timed_by_events_and_spoils_no_later_graph() -> None:
+    timer, x = Timer("cuda"), torch.ones(1 << 20, device="cuda")
+    assert timer.seconds(lambda: float(x.sum()), 3)[1] == "events"
+    seconds, timing = timer.seconds(lambda: x.mul_(1.0), 3)
+    assert timing == "graph" and 0 < seconds < 1e-3
+
+
     failed: list[Row] = []
     named = json.dumps({"device": DEVICE, "tiny": True, "pairs": [[0, 0], [0, 1]]})
     env = {} if DEVICE == "cuda" else {"TRITON_INTERPRET": "1"}

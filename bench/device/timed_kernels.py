@@ -1,7 +1,7 @@
 """Fused losses and their peers, value and gradient together: ``python -m bench.device.timed_kernels JSON``, for ``kernels``.
 
 All contenders of a case are ready before the first is timed, and take turns. On a GPU a call is timed on the device
-alone: as a CUDA graph, or by events where a peer cannot be captured. On a CPU, in tiny sizes, by the wall clock.
+alone (``timer``): as a CUDA graph, or by events where a peer cannot be captured. On a CPU, in tiny sizes, by the wall clock.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from bench import roofline
 from bench.contenders import Contender, Loss, contenders, gradient_error, step
 from bench.device import environment, part, worker
 from bench.device.part import Row
+from bench.device.timer import Timer, broken, give_memory_back
 from bench.memory import gpu_peak
 from fastkd.kernels import packed
 
@@ -80,6 +81,9 @@ class Bench:
     seconds: float
     skip: int
 
+    def __post_init__(self) -> None:
+        self.timer, self.compiling = Timer(self.device), 0.0  # seconds, of the present case
+
     def rows(self) -> Iterator[Row]:
         """The rows of every case that the time allows; before each case a row of kind "case"."""
         started, longest = time.monotonic(), 0.0 if self.tiny else FIRST_S
@@ -114,14 +118,19 @@ class Bench:
                 ready.append((contender, loss, run))
             except Exception as error:
                 yield {"contender": contender.name, "error": _survivable(error)}
-        times = _interleaved([run for *_, run in ready], self.device, self.tiny)
+            self.compiling += time.monotonic() - began if "compiled" in contender.name else 0.0
+        times = _interleaved([run for *_, run in ready], self.timer)
+        few = first_rows(case).inputs(self.device)
         for (contender, loss, run), timed in zip(ready, times, strict=True):
             try:
                 yield {"contender": contender.name, **timed, **self.beside(kernel, case, contender, loss, run, timed)}
             except Exception as error:
                 yield {"contender": contender.name, **timed, "error": _survivable(error)}
         if self.device == "cuda" and ready and ready[0][0].name == "fastkd":
-            yield from self.launches(kernel, case, ready[0][2])
+            try:
+                yield from self.launches(kernel, case, ready[0][2])
+            except Exception as error:
+                print(f"no launches of {case.name}: {_survivable(error)}", file=sys.stderr)
 
     def contenders(self, kernel: str, case: Any) -> Iterable[Contender]:
         """fastkd and its definition in every case, the others in some."""
@@ -171,7 +180,7 @@ class Bench:
             yield row
 
 
-def _interleaved(runs: list[Callable[[], Any]], device: str, tiny: bool) -> list[Row]:
+def _interleaved(runs: list[Callable[[], Any]], timer: Timer) -> list[Row]:
     """Every call's median seconds over rounds in which all take turns, and (max − min)/median; or its error."""
     found: list[Row] = [{} for _ in runs]
     seconds: list[list[float]] = [[] for _ in runs]
@@ -180,7 +189,7 @@ def _interleaved(runs: list[Callable[[], Any]], device: str, tiny: bool) -> list
             if "error" in found[number]:
                 continue
             try:
-                value, found[number]["timing"] = _seconds(run, device, found[number].get("timing"))
+                value, found[number]["timing"] = timer.seconds(run, ROUND_MS, found[number].get("timing"))
                 seconds[number].append(value)
             except Exception as error:
                 found[number] = {"error": _survivable(error)}
@@ -191,28 +200,11 @@ def _interleaved(runs: list[Callable[[], Any]], device: str, tiny: bool) -> list
     return found
 
 
-def _seconds(run: Callable[[], Any], device: str, timing: str | None) -> tuple[float, str]:
-    """A call's seconds, and how they were taken: as before, if it was timed before."""
-    if device == "cpu":
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start, "wall"
-    import triton.testing
-
-    if timing != "events":
-        try:
-            return triton.testing.do_bench_cudagraph(run, rep=ROUND_MS, return_mode="median") / 1e3, "graph"
-        except Exception as error:  # what waits for the device cannot be captured
-            _survivable(error)
-    return triton.testing.do_bench(run, warmup=ROUND_MS, rep=3 * ROUND_MS, return_mode="median") / 1e3, "events"
-
-
 def _survivable(error: Exception) -> str:
     """The error in one line; raised again where the device lies behind it, for then nothing else would run either."""
-    text = str(error)
-    if "CUDA error" in text and "captur" not in text:
+    if broken(error):
         raise error
-    torch.cuda.empty_cache() if torch.cuda.is_available() else None
+    give_memory_back()
     return part.in_one_line(error)
 
 
