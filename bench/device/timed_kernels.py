@@ -20,7 +20,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench import roofline
-from bench.contenders import Contender, Loss, contenders, gradient_error, step
+from bench.contenders import Contender, Loss, contenders, first_rows, gradient_error, step
 from bench.device import environment, part, worker
 from bench.device.part import Row
 from bench.device.timer import Timer, broken, give_memory_back
@@ -43,7 +43,7 @@ WANTED = (
 )
 COMPILED, PEERED = {CE, A48, SCORE}, {A48, KL, KL_CE}
 ROUNDS, ROUND_MS = 3, 10  # of each contender
-FIRST_S, COMPILE_S = 12.0, 20.0  # of a case and of torch.compile, until one was timed
+FIRST_S, COMPILE_S = 12.0, 20.0  # of a case, until one was timed, and of torch.compile
 # Which steps of bench.roofline a Triton kernel does, by a word of its name.
 STEPS: dict[str, dict[str, slice]] = {
     "linear_kd": {"logits": slice(0, -3), "gradient": slice(-3, -2)},
@@ -86,24 +86,26 @@ class Bench:
 
     def rows(self) -> Iterator[Row]:
         """The rows of every case that the time allows; before each case a row of kind "case"."""
-        started, longest = time.monotonic(), 0.0 if self.tiny else FIRST_S
+        started, longest = time.monotonic(), 0.0
         for kernel, case in chosen(self.tiny)[self.skip :]:
             name = f"{case.name} in miniature" if self.tiny else case.name
             names = {"kernel": kernel, "case": name, "dtype": str(case.dtype)[6:]}
             left = self.seconds - (time.monotonic() - started)
-            if left < longest:
-                why = f"takes about {longest:.0f} s, {left:.0f} s were left"
+            needed = 0.0 if self.tiny else longest or FIRST_S
+            if left < needed:
+                why = f"takes about {needed:.0f} s, {left:.0f} s were left"
                 yield {"what": "kernel", **names, "contender": "fastkd", "skipped": why}
                 continue
-            began = time.monotonic()
+            began, self.compiling = time.monotonic(), 0.0
             yield {"what": "case", **names}
             for row in self.case(kernel, case, left):
                 yield {"what": "kernel", **names, **row}
-            longest = max(longest, 0.0 if self.tiny else time.monotonic() - began)
+            longest = max(longest, time.monotonic() - began - self.compiling)  # most cases compile nothing
 
     def case(self, kernel: str, case: Any, left: float) -> Iterator[Row]:
         """One case: what could not be run, then every contender's measurement, then the launches of fastkd's call."""
         ready: list[tuple[Contender, Loss, Callable[[], Any]]] = []
+        inputs = case.inputs(self.device)
         for contender in self.contenders(kernel, case):
             reason = contender.refusal(case, self.device)
             if not reason and "compiled" in contender.name and left < FIRST_S + COMPILE_S:
@@ -111,9 +113,10 @@ class Bench:
             if reason:
                 yield {"contender": contender.name, "skipped": reason}
                 continue
+            began = time.monotonic()
             try:
                 loss = contender.make()
-                run = step(loss, contender.inputs(case, self.device))
+                run = step(loss, contender.taken(inputs))
                 run()
                 ready.append((contender, loss, run))
             except Exception as error:
@@ -122,10 +125,14 @@ class Bench:
         times = _interleaved([run for *_, run in ready], self.timer)
         few = first_rows(case).inputs(self.device)
         for (contender, loss, run), timed in zip(ready, times, strict=True):
+            beside: Row = {}
             try:
-                yield {"contender": contender.name, **timed, **self.beside(kernel, case, contender, loss, run, timed)}
+                beside = {"peak_bytes": gpu_peak(run) if self.device == "cuda" else None}
+                if contender.name != "reference compiled":  # it has its definition's
+                    beside["gradient_error"] = gradient_error(contender, kernel, case, self.device, loss, few)
             except Exception as error:
-                yield {"contender": contender.name, **timed, "error": _survivable(error)}
+                beside["error"] = _survivable(error)
+            yield {"contender": contender.name, **timed, **beside, **self.of_roofline(kernel, case, timed)}
         if self.device == "cuda" and ready and ready[0][0].name == "fastkd":
             try:
                 yield from self.launches(kernel, case, ready[0][2])
@@ -142,18 +149,13 @@ class Bench:
             if contender.name in ("fastkd", "reference") or compiled or peer:
                 yield contender
 
-    def beside(
-        self, kernel: str, case: Any, contender: Contender, loss: Loss, run: Callable[[], Any], timed: Row
-    ) -> Row:
-        """Memory, the gradients' error (what is compiled has its definition's) and the share of the roofline."""
-        found: Row = {"peak_bytes": gpu_peak(run) if self.device == "cuda" else None}
-        if contender.name != "reference compiled":
-            found["gradient_error"] = gradient_error(contender, kernel, case, self.device, loss)
+    def of_roofline(self, kernel: str, case: Any, timed: Row) -> Row:
+        """The least seconds that the peaks allow, and their share of those that were measured."""
         device, which = self.ceilings()
-        if device is not None and kernel in roofline.STEPS and "device_s" in timed:
-            floor = roofline.floor(kernel, case, device)
-            found |= {"floor_s": floor, "of_roofline": floor / timed["device_s"], "roofline": which}
-        return found
+        if device is None or kernel not in roofline.STEPS or "device_s" not in timed:
+            return {}
+        floor = roofline.floor(kernel, case, device)
+        return {"floor_s": floor, "of_roofline": floor / timed["device_s"], "roofline": which}
 
     def ceilings(self) -> tuple[roofline.Device | None, str]:
         """Those that this run measured, else the datasheet's, if the device is known."""
