@@ -23,6 +23,7 @@ from bench.device import (
 from bench.device.part import Context, Row, Rows
 from bench.device.timer import Timer
 from bench.variants import Spec, fastkd_parts
+from fastkd import methods
 from fastkd.kernels import tiling
 from fastkd.models import hf
 
@@ -139,6 +140,21 @@ def test_a_row_without_time_is_left_out_with_its_reason(tmp_path: Path, scratch:
     rows = part.read(tmp_path / "training.jsonl")
     assert len(rows) == len(training.entries(tiny=False)) and all("s were left" in row["skipped"] for row in rows)
     assert "* paper-6l, mlm: left out" in training.markdown(rows)
+
+
+def test_rows_come_in_the_order_of_their_worth_and_one_that_fails_costs_no_other(
+    tmp_path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = training.entries(tiny=False)
+    every = {(size, method) for size in ("paper-6l", "quickstart", "paper-12l") for method in methods.available()}
+    assert {(entry.size, entry.method) for entry in entries if entry.variant == "fastkd"} == every
+    assert {(entry.size, entry.method) for entry in entries[:5]} == {("paper-6l", name) for name in methods.available()}
+    assert [entry.method for entry in entries[:2]] == ["mlm", "minilmv2"] and len(set(entries)) == len(entries) == 17
+    monkeypatch.setattr(train_step, "files", lambda *_: (_ for _ in ()).throw(OSError("no disk")))
+    given = Context("training", str(tmp_path), DEVICE, 300.0, False, None, str(scratch))
+    training.run(given, Rows(given))
+    rows = part.read(tmp_path / "training.jsonl")
+    assert len(rows) == 17 and all(row["error"] == "OSError: no disk" for row in rows)
 
 
 def test_whole_flops_run_the_last_layer_at_every_row(scratch: Path, tmp_path: Path) -> None:
