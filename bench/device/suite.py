@@ -78,6 +78,8 @@ class Suite:
         unknown = [name for name in self.parts or () if name not in there]
         if unknown:
             raise ValueError(f"no part {unknown[0]!r}: take of {', '.join(order)}")
+        if self.parts is not None and not self.parts:
+            raise ValueError(f"--parts names none: take of {', '.join(order)}, or leave it out")
         return {name: there[name] for name in order if self.parts is None or name in self.parts}
 
     def _check(self) -> None:
@@ -86,8 +88,22 @@ class Suite:
         nearest = next(path for path in (self.out, *self.out.absolute().parents) if path.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise ValueError(f"--out {self.out} cannot be written: {nearest} is in the way, name another folder")
+        if not (self.out / page.OUTCOMES).exists():  # results of an earlier run may be replaced, nothing else
+            theirs = [
+                *(self.out.iterdir() if self.out.is_dir() else ()),
+                *(p for p in [archive(self.out)] if p.exists()),
+            ]
+            if theirs:
+                raise ValueError(
+                    f"--out {self.out} would mix with {theirs[0]}, which no run of this wrote: name a new folder"
+                )
         if self.bundle is not None and not self.bundle.is_file():
             raise ValueError(f"--bundle {self.bundle} is no file: make one by python -m bench.bundle, or leave it out")
+
+
+def archive(out: Path) -> Path:
+    """The file beside a folder of results that holds all of it."""
+    return out.absolute().with_name(f"{out.absolute().name}.tar.gz")
 
 
 def available(package: str) -> dict[str, float]:
@@ -126,6 +142,7 @@ class Run:
     def run(self) -> int:
         """Run the parts and write the page. 0: all ran; 4: some did not."""
         self._out.mkdir(parents=True, exist_ok=True)
+        (self._out / page.OUTCOMES).touch()
         outcomes, begun = set[str](), list[Context]()
         with _interruptible():
             try:
@@ -139,7 +156,7 @@ class Run:
             except KeyboardInterrupt:  # between two parts
                 outcomes.add("interrupted")
                 self._write_page()
-        print(f"\n{(self._out / page.NAME).read_text()}\nresults in {self._out} and {self._archive}", flush=True)
+        print(f"\n{(self._out / page.NAME).read_text()}\nresults in {self._out}", flush=True)
         return 0 if outcomes <= {"done"} else 4
 
     def _next(self) -> tuple[Context, float]:
@@ -211,22 +228,23 @@ class Run:
             )
         self._pack()
 
-    @property
-    def _archive(self) -> Path:
-        out = self._out.absolute()
-        return out.with_name(f"{out.name}.tar.gz")
-
     def _pack(self) -> None:
-        """All results in one file, of each log the end."""
-        partial = self._archive.with_name(f".{self._archive.name}.partial")
-        with tarfile.open(partial, "w:gz") as archive:
-            for file in sorted(path for path in self._out.iterdir() if path.is_file()):
-                content = file.read_bytes()
-                content = content[-LOG_BYTES:] if file.suffix == ".log" else content
-                entry = tarfile.TarInfo(f"{self._out.absolute().name}/{file.name}")
-                entry.size, entry.mtime = len(content), int(file.stat().st_mtime)
-                archive.addfile(entry, io.BytesIO(content))
-        partial.replace(self._archive)
+        """All results in one file, of each log the end; that there is no room beside the folder costs this file alone."""
+        whole = archive(self._out)
+        partial = whole.with_name(f".{whole.name}.partial")
+        try:
+            with tarfile.open(partial, "w:gz") as packed:
+                for file in sorted(path for path in self._out.iterdir() if path.is_file()):
+                    content = file.read_bytes()
+                    content = content[-LOG_BYTES:] if file.suffix == ".log" else content
+                    entry = tarfile.TarInfo(f"{self._out.absolute().name}/{file.name}")
+                    entry.size, entry.mtime = len(content), int(file.stat().st_mtime)
+                    packed.addfile(entry, io.BytesIO(content))
+            partial.replace(whole)
+        except OSError as error:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            print(f"{whole} is not written: {error}", flush=True)
 
 
 @contextmanager
