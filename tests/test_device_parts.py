@@ -62,9 +62,9 @@ def test_a_part_without_rows_has_a_table_and_a_picture(name: str, tmp_path: Path
 
 HANGS = "import threading\nprint('noise')\nprint('{\"row\": 1}', flush=True)\nthreading.Event().wait()\n"
 FAILS = "print('{\"row\": 1}', flush=True)\nraise ValueError('no such thing')\n"
-
-
 NOISY = "print('{0: no JSON}')\nprint('{\"bad\": 1}')\nprint('{\"row\": 1}')\nprint('{' * 1_000_000)\nraise SystemExit('end')\n"
+
+
 @pytest.mark.parametrize(
     ("source", "seconds", "reason"),
     [
@@ -184,6 +184,14 @@ def test_kernels(tmp_path: Path, scratch: Path) -> None:
     assert "| linear_kd | ce 768 in miniature bfloat16 | fastkd |" in kernels.markdown(rows)
 
 
+@pytest.mark.gpu
+def test_a_call_that_waits_is_timed_by_events_and_spoils_no_later_graph() -> None:
+    timer, x = Timer("cuda"), torch.ones(1 << 20, device="cuda")
+    assert timer.seconds(lambda: float(x.sum()), 3)[1] == "events"
+    seconds, timing = timer.seconds(lambda: x.mul_(1.0), 3)
+    assert timing == "graph" and 0 < seconds < 1e-3
+
+
 # ---- blocks ---------------------------------------------------------------------------------------------------
 
 
@@ -200,14 +208,6 @@ def test_blocks(tmp_path: Path, scratch: Path) -> None:
 
 
 def test_tiles_can_be_compiled_by_a_process_of_their_own() -> None:
-@pytest.mark.gpu
-def test_a_call_that_waits_is_timed_by_events_and_spoils_no_later_graph() -> None:
-    timer, x = Timer("cuda"), torch.ones(1 << 20, device="cuda")
-    assert timer.seconds(lambda: float(x.sum()), 3)[1] == "events"
-    seconds, timing = timer.seconds(lambda: x.mul_(1.0), 3)
-    assert timing == "graph" and 0 < seconds < 1e-3
-
-
     failed: list[Row] = []
     named = json.dumps({"device": DEVICE, "tiny": True, "pairs": [[0, 0], [0, 1]]})
     env = {} if DEVICE == "cuda" else {"TRITON_INTERPRET": "1"}

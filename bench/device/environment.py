@@ -107,7 +107,7 @@ def _nvidia_smi() -> dict[str, str] | str:
         done = subprocess.run(command, capture_output=True, text=True, timeout=15, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         return part.in_one_line(error)
-    values = [value.strip() for value in done.stdout.splitlines()[0].split(",")]
+    values = [value.strip() for value in done.stdout.partition("\n")[0].split(",")]
     return dict(zip(QUERY, values, strict=False))
 
 
