@@ -183,6 +183,8 @@ def test_an_out_that_is_a_file_is_refused(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "file").write_text("kept")
     assert main(["--device", "cpu", "--out", str(tmp_path / "file" / "out")]) == 2
     assert "is in the way" in capsys.readouterr().err
+    assert main(["--device", "cpu", "--out", "/proc/out"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_files_of_somebody_else_are_never_replaced(

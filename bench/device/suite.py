@@ -63,12 +63,15 @@ class Suite:
 
         Raises:
             ValueError: in one line, what cannot be run. Nothing has been written to ``out`` then.
+            OSError: as one, of the file system.
         """
         started = time.monotonic()
         seconds = self._chosen()
         self._check()
         scratch = _scratch(self.out)
         bundle = None if self.bundle is None else _unpacked(self.bundle, scratch)
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / page.OUTCOMES).touch()  # from here on the folder is a run's
         return Run(self, scratch, bundle, seconds, started)
 
     def _chosen(self) -> dict[str, float]:
@@ -133,7 +136,7 @@ class Run:
         self, suite: Suite, scratch: Path, bundle: Path | None, seconds: dict[str, float], started: float
     ) -> None:
         self._suite, self._out, self._scratch, self._bundle = suite, suite.out, scratch, bundle
-        self._waiting = dict(seconds)
+        self._waiting, self._has_page = dict(seconds), False
         total = 60 * suite.minutes
         self._end = started + total
         self._parts_end = self._end - min(20.0, total / 10)  # the rest is for a last table, the page and the archive
@@ -141,8 +144,6 @@ class Run:
 
     def run(self) -> int:
         """Run the parts and write the page. 0: all ran; 4: some did not."""
-        self._out.mkdir(parents=True, exist_ok=True)
-        (self._out / page.OUTCOMES).touch()
         outcomes, begun = set[str](), list[Context]()
         with _interruptible():
             try:
@@ -157,7 +158,7 @@ class Run:
                 outcomes.add("interrupted")
                 self._write_page()
         print(f"\n{(self._out / page.NAME).read_text()}\nresults in {self._out}", flush=True)
-        return 0 if outcomes <= {"done"} else 4
+        return 0 if outcomes <= {"done"} and self._has_page else 4
 
     def _next(self) -> tuple[Context, float]:
         """The first of the waiting parts, with the seconds it may take."""
@@ -181,7 +182,7 @@ class Run:
             ended = process.run(self._argv(context), environment=self._environment(), log=log, seconds=limit)
             outcome = "cut off" if ended.code is None else "failed" if ended.code else "done"
         except KeyboardInterrupt:
-            ended = process.Ended(None, time.monotonic() - began, process.last_line(log))
+            ended = process.Ended(None, time.monotonic() - began, "")
             outcome = "interrupted"
         self._tell(context, outcome, limit, ended)
         return outcome
@@ -221,7 +222,9 @@ class Run:
         """The page of what is there, and all in one archive. That the page fails must not cost the rows."""
         try:
             page.write(self._out)
+            self._has_page = True
         except Exception:
+            self._has_page = False
             reason = traceback.format_exc()
             (self._out / page.NAME).write_text(
                 f"The page could not be written:\n\n```\n{reason}```\n", encoding="utf-8"
