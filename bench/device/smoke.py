@@ -78,10 +78,10 @@ def checks(context: Context) -> Iterator[Check]:
         for empty in (False, True):
             name = f"attention, width {width}{', a sequence without queries' if empty else ''}"
             yield name, functools.partial(_attention, device, width, empty)
+    if context.device == "cuda":  # before the steps: training with a teacher stands on it
+        yield "a teacher, captured", functools.partial(_captured, context)
     for method in methods.available():
         yield f"one eager step of {method}", functools.partial(_step, context, method)
-    if context.device == "cuda":
-        yield "a teacher, captured", functools.partial(_captured, context)
 
 
 # ---- products -------------------------------------------------------------------------------------------------
