@@ -7,6 +7,8 @@
     glue/         the official files, if given
     bundle.json   size and sha256 of each of these files, where they come from, the versions that made them
 
+``bench.unpacking`` makes a folder of it again.
+
 Teacher and GLUE are never cut. The archive is a tar of two xz streams, the second with the shards and bundle.json, so that
 only that one is compressed again when the text is cut. Contexts of the compression alternate with every second byte, as the values
 do (bfloat16 weights, uint16 token ids): weights shrink to 67% and token ids to about half.
@@ -19,19 +21,17 @@ import io
 import json
 import lzma
 import os
-import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
+from bench.unpacking import FORMAT, INDEX, PARTS, most_bytes
 from fastkd import atomic, environment
 from fastkd.data.sample import write_sample
 from fastkd.data.shards import Shards, build_shards, tokenizer_hash
@@ -41,104 +41,10 @@ from fastkd.models import hf
 from fastkd.prepare import load_model
 from fastkd.run_folder import ancestors
 
-FORMAT = 1
 MAX_MB = 60.0
-INDEX = "bundle.json"
-PARTS = ("teacher", "shards", "glue")
 FILL = 0.99  # of the largest size: an archive this full is not filled further
 TRIES = 6
-
-
-@dataclass(frozen=True)
-class Bundle:
-    """The parts of an unpacked archive."""
-
-    teacher: Path  # what --teacher and --tokenizer take
-    shards: Path  # what --corpus takes
-    glue: Path | None  # what --data of fastkd.glue takes
-
-
-# ---- on the machine without a network -----------------------------------------------------------------------
-
-
-def unpack(archive: str | Path, folder: Path) -> Bundle:
-    """Unpack an archive into a folder, whole and verified or not at all.
-
-    Args:
-        archive: what ``write`` wrote.
-        folder: it must not be there yet, or be empty.
-
-    Raises:
-        ValueError: a file that is no such archive, is damaged, or holds anything but plain files under its own folders;
-            a folder that is in use.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is in use: unpack into a folder that is not there yet")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        _extract(Path(archive), partial)
-        opened(partial)
-        partial.chmod(0o755)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return _parts(folder)
-
-
-def opened(folder: Path) -> Bundle:
-    """The parts of an unpacked archive, every file verified.
-
-    Raises:
-        ValueError: a file that is missing or is not what was packed.
-    """
-    remedy = "unpack the archive again"
-    try:
-        index = json.loads((folder / INDEX).read_bytes())
-        files = {str(name): str(entry["sha256"]) for name, entry in index["files"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{folder} holds no readable {INDEX}: {remedy}") from error
-    if index.get("format") != FORMAT:
-        raise ValueError(f"{folder} was packed by another version of fastkd: pack it again with bench.bundle")
-    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
-        found = pool.map(lambda name: _sha256(folder / name), files)
-        broken = [name for name, sha256 in zip(files, found, strict=True) if sha256 != files[name]]
-    if broken:
-        raise ValueError(f"{folder / broken[0]} is missing or is not what was packed: {remedy}")
-    return _parts(folder)
-
-
-def _parts(folder: Path) -> Bundle:
-    glue = folder / "glue"
-    return Bundle(folder / "teacher", folder / "shards", glue if glue.is_dir() else None)
-
-
-def _sha256(path: Path) -> str | None:
-    try:
-        return file_sha256(path)
-    except OSError:
-        return None
-
-
-def _extract(archive: Path, folder: Path) -> None:
-    try:
-        with lzma.open(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
-            for member in tar:
-                _check(member, archive)
-                tar.extract(member, folder, filter="data")
-    except (OSError, EOFError, lzma.LZMAError, tarfile.TarError) as error:
-        raise ValueError(f"{archive} is not a whole archive of bench.bundle ({error}): copy it again") from error
-
-
-def _check(member: tarfile.TarInfo, archive: Path) -> None:
-    """Refuse what ``write`` never writes, whatever it would do."""
-    path = PurePosixPath(member.name)
-    own = member.name == INDEX or (len(path.parts) > 1 and path.parts[0] in PARTS)
-    if not member.isreg() or not own or ".." in path.parts or "\\" in member.name:
-        raise ValueError(f"{archive} holds {member.name!r}, which is no file of a bundle: do not use it")
-
-
-# ---- where the packages and the text are --------------------------------------------------------------------
+HEADERS = 20_480  # at least the bytes of a tar beside a file's own
 
 
 def write(
@@ -161,7 +67,7 @@ def write(
         seed: of the choice of documents.
 
     Raises:
-        ValueError: what cannot be read, or does not fit even with next to no text.
+        ValueError: what cannot be read, does not fit even with next to no text, or would not be unpacked again.
     """
     with tempfile.TemporaryDirectory(prefix="fastkd-bundle-") as name:
         folder = Path(name)
@@ -178,8 +84,18 @@ def write(
                 f"teacher and GLUE take {len(fixed) / 1e6:.1f} MB and the least text {len(packed) / 1e6:.1f} MB, over --max-mb "
                 f"{max_bytes / 1e6:g}: take a smaller teacher, fewer GLUE tasks, or a larger --max-mb"
             )
+        _check_growth(len(fixed) + len(packed), index)
         atomic.write(out, fixed + packed)
     return index
+
+
+def _check_growth(archive_bytes: int, index: dict[str, Any]) -> None:
+    """Refuse what ``bench.unpacking`` would: text so repetitive that its archive looks like a trap."""
+    unpacked = sum(entry["bytes"] + HEADERS for entry in index["files"].values()) + HEADERS
+    if unpacked > most_bytes(archive_bytes):
+        raise ValueError(
+            f"{unpacked / 1e6:.0f} MB would be packed into {archive_bytes / 1e6:.1f}: the text repeats itself; take another"
+        )
 
 
 def _write_teacher(source: str, folder: Path) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:

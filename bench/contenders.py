@@ -43,7 +43,11 @@ class Contender:
 
     def inputs(self, case: Any, device: str) -> Inputs:
         """Those of the case that it takes."""
-        return {name: x for name, x in case.inputs(device).items() if name not in self.without}
+        return self.taken(case.inputs(device))
+
+    def taken(self, inputs: Inputs) -> Inputs:
+        """Those of these that it takes: drawing the inputs of a large case takes seconds."""
+        return {name: x for name, x in inputs.items() if name not in self.without}
 
 
 def step(loss: Loss, inputs: Inputs) -> Callable[[], tuple[Tensor, tuple[Tensor, ...]]]:
@@ -258,13 +262,15 @@ def entries() -> list[tuple[str, Any, Contender]]:
     return [(kernel, case, contender) for kernel, case in cases() for contender in contenders(kernel)]
 
 
-def gradient_error(contender: Contender, kernel: str, case: Any, device: str, loss: Loss | None = None) -> float:
+def gradient_error(
+    contender: Contender, kernel: str, case: Any, device: str, loss: Loss | None = None, inputs: Inputs | None = None
+) -> float:
     """The worst ‖g − g₆₄‖/‖g₆₄‖ of a gradient, g₆₄ by float64 autograd of the definition, on the case's first rows.
 
-    512 rows of a case that counts rows; of a packed one the sequences that start within its first 1,024 tokens. ``loss``:
-    what the contender made before, if it need not be made again.
+    512 rows of a case that counts rows; of a packed one the sequences that start within its first 1,024 tokens. ``loss``
+    and ``inputs`` (those of `first_rows`): what was made before, if it need not be made again.
     """
-    inputs = contender.inputs(_first_rows(case), device)
+    inputs = contender.taken(first_rows(case).inputs(device) if inputs is None else inputs)
     exact = {
         name: x.detach().double().requires_grad_(x.requires_grad)
         if isinstance(x, Tensor) and x.is_floating_point()
@@ -276,7 +282,8 @@ def gradient_error(contender: Contender, kernel: str, case: Any, device: str, lo
     return max(float((g.double() - e).norm() / e.norm()) for g, e in zip(gradients, expected, strict=True))
 
 
-def _first_rows(case: Any) -> Any:
+def first_rows(case: Any) -> Any:
+    """The case with the rows that a float64 definition is made of."""
     if isinstance(case, packed.Case):
         fitting = sum(sum(case.lengths[:i]) < 1024 for i in range(len(case.lengths)))
         return replace(case, lengths=case.lengths[:fitting])

@@ -229,6 +229,11 @@ def main(argv: list[str] | None = None) -> None:
     unknown = [name for name in (options.sizes or "").split(",") if name and name not in SIZES]
     if unknown:
         parser.error(f"no size {unknown[0]}: take of {', '.join(SIZES)}")
+    unknown = [name for name in options.methods.split(",") if name not in methods.available()]
+    if unknown:
+        parser.error(f"no method {unknown[0]!r}: take of {', '.join(methods.available())}")
+    if options.device == "cuda" and at_hand != "cuda":
+        parser.error("--device cuda: PyTorch finds no GPU")
     everywhere = ["quickstart", "paper-6l", "paper-12l"] if options.device == "cuda" else ["quickstart"]
     results, groups = options.results or RESULTS / device_folder(options.device), []
     for size in options.sizes.split(",") if options.sizes else everywhere:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bench import bundle
+from bench import bundle, unpacking
 from fastkd import plan, run
 from fastkd.data.shards import Shards, build_shards, tokenizer_hash
 from fastkd.models import hf
@@ -37,8 +37,8 @@ def archive(made_teacher: Path, made_corpus: Path, glue: Path, tmp_path_factory:
 
 
 @pytest.fixture(scope="module")
-def unpacked(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> bundle.Bundle:
-    return bundle.unpack(archive, tmp_path_factory.mktemp("unpacked") / "bundle")
+def unpacked(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> unpacking.Bundle:
+    return unpacking.unpack(archive, tmp_path_factory.mktemp("unpacked") / "bundle")
 
 
 def built(made_teacher: Path, made_corpus: Path, folder: Path) -> Shards:
@@ -50,7 +50,7 @@ def documents(shards: Shards, split: str = "train") -> list[tuple[int, ...]]:
     return [tuple(tokens[a:b].tolist()) for a, b in pairwise(offsets)]
 
 
-def test_the_teacher_comes_back_bit_for_bit_in_bfloat16(unpacked: bundle.Bundle, made_teacher: Path) -> None:
+def test_the_teacher_comes_back_bit_for_bit_in_bfloat16(unpacked: unpacking.Bundle, made_teacher: Path) -> None:
     source, found = hf.load(made_teacher), hf.load(unpacked.teacher)
     stored = load_file(unpacked.teacher / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
@@ -60,14 +60,16 @@ def test_the_teacher_comes_back_bit_for_bit_in_bfloat16(unpacked: bundle.Bundle,
     assert tokenizer_hash(found.tokenizer) == tokenizer_hash(source.tokenizer)
 
 
-def test_the_text_is_the_builds(unpacked: bundle.Bundle, made_teacher: Path, made_corpus: Path, tmp_path: Path) -> None:
+def test_the_text_is_the_builds(
+    unpacked: unpacking.Bundle, made_teacher: Path, made_corpus: Path, tmp_path: Path
+) -> None:
     shards, whole = Shards(unpacked.shards), built(made_teacher, made_corpus, tmp_path)
     assert shards.version == whole.version == whole.folder.name
     assert all(documents(shards, split) == documents(whole, split) for split in ("train", "validation"))
     assert shards.unigram_counts().tolist() == whole.unigram_counts().tolist()
 
 
-def test_glue_files_are_the_same_bytes(unpacked: bundle.Bundle, glue: Path) -> None:
+def test_glue_files_are_the_same_bytes(unpacked: unpacking.Bundle, glue: Path) -> None:
     assert unpacked.glue is not None
     found = {path.relative_to(unpacked.glue): path.read_bytes() for path in unpacked.glue.rglob("*") if path.is_file()}
     assert found == {path.relative_to(glue): path.read_bytes() for path in glue.rglob("*.tsv")}
@@ -88,7 +90,7 @@ def test_text_is_cut_until_the_archive_fits(
     limit = archive.stat().st_size - 20_000
     bundle.write(tmp_path / "cut", teacher=str(made_teacher), corpus=[str(made_corpus)], max_bytes=limit)
     assert 0.99 * limit < (tmp_path / "cut").stat().st_size <= limit
-    cut = bundle.unpack(tmp_path / "cut", tmp_path / "bundle")
+    cut = unpacking.unpack(tmp_path / "cut", tmp_path / "bundle")
     assert cut.glue is None
     whole, kept = documents(built(made_teacher, made_corpus, tmp_path / "cache")), documents(Shards(cut.shards))
     places = [whole.index(document) for document in kept]
@@ -113,7 +115,7 @@ def test_what_cannot_fit_is_refused_with_its_sizes(
 
 @pytest.mark.parametrize("command", [run.main, plan.main])
 def test_a_bundle_is_all_that_a_command_needs(
-    command, unpacked: bundle.Bundle, made_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command, unpacked: unpacking.Bundle, made_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is tokenised: the cache stays empty."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -128,13 +130,13 @@ def test_what_a_teacher_was_made_from_is_told(made_teacher: Path, made_corpus: P
     shutil.copytree(made_teacher, tmp_path / "student")
     (tmp_path / "student" / "plan.json").write_text('{"ancestors": ["quickstart"]}')
     bundle.write(tmp_path / "bundle.tar.xz", teacher=str(tmp_path / "student"), corpus=[str(made_corpus)])
-    found = bundle.unpack(tmp_path / "bundle.tar.xz", tmp_path / "bundle")
+    found = unpacking.unpack(tmp_path / "bundle.tar.xz", tmp_path / "bundle")
     assert ancestors(str(found.teacher)) == [str(found.teacher), str(tmp_path / "student"), "quickstart"]
 
 
 @pytest.mark.parametrize("damage", ["flip", "remove", "index"])
 def test_damage_after_unpacking_is_found(damage: str, archive: Path, tmp_path: Path) -> None:
-    bundle.unpack(archive, tmp_path / "bundle")
+    unpacking.unpack(archive, tmp_path / "bundle")
     path = tmp_path / "bundle" / ("bundle.json" if damage == "index" else "glue/SST-2/train.tsv")
     if damage == "remove":
         path.unlink()
@@ -143,7 +145,7 @@ def test_damage_after_unpacking_is_found(damage: str, archive: Path, tmp_path: P
     with pytest.raises(
         ValueError, match=r"(train\.tsv is missing or is not what was packed|bundle\.json): unpack .*again"
     ):
-        bundle.opened(tmp_path / "bundle")
+        unpacking.opened(tmp_path / "bundle")
 
 
 def test_a_broken_archive_leaves_nothing(archive: Path, tmp_path: Path) -> None:
@@ -151,7 +153,7 @@ def test_a_broken_archive_leaves_nothing(archive: Path, tmp_path: Path) -> None:
     for name, broken in {"short": content[: len(content) // 2], "text": b"no archive", "empty": b""}.items():
         (tmp_path / name).write_bytes(broken)
         with pytest.raises(ValueError, match=r"copy it again|unpack the archive again") as error:
-            bundle.unpack(tmp_path / name, tmp_path / "bundle")
+            unpacking.unpack(tmp_path / name, tmp_path / "bundle")
         assert "\n" not in str(error.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "short", "text"]
 
@@ -178,12 +180,75 @@ def test_nothing_but_files_of_a_bundle_is_unpacked(bad: tarfile.TarInfo, tmp_pat
         tar.addfile(member("bundle.json"), io.BytesIO(b"{}  "))
         tar.addfile(bad, io.BytesIO(b"text"))
     with pytest.raises(ValueError, match="is no file of a bundle: do not use it"):
-        bundle.unpack(tmp_path / "in" / "bad", tmp_path / "out" / "bundle")
+        unpacking.unpack(tmp_path / "in" / "bad", tmp_path / "out" / "bundle")
     assert not list((tmp_path / "out").iterdir())
+
+
+def zeros(tar: tarfile.TarFile, name: str, **pax: str) -> None:
+    """A file or a header of a gigabyte that an archive of a kilobyte holds."""
+    info = tarfile.TarInfo(name)
+    info.size, info.pax_headers = (0, pax) if pax else (1 << 30, {})
+    tar.addfile(info, Zeros())
+
+
+class Zeros(io.RawIOBase):
+    """A file without end."""
+
+    def read(self, size: int = -1) -> bytes:
+        return bytes(size)
+
+
+def sparse(tar: tarfile.TarFile, size: int) -> None:
+    """One that is a terabyte large and has no bytes."""
+    info = tarfile.TarInfo("teacher/a")
+    info.pax_headers = {"GNU.sparse.major": "0", "GNU.sparse.map": f"{size},0", "GNU.sparse.size": str(size)}
+    tar.addfile(info, io.BytesIO())
+
+
+@pytest.mark.parametrize(
+    ("fill", "reason"),
+    [
+        (lambda tar: zeros(tar, "teacher/a"), "is larger unpacked than an archive of its size may be: do not use it"),
+        (lambda tar: zeros(tar, "teacher/a", comment="a" * (1 << 28)), "is larger unpacked than"),
+        (lambda tar: sparse(tar, 1 << 40), "holds 'teacher/a', which is no file of a bundle"),
+    ],
+    ids=["content", "header", "sparse"],
+)
+def test_a_small_archive_cannot_fill_the_disk(fill, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    with (
+        lzma.open(tmp_path / "in" / "bad", "wb", preset=0) as stream,
+        tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as tar,
+    ):
+        fill(tar)
+    assert (tmp_path / "in" / "bad").stat().st_size < 300_000
+    with pytest.raises(ValueError, match=reason):
+        unpacking.unpack(tmp_path / "in" / "bad", tmp_path / "out" / "bundle")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_archive_without_a_teacher_or_text_is_refused(tmp_path: Path) -> None:
+    index = b'{"format": 1, "files": {}}'
+    with lzma.open(tmp_path / "empty", "wb") as stream, tarfile.open(fileobj=stream, mode="w") as tar:
+        info = tarfile.TarInfo("bundle.json")
+        info.size = len(index)
+        tar.addfile(info, io.BytesIO(index))
+    with pytest.raises(ValueError, match=r"teacher/config\.json is missing"):
+        unpacking.unpack(tmp_path / "empty", tmp_path / "bundle")
+
+
+def test_what_would_not_be_unpacked_again_is_not_packed(
+    made_teacher: Path, made_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unpacking, "LEAST_BYTES", 0)
+    monkeypatch.setattr(unpacking, "LARGEST_FACTOR", 1)
+    with pytest.raises(ValueError, match="MB would be packed into"):
+        bundle.write(tmp_path / "out", teacher=str(made_teacher), corpus=[str(made_corpus)])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_in_use_is_left_alone(archive: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="is in use: unpack into a folder that is not there yet"):
-        bundle.unpack(archive, tmp_path)
+        unpacking.unpack(archive, tmp_path)
     assert (tmp_path / "file").read_text() == "mine"

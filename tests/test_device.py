@@ -165,6 +165,8 @@ def test_a_signal_ends_the_part_and_still_writes_the_page(package: str, tmp_path
         (["--parts", "smoke,nothing"], "no part 'nothing': take of environment, smoke"),
         (["--minutes", "0"], "--minutes is 0.0"),
         (["--bundle", "missing.tar"], "--bundle missing.tar is no file"),
+        (["--parts", ","], "--parts names none: take of environment, smoke"),
+        (["--minutes", "nan"], "--minutes is nan"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(
@@ -181,6 +183,30 @@ def test_an_out_that_is_a_file_is_refused(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "file").write_text("kept")
     assert main(["--device", "cpu", "--out", str(tmp_path / "file" / "out")]) == 2
     assert "is in the way" in capsys.readouterr().err
+    assert main(["--device", "cpu", "--out", "/proc/out"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_files_of_somebody_else_are_never_replaced(
+    package: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "README.md").write_text("mine")
+    (tmp_path / "backup.tar.gz").write_text("mine")
+    for name in ("docs", "backup"):
+        assert main(["--device", "cpu", "--out", str(tmp_path / name)]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "which no run of this wrote: name a new folder" in said
+    assert (tmp_path / "docs" / "README.md").read_text() == (tmp_path / "backup.tar.gz").read_text() == "mine"
+    assert not (tmp_path / "backup").exists()
+
+
+def test_no_room_for_the_archive_costs_the_archive_alone(
+    package: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / ".out.tar.gz.partial").mkdir()  # in the way, whoever runs this
+    assert suite(tmp_path / "out", package, "a_good", minutes=1.0) == 0
+    assert "out.tar.gz is not written" in capsys.readouterr().out and (tmp_path / "out" / page.NAME).exists()
 
 
 def test_a_process_and_what_it_leaves_behind_end_together(tmp_path: Path) -> None:

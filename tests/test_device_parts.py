@@ -21,7 +21,9 @@ from bench.device import (
     worker,
 )
 from bench.device.part import Context, Row, Rows
+from bench.device.timer import Timer
 from bench.variants import Spec, fastkd_parts
+from fastkd import methods
 from fastkd.kernels import tiling
 from fastkd.models import hf
 
@@ -60,17 +62,26 @@ def test_a_part_without_rows_has_a_table_and_a_picture(name: str, tmp_path: Path
 
 HANGS = "import threading\nprint('noise')\nprint('{\"row\": 1}', flush=True)\nthreading.Event().wait()\n"
 FAILS = "print('{\"row\": 1}', flush=True)\nraise ValueError('no such thing')\n"
+NOISY = "print('{0: no JSON}')\nprint('{\"bad\": 1}')\nprint('{\"row\": 1}')\nprint('{' * 1_000_000)\nraise SystemExit('end')\n"
 
 
 @pytest.mark.parametrize(
     ("source", "seconds", "reason"),
-    [(HANGS, 5.0, "cut off after 5 s"), (FAILS, 60.0, "exit status 1: ValueError: no such thing")],
-    ids=["hangs", "fails"],
+    [
+        (HANGS, 5.0, "cut off after 5 s"),
+        (FAILS, 60.0, "exit status 1: ValueError: no such thing"),
+        (NOISY, 60.0, "exit status 1: end"),
+    ],
+    ids=["hangs", "fails", "makes noise"],
 )
 def test_rows_that_arrived_stay_however_a_worker_ends(source: str, seconds: float, reason: str, tmp_path: Path) -> None:
     (tmp_path / "ends_badly.py").write_text(source)
     found: list[Row] = []
-    assert worker.run(["ends_badly"], seconds, found.append, {"PYTHONPATH": str(tmp_path)}) == reason
+
+    def take(row: Row) -> None:
+        found.append({"row": row["row"]})
+
+    assert worker.run(["ends_badly"], seconds, take, {"PYTHONPATH": str(tmp_path)}) == reason
     assert found == [{"row": 1}]
 
 
@@ -131,6 +142,21 @@ def test_a_row_without_time_is_left_out_with_its_reason(tmp_path: Path, scratch:
     assert "* paper-6l, mlm: left out" in training.markdown(rows)
 
 
+def test_rows_come_in_the_order_of_their_worth_and_one_that_fails_costs_no_other(
+    tmp_path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = training.entries(tiny=False)
+    every = {(size, method) for size in ("paper-6l", "quickstart", "paper-12l") for method in methods.available()}
+    assert {(entry.size, entry.method) for entry in entries if entry.variant == "fastkd"} == every
+    assert {(entry.size, entry.method) for entry in entries[:5]} == {("paper-6l", name) for name in methods.available()}
+    assert [entry.method for entry in entries[:2]] == ["mlm", "minilmv2"] and len(set(entries)) == len(entries) == 17
+    monkeypatch.setattr(train_step, "files", lambda *_: (_ for _ in ()).throw(OSError("no disk")))
+    given = Context("training", str(tmp_path), DEVICE, 300.0, False, None, str(scratch))
+    training.run(given, Rows(given))
+    rows = part.read(tmp_path / "training.jsonl")
+    assert len(rows) == 17 and all(row["error"] == "OSError: no disk" for row in rows)
+
+
 def test_whole_flops_run_the_last_layer_at_every_row(scratch: Path, tmp_path: Path) -> None:
     teacher, corpus = train_step.files(context("training", tmp_path, scratch), "2L-48H-4A")
     spec = Spec("fastkd", "mlm", "1L-48H-4A", teacher, corpus, "cpu", "float32", 16, 16, warmup=1, steps=1)
@@ -156,6 +182,14 @@ def test_kernels(tmp_path: Path, scratch: Path) -> None:
     measured = {row["contender"] for row in rows}
     assert {"orda-kernel", "liger fused_linear_jsd"} <= measured  # measured, or a row that says why not
     assert "| linear_kd | ce 768 in miniature bfloat16 | fastkd |" in kernels.markdown(rows)
+
+
+@pytest.mark.gpu
+def test_a_call_that_waits_is_timed_by_events_and_spoils_no_later_graph() -> None:
+    timer, x = Timer("cuda"), torch.ones(1 << 20, device="cuda")
+    assert timer.seconds(lambda: float(x.sum()), 3)[1] == "events"
+    seconds, timing = timer.seconds(lambda: x.mul_(1.0), 3)
+    assert timing == "graph" and 0 < seconds < 1e-3
 
 
 # ---- blocks ---------------------------------------------------------------------------------------------------

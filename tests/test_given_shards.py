@@ -1,5 +1,6 @@
 """A folder of shards in a corpus's place: every command reads it, verified, and only with its own tokenizer."""
 
+import json
 import os
 import shutil
 from itertools import pairwise
@@ -86,9 +87,21 @@ def spoil(folder: Path) -> None:
     (folder / "index.json").write_text("[]")
 
 
+def forget(folder: Path) -> None:
+    """A file that no digest covers."""
+    index = json.loads((folder / "index.json").read_text())
+    del index["files"]["train.tokens.bin"]
+    (folder / "index.json").write_text(json.dumps(index))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
-    [(truncate, "is corrupted (its sha256 changed)"), (remove, "cannot be read"), (spoil, "holds no shards")],
+    [
+        (truncate, "is corrupted (its sha256 changed)"),
+        (remove, "cannot be read"),
+        (spoil, "holds no shards"),
+        (forget, "holds no shards"),
+    ],
 )
 def test_damage_is_one_line_and_the_folder_is_kept(
     damage, words: str, shards: Shards, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

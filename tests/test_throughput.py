@@ -139,6 +139,16 @@ def test_a_variant_that_fails_is_left_out_with_its_reason(spec: Spec) -> None:
     assert isinstance(reason, str) and "student 'none' is malformed" in reason
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [(["--methods", "mlm,nope"], "no method 'nope': take of"), (["--sizes", "nope"], "no size nope: take of")],
+)
+def test_bad_options_are_refused_before_anything_runs(options: list[str], reason: str, tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        throughput.main([*options, "--results", str(tmp_path / "results")])
+    assert reason in capsys.readouterr().err and not (tmp_path / "results").exists()
+
+
 def test_a_tokenizer_that_is_not_there_is_named(tmp_path: Path, capsys) -> None:
     with pytest.raises(SystemExit):
         throughput.main(["--sizes", "tiny", "--device", "cpu", "--tokenizer", str(tmp_path)])

@@ -7,8 +7,9 @@
 
 Each part runs in a process of its own and is cut off at its limit. ``OUT/README.md`` sets what was measured beside what
 is claimed; ``OUT/<part>.jsonl``, ``.md``, ``.png`` and ``.log`` are a part's rows, table, picture and output, and
-``OUT.tar.gz`` is all of it. A later run into the same folder replaces the parts that it runs. Without a bundle teachers
-are random, with a tokenizer trained on the spot, and text is generated: times are the same, losses mean nothing.
+``OUT.tar.gz`` is all of it. OUT is new, or the folder of an earlier run, in which the parts that run are replaced. Without
+a bundle teachers are random, with a tokenizer trained on the spot, and text is generated: times are the same, losses mean
+nothing.
 
 Exit codes: 0 all parts ran, 2 bad input (one line, nothing written), 4 a part failed, was cut off or was interrupted.
 """
@@ -41,10 +42,14 @@ def main(argv: list[str] | None = None) -> int:
         if options.device == "cuda" and at_hand != "cuda":
             raise ValueError("--device cuda: PyTorch finds no GPU; rehearse with --device cpu")
         run = Suite(options.out, options.device, options.minutes, parts, options.bundle).start()
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return run.run()
+    try:
+        return run.run()
+    except OSError as error:
+        print(f"error: results cannot be written any more: {error}", file=sys.stderr)
+        return 4
 
 
 if __name__ == "__main__":

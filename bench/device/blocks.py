@@ -39,12 +39,12 @@ def run(context: Context, rows: Rows) -> None:
             continue
         try:
             timed = list(tile_search.timed(search, inputs[search.loss, search.case.name], context.device))
+            for row in timed:
+                rows.add(**row)
+            if proposed := tile_search.proposal(search, timed, timed[0]["arch"]):
+                rows.add(**proposed)
         except Exception as error:
             rows.add(**names, error=part.in_one_line(error))
-            continue
-        proposed = tile_search.proposal(search, timed, timed[0]["arch"])
-        for row in [*timed, *([proposed] if proposed else [])]:
-            rows.add(**row)
     if rows.left > SEARCH_S or context.tiny:
         for row in tile_search.chunks(context.device, context.tiny):
             rows.add(**row)

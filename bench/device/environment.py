@@ -82,12 +82,19 @@ def _facts(context: Context) -> Row:
         "in_words": in_words(facts),
         "cpu": _cpu(),
         "cpus": os.cpu_count(),
-        "missing": [name for name in OPTIONAL if importlib.util.find_spec(name) is None],
+        "c_compiler": next(filter(None, map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang"))), None),
+        "missing": [name for name in OPTIONAL if not _installed(name)],
         "nvidia_smi": _nvidia_smi(),
         "cuda": torch.version.cuda,
         "bundle": context.bundle is not None,
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
+
+
+def _installed(package: str) -> bool:
+    with suppress(Exception):  # a package may lie there in pieces
+        return importlib.util.find_spec(package) is not None
+    return False
 
 
 def _cpu() -> str:
@@ -107,7 +114,7 @@ def _nvidia_smi() -> dict[str, str] | str:
         done = subprocess.run(command, capture_output=True, text=True, timeout=15, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         return part.in_one_line(error)
-    values = [value.strip() for value in done.stdout.splitlines()[0].split(",")]
+    values = [value.strip() for value in done.stdout.partition("\n")[0].split(",")]
     return dict(zip(QUERY, values, strict=False))
 
 
@@ -203,8 +210,9 @@ def markdown(rows: Sequence[Row]) -> str:
     blocks = []
     for row in rows:
         if row["what"] == "facts":
-            missing = ", ".join(row["missing"]) or "nothing"
-            blocks.append(f"{row['cpu']}, {row['cpus']} CPUs, load {row['load']}. Missing packages: {missing}.")
+            triton = [] if row["c_compiler"] else ["a C compiler, without which Triton launches nothing"]
+            missing = ", ".join([*row["missing"], *triton]) or "nothing"
+            blocks.append(f"{row['cpu']}, {row['cpus']} CPUs, load {row['load']}. Missing: {missing}.")
         if row["what"] in ("facts", "facts after"):
             when, state = ("before", "after")[row["what"] == "facts after"], row["nvidia_smi"]
             told = state if isinstance(state, str) else ", ".join(f"{name} {value}" for name, value in state.items())

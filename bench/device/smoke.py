@@ -78,10 +78,10 @@ def checks(context: Context) -> Iterator[Check]:
         for empty in (False, True):
             name = f"attention, width {width}{', a sequence without queries' if empty else ''}"
             yield name, functools.partial(_attention, device, width, empty)
+    if context.device == "cuda":  # before the steps: training with a teacher stands on it
+        yield "a teacher, captured", functools.partial(_captured, context)
     for method in methods.available():
         yield f"one eager step of {method}", functools.partial(_step, context, method)
-    if context.device == "cuda":
-        yield "a teacher, captured", functools.partial(_captured, context)
 
 
 # ---- products -------------------------------------------------------------------------------------------------
@@ -172,9 +172,9 @@ def _attention(device: torch.device, width: int, empty: bool) -> str:
     out = varlen_attention(q, k, v, cu_q, cu_k, 128, 128)
     exact = [x.detach().double().requires_grad_() for x in leaves]
     expected = _written_out(exact, queries, keys)
-    direction = torch.randn_like(expected)
-    found = torch.autograd.grad(out, leaves, direction.to(out.dtype))
-    true = torch.autograd.grad(expected, exact, direction)
+    direction = torch.randn_like(out)
+    found = torch.autograd.grad(out, leaves, direction)
+    true = torch.autograd.grad(expected, exact, direction.double())
     for result, reference in zip((out, *found), (expected, *true), strict=True):
         _within(ATTENTION_ERROR, result, reference)
     return choose_backend(device, torch.bfloat16, width)

@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import unpacking
 from bench.device import page, process
 from bench.device.part import Context
 from fastkd import environment, jsonl
@@ -62,12 +63,15 @@ class Suite:
 
         Raises:
             ValueError: in one line, what cannot be run. Nothing has been written to ``out`` then.
+            OSError: as one, of the file system.
         """
         started = time.monotonic()
         seconds = self._chosen()
         self._check()
         scratch = _scratch(self.out)
         bundle = None if self.bundle is None else _unpacked(self.bundle, scratch)
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / page.OUTCOMES).touch()  # from here on the folder is a run's
         return Run(self, scratch, bundle, seconds, started)
 
     def _chosen(self) -> dict[str, float]:
@@ -77,6 +81,8 @@ class Suite:
         unknown = [name for name in self.parts or () if name not in there]
         if unknown:
             raise ValueError(f"no part {unknown[0]!r}: take of {', '.join(order)}")
+        if self.parts is not None and not self.parts:
+            raise ValueError(f"--parts names none: take of {', '.join(order)}, or leave it out")
         return {name: there[name] for name in order if self.parts is None or name in self.parts}
 
     def _check(self) -> None:
@@ -85,8 +91,22 @@ class Suite:
         nearest = next(path for path in (self.out, *self.out.absolute().parents) if path.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise ValueError(f"--out {self.out} cannot be written: {nearest} is in the way, name another folder")
+        if not (self.out / page.OUTCOMES).exists():  # results of an earlier run may be replaced, nothing else
+            theirs = [
+                *(self.out.iterdir() if self.out.is_dir() else ()),
+                *(p for p in [archive(self.out)] if p.exists()),
+            ]
+            if theirs:
+                raise ValueError(
+                    f"--out {self.out} would mix with {theirs[0]}, which no run of this wrote: name a new folder"
+                )
         if self.bundle is not None and not self.bundle.is_file():
             raise ValueError(f"--bundle {self.bundle} is no file: make one by python -m bench.bundle, or leave it out")
+
+
+def archive(out: Path) -> Path:
+    """The file beside a folder of results that holds all of it."""
+    return out.absolute().with_name(f"{out.absolute().name}.tar.gz")
 
 
 def available(package: str) -> dict[str, float]:
@@ -116,7 +136,7 @@ class Run:
         self, suite: Suite, scratch: Path, bundle: Path | None, seconds: dict[str, float], started: float
     ) -> None:
         self._suite, self._out, self._scratch, self._bundle = suite, suite.out, scratch, bundle
-        self._waiting = dict(seconds)
+        self._waiting, self._has_page = dict(seconds), False
         total = 60 * suite.minutes
         self._end = started + total
         self._parts_end = self._end - min(20.0, total / 10)  # the rest is for a last table, the page and the archive
@@ -124,7 +144,6 @@ class Run:
 
     def run(self) -> int:
         """Run the parts and write the page. 0: all ran; 4: some did not."""
-        self._out.mkdir(parents=True, exist_ok=True)
         outcomes, begun = set[str](), list[Context]()
         with _interruptible():
             try:
@@ -138,8 +157,8 @@ class Run:
             except KeyboardInterrupt:  # between two parts
                 outcomes.add("interrupted")
                 self._write_page()
-        print(f"\n{(self._out / page.NAME).read_text()}\nresults in {self._out} and {self._archive}", flush=True)
-        return 0 if outcomes <= {"done"} else 4
+        print(f"\n{(self._out / page.NAME).read_text()}\nresults in {self._out}", flush=True)
+        return 0 if outcomes <= {"done"} and self._has_page else 4
 
     def _next(self) -> tuple[Context, float]:
         """The first of the waiting parts, with the seconds it may take."""
@@ -163,7 +182,7 @@ class Run:
             ended = process.run(self._argv(context), environment=self._environment(), log=log, seconds=limit)
             outcome = "cut off" if ended.code is None else "failed" if ended.code else "done"
         except KeyboardInterrupt:
-            ended = process.Ended(None, time.monotonic() - began, process.last_line(log))
+            ended = process.Ended(None, time.monotonic() - began, "")
             outcome = "interrupted"
         self._tell(context, outcome, limit, ended)
         return outcome
@@ -203,29 +222,32 @@ class Run:
         """The page of what is there, and all in one archive. That the page fails must not cost the rows."""
         try:
             page.write(self._out)
+            self._has_page = True
         except Exception:
+            self._has_page = False
             reason = traceback.format_exc()
             (self._out / page.NAME).write_text(
                 f"The page could not be written:\n\n```\n{reason}```\n", encoding="utf-8"
             )
         self._pack()
 
-    @property
-    def _archive(self) -> Path:
-        out = self._out.absolute()
-        return out.with_name(f"{out.name}.tar.gz")
-
     def _pack(self) -> None:
-        """All results in one file, of each log the end."""
-        partial = self._archive.with_name(f".{self._archive.name}.partial")
-        with tarfile.open(partial, "w:gz") as archive:
-            for file in sorted(path for path in self._out.iterdir() if path.is_file()):
-                content = file.read_bytes()
-                content = content[-LOG_BYTES:] if file.suffix == ".log" else content
-                entry = tarfile.TarInfo(f"{self._out.absolute().name}/{file.name}")
-                entry.size, entry.mtime = len(content), int(file.stat().st_mtime)
-                archive.addfile(entry, io.BytesIO(content))
-        partial.replace(self._archive)
+        """All results in one file, of each log the end; that there is no room beside the folder costs this file alone."""
+        whole = archive(self._out)
+        partial = whole.with_name(f".{whole.name}.partial")
+        try:
+            with tarfile.open(partial, "w:gz") as packed:
+                for file in sorted(path for path in self._out.iterdir() if path.is_file()):
+                    content = file.read_bytes()
+                    content = content[-LOG_BYTES:] if file.suffix == ".log" else content
+                    entry = tarfile.TarInfo(f"{self._out.absolute().name}/{file.name}")
+                    entry.size, entry.mtime = len(content), int(file.stat().st_mtime)
+                    packed.addfile(entry, io.BytesIO(content))
+            partial.replace(whole)
+        except OSError as error:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            print(f"{whole} is not written: {error}", flush=True)
 
 
 @contextmanager
@@ -258,12 +280,10 @@ def _scratch(out: Path) -> Path:
 
 def _unpacked(archive: Path, scratch: Path) -> Path:
     """The folder of a bundle's verified content; what an earlier run unpacked is taken again if it is still whole."""
-    from bench import bundle
-
     folder = scratch / f"bundle-{file_sha256(archive)[:12]}"
     with suppress(ValueError):
-        bundle.opened(folder)
+        unpacking.opened(folder)
         return folder
     shutil.rmtree(folder, ignore_errors=True)
-    bundle.unpack(archive, folder)
+    unpacking.unpack(archive, folder)
     return folder

@@ -12,7 +12,6 @@ import importlib
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor
 from bench.contenders import Inputs, Loss, step
 from bench.device import part, worker
 from bench.device.part import Row
+from bench.device.timer import Timer
 from bench.roofline import cases
 from fastkd.kernels import linear_kd, packed, tiling
 from fastkd.kernels.tiling import Tile
@@ -163,7 +163,7 @@ def timed(search: Search, inputs: Inputs, device: str) -> Iterator[Row]:
         except Exception as error:
             row["error"] = part.in_one_line(error)
         rows.append(row)
-    seconds = _interleaved(search, rows, run, device)
+    seconds = _interleaved(search, rows, run, Timer(device))
     for row, values in zip(rows, seconds, strict=True):
         yield row | ({"device_s": statistics.median(values), "rounds_s": values} if values else {})
 
@@ -176,38 +176,28 @@ def _difference(found: Outputs, expected: Outputs) -> float:
     return worst if worst == worst else float("inf")
 
 
-def _interleaved(search: Search, rows: list[Row], run: Callable[[], Any], device: str) -> list[list[float]]:
+def _interleaved(search: Search, rows: list[Row], run: Callable[[], Any], timer: Timer) -> list[list[float]]:
     """Seconds of every tile that ran, in rounds in which all take turns."""
     seconds: list[list[float]] = [[] for _ in rows]
     for _ in range(ROUNDS):
         for row, values in zip(rows, seconds, strict=True):
             if "error" not in row:
                 with tiling.using(search.kernel, Tile(*row["tile"])):
-                    values.append(_seconds(run, device))
+                    values.append(timer.seconds(run, ROUND_MS)[0])
     return seconds
-
-
-def _seconds(run: Callable[[], Any], device: str) -> float:
-    if device == "cpu":
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    import triton.testing
-
-    return triton.testing.do_bench_cudagraph(run, rep=ROUND_MS, return_mode="median") / 1e3
 
 
 def chunks(device: str, tiny: bool) -> Iterator[Row]:
     """Seconds of ``linear_kd`` for a training step's rows, by the rows of a chunk; the default's first."""
     case = _case("linear_kd", "ce 768")
     case = dataclasses.replace(case, rows=64, vocabulary=500) if tiny else dataclasses.replace(case, rows=19_648)
-    inputs, seconds = case.inputs(device), dict[int | None, list[float]]()
+    inputs, timer, seconds = case.inputs(device), Timer(device), dict[int | None, list[float]]()
     for _ in range(ROUNDS):
         for rows in (None, 32) if tiny else (None, 2048, 4096, 8192):
             run = step(_by_chunks(rows), inputs)
             if rows not in seconds:
                 run()
-            seconds.setdefault(rows, []).append(_seconds(run, device))
+            seconds.setdefault(rows, []).append(timer.seconds(run, ROUND_MS)[0])
     for rows, values in seconds.items():
         row: Row = {"what": "chunk", "kernel": "linear_kd", "case": f"ce 768, {case.rows:,} rows", "chunk_rows": rows}
         yield row | {"now": rows is None, "device_s": statistics.median(values), "rounds_s": values}
@@ -240,7 +230,7 @@ def _text(search: Search, best: Row, arch: int | str) -> str:
     if serving.max_width in (None, search.width):
         kept[number] = serving._replace(tile=tile)
     elif not best["now"]:
-        shorter = search.kernel.split(".")[1].startswith("short") and tile.block_m < serving.tile.block_m
+        shorter = ".short" in search.kernel and tile.block_m < serving.tile.block_m
         kept.insert(number, tiling.Row(tile, search.width, search.length if shorter else serving.max_length))
     inner = ", ".join(_row_text(row) for row in kept)
     return f"{json.dumps(arch)}: ({inner}{',' if len(kept) == 1 else ''})"

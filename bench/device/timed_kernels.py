@@ -1,7 +1,7 @@
 """Fused losses and their peers, value and gradient together: ``python -m bench.device.timed_kernels JSON``, for ``kernels``.
 
 All contenders of a case are ready before the first is timed, and take turns. On a GPU a call is timed on the device
-alone: as a CUDA graph, or by events where a peer cannot be captured. On a CPU, in tiny sizes, by the wall clock.
+alone (``timer``): as a CUDA graph, or by events where a peer cannot be captured. On a CPU, in tiny sizes, by the wall clock.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench import roofline
-from bench.contenders import Contender, Loss, contenders, gradient_error, step
+from bench.contenders import Contender, Loss, contenders, first_rows, gradient_error, step
 from bench.device import environment, part, worker
 from bench.device.part import Row
+from bench.device.timer import Timer, broken, give_memory_back
 from bench.memory import gpu_peak
 from fastkd.kernels import packed
 
@@ -42,7 +43,7 @@ WANTED = (
 )
 COMPILED, PEERED = {CE, A48, SCORE}, {A48, KL, KL_CE}
 ROUNDS, ROUND_MS = 3, 10  # of each contender
-FIRST_S, COMPILE_S = 12.0, 20.0  # of a case and of torch.compile, until one was timed
+FIRST_S, COMPILE_S = 12.0, 20.0  # of a case, until one was timed, and of torch.compile
 # Which steps of bench.roofline a Triton kernel does, by a word of its name.
 STEPS: dict[str, dict[str, slice]] = {
     "linear_kd": {"logits": slice(0, -3), "gradient": slice(-3, -2)},
@@ -80,26 +81,31 @@ class Bench:
     seconds: float
     skip: int
 
+    def __post_init__(self) -> None:
+        self.timer, self.compiling = Timer(self.device), 0.0  # seconds, of the present case
+
     def rows(self) -> Iterator[Row]:
         """The rows of every case that the time allows; before each case a row of kind "case"."""
-        started, longest = time.monotonic(), 0.0 if self.tiny else FIRST_S
+        started, longest = time.monotonic(), 0.0
         for kernel, case in chosen(self.tiny)[self.skip :]:
             name = f"{case.name} in miniature" if self.tiny else case.name
             names = {"kernel": kernel, "case": name, "dtype": str(case.dtype)[6:]}
             left = self.seconds - (time.monotonic() - started)
-            if left < longest:
-                why = f"takes about {longest:.0f} s, {left:.0f} s were left"
+            needed = 0.0 if self.tiny else longest or FIRST_S
+            if left < needed:
+                why = f"takes about {needed:.0f} s, {left:.0f} s were left"
                 yield {"what": "kernel", **names, "contender": "fastkd", "skipped": why}
                 continue
-            began = time.monotonic()
+            began, self.compiling = time.monotonic(), 0.0
             yield {"what": "case", **names}
             for row in self.case(kernel, case, left):
                 yield {"what": "kernel", **names, **row}
-            longest = max(longest, 0.0 if self.tiny else time.monotonic() - began)
+            longest = max(longest, time.monotonic() - began - self.compiling)  # most cases compile nothing
 
     def case(self, kernel: str, case: Any, left: float) -> Iterator[Row]:
         """One case: what could not be run, then every contender's measurement, then the launches of fastkd's call."""
         ready: list[tuple[Contender, Loss, Callable[[], Any]]] = []
+        inputs = case.inputs(self.device)
         for contender in self.contenders(kernel, case):
             reason = contender.refusal(case, self.device)
             if not reason and "compiled" in contender.name and left < FIRST_S + COMPILE_S:
@@ -107,21 +113,31 @@ class Bench:
             if reason:
                 yield {"contender": contender.name, "skipped": reason}
                 continue
+            began = time.monotonic()
             try:
                 loss = contender.make()
-                run = step(loss, contender.inputs(case, self.device))
+                run = step(loss, contender.taken(inputs))
                 run()
                 ready.append((contender, loss, run))
             except Exception as error:
                 yield {"contender": contender.name, "error": _survivable(error)}
-        times = _interleaved([run for *_, run in ready], self.device, self.tiny)
+            self.compiling += time.monotonic() - began if "compiled" in contender.name else 0.0
+        times = _interleaved([run for *_, run in ready], self.timer)
+        few = first_rows(case).inputs(self.device)
         for (contender, loss, run), timed in zip(ready, times, strict=True):
+            beside: Row = {}
             try:
-                yield {"contender": contender.name, **timed, **self.beside(kernel, case, contender, loss, run, timed)}
+                beside = {"peak_bytes": gpu_peak(run) if self.device == "cuda" else None}
+                if contender.name != "reference compiled":  # it has its definition's
+                    beside["gradient_error"] = gradient_error(contender, kernel, case, self.device, loss, few)
             except Exception as error:
-                yield {"contender": contender.name, **timed, "error": _survivable(error)}
+                beside["error"] = _survivable(error)
+            yield {"contender": contender.name, **timed, **beside, **self.of_roofline(kernel, case, timed)}
         if self.device == "cuda" and ready and ready[0][0].name == "fastkd":
-            yield from self.launches(kernel, case, ready[0][2])
+            try:
+                yield from self.launches(kernel, case, ready[0][2])
+            except Exception as error:
+                print(f"no launches of {case.name}: {_survivable(error)}", file=sys.stderr)
 
     def contenders(self, kernel: str, case: Any) -> Iterable[Contender]:
         """fastkd and its definition in every case, the others in some."""
@@ -133,18 +149,13 @@ class Bench:
             if contender.name in ("fastkd", "reference") or compiled or peer:
                 yield contender
 
-    def beside(
-        self, kernel: str, case: Any, contender: Contender, loss: Loss, run: Callable[[], Any], timed: Row
-    ) -> Row:
-        """Memory, the gradients' error (what is compiled has its definition's) and the share of the roofline."""
-        found: Row = {"peak_bytes": gpu_peak(run) if self.device == "cuda" else None}
-        if contender.name != "reference compiled":
-            found["gradient_error"] = gradient_error(contender, kernel, case, self.device, loss)
+    def of_roofline(self, kernel: str, case: Any, timed: Row) -> Row:
+        """The least seconds that the peaks allow, and their share of those that were measured."""
         device, which = self.ceilings()
-        if device is not None and kernel in roofline.STEPS and "device_s" in timed:
-            floor = roofline.floor(kernel, case, device)
-            found |= {"floor_s": floor, "of_roofline": floor / timed["device_s"], "roofline": which}
-        return found
+        if device is None or kernel not in roofline.STEPS or "device_s" not in timed:
+            return {}
+        floor = roofline.floor(kernel, case, device)
+        return {"floor_s": floor, "of_roofline": floor / timed["device_s"], "roofline": which}
 
     def ceilings(self) -> tuple[roofline.Device | None, str]:
         """Those that this run measured, else the datasheet's, if the device is known."""
@@ -171,7 +182,7 @@ class Bench:
             yield row
 
 
-def _interleaved(runs: list[Callable[[], Any]], device: str, tiny: bool) -> list[Row]:
+def _interleaved(runs: list[Callable[[], Any]], timer: Timer) -> list[Row]:
     """Every call's median seconds over rounds in which all take turns, and (max − min)/median; or its error."""
     found: list[Row] = [{} for _ in runs]
     seconds: list[list[float]] = [[] for _ in runs]
@@ -180,7 +191,7 @@ def _interleaved(runs: list[Callable[[], Any]], device: str, tiny: bool) -> list
             if "error" in found[number]:
                 continue
             try:
-                value, found[number]["timing"] = _seconds(run, device, found[number].get("timing"))
+                value, found[number]["timing"] = timer.seconds(run, ROUND_MS, found[number].get("timing"))
                 seconds[number].append(value)
             except Exception as error:
                 found[number] = {"error": _survivable(error)}
@@ -191,28 +202,11 @@ def _interleaved(runs: list[Callable[[], Any]], device: str, tiny: bool) -> list
     return found
 
 
-def _seconds(run: Callable[[], Any], device: str, timing: str | None) -> tuple[float, str]:
-    """A call's seconds, and how they were taken: as before, if it was timed before."""
-    if device == "cpu":
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start, "wall"
-    import triton.testing
-
-    if timing != "events":
-        try:
-            return triton.testing.do_bench_cudagraph(run, rep=ROUND_MS, return_mode="median") / 1e3, "graph"
-        except Exception as error:  # what waits for the device cannot be captured
-            _survivable(error)
-    return triton.testing.do_bench(run, warmup=ROUND_MS, rep=3 * ROUND_MS, return_mode="median") / 1e3, "events"
-
-
 def _survivable(error: Exception) -> str:
     """The error in one line; raised again where the device lies behind it, for then nothing else would run either."""
-    text = str(error)
-    if "CUDA error" in text and "captur" not in text:
+    if broken(error):
         raise error
-    torch.cuda.empty_cache() if torch.cuda.is_available() else None
+    give_memory_back()
     return part.in_one_line(error)
 
 

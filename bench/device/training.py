@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.device import material, train_step, worker
+from bench.device import material, part, train_step, worker
 from bench.device.part import Context, Row, Rows
 from bench.throughput import SIZES
 from bench.variants import Spec
@@ -22,8 +23,9 @@ SECONDS = 190
 PROFILED = ("mlm", "minilmv2")
 SEQUENCES, WARMUP, STEPS = 1024, 8, 20  # a step: 131,072 tokens
 PEER_SEQUENCES = 256  # what the paper's way holds on an 80 GB GPU
-COLD_S, WARM_S = 60.0, 25.0  # of a row that compiles what no row before it did, and of one that finds it done
-MARGIN = 1.3  # on what an earlier row took
+# Seconds: of a size's first row, of another one at least, and of a peer, which compiles nothing.
+COLD_S, WARM_S, PEER_S = 60.0, 25.0, 25.0
+MARGIN = 1.1  # on what the last row of a size took: time that no row is given tells nothing either
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,13 @@ def entries(tiny: bool) -> list[Entry]:
     """All rows, the worthiest first."""
     if tiny:
         return [Entry("tiny", "mlm"), Entry("tiny", "minilmv2"), Entry("tiny", "mlm", "paper")]
-    first = [Entry("paper-6l", method) for method in ("mlm", "minilmv2", "logit_kd", "tinybert", "minilm")]
-    sizes = [Entry(size, method) for size in ("quickstart", "paper-12l") for method in ("mlm", "minilmv2")]
-    return first + sizes + [Entry("paper-6l", method, "paper") for method in ("mlm", "minilmv2")]
+    first, others, sizes = ("mlm", "minilmv2"), ("logit_kd", "tinybert", "minilm"), ("quickstart", "paper-12l")
+    return [
+        *(Entry("paper-6l", method) for method in first + others),
+        *(Entry(size, method) for size in sizes for method in first),
+        *(Entry("paper-6l", method, "paper") for method in first),
+        *(Entry(size, method) for size in sizes for method in others),
+    ]
 
 
 def run(context: Context, rows: Rows) -> None:
@@ -61,23 +67,30 @@ class Training:
     def __init__(self, context: Context, rows: Rows) -> None:
         self.context, self.rows = context, rows
         self.methods: dict[Entry, Row] = {}
-        self.longest_warm, self.sizes = WARM_S, set[str]()
+        self.took: dict[str, float] = {}  # seconds of the last row of a size
 
     def run(self) -> None:
         """Every entry, or the reason why not."""
         for entry in entries(self.context.tiny):
-            needed = self.longest_warm if entry.size in self.sizes else max(COLD_S, self.longest_warm)
-            if self.context.tiny:
-                needed = 0.0
+            needed = 0.0 if self.context.tiny else self.needed(entry)
             if needed > self.rows.left:
                 reason = f"takes about {needed:.0f} s, {self.rows.left:.0f} s were left"
                 self.rows.add(**entry.names, skipped=reason)
                 continue
             start = time.monotonic()
-            self.measure(entry)
-            if entry.size in self.sizes and entry.variant == "fastkd":
-                self.longest_warm = max(self.longest_warm, MARGIN * (time.monotonic() - start))
-            self.sizes.add(entry.size)
+            try:
+                self.measure(entry)
+            except Exception as error:
+                traceback.print_exc()
+                self.rows.add(**entry.names, error=part.in_one_line(error))
+            if entry.variant == "fastkd":
+                self.took[entry.size] = time.monotonic() - start
+
+    def needed(self, entry: Entry) -> float:
+        """Seconds that a row may take."""
+        if entry.variant != "fastkd":
+            return PEER_S
+        return max(WARM_S, MARGIN * self.took[entry.size]) if entry.size in self.took else COLD_S
 
     def measure(self, entry: Entry) -> None:
         """One row, and what is derived from it."""
@@ -122,9 +135,9 @@ class Training:
 
     def limit(self) -> float:
         """Seconds after which a row is cut off: the first may compile for long, but leaves room for others."""
-        if not self.sizes:
+        if not self.took:
             return max(0.6 * self.rows.left, min(self.rows.left - 2, 90.0))
-        return min(self.rows.left - 2, max(90.0, 2 * self.longest_warm))
+        return min(self.rows.left - 2, max(90.0, 2 * max(self.took.values())))
 
 
 # ---- what is shown --------------------------------------------------------------------------------------------

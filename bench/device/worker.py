@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -55,10 +56,16 @@ def hand_over(row: Mapping[str, Any]) -> None:
 
 
 def _read(pipe: IO[str], each: Callable[[Row], None]) -> None:
+    """Whatever a line is and whatever becomes of it, the next is read: a pipe that nobody empties stops the worker."""
     with pipe:
         for line in pipe:
-            if line.startswith("{"):
+            if not line.startswith("{"):
+                continue
+            try:
                 each(json.loads(line))
+            except Exception:
+                print(f"not taken: {line.strip()[:LONGEST_REASON]}", file=sys.stderr, flush=True)
+                traceback.print_exc()
 
 
 def _reason(errors: IO[str], status: int) -> str:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 SPLITS = ("train", "validation")
+FILES = (*(f"{split}.{content}.bin" for split in SPLITS for content in ("tokens", "offsets")), "unigrams.bin")
 log = logging.getLogger(__name__)
 
 
@@ -230,10 +231,20 @@ def _read_index(folder: Path, remedy: str) -> dict[str, Any]:
         index = json.loads((folder / "index.json").read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"{str(folder)!r} holds no readable index.json ({error}): {remedy}") from error
-    recipe = index.get("recipe") if isinstance(index, dict) else None
-    if not isinstance(recipe, dict) or recipe.get("format") != FORMAT:
+    if not _describes(index):
         raise ValueError(f"{str(folder)!r} holds no shards that this version of fastkd wrote: {remedy}")
     return dict(index)
+
+
+def _describes(index: Any) -> bool:
+    """Whether an index.json has all that is read of it: it may come from anywhere, and no digest covers it."""
+    try:
+        recipe, numbers = index["recipe"], (index["tokens"]["train"], index["vocab_size"])
+        known = recipe["format"] == FORMAT and all(isinstance(source, dict) for source in recipe["sources"])
+        files = index["files"].keys() == set(FILES) and index["dtype"] in ("uint16", "uint32")
+        return known and files and all(type(number) is int for number in numbers) and bool(index["tokenizer_hash"])
+    except (KeyError, TypeError, AttributeError):
+        return False
 
 
 def _rebuild(folder: Path) -> str:
