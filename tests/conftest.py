@@ -31,7 +31,8 @@ import made_model  # noqa: E402  (its imports decorate kernels)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test of a module that computes on a GPU is marked so; without one, what is marked is skipped.
 
-    The benches' shapes need 15 GB for their float64 references: under ``-n 8 --dist loadgroup`` one worker takes them all.
+    The benches' shapes need 15 GB for their float64 references: under ``-n 8 --dist loadgroup`` one worker takes them all,
+    but with pytest 9.2 and pytest-xdist 3.8, which know no groups together: run them alone there (``-k bench_shapes``).
     """
     for item in items:
         if getattr(getattr(item, "module", None), "DEVICE", "cpu") == "cuda":
