@@ -7,13 +7,8 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
-SPECIAL = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-}
+from bench.device.material import SPECIAL
+
 SYLLABLES = ("ba", "den", "fo", "gri", "ka", "lum", "mo", "ner", "pi", "ros", "su", "tal", "ve", "wex", "zo")
 
 

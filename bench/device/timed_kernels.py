@@ -13,14 +13,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench import roofline
-from bench.contenders import Contender, Loss, contenders, first_rows, gradient_error, step
+from bench.contenders import Contender, Inputs, Loss, contenders, first_rows, gradient_error, step
 from bench.device import environment, part, worker
 from bench.device.part import Row
 from bench.device.timer import Timer, broken, give_memory_back
@@ -71,6 +71,14 @@ def _tiny(case: Any) -> Any:
     return dataclasses.replace(case, **{name: value for name, value in smaller.items() if name in known})
 
 
+class Ready(NamedTuple):
+    """A contender with its loss, and a call of it."""
+
+    contender: Contender
+    loss: Loss
+    run: Callable[[], Any]
+
+
 @dataclass
 class Bench:
     """What every case needs to know. ``skip``: cases that are done."""
@@ -104,40 +112,52 @@ class Bench:
 
     def case(self, kernel: str, case: Any, left: float) -> Iterator[Row]:
         """One case: what could not be run, then every contender's measurement, then the launches of fastkd's call."""
-        ready: list[tuple[Contender, Loss, Callable[[], Any]]] = []
-        inputs = case.inputs(self.device)
+        inputs, ready = case.inputs(self.device), list[Ready]()
         for contender in self.contenders(kernel, case):
-            reason = contender.refusal(case, self.device)
-            if not reason and "compiled" in contender.name and left < FIRST_S + COMPILE_S:
-                reason = f"compiling takes about {COMPILE_S:.0f} s, {left:.0f} s were left for the case"
-            if reason:
+            if reason := self.refusal(contender, case, left):
                 yield {"contender": contender.name, "skipped": reason}
                 continue
-            began = time.monotonic()
             try:
-                loss = contender.make()
-                run = step(loss, contender.taken(inputs))
-                run()
-                ready.append((contender, loss, run))
+                ready.append(self.made(contender, inputs))
             except Exception as error:
                 yield {"contender": contender.name, "error": _survivable(error)}
-            self.compiling += time.monotonic() - began if "compiled" in contender.name else 0.0
-        times = _interleaved([run for *_, run in ready], self.timer)
+        times = _interleaved([one.run for one in ready], self.timer)
         few = first_rows(case).inputs(self.device)
-        for (contender, loss, run), timed in zip(ready, times, strict=True):
-            beside: Row = {}
+        for one, timed in zip(ready, times, strict=True):
+            beside = self.beside(kernel, case, one, few) | self.of_roofline(kernel, case, timed)
+            yield {"contender": one.contender.name, **timed, **beside}
+        if self.device == "cuda" and ready and ready[0].contender.name == "fastkd":
             try:
-                beside = {"peak_bytes": gpu_peak(run) if self.device == "cuda" else None}
-                if contender.name != "reference compiled":  # it has its definition's
-                    beside["gradient_error"] = gradient_error(contender, kernel, case, self.device, loss, few)
-            except Exception as error:
-                beside["error"] = _survivable(error)
-            yield {"contender": contender.name, **timed, **beside, **self.of_roofline(kernel, case, timed)}
-        if self.device == "cuda" and ready and ready[0][0].name == "fastkd":
-            try:
-                yield from self.launches(kernel, case, ready[0][2])
+                yield from self.launches(kernel, case, ready[0].run)
             except Exception as error:
                 print(f"no launches of {case.name}: {_survivable(error)}", file=sys.stderr)
+
+    def refusal(self, contender: Contender, case: Any, left: float) -> str:
+        """Why a contender is left out, or ""."""
+        if "compiled" in contender.name and left < FIRST_S + COMPILE_S:
+            return f"compiling takes about {COMPILE_S:.0f} s, {left:.0f} s were left for the case"
+        return contender.refusal(case, self.device)
+
+    def made(self, contender: Contender, inputs: Inputs) -> Ready:
+        """A contender that has run once."""
+        began, loss = time.monotonic(), contender.make()
+        run = step(loss, contender.taken(inputs))
+        try:
+            run()
+        finally:
+            self.compiling += time.monotonic() - began if "compiled" in contender.name else 0.0
+        return Ready(contender, loss, run)
+
+    def beside(self, kernel: str, case: Any, one: Ready, few: Inputs) -> Row:
+        """Memory, and the gradients' error on the inputs of a few rows: what is compiled has its definition's."""
+        found: Row = {}
+        try:
+            found["peak_bytes"] = gpu_peak(one.run) if self.device == "cuda" else None
+            if one.contender.name != "reference compiled":
+                found["gradient_error"] = gradient_error(one.contender, kernel, case, self.device, one.loss, few)
+        except Exception as error:
+            found["error"] = _survivable(error)
+        return found
 
     def contenders(self, kernel: str, case: Any) -> Iterable[Contender]:
         """fastkd and its definition in every case, the others in some."""
