@@ -346,4 +346,5 @@ def _explain_unknown(token: str, method: str) -> str:
 
 def to_toml(values: dict[str, Any]) -> str:
     """Flat values as TOML; None is left out."""
-    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items() if value is not None)
+    lines = (f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items() if value is not None)
+    return "".join(lines)  # TOML has no surrogate pairs, which JSON escapes a character beyond 16 bits to

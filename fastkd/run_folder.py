@@ -221,7 +221,7 @@ def read_run(folder: Path) -> Run:
     config = folder / "config.toml"
     return Run(
         folder=folder,
-        config=tomllib.loads(config.read_text()) if config.exists() else {},
+        config=tomllib.loads(config.read_text(encoding="utf-8")) if config.exists() else {},
         environment=_json(folder / "environment.json"),
         plan=_json(folder / "plan.json"),
         steps=surviving_steps(ledger),

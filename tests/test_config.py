@@ -49,6 +49,8 @@ def test_a_bfloat16_residual_stream_needs_bfloat16_products() -> None:
 
 def test_config_toml_reads_back(tmp_path: Path) -> None:
     resolved = parse([*BUDGET, "--preset", "quickstart", "--method", "logit_kd", "--temperature", "3"])
+    named = parse([*BUDGET, "--preset", "quickstart", "--corpus", "töne/\N{MUSICAL SYMBOL G CLEF}.txt"])
+    assert tomllib.loads(named.to_toml())["corpus"] == named.run.corpus and named.continues(named.to_toml())
     values = tomllib.loads(resolved.to_toml())
     assert values["method_options"]["temperature"] == 3.0
     assert values["budget_gpu_hours"] == 1.0

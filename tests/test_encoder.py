@@ -1,5 +1,6 @@
 """The encoder against transformers' eager forward, and its partial forwards against its full one."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from transformers import AutoModel, PreTrainedModel
 
 from fastkd.models import encoder as encoder_module
-from fastkd.models.encoder import Encoder, EncoderConfig, Layer, Needs, Outputs
+from fastkd.models.encoder import Encoder, EncoderConfig, Needs, Outputs
 from fastkd.models.hf import from_hf_model, load
 from fastkd.models.lookup import lookup
 
@@ -209,21 +210,6 @@ def test_bfloat16_gradients_are_bfloat16_close() -> None:
         assert relative_error(gradient, exact[name]) < 0.05, name
 
 
-# Dynamo itself looks at .grad of a layer's input, which is no leaf.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_layers_trace_as_one_graph_each() -> None:
-    encoder, text = from_hf_model(bert(), mlm_head=True), pack(RAGGED)
-    needs = Needs(logits=True, hidden=(1,))
-    plain = gradients(encoder, selected(encoder(text.input_ids, text, needs), needs))
-    plain = {name: gradient.clone() for name, gradient in plain.items()}
-    for layer in encoder.layers:
-        assert isinstance(layer, Layer)
-        layer.compile(fullgraph=True, dynamic=False, backend="aot_eager")
-    traced = gradients(encoder, selected(encoder(text.input_ids, text, needs), needs))
-    for name, gradient in plain.items():
-        assert relative_error(traced[name], gradient) < 1e-5, name
-
-
 class Traced:
     """A compiler that traces, counts its graphs and runs them as they are."""
 
@@ -243,6 +229,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Traced:
     return compiler
 
 
+# Dynamo itself looks at .grad of a layer's input, which is no leaf.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("needs", [*PARTIAL, Needs(hidden=(0, 1, 2, 3), qkv=(1, 2, 3))], ids=str)
 @pytest.mark.parametrize("layerwise", [False, True])
@@ -276,6 +263,23 @@ def test_batches_of_one_shape_share_their_graphs(layerwise: bool, traced: Traced
             encoder(text.input_ids, text, needs)
         counts.append(traced.graphs)
     assert len(set(counts)) == 1 and counts[0] == 2 * (5 if layerwise else 1)
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+@torch.no_grad()
+def test_a_copy_of_a_compiled_encoder_runs_its_own_weights(layerwise: bool, traced: Traced) -> None:
+    encoder, text, needs = from_hf_model(bert(), mlm_head=True), pack(RAGGED), Needs(logits=True, hidden=(1,))
+    encoder.compile_graphs(layerwise=layerwise)
+    before = selected(encoder(text.input_ids, text, needs), needs)
+    other = copy.deepcopy(encoder)
+    other.initialise(1)
+    expected = from_hf_model(bert(), mlm_head=True)
+    expected.initialise(1)
+    found = (selected(each(text.input_ids, text, needs), needs) for each in (other, expected))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    for now, earlier in zip(selected(encoder(text.input_ids, text, needs), needs), before, strict=True):
+        assert torch.equal(now, earlier)
 
 
 def test_a_layer_returns_its_projection_only_if_it_is_read() -> None:

@@ -145,7 +145,7 @@ class BatchStream:
 
         Another thread shuffles the next epoch, half an epoch before it is read. What the device does (copies, masks)
         is queued from the caller's thread and stream. An exception of the threads is raised here; closing the iterator
-        ends them, a shuffle that has begun as soon as it is done: nobody waits for it.
+        ends them, a shuffle that has begun as soon as it is done: nobody waits for it but the end of the process.
         """
         assembling, shuffling = ThreadPoolExecutor(1, "batches"), ThreadPoolExecutor(1, "epochs")
 
