@@ -1133,16 +1133,20 @@ BENCHES = (
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-_KL, _CE = ("HAS_TEACHER",), ("HAS_CE", "HAS_LABELS")
-_TERMS = {  # what a method or an evaluation asks for: the arguments that are there
-    "KL": (*_KL, "WRITE", "HAS_DB"),
-    "CE": (*_CE, "WRITE", "HAS_DB"),
-    "KL+CE": (*_KL, *_CE, "HAS_SUM_CE", "WRITE", "HAS_DB"),
-    "KL's value": _KL,
+_KL, _CE = ("HAS_TEACHER",), ("HAS_LABELS", "HAS_CE")
+_TERMS = {  # what a loss is made of: the arguments that are there
+    "KL": _KL,
+    "KL of labelled rows": (*_KL, "HAS_LABELS"),
+    "CE": _CE,
+    "KL+CE at τ=1": (*_KL, *_CE),
+    "KL+CE": (*_KL, *_CE, "HAS_SUM_CE"),
 }
 _OPTIONAL = {
     "sum_ce_ptr": "HAS_SUM_CE",
+    "student_sum_ce_ptr": "HAS_SUM_CE",
     "student_offset_ce_ptr": "HAS_SUM_CE",
+    "teacher_maximum_ptr": "HAS_TEACHER",
+    "teacher_sum_ptr": "HAS_TEACHER",
     "teacher_ptr": "HAS_TEACHER",
     "teacher_offset_ptr": "HAS_TEACHER",
     "labels_ptr": "HAS_LABELS",
@@ -1150,10 +1154,10 @@ _OPTIONAL = {
 }
 
 
-def _variant(terms: str, signature: dict[str, str], *flags: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """The signature and the constants of a kernel for some terms of the loss."""
-    absent = [name for name, flag in _OPTIONAL.items() if name in signature and flag not in _TERMS[terms]]
-    constants = {flag: flag in _TERMS[terms] for flag in flags} | dict.fromkeys(absent, None)
+def _variant(on: tuple[str, ...], signature: dict[str, str], *flags: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """The signature and the constants of a kernel with some of its flags on."""
+    absent = [name for name, flag in _OPTIONAL.items() if name in signature and flag not in on]
+    constants = {flag: flag in on for flag in flags} | dict.fromkeys(absent, None)
     return {name: kind for name, kind in signature.items() if name not in absent}, constants
 
 
@@ -1162,7 +1166,7 @@ def _logits_build(dtype: torch.dtype, width: int, terms: str = "KL+CE") -> tilin
     signature = {"x_ptr": pointer, "weight_ptr": pointer, "bias_ptr": "*fp32", "labels_ptr": "*i64"}
     signature |= {"logits_ptr": pointer, **dict.fromkeys(("maximum_ptr", "sum_ptr", "sum_ce_ptr"), "*fp32")}
     signature |= {"rows": "i32", "vocabulary": "i32", "stride": "i32", "exponent": "fp32"}
-    signature, constants = _variant(terms, signature, "HAS_LABELS", "HAS_SUM_CE")
+    signature, constants = _variant(_TERMS[terms], signature, "HAS_LABELS", "HAS_SUM_CE")
     return tiling.Build(
         name=f"linear_kd.logits {_TYPES[dtype]} D={width} {terms}",
         kernel=_logits_kernel,
@@ -1172,22 +1176,27 @@ def _logits_build(dtype: torch.dtype, width: int, terms: str = "KL+CE") -> tilin
         width=width,
         divisible=("stride",),
         matrix=dtype != torch.float32,
+        wide=True,
     )
 
 
-def _offsets_build(dtype: torch.dtype, tile: int, *, vocabulary: int = 30522, width: int = 768) -> tiling.Build:
-    """The offsets' kernel with every option on."""
+def _offsets_build(dtype: torch.dtype, tile: int, terms: str = "KL+CE") -> tiling.Build:
+    vocabulary, width = 30522, 768
     statistics = ("student_maximum_ptr", "student_sum_ptr", "student_sum_ce_ptr", "teacher_maximum_ptr")
-    floats = dict.fromkeys((*statistics, "teacher_sum_ptr", "bias_ptr", "ce_ptr"), "*fp32")
-    signature = floats | dict.fromkeys(("x_ptr", "weight_ptr"), f"*{_TYPES[dtype]}") | {"labels_ptr": "*i64"}
+    signature = dict.fromkeys((*statistics, "teacher_sum_ptr", "bias_ptr", "ce_ptr"), "*fp32")
+    signature |= dict.fromkeys(("x_ptr", "weight_ptr"), f"*{_TYPES[dtype]}") | {
+        "labels_ptr": "*i64",
+        "exponent": "fp32",
+    }
+    flags = ("HAS_TEACHER", "HAS_LABELS", "HAS_CE", "HAS_SUM_CE")
+    signature, constants = _variant(_TERMS[terms], signature, *flags)
     tiles = -(-vocabulary // tile)
     sizes = {"WIDTH": width, "WIDTH_UP": _power_of_two(width), "TILES": tiles, "TILES_UP": _power_of_two(tiles)}
-    flags = ("HAS_TEACHER", "HAS_LABELS", "HAS_CE", "HAS_SUM_CE")
     return tiling.Build(
-        name=f"linear_kd.offsets {_TYPES[dtype]} V={vocabulary} tiles of {tile}",
+        name=f"linear_kd.offsets {_TYPES[dtype]} tiles of {tile} {terms}",
         kernel=_offsets_kernel,
-        signature=signature | {"exponent": "fp32"},
-        constants={**dict.fromkeys(flags, True), **sizes},
+        signature=signature,
+        constants={**constants, **sizes},
         tile="linear_kd.offsets",
         width=width,
         blocks=(),
@@ -1195,15 +1204,20 @@ def _offsets_build(dtype: torch.dtype, tile: int, *, vocabulary: int = 30522, wi
     )
 
 
-def _gradient_build(dtype: torch.dtype, tile: int, terms: str = "KL+CE") -> tiling.Build:
+def _gradient_build(
+    dtype: torch.dtype, tile: int, terms: str = "KL+CE", *, write: bool = True, db: bool = True
+) -> tiling.Build:
+    """Without ``write`` it is the value's alone; without ``db`` the head has no bias that learns."""
     logits = dict.fromkeys(("student_ptr", "teacher_ptr"), f"*{_TYPES[dtype]}")
     offsets = dict.fromkeys(("student_offset_ptr", "student_offset_ce_ptr", "teacher_offset_ptr"), "*fp32")
     signature = logits | offsets | {"labels_ptr": "*i64", "share_ptr": "*fp64", "kl_ptr": "*fp32", "db_ptr": "*fp32"}
     signature |= {"rows": "i32", "stride": "i32", "exponent": "fp32", "kl_factor": "fp32", "ce_weight": "fp32"}
     flags = ("HAS_TEACHER", "HAS_LABELS", "HAS_CE", "HAS_SUM_CE", "HAS_DB", "WRITE")
-    signature, constants = _variant(terms, signature, *flags)
+    on = (*_TERMS[terms], *("WRITE",) * write, *("HAS_DB",) * (write and db))
+    case = ("" if db else ", no db") if write else ", value"
+    signature, constants = _variant(on, signature, *flags)
     return tiling.Build(
-        name=f"linear_kd.gradient {_TYPES[dtype]} tiles of {tile} {terms}",
+        name=f"linear_kd.gradient {_TYPES[dtype]} tiles of {tile} {terms}{case}",
         kernel=_gradient_kernel,
         signature=signature,
         constants={**constants, "TILE": tile},
@@ -1212,6 +1226,7 @@ def _gradient_build(dtype: torch.dtype, tile: int, terms: str = "KL+CE") -> tili
         blocks=("BLOCK_M", "BLOCK_N"),
         divisible=("stride",),
         matrix=False,
+        wide=write,
     )
 
 
@@ -1220,8 +1235,10 @@ AUDIT = (
     *(_logits_build(torch.bfloat16, 768, terms) for terms in ("KL", "CE")),
     _logits_build(torch.float16, 768),
     _logits_build(torch.float32, 384),
-    *(_offsets_build(dtype, tile) for dtype, tile in ((torch.bfloat16, 128), (torch.float32, 64))),
-    *(_gradient_build(torch.bfloat16, 128, terms) for terms in _TERMS),
+    *(_offsets_build(torch.bfloat16, 128, terms) for terms in _TERMS),
+    _offsets_build(torch.float32, 64),
+    *(_gradient_build(torch.bfloat16, 128, terms, db=db) for terms in _TERMS for db in (True, False)),
+    *(_gradient_build(torch.bfloat16, 128, terms, write=False) for terms in ("KL", "KL of labelled rows")),
     _gradient_build(torch.bfloat16, 256),
     _gradient_build(torch.float32, 64),
 )
