@@ -116,8 +116,8 @@ LINEAR_KD: Table = {
 
 # ---- relation_kl and score_mse --------------------------------------------------------------------------------
 # block_m is the whole sequence in the one-launch kernels, a block of rows in the others, which stream block_n columns.
-# On sm_90 relation_kl.short is held to 128 registers: two programs share a multiprocessor, and one loads while the other
-# computes. On sm_100 the same limit spills.
+# On sm_90 relation_kl.short is held to 128 registers: two programs of 128 tokens share a multiprocessor, and one loads while
+# the other computes. On sm_100 the same limit spills, and for at most 64 tokens in Triton 3.9.
 # Where that tile is too short, the others serve: sm_120 has no room for 128 × 128 scores beside 64 columns.
 _SHORT = (Row(Tile(64, 0, 0, 4, 1), 64, 64), Row(Tile(128, 0, 0, 8, 1), 64))
 _SHORT_90 = (_SHORT[0], Row(Tile(128, 0, 0, 8, 1, 128), 64))
@@ -141,7 +141,7 @@ RELATION: Table = {
     "relation_kl.cross": {"any": _ROWS, 120: (_ROWS[0], Row(Tile(64, 16, 0, 4, 1)))},
     "relation_kl.cross_float32": {"any": _ROWS_FLOAT32},
     "score_mse.short": {"any": _SHORT, 120: _SHORT_120},
-    "score_mse.short_float32": {"any": _SHORT_FLOAT32},
+    "score_mse.short_float32": {"any": (Row(Tile(32, 0, 0, 4, 1), 64),)},
     "score_mse.rows": {"any": _ROWS, 100: (Row(Tile(64, 64, 0, 4, 2), 64), *_ROWS[1:]), 120: _ROWS},
     "score_mse.rows_float32": {"any": _ROWS_FLOAT32},
 }
