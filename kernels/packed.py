@@ -85,9 +85,9 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """x · factor in ``dtype`` (default: x's), rounded once, as it is written: one pass without a copy in float32.
+    """x · factor in ``dtype`` (default: x's), rounded once, as it is written: on a GPU one pass, without a float32 copy.
 
-    ``factor`` is a scalar. Given one dimension it is not rounded to x's dtype before the product.
+    ``factor`` is a scalar. It is viewed as a vector, since PyTorch would round a scalar to x's dtype before the product.
     """
     return torch.mul(x, factor.view(1), out=torch.empty_like(x, dtype=dtype))
 

@@ -110,7 +110,7 @@ def _added(p, e, d, other_p, other_e, other_d):  # type: ignore[no-untyped-def]
 
 @jit
 def _row_maxima(y, z):  # type: ignore[no-untyped-def]
-    """Of both tiles, exchanged between warps at once: a fold of pairs, for which the interpreter takes minutes."""
+    """Row maxima of both tiles in one fold, so that warps exchange them once. The interpreter would take minutes for it."""
     if _INTERPRETED:
         return tl.max(y, 1), tl.max(z, 1)
     return tl.reduce((y, z), 1, _larger)
@@ -118,7 +118,7 @@ def _row_maxima(y, z):  # type: ignore[no-untyped-def]
 
 @jit
 def _row_sums(p, e, d):  # type: ignore[no-untyped-def]
-    """The same of three tiles."""
+    """Row sums of three tiles, likewise."""
     if _INTERPRETED:
         return tl.sum(p, 1), tl.sum(e, 1), tl.sum(d, 1)
     return tl.reduce((p, e, d), 1, _added)
@@ -131,8 +131,8 @@ def _short_scores(  # type: ignore[no-untyped-def]
     """Y and Z of some rows, base 2 and less their rows' maxima."""
     y = tl.zeros([ROWS, LENGTH], tl.float32)
     z = y
-    # A loop of one pass. Triton gives all warps to the rows of a product that another product follows, and the second
-    # four of eight would then repeat 64 rows of the first; what follows a loop it does not see, and splits the columns.
+    # A loop of one pass. Where one product follows another, Triton splits only rows between the warps: of eight, four would
+    # repeat the 64 rows of the other four. It does not look past the end of a loop, and so splits the columns, too.
     for _ in tl.range(0, tl.minimum(count, 1), num_stages=1):
         y = tl.dot(qt, tl.trans(kt), y, input_precision="ieee")
         if NEAR:

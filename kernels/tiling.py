@@ -138,7 +138,11 @@ RELATION: Table = {
     "relation_kl.stats_float32": {"any": _ROWS_FLOAT32},
     "relation_kl.self": {"any": _ROWS, 120: (Row(Tile(64, 16, 0, 4, 2)),)},
     "relation_kl.self_float32": {"any": _ROWS_FLOAT32},
-    "relation_kl.cross": {"any": _ROWS, 120: (_ROWS[0], Row(Tile(64, 16, 0, 4, 1)))},
+    "relation_kl.cross": {
+        "any": _ROWS,
+        100: (Row(Tile(64, 32, 0, 4, 1), 16), *_ROWS),  # two stages spill 16 bytes in Triton 3.9
+        120: (_ROWS[0], Row(Tile(64, 16, 0, 4, 1))),
+    },
     "relation_kl.cross_float32": {"any": _ROWS_FLOAT32},
     "score_mse.short": {"any": _SHORT, 120: _SHORT_120},
     "score_mse.short_float32": {"any": (Row(Tile(32, 0, 0, 4, 1), 64),)},
