@@ -664,7 +664,7 @@ class _Chunk:
         return (rows * self.valid).sum()
 
     def dz(self) -> Iterator[tuple[slice, Tensor]]:
-        """Pass two: dz of each block of columns."""
+        """Pass two: dz of each block of columns, without the one-hot."""
         kl = self.terms.kl_weight * self.terms.temperature * self.share if self.q is not None else 0 * self.share
         ce = self.terms.ce_weight * self.share
         for i, columns in enumerate(_blocks(self.student)):
@@ -673,17 +673,7 @@ class _Chunk:
                 dz -= self.q.weighted(i, columns, kl)
             if self.p_ce is not self.p:
                 dz += self.p_ce.weighted(i, columns, ce)
-            if self.labels is not None and self.terms.ce_weight:
-                self._subtract_one_hot(dz, columns, ce)
             yield columns, dz
-
-    def _subtract_one_hot(self, dz: Tensor, columns: slice, ce: Tensor) -> None:
-        """Take ``ce`` [R] from each row's label if it is in the block: one element a row, so the order is fixed."""
-        assert self.labels is not None
-        place = self.labels - columns.start
-        inside = (place >= 0) & (place < dz.shape[1])
-        place = place.clamp(0, dz.shape[1] - 1)
-        dz.scatter_add_(1, place[:, None], (-ce * inside).to(dz.dtype)[:, None])
 
 
 def _blocks(head: _Head) -> list[slice]:
@@ -760,8 +750,21 @@ def _accumulate(chunk: _Chunk, rows: Tensor, dtype: torch.dtype, out: _Gradients
             dx += _linear(dz, weight[columns].to(dtype).t())
         if out.weight is not None:
             out.weight[columns] += _linear(dz.t(), x.t())
+    if chunk.labels is not None and chunk.terms.ce_weight:
+        _subtract_one_hot(chunk, dx, out)
     if out.hidden is not None:
         out.hidden[rows] = dx
+
+
+def _subtract_one_hot(chunk: _Chunk, dx: Tensor, out: _Gradients) -> None:
+    """The label's part of dz, unrounded. Rows of one label are added in a fixed order, on a GPU too (index_add_ is not)."""
+    assert chunk.labels is not None
+    y, ce = chunk.labels.clamp(min=0), (chunk.terms.ce_weight * chunk.share).to(dx.dtype)
+    dx -= ce[:, None] * chunk.student.weight[y]
+    if out.weight is not None:
+        out.weight.index_put_((y,), -ce[:, None] * chunk.student.hidden, accumulate=True)
+    if out.bias is not None:
+        out.bias.index_put_((y,), -ce, accumulate=True)
 
 
 # ---- the operator ---------------------------------------------------------------------------------------------
