@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.kernels import tiling
+from fastkd.kernels import packed, tiling
 
 try:
     import triton.language as tl
@@ -888,9 +888,8 @@ def _scale_gradients(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tens
         )
     if grad_loss is None:
         return (None,) * 16
-    # The product is rounded to the parameter's dtype as it is written: one pass, where a cast would be another.
     dx, dw, db = (
-        torch.mul(x, grad_loss, out=torch.empty_like(x, dtype=dtype)) if needed else None
+        packed.scaled(x, grad_loss, dtype) if needed else None
         for x, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needed, strict=True)
     )
     return dx, dw, None, db, *[None] * 12

@@ -79,16 +79,13 @@ def test_a_rehearsal_settles_nothing(write_page: Callable[..., dict[str, str]]) 
     assert verdicts(write_page("cuda", smoke=checks), "smoke") == {"not met"}
 
 
+TESTS = {
+    "what": "tests", "selection": "all", "passed": 5, "failed": 0, "errors": 0, "skipped_tests": 2, "complete": True,
+}  # fmt: skip
+
+
 def test_correctness_is_all_or_nothing(write_page: Callable[..., dict[str, str]]) -> None:
-    tests = {
-        "what": "tests",
-        "selection": "all",
-        "passed": 5,
-        "failed": 0,
-        "errors": 0,
-        "skipped_tests": 2,
-        "complete": True,
-    }
+    tests = TESTS
     step = {"what": "gradient", "dtype": "float32", "gradient_error": 1e-6, "bound": 1e-5, "ok": True}
     steps = [step | {"method": method} for method in methods.available()]
     found = write_page("cuda", correctness=[tests, *steps])
@@ -100,15 +97,7 @@ def test_correctness_is_all_or_nothing(write_page: Callable[..., dict[str, str]]
 
 
 def test_what_was_cut_off_is_not_met(write_page: Callable[..., dict[str, str]]) -> None:
-    tests = {
-        "what": "tests",
-        "selection": "all",
-        "passed": 5,
-        "failed": 0,
-        "errors": 0,
-        "skipped_tests": 2,
-        "complete": False,
-    }
+    tests = TESTS | {"complete": False}
     step = {"what": "gradient", "method": "mlm", "dtype": "float32", "gradient_error": 1e-6, "bound": 1e-5, "ok": True}
     check = {"what": "check", "check": "a", "ok": True, "seconds": 1.0}
     found = write_page("cuda", correctness=[tests, step])

@@ -87,7 +87,7 @@ def _facts(context: Context) -> Row:
         "nvidia_smi": _nvidia_smi(),
         "cuda": torch.version.cuda,
         "bundle": context.bundle is not None,
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
     }
 
 
