@@ -25,7 +25,7 @@ from bench.results import RESULTS, device_folder
 from fastkd import atomic, environment, profiler
 from fastkd.config import parse
 from fastkd.distributed import World
-from fastkd.prepare import prepare
+from fastkd.parts import prepare
 from fastkd.train import Trainer
 
 RUN = ["--preset", "quickstart", "--student", "2L-192H-12A", "--budget-tokens", "1e9"]

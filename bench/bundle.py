@@ -38,7 +38,7 @@ from fastkd.data.shards import Shards, build_shards, tokenizer_hash
 from fastkd.digest import file_sha256
 from fastkd.glue.rows import FORMATS
 from fastkd.models import hf
-from fastkd.prepare import load_model
+from fastkd.parts import load_model
 from fastkd.run_folder import ancestors
 
 MAX_MB = 60.0

@@ -41,7 +41,7 @@ from bench.variants import Spec
 from fastkd import atomic, environment, methods, profiler, quickstart
 from fastkd.models import hf
 from fastkd.models.encoder import Encoder
-from fastkd.prepare import model_folder
+from fastkd.parts import model_folder
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ from fastkd.data.packing import Text, shuffled
 from fastkd.data.shards import build_shards
 from fastkd.distributed import World
 from fastkd.models import hf
-from fastkd.prepare import Parts, prepare
+from fastkd.parts import Parts, prepare
 from fastkd.train import Trainer
 
 LEARNING_RATE = 5e-4

@@ -11,7 +11,7 @@ import torch
 
 from fastkd import atomic, plan
 from fastkd.distributed import World, on_main
-from fastkd.prepare import prepare
+from fastkd.parts import prepare
 from fastkd.row import Row
 from fastkd.train import Trainer
 

@@ -22,7 +22,7 @@ from fastkd.data.batches import Batch
 from fastkd.distributed import World, finish, mean, node_devices, on_main, start
 from fastkd.loop import VALIDATION_SHARE
 from fastkd.models.encoder import EncoderConfig
-from fastkd.prepare import Parts, prepare
+from fastkd.parts import Parts, prepare
 from fastkd.run_folder import ancestors
 from fastkd.train import Trainer
 

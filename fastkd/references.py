@@ -11,7 +11,7 @@ from typing import Any
 from fastkd.distributed import World
 from fastkd.jsonl import Record
 from fastkd.models import hf
-from fastkd.prepare import model_folder, prepare
+from fastkd.parts import model_folder, prepare
 from fastkd.row import Row, base_row, teachers
 from fastkd.run_folder import ancestors, read_run
 from fastkd.scores import Scorer, mlm_scores

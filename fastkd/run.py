@@ -21,7 +21,7 @@ from fastkd.config import Resolved, parse
 from fastkd.distributed import World, barrier, finish, on_main, start
 from fastkd.loop import Interrupted, Loop
 from fastkd.models import hf
-from fastkd.prepare import Parts, prepare
+from fastkd.parts import Parts, prepare
 from fastkd.report import build_report, loss_warning, model_card
 from fastkd.run_folder import Run, read_run
 from fastkd.train import Trainer

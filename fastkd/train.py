@@ -21,7 +21,7 @@ from fastkd.distributed import any_rank, mean
 from fastkd.methods import Method, MethodLoss
 from fastkd.models.encoder import Encoder, Outputs
 from fastkd.models.teacher import Teacher
-from fastkd.prepare import Parts
+from fastkd.parts import Parts
 
 log = logging.getLogger(__name__)
 

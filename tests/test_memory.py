@@ -17,7 +17,7 @@ from fastkd.jsonl import read_jsonl
 from fastkd.matching import release_memory
 from fastkd.models import encoder
 from fastkd.models.encoder import Encoder, EncoderConfig, Needs
-from fastkd.prepare import prepare
+from fastkd.parts import prepare
 
 PACK = 16 * 32  # tokens of a pack of the small run
 

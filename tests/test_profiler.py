@@ -12,7 +12,7 @@ from fastkd.config import parse
 from fastkd.distributed import World
 from fastkd.loop import Loop
 from fastkd.monitor import Monitor
-from fastkd.prepare import prepare
+from fastkd.parts import prepare
 from fastkd.run_folder import read_run
 from fastkd.train import Trainer
 

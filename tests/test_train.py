@@ -16,7 +16,7 @@ from fastkd.distributed import World
 from fastkd.loop import Loop
 from fastkd.models.teacher import Teacher
 from fastkd.monitor import SilentMonitor
-from fastkd.prepare import Parts, load_model, prepare
+from fastkd.parts import Parts, load_model, prepare
 from fastkd.train import Trainer
 
 GPU = World(device=torch.device("cuda", 0))

@@ -31,7 +31,7 @@ from fastkd import methods, plots, profiler
 from fastkd.data.batches import Batch
 from fastkd.models import hf
 from fastkd.models.teacher import Teacher
-from fastkd.prepare import Parts
+from fastkd.parts import Parts
 from fastkd.tables import Table, numeric
 from fastkd.train import Objective
 

@@ -19,7 +19,7 @@ import torch
 from bench.device import part, train_step
 from bench.device.part import Context, Row, Rows
 from fastkd import profiler, quantities
-from fastkd.prepare import Parts
+from fastkd.parts import Parts
 from fastkd.tables import Cell, Table, numeric
 from fastkd.train import Trainer
 

@@ -25,7 +25,7 @@ from fastkd import methods
 from fastkd.kernels import tiling
 from fastkd.models.attention import choose_backend, varlen_attention
 from fastkd.models.captured import Captured
-from fastkd.prepare import Parts
+from fastkd.parts import Parts
 from fastkd.tables import Table, numeric
 from fastkd.train import Trainer
 

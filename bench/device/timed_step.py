@@ -28,7 +28,7 @@ from fastkd import flops, profiler
 from fastkd.data.batches import Batch
 from fastkd.loop import STEPS_AHEAD
 from fastkd.models.encoder import Needs
-from fastkd.prepare import Parts
+from fastkd.parts import Parts
 from fastkd.train import Trainer
 
 ISSUED_ALONE = 5  # steps whose host time is taken with nothing before them in the device's queue
