@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastkd import command, environment, profiler, quantities, terminal
+from fastkd import command, environment, profiler, quantities, terminal, waiting
 from fastkd.budget import Budget, BudgetTooSmall, Meter, StepCost, Totals
 from fastkd.config import Resolved, option, parse_with
 from fastkd.data.batches import Batch
@@ -53,6 +54,7 @@ class Measurement:
     compile_seconds: float
     validation_seconds: float
     matmul_flops: float  # FLOP/s of a large matrix product on this device
+    queued_share: float = 0.0  # of the time of these steps, that the process waited for a core which others had
 
 
 def measure(trainer: Trainer) -> Measurement:
@@ -70,8 +72,10 @@ def measure(trainer: Trainer) -> Measurement:
         estimate = sum(warm_up[-1].values())
         count = int(mean(trainer.world, torch.tensor(MEASURED_SECONDS / estimate)).clamp(3, MEASURED_STEPS))
         power.joules_since_last()
+        began, queued = profiler.now(), waiting.queued_seconds()
         laps = [_timed_step(trainer, stream) for _ in range(count)]
         joules = power.joules_since_last()
+        queued_share = (waiting.queued_seconds() - queued) / (profiler.now() - began)
     step_seconds = sum(sum(lap.values()) for lap in laps) / count
     compile_seconds = trainer.rehearsal_seconds + sum(first.values()) - 2 * step_seconds
     trainer.validate()
@@ -88,6 +92,7 @@ def measure(trainer: Trainer) -> Measurement:
         compile_seconds=max(0.0, compile_seconds) if trainer.parts.compile else 0.0,
         validation_seconds=validation_seconds,
         matmul_flops=profiler.measured_matmul_flops(trainer.device, trainer.parts.dtype),
+        queued_share=queued_share,
     )
     return on_main(trainer.world, lambda: mine)
 
@@ -192,6 +197,8 @@ def make(resolved: Resolved, parts: Parts, measured: Measurement) -> dict[str, A
         "residual": config.residual,
         "activation_bytes": parts.activation_bytes(parts.micro_tokens),
         "validation_seconds": measured.validation_seconds,
+        "queued_share": measured.queued_share,
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     } | predict(parts, measured)
 
 
@@ -249,6 +256,10 @@ def render(plan: dict[str, Any], console: Console) -> None:
                       f"{q.scaled(sum(plan['flops'].values()), 'FLOP')}, {q.duration(plan['seconds'])}"
                       + ("" if plan["joules"] is None else f", {q.scaled(plan['joules'], 'J')}")),
     ]  # fmt: skip
+    if plan["queued_share"] > waiting.BUSY_SHARE:
+        load = "" if plan["load"] is None else f" (load {plan['load']:.1f})"
+        rows.append(("busy", f"other programs had the cores for {plan['queued_share']:.0%} of the time that steps were "
+                             f"timed{load}: without them steps are faster"))  # fmt: skip
     for name, value in rows:
         console.print(f"{name:<17}{value}")
 
