@@ -20,7 +20,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 PARSERS = {
     "run": config.parse,
     "plan": lambda argv: config.parse([part for part in argv if part != "--json"]),
-    "prepare": config.parse,
+    "prepare": lambda argv: config.parse([*re.sub(r"--tokens \S+", "", " ".join(argv)).split(), "--budget-tokens", "1"]),
     "compare": lambda argv: compare.split_options(argv, compare.CompareConfig, "fastkd compare"),
     "glue": glue.parse,
 }
