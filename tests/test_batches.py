@@ -487,7 +487,7 @@ def test_packs_of_any_corpus_are_full_and_lose_nothing(
     tokens = np.arange(offsets[-1])
     text = Text(tokens, offsets, seq_length=seq_length, packing=packing, separator=-1, max_tokens=None)
     size = pack_size(seq_length)
-    packer = Packer(text, pack_tokens=size, seed=seed)
+    packer = Packer([text].__getitem__, pack_tokens=size, seed=seed)
     copies = -(-(size - 2) // (int(text.length.sum()) + 2 * len(text.length)))
     for epoch in range(3):
         first = epoch * packer.packs_per_epoch
@@ -511,7 +511,7 @@ def test_a_few_long_documents_among_many_short_ones_keep_to_the_static_bound() -
     offsets = np.cumsum([0, *[1] * 200, *[126] * 46])
     tokens = np.arange(offsets[-1])
     text = Text(tokens, offsets, seq_length=128, packing="documents", separator=-1, max_tokens=None)
-    packer = Packer(text, pack_tokens=PACK, seed=5)
+    packer = Packer([text].__getitem__, pack_tokens=PACK, seed=5)
     assert packer.packs_per_epoch == 3
     for pack in range(3 * 60):
         length, _ = packer.fragments(pack, pack + 1).sizes(1, PACK)

@@ -95,7 +95,7 @@ class Assembler:
         ids = np.full(size, self.special.pad, np.int64)
         ids[begin] = self.special.cls
         ids[begin + length + 1] = self.special.sep
-        content = self.packer.text.ids(np.repeat(fragments.source, length) + within)
+        content = self.packer.ids(np.repeat(fragments.source, length) + within)
         ids[np.repeat(begin + 1, length) + within] = content
         return ids
 

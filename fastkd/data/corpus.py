@@ -128,7 +128,7 @@ def shard_folder(spec: str | Sequence[str]) -> Path | None:
     """
     specs = [spec] if isinstance(spec, str) else list(spec)
     folders = [Path(part.strip()).expanduser() for part in specs if part.strip()]
-    given = [folder for folder in folders if (folder / "index.json").is_file() and not _texts(folder)]
+    given = [folder for folder in folders if (folder / "part-00000" / "index.json").is_file() and not _texts(folder)]
     if given and len(specs) > 1:
         raise ValueError(f"{str(given[0])!r} holds shards, which stand by themselves: give --corpus nothing beside it")
     return given[0] if given else None
