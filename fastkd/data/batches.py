@@ -130,6 +130,11 @@ class BatchStream:
             return self._packer.unique(self._packer.packs)
         return min(self._most or self._shards.unique_tokens, self._shards.unique_tokens)
 
+    @property
+    def mean_sequence(self) -> float:
+        """Tokens of a sequence, [CLS] and [SEP] included, before packs cut some of them in two."""
+        return self._packer.mean_length
+
     def recut(self, micro_tokens: int) -> "BatchStream":
         """The same steps in micro-batches of another size. Both streams share the epochs that are shuffled.
 
@@ -322,7 +327,9 @@ class _Texts:
         if self.max_tokens is None:
             return self._text(part.documents(), None, share)
         left = self.max_tokens - before
-        if left - part.tokens < pack_size(self.seq_length):  # what is left of the limit would fill no pack of the next part
+        if left - part.tokens < pack_size(
+            self.seq_length
+        ):  # what is left of the limit would fill no pack of the next part
             return self._text(part.documents(), left, 1.0)
         return self._text(part.documents(), None, max(share, (before + part.tokens) / self.max_tokens))
 

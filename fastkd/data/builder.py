@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from fastkd.data.part import Part, part_folder, write_part
 from fastkd.data.progress import Progress
 from fastkd.data.reading import Place, Reading
 from fastkd.data.recipe import Recipe, part_tokens
+from fastkd.data.tokenise import Tokens
 
 NICE = 10  # of the process: what it takes of a busy machine, training does not miss
 log = logging.getLogger(__name__)
@@ -114,16 +115,17 @@ def _reading(job: Job, start: Place, progress: Progress) -> Reading:
 
 def _build(job: Job, number: int, reading: Reading) -> None:
     corpus = Path(job.folder)
-    chunks: Iterator[Any] = reading.part(part_tokens(job.recipe, number))
+    chunks: Iterable[Tokens] = reading.part(part_tokens(job.recipe, number))
     if number == 0:
-        read = list(chunks)
+        chunks = list(chunks)
         share, _ = reading.end(0)
-        held_out, chunks = heldout.choose(read, job.recipe["validation_fraction"], share), iter(read)
+        held_out = heldout.choose(chunks, job.recipe["validation_fraction"], share)
     else:
         held_out = Part(corpus, 0, verify=False).held_out
     write_part(
-        corpus, number, chunks, held_out, recipe=job.recipe, vocab_size=job.vocab_size, end=lambda: reading.end(number)
-    )
+        corpus, number, map(held_out.split, chunks), held_out, recipe=job.recipe, vocab_size=job.vocab_size,
+        end=lambda: reading.end(number),
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -230,7 +232,9 @@ def _check_commits(job: Job) -> None:
     """Refuse to go on with a dataset that has changed on the hub since the corpus was begun."""
     for begun, source in zip(job.recipe["sources"], sources(job.spec), strict=True):
         if begun.get("commit") and source.identity() != begun:
-            raise ValueError(f"{begun['hub']!r} changed on the hub since it was first read: name commit {begun['commit']}")
+            raise ValueError(
+                f"{begun['hub']!r} changed on the hub since it was first read: name commit {begun['commit']}"
+            )
 
 
 def _end_with_parent() -> None:

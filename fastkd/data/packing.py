@@ -112,6 +112,12 @@ class Packer:
             self.extend()
         return self.packs
 
+    @property
+    def mean_length(self) -> float:
+        """Tokens of a sequence of part 0, [CLS] and [SEP] included."""
+        text = self._text(0)
+        return _virtual(text) / len(text.length)
+
     def extend(self) -> None:
         """Read one more part, if there is one; may wait for it."""
         with self._extending:
@@ -171,8 +177,10 @@ class Packer:
         return self._locate(pack)[1]
 
     def enters_part(self, first: int, last: int) -> bool:
-        """Whether packs [first, last] reach a part that no pack before them does. Those before have been read."""
-        epoch, part, _, _ = self._locate(max(first - 1, 0))
+        """Whether packs [first, last] reach a part that packs before them do not; these have been read."""
+        if first == 0:
+            return False
+        epoch, part, _, _ = self._locate(first - 1)
         return epoch == 0 and self._ends[part].share < 1 and self._ends[part].packs <= last
 
     def fragments(self, first: int, last: int) -> Fragments:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,10 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from fastkd.data.heldout import HeldOut
+from fastkd.data.heldout import Documents, HeldOut
 from fastkd.data.reading import Place
 from fastkd.data.recipe import FORMAT, Recipe
-from fastkd.data.tokenise import Tokens
 from fastkd.data.writer import Split, sync_folder, write_durably
 
 SPLITS = ("train", "validation")
@@ -102,9 +101,7 @@ class Part:
         except (OSError, ValueError) as error:
             raise ValueError(f"{str(self.folder)!r} holds no readable index.json ({error}): {self._remedy}") from error
         if not _describes(index, self.number):
-            raise ValueError(
-                f"{str(self.folder)!r} holds no shards that this version of fastkd wrote: {self._remedy}"
-            )
+            raise ValueError(f"{str(self.folder)!r} holds no shards that this version of fastkd wrote: {self._remedy}")
         return dict(index)
 
 
@@ -128,20 +125,20 @@ def _describes(index: Any, number: int) -> bool:
 def write_part(
     corpus: Path,
     number: int,
-    chunks: Iterator[Tokens],
+    documents: Iterable[tuple[Documents, Documents]],
     held_out: HeldOut,
     *,
     recipe: Recipe,
     vocab_size: int,
-    end: Any,
+    end: Callable[[], tuple[float, Place | None]],
 ) -> None:
     """Write a part beside its place, then rename it there: whole or not at all. The caller holds the corpus's lock.
 
     Args:
         corpus: the folder of the corpus.
         number: of the part; part 0 keeps what is held out, a later one leaves it out.
-        chunks: its documents.
-        held_out: chosen from part 0.
+        documents: for training, and held out of it, chunk by chunk.
+        held_out: what decided that.
         recipe: what the corpus is made from.
         vocab_size: one more than the tokenizer's largest id.
         end: called after the last chunk; returns (share of the corpus that was read, place of the next part or None).
@@ -152,9 +149,9 @@ def write_part(
         files = [Split(folder, split, dtype) for split in splits]
         for file in files:
             stack.callback(file.close)
-        for chunk in chunks:
-            for file, documents in zip(files, held_out.split(chunk), strict=False):
-                file.write(*documents)
+        for splits_of_chunk in documents:
+            for file, content in zip(files, splits_of_chunk, strict=False):
+                file.write(*content)
         share, place = end()
         digests = {name: digest for file in files for name, digest in file.finish().items()}
         if number == 0:

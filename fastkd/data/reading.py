@@ -81,7 +81,9 @@ class Reading:
         if not self._rest:
             return 1.0, None
         self._enter(self._origins[0][0])
-        share = self._share() if self._total else 1 - 0.5 ** (number + 1)  # size unknown: as if the next part were the last
+        share = (
+            self._share() if self._total else 1 - 0.5 ** (number + 1)
+        )  # size unknown: as if the next part were the last
         return min(share, LARGEST_SHARE), replace(self._place)
 
     def _next(self) -> Tokens | None:

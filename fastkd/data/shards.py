@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 POLL_SECONDS = 0.2  # between two looks for a part that is being built
-__all__ = ["BuildingFailed", "Shards", "build_shards", "cached", "tokenizer_hash"]
+__all__ = ["BuildingFailed", "Shards", "build_shards", "cache", "tokenizer_hash"]
 
 
 class Shards:
@@ -96,6 +96,15 @@ class Shards:
     def held_out_tokens(self) -> int:
         """Tokens that are held out."""
         return int(self.first.index["tokens"]["validation"])
+
+    @property
+    def sizes(self) -> dict[str, dict[str, int]]:
+        """Tokens and documents of each split, in the parts that are there."""
+        parts = [part.index for part in self._there()]
+        return {
+            name: {split: sum(index[name].get(split, 0) for index in parts) for split in SPLITS}
+            for name in ("tokens", "documents")
+        }
 
     def is_last(self, number: int) -> bool:
         """Whether no part follows one that is loaded."""
@@ -224,9 +233,10 @@ def build_shards(
     return Shards(corpus, job=job)
 
 
-def cached(root: Path, version: str) -> Shards:
-    """A corpus in a cache by its key, whose first part another process has built and whose later parts it builds."""
-    return Shards(root / version)
+def cache() -> Path:
+    """Where corpora are kept. As the XDG specification says, a path that is empty or relative counts as not set."""
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (named if named.is_absolute() else Path.home() / ".cache") / "fastkd"
 
 
 def _has(corpus: Path, tokens: int | None) -> bool:
