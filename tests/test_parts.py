@@ -89,7 +89,7 @@ def test_parts_built_one_by_one_by_anyone_are_the_same_bytes(
 ) -> None:
     """Here, in a process of its own, and again after one was lost."""
     shards = build_shards(str(corpus), tokenizer, tmp_path, first_tokens=FIRST, tokens=1)
-    assert not shards.is_complete and shards.unique_tokens == pytest.approx(whole.unique_tokens, rel=0.1)
+    assert not shards.is_complete and shards.unique_tokens == pytest.approx(whole.unique_tokens, rel=0.3)
     with contextlib.closing(shards):
         shards.part(1)
     build_shards(str(corpus), tokenizer, tmp_path, first_tokens=FIRST, tokens=5 * FIRST, workers=1)
@@ -158,7 +158,7 @@ def test_a_given_folder_of_some_parts_is_all_there_is(
     some = build_shards(str(corpus), tokenizer, tmp_path / "cache", first_tokens=FIRST, tokens=2 * FIRST)
     taken = build_shards(str(some.folder), tokenizer, tmp_path / "unused")
     assert taken.version == some.version + "-2" and taken.is_complete and not (tmp_path / "unused").exists()
-    assert stream(taken).epoch_of(60) > 1.5 and read(stream(taken), range(58, 60))
+    assert stream(taken).epoch_of(100) > 1.2 and read(stream(taken), range(99, 100))
 
 
 def obstructed(shards: Shards) -> Path:

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -114,7 +115,7 @@ def _reading(job: Job, start: Place, progress: Progress) -> Reading:
 
 
 def _build(job: Job, number: int, reading: Reading) -> None:
-    corpus = Path(job.folder)
+    corpus, began = Path(job.folder), time.monotonic()
     chunks: Iterable[Tokens] = reading.part(part_tokens(job.recipe, number))
     if number == 0:
         chunks = list(chunks)
@@ -126,6 +127,7 @@ def _build(job: Job, number: int, reading: Reading) -> None:
         corpus, number, map(held_out.split, chunks), held_out, recipe=job.recipe, vocab_size=job.vocab_size,
         end=lambda: reading.end(number),
     )  # fmt: skip
+    log.info("built part %d of %s in %.1f s", number, corpus, time.monotonic() - began)
 
 
 @contextlib.contextmanager
@@ -145,14 +147,18 @@ class Builder:
 
     def __init__(self, job: Job) -> None:
         self._job = job
+        self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         self._building = 0
         self._finalizer: finalize[..., Any] | None = None
 
     def ahead(self, number: int) -> None:
-        """Begin to build a part, unless a process is at work or has failed to build it."""
-        if self._process is None and self._building != number:
-            self._start(number)
+        """Begin to build a part, unless a process is at work or has failed to build it: that is told when it is needed."""
+        with self._lock:
+            if self._process is not None and self._process.poll() is not None:
+                self._ended()
+            if self._process is None and self._building != number:
+                self._start(number)
 
     def require(self, number: int, seconds: float) -> None:
         """Wait a while for a part that is needed now; one whose building has failed is tried once more.
@@ -160,30 +166,33 @@ class Builder:
         Raises:
             BuildingFailed: building it failed, in one line.
         """
-        if self._process is None:
-            self._start(number)
-        process = self._process
-        assert process is not None
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return
-        self._process = None
-        said, _ = process.communicate()
-        if process.returncode and self._building == number:
-            raise BuildingFailed(said.strip() or f"the process that tokenises the corpus ended by {_end_of(process)}")
-
-    def poll(self) -> None:
-        """Note that a process has ended. What a part that is not needed yet failed of is told when it is."""
-        if self._process is not None and self._process.poll() is not None:
-            self._process.communicate()
-            self._process = None
+        with self._lock:
+            if self._process is None:
+                self._start(number)
+            process = self._process
+            assert process is not None
+            try:
+                process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                return
+            said = self._ended()
+            if process.returncode and self._building == number:
+                raise BuildingFailed(said or f"the process that tokenises the corpus ended by {_end_of(process)}")
 
     def close(self) -> None:
         """End the process, if one is at work."""
-        if self._finalizer is not None:
-            self._finalizer()
+        with self._lock:
+            if self._finalizer is not None:
+                self._finalizer()
+            self._process = None
+
+    def _ended(self) -> str:
+        """Forget a process that has ended; what it said."""
+        assert self._process is not None and self._finalizer is not None
+        said, _ = self._process.communicate()
+        self._finalizer.detach()
         self._process = None
+        return said.strip()
 
     def _start(self, number: int) -> None:
         package = str(Path(fastkd.__file__).parents[1])

@@ -216,25 +216,30 @@ class Packer:
         epoch, part, before, at = self._locate(pack)
         if 2 * at < self._ends[part].packs - before.packs:
             return
-        if part + 1 < len(self._ends):
-            self._pass.ahead((epoch, part + 1), pool)
+        following = self._ends[part].packs
+        if following < self.packs:
+            self._pass.ahead((epoch, self._part_at(following)), pool)
         elif self.is_complete:
-            self._pass.ahead((epoch + 1, 0), pool)
+            self._pass.ahead((epoch + 1, self._part_at(0)), pool)
 
     def _locate(self, pack: int) -> tuple[int, int, _End, int]:
         """(epoch, part, end of the part before, pack of the part) of a pack of the endless row."""
         while not self.is_complete and pack >= self.packs:
             self.extend()
         epoch, at = self._in_epoch(pack)
-        part = bisect_right(self._ends, at, key=lambda end: end.packs)
+        part = self._part_at(at)
         before = self._ends[part - 1] if part else _End()
         return epoch, part, before, at - before.packs
+
+    def _part_at(self, pack: int) -> int:
+        """The part of a pack of an epoch."""
+        return bisect_right(self._ends, pack, key=lambda end: end.packs)
 
     def _in_epoch(self, packs: int) -> tuple[int, int]:
         return divmod(packs, self.packs) if self.is_complete else (0, packs)
 
     def _around(self, at: int) -> tuple[_End, _End]:
-        part = bisect_right(self._ends, at, key=lambda end: end.packs)
+        part = self._part_at(at)
         return self._ends[part - 1] if part else _End(), self._ends[part]
 
     def _fitting(self, part: int) -> Text:
@@ -243,7 +248,7 @@ class Packer:
         Nothing is lost so, and shapes stay what they are. It takes a part that is unlike part 0, which sets the bound.
         """
         text = self._read(part)
-        if part == 0 or self._ordered(text, 0, part) is not None:
+        if part == 0 or not len(text.length) or self._ordered(text, 0, part) is not None:
             return text
         log.warning("part %d of the corpus has too short documents: several share a sequence there", part)
         return text.joined()

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +185,5 @@ def _whole(final: Path) -> Iterator[Path]:
         sync_folder(final.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+        with suppress(OSError):  # of a corpus of which nothing could be written, nothing is left
+            final.parent.rmdir()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 Recipe = dict[str, Any]
-FIRST_TOKENS, MOST_TOKENS = 2**23, 2**27  # of part 0, which is there in seconds; of the largest part
+FIRST_TOKENS, MOST_TOKENS = 2**22, 2**27  # of part 0, which is there in seconds; of the largest part
 
 
 def recipe(
