@@ -40,8 +40,8 @@ from bench.eager_methods import EagerStep
 from fastkd import methods, profiler
 from fastkd.config import resolve
 from fastkd.data.assembly import SpecialIds
-from fastkd.data.packing import Text, shuffled
 from fastkd.data.shards import build_shards, cache
+from fastkd.data.text import Text, shuffled
 from fastkd.distributed import World
 from fastkd.models import hf
 from fastkd.parts import Parts, prepare

@@ -21,11 +21,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fastkd.data import packing
+from fastkd.data import passes
 from fastkd.data.batches import Batch, BatchStream, SpecialIds, pack_size, validation_batches
 from fastkd.data.masking import Masker, key_of, mix, mix_tensor
-from fastkd.data.packing import Packer, Text, shuffled
+from fastkd.data.packing import Packer
 from fastkd.data.shards import Shards, build_shards
+from fastkd.data.text import Text, shuffled
 
 PACK = pack_size(128)
 SPECIAL = SpecialIds(cls=0, sep=1, mask=2, pad=3, all_special=frozenset({0, 1, 2, 3, 4}))
@@ -223,7 +224,7 @@ def shuffles(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
         begun.append((key, threading.current_thread().name))
         return shuffled(count, key)
 
-    monkeypatch.setattr(packing, "shuffled", recorded)
+    monkeypatch.setattr(passes, "shuffled", recorded)
     return begun
 
 
@@ -265,7 +266,7 @@ def test_closing_does_not_wait_for_a_shuffle(shards: Shards, monkeypatch: pytest
         assert go.wait(60)
         return shuffled(count, key)
 
-    monkeypatch.setattr(packing, "shuffled", held_up)
+    monkeypatch.setattr(passes, "shuffled", held_up)
     others = set(threading.enumerate())
     ahead = batches.prefetch(round(0.6 / batches.epoch_of(1)))
     assert len(next(ahead)) == 1, "a step waited for the next epoch"
@@ -285,7 +286,7 @@ def test_an_exception_of_the_shuffling_thread_is_raised_to_the_reader(
     def fails(count: int, key: int) -> np.ndarray:
         raise MemoryError(f"no room for {count} sequences")
 
-    monkeypatch.setattr(packing, "shuffled", fails)
+    monkeypatch.setattr(passes, "shuffled", fails)
     with contextlib.closing(batches.prefetch(0)) as ahead, pytest.raises(MemoryError, match="no room for"):
         collections.deque(ahead, maxlen=0)
 

@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from fastkd.data import packing
+from fastkd.data import passes
 from fastkd.data.batches import pack_size
 from fastkd.data.epochs import Epochs
-from fastkd.data.packing import Packer, Text, shuffled
+from fastkd.data.packing import Packer
+from fastkd.data.text import Text, shuffled
 
 UNEVEN = tuple(1 + i * 7919 % 400 for i in range(3_000))
 WAIT = 60  # seconds after which a test that would hang fails
@@ -53,7 +54,7 @@ def test_threads_that_ask_together_shuffle_an_epoch_once(monkeypatch: pytest.Mon
         keys.append(key)
         return shuffled(count, key)
 
-    monkeypatch.setattr(packing, "shuffled", recorded)
+    monkeypatch.setattr(passes, "shuffled", recorded)
     packer = Packer([text_of(UNEVEN * 20)].__getitem__, pack_tokens=2048, seed=5)
     together = threading.Barrier(8)
 

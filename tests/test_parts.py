@@ -23,8 +23,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fastkd import parts, prepare, run
 from fastkd.data.batches import BatchStream, SpecialIds, pack_size
-from fastkd.data.packing import Packer, Text
+from fastkd.data.packing import Packer
 from fastkd.data.shards import BuildingFailed, Shards, build_shards, cache
+from fastkd.data.text import Text
 from fastkd.models import hf
 
 SPECIAL = SpecialIds(cls=0, sep=1, mask=2, pad=3, all_special=frozenset({0, 1, 2, 3, 4}))

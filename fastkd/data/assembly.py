@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastkd.data.masking import key_of
-from fastkd.data.packing import Fragments, Packer
+from fastkd.data.packing import Packer
+from fastkd.data.passes import Fragments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,20 +11,21 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastkd.data.assembly import Assembler, Plain, SpecialIds
 from fastkd.data.masking import Masker
-from fastkd.data.packing import Fragments, Packer, Text
+from fastkd.data.packing import Packer
+from fastkd.data.passes import Fragments
 from fastkd.data.shards import Shards
+from fastkd.data.sizes import check_sizes, pack_size
+from fastkd.data.texts import Texts
 
-SEQUENCES_PER_PACK = 16  # P = 16 sequences of full length
 STEPS_AHEAD = 2
 VALIDATION_SEED = 20_240_430
 
-__all__ = ["Batch", "BatchStream", "SpecialIds", "StepTokens", "pack_size", "validation_batches"]
+__all__ = ["Batch", "BatchStream", "SpecialIds", "StepTokens", "check_sizes", "pack_size", "validation_batches"]
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class BatchStream:
         check_sizes(batch_tokens, micro_tokens, self._pack_tokens, world)
         if not 0 < mask_rate < 1:
             raise ValueError(f"mask_rate is {mask_rate}: take one between 0 and 1, such as 0.15")
-        texts = _Texts(shards, special, split, seq_length, packing, max_unique_tokens)
+        texts = Texts(shards, special, split, seq_length, packing, max_unique_tokens)
         self._packer = Packer(texts, pack_tokens=self._pack_tokens, seed=seed)
         self._shards, self._most = shards if split == "train" else None, max_unique_tokens
         self._wanted = 0  # packs that are known to be read
@@ -290,7 +291,7 @@ def validation_batches(
     anew, in another order.
     """
     pack_tokens = pack_size(seq_length)
-    texts = _Texts(shards, special, "validation", seq_length, packing, None)
+    texts = Texts(shards, special, "validation", seq_length, packing, None)
     packs = Packer(texts, pack_tokens=pack_tokens, seed=VALIDATION_SEED).packs_per_epoch
     unit = micro_tokens * world
     stream = BatchStream(
@@ -299,53 +300,3 @@ def validation_batches(
         mask_rate=mask_rate, seed=VALIDATION_SEED, rank=rank, world=world, device=device, packing=packing,
     )  # fmt: skip
     return stream.step(0)
-
-
-def pack_size(seq_length: int) -> int:
-    """P, the tokens of a pack: what batch and micro-batch sizes are multiples of."""
-    if seq_length < 8:
-        raise ValueError(f"seq_length is {seq_length}: take at least 8, usually 128")
-    return SEQUENCES_PER_PACK * seq_length
-
-
-@dataclass(frozen=True)
-class _Texts:
-    """The text of each part of a split, by its number."""
-
-    shards: Shards
-    special: SpecialIds
-    split: str
-    seq_length: int
-    packing: str
-    max_tokens: int | None
-
-    def __call__(self, number: int) -> Text:
-        if self.split != "train":
-            return self._text(self.shards.documents(self.split), None, 1.0)
-        part, before = self.shards.part(number), self.shards.tokens_before(number)
-        share = 1.0 if self.shards.is_last(number) else part.share
-        if self.max_tokens is None:
-            return self._text(part.documents(), None, share)
-        left = self.max_tokens - before
-        if left - part.tokens < pack_size(
-            self.seq_length
-        ):  # what is left of the limit would fill no pack of the next part
-            return self._text(part.documents(), left, 1.0)
-        return self._text(part.documents(), None, max(share, (before + part.tokens) / self.max_tokens))
-
-    def _text(self, documents: tuple[np.ndarray, np.ndarray], most: int | None, share: float) -> Text:
-        return Text(
-            *documents, seq_length=self.seq_length, packing=self.packing, separator=self.special.sep, max_tokens=most,
-            share=share,
-        )  # fmt: skip
-
-
-def check_sizes(batch_tokens: int, micro_tokens: int, pack_tokens: int, world: int) -> None:
-    """Raises ``ValueError`` unless micro-batches are whole packs and a step is as many micro-batches on every rank."""
-    for name, value, unit, why in (
-        ("--micro-batch", micro_tokens, pack_tokens, f"packs of {pack_tokens} tokens"),
-        ("--batch-tokens", batch_tokens, micro_tokens * world, f"{world} × micro-batches of {micro_tokens} tokens"),
-    ):
-        if value < 1 or value % unit:
-            nearest = max(round(value / unit), 1) * unit
-            raise ValueError(f"{name} is {value}, no positive multiple of {unit} ({why}): take {nearest}")
