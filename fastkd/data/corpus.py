@@ -185,7 +185,7 @@ def shard_folder(spec: str | Sequence[str]) -> Path | None:
     """
     specs = [spec] if isinstance(spec, str) else list(spec)
     folders = [Path(os.path.expanduser(part.strip())) for part in specs if part.strip()]
-    given = [folder for folder in folders if (folder / "index.json").is_file() and not walk(folder).files]
+    given = [folder for folder in folders if os.path.isfile(folder / "index.json") and not walk(folder).files]
     if given and len(specs) > 1:
         raise ValueError(f"{str(given[0])!r} holds shards, which stand by themselves: give --corpus nothing beside it")
     return given[0] if given else None
@@ -262,11 +262,11 @@ def _report_left_out(name: str) -> None:
     if name == "quickstart" or (found := find(name)) is None:
         return
     if found.hidden:
-        log.warning("corpus %r: left out what is hidden, %s", name, _listed([str(path) for path in found.hidden]))
+        log.warning("corpus %r: left out what is hidden, %s", name, _listed([path.name for path in found.hidden]))
     size = [sum(path.lstat().st_size for path in paths) for paths in (found.files, found.others)]
     if size[1] > size[0]:
         kinds = sorted({path.suffix or path.name for path in found.others})
-        log.warning("corpus %r: most of its bytes are in %d files of kinds that fastkd does not read, %s",
+        log.warning("corpus %r: most of its bytes, %d of its files, are of kinds that fastkd does not read, %s",
                     name, len(found.others), _listed(kinds))  # fmt: skip
 
 
