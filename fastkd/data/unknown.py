@@ -6,14 +6,9 @@ MOST = 0.9  # of the tokens: more is refused
 MUCH = 0.05  # more is worth a warning
 
 
-def unknown_share(counts: np.ndarray, unknown_id: int | None) -> float:
-    """The unknown token's share of a corpus's tokens.
-
-    Args:
-        counts: how often each id stands in the corpus, [V].
-        unknown_id: of the tokenizer; None where it knows everything, as byte-level ones do.
-    """
-    return 0.0 if unknown_id is None else float(counts[unknown_id] / counts.sum())
+def unknown_share(ids: np.ndarray, unknown_id: int | None) -> float:
+    """The unknown token's share of a corpus's token ids [N]; ``None`` is the id where every text is known."""
+    return 0.0 if unknown_id is None else float(np.count_nonzero(ids == unknown_id) / max(len(ids), 1))
 
 
 def unknown_remark(share: float) -> str | None:

@@ -80,6 +80,13 @@ def load(source: str | Path, *, device: torch.device | str = "cpu", sha256: str 
     return Loaded(encoder, config, tokenizer, str(source), digest, revision)
 
 
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a source that ``load`` takes, without its weights. Raises ValueError where it cannot be read."""
+    where = _resolve(source)
+    with _readable(source):
+        return AutoTokenizer.from_pretrained(where)
+
+
 @contextlib.contextmanager
 def _readable(source: str | Path) -> Iterator[None]:
     """transformers' reading, without bars and reports; what it cannot read becomes one line."""
