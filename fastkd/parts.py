@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -249,12 +250,13 @@ def build_corpus(
     Raises:
         ValueError: it cannot be read, or the tokenizer knows next to nothing of it.
     """
-    shards = build_shards(
-        config.corpus, tokenizer, cache(), text_field=config.text_field, tokens=tokens, progress=progress,
+    build = partial(
+        build_shards, config.corpus, tokenizer, cache(), text_field=config.text_field, progress=progress,
         first_tokens=FIRST_TOKENS,
     )  # fmt: skip
-    unknown_remark(unknown_share(shards.first.documents()[0], tokenizer.unk_token_id))
-    return shards
+    first = build(tokens=1)
+    unknown_remark(unknown_share(first.first.documents()[0], tokenizer.unk_token_id))  # before more is tokenised
+    return first if tokens == 1 else build(tokens=tokens)
 
 
 def _shards(config: RunConfig, tokenizer: PreTrainedTokenizerBase, world: World) -> Shards:
