@@ -188,7 +188,7 @@ from datetime import timedelta
 from fastkd import run
 from fastkd.data import packing
 from fastkd.data.epochs import Epochs
-from fastkd.distributed import start
+from fastkd.distributed import joined
 
 seconds = 3
 
@@ -205,7 +205,7 @@ class Slow(Epochs):  # of a large corpus, on rank 0: every epoch but the first
 
 if os.environ["RANK"] == "0":
     packing.Epochs = Slow
-run.start = lambda: start(timedelta(seconds=seconds))
+run.joined = lambda: joined(timedelta(seconds=seconds))
 sys.exit(run.main())
 """
 
