@@ -68,6 +68,9 @@ def test_mlm_runs_without_a_teacher_and_exports_its_head(mlm_run: Path) -> None:
     assert steps[-1]["flops"]["teacher"] == 0
     assert "teacher" not in tomllib.loads((mlm_run / "config.toml").read_text())
     assert AutoModelForMaskedLM.from_pretrained(mlm_run / "final").config.num_hidden_layers == 2
+    # Trained on sequences of 32 tokens: the position table is longer, what was trained of it is not.
+    assert AutoTokenizer.from_pretrained(mlm_run / "final").model_max_length == 32
+    assert "sequences of at most 32 tokens" in (mlm_run / "final" / "README.md").read_text()
     first, last = _first_and_last_validation(mlm_run)
     assert last["loss"] < first["loss"]
     assert 0 <= last["accuracy"] <= 1
