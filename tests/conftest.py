@@ -128,7 +128,7 @@ def mlm_run(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     from fastkd import run
 
     folder = tmp_path_factory.mktemp("runs") / "mlm"
-    assert run.main([*small, "--method", "mlm", "--budget-tokens", "60000", "--output-dir", str(folder)]) == 0
+    assert run.main([*small, "--method", "mlm", "--budget-tokens", "40000", "--output-dir", str(folder)]) == 0
     return folder
 
 

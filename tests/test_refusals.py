@@ -167,7 +167,7 @@ def test_a_damaged_run_is_not_resumed(
     shutil.copytree(mlm_run, folder, ignore=shutil.ignore_patterns("final", name))
     (folder / name).mkdir() if content is None else (folder / name).write_bytes(content)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    options = [*small, "--method", "mlm", "--budget-tokens", "60000", "--output-dir", str(folder)]
+    options = [*small, "--method", "mlm", "--budget-tokens", "40000", "--output-dir", str(folder)]
     error = refused(options, capsys)
     assert words in error and str(folder) in error, error
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
