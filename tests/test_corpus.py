@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hub_server import serve
+from hub import serve
 from hypothesis import given
 from hypothesis import strategies as st
 
