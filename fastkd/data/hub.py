@@ -55,6 +55,12 @@ class HubDataset:
         asked = {"revision": self.revision or "", "config": self.config or "", "split": self.split}
         return {"hub": self.name, **asked, "commit": commit}
 
+    size = 0  # not known without asking
+
+    def units(self) -> Iterator["HubDataset"]:
+        """The dataset as a whole."""
+        yield self
+
     def documents(self, text_field: str) -> Iterator[str]:
         """Stream the rows' text in the order of the split; blank ones are left out."""
         import datasets
