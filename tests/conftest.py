@@ -4,8 +4,10 @@ import importlib.util
 import json
 import os
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+
+import hub as test_hub
 
 # Before anything imports torch or triton: two xdist workers share two cores, and a kernel that is decorated
 # without TRITON_INTERPRET cannot run on a CPU afterwards.
@@ -13,6 +15,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+# The hub's libraries read these when they are imported: the hub of the tests, which speaks no Xet, and a cache of their own.
+HUB = test_hub.Hub()
+HUB_CACHE = tempfile.TemporaryDirectory(prefix="fastkd-hub-")
+os.environ |= {"HF_ENDPOINT": HUB.address, "HF_HOME": HUB_CACHE.name, "HF_HUB_DISABLE_XET": "1"}
 
 import pytest
 import torch
@@ -89,6 +95,31 @@ def shard_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "inductor"
     )  # what a killed compiler left elsewhere is not loaded
     return folder
+
+
+@pytest.fixture(scope="session")
+def running_hub() -> Iterator[test_hub.Hub]:
+    """The hub of the tests, answering."""
+    yield HUB.start()
+    HUB.stop()
+
+
+@pytest.fixture
+def hub(running_hub: test_hub.Hub, monkeypatch: pytest.MonkeyPatch) -> test_hub.Hub:
+    """An empty hub, which this process and those that it starts may ask."""
+    running_hub.reset()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    return running_hub
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds of every wait in this process, none of which is waited."""
+    seconds: list[float] = []
+    monkeypatch.setattr("time.sleep", seconds.append)
+    return seconds
 
 
 @pytest.fixture(scope="session")

@@ -122,11 +122,13 @@ class Hub:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Routes", (hub_routes.Routes,), {"hub": self}))
         self.server.daemon_threads = True
         self.address = f"http://127.0.0.1:{self.server.server_port}"
+        self.store = f"http://localhost:{self.server.server_port}"  # large files: another host, as of the real hub
         self.reset()
 
     def reset(self) -> None:
         """An empty hub with a fast line."""
         self.repositories: dict[tuple[str, str], Repository] = {}
+        self.blobs: dict[str, Blob] = {}  # large files that were pointed to, by sha256
         self.uploads: dict[str, bytes] = {}
         self.tokens = {"hf_writer": ("someone", "write"), "hf_reader": ("someone", "read")}
         self.faults: list[Fault] = []

@@ -71,7 +71,7 @@ class Routes(BaseHTTPRequestHandler):
         elif parts[0] == "api":
             self.of_hub("/".join(parts[1:]))
         elif parts[0] == "blobs":
-            self.uploaded(parts[1]) if self.command == "PUT" else self.file(self.blob(parts[1]), {})
+            self.uploaded(parts[1]) if self.command == "PUT" else self.file(self.hub.blobs[parts[1]], {})
         else:
             kind = parts[0] if parts[0] == "datasets" else "models"
             repository, rest = self.repository(kind, parts[kind == "datasets" :])
@@ -223,17 +223,13 @@ class Routes(BaseHTTPRequestHandler):
         self.hub.uploads[oid] = self.body
         self.json({})
 
-    def blob(self, sha256: str) -> Blob:
-        """A large file by its digest."""
-        trees = (tree for repository in self.hub.repositories.values() for tree in repository.commits.values())
-        return next(blob for tree in trees for blob in tree.values() if blob.sha256 == sha256)
-
     def file(self, blob: Blob, headers: dict[str, str]) -> None:
         """A file, or a part of it; a large one that was asked for by its name is somewhere else."""
         headers |= {"Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
         if blob.size >= self.hub.large and "X-Repo-Commit" in headers:
             linked = {"X-Linked-ETag": f'"{blob.sha256}"', "X-Linked-Size": str(blob.size)}
-            self.answer(302, headers | linked | {"Location": f"{self.hub.address}/blobs/{blob.sha256}"}, 0)
+            self.hub.blobs[blob.sha256] = blob
+            self.answer(302, headers | linked | {"Location": f"{self.hub.store}/blobs/{blob.sha256}"}, 0)
             return
         headers["ETag"] = f'"{blob.oid}"'
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
