@@ -7,19 +7,15 @@ import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
-import hub as test_hub
-
 # Before anything imports torch or triton: two xdist workers share two cores, and a kernel that is decorated
 # without TRITON_INTERPRET cannot run on a CPU afterwards.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-# The hub's libraries read these when they are imported: the hub of the tests, which speaks no Xet, and a cache of their own.
-HUB = test_hub.Hub()
-HUB_CACHE = tempfile.TemporaryDirectory(prefix="fastkd-hub-")
-os.environ |= {"HF_ENDPOINT": HUB.address, "HF_HOME": HUB_CACHE.name, "HF_HUB_DISABLE_XET": "1"}
 
+import hub as test_hub
+import hub_environment
 import pytest
 import torch
 from filelock import FileLock
@@ -100,8 +96,8 @@ def shard_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def running_hub() -> Iterator[test_hub.Hub]:
     """The hub of the tests, answering."""
-    yield HUB.start()
-    HUB.stop()
+    yield hub_environment.HUB.start()
+    hub_environment.HUB.stop()
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
@@ -373,6 +374,9 @@ def test_a_run_is_scored_once(run_folder: Path, tmp_path: Path) -> None:
     card = (run_folder / "final" / "README.md").read_text()
     assert card.startswith("---\nlicense") and "fixed random subset of 32 rows" in card
     assert "fine-tuned on NLI and paraphrase pairs" in card
+    result = (ModelCard(card).data.eval_results or [])[0]
+    assert (result.dataset_type, result.dataset_config, result.metric_type) == ("nyu-mll/glue", "sst2", "accuracy")
+    assert result.metric_value == pytest.approx(scores["sst2"]["accuracy"]["mean"] / 100, abs=1e-5)
     event = json.loads((run_folder / "ledger.jsonl").read_text().splitlines()[-1])
     assert event["event"] == "glue" and event["charged"] is False and event["seconds"] > 0
     assert (event["task"], event["seed"]) == ("sst2", 1), "a line for each fine-tuning: a kill loses none that finished"
@@ -390,7 +394,9 @@ def test_a_run_is_scored_once(run_folder: Path, tmp_path: Path) -> None:
     evaluate(run_folder, data=data, seeds=2, train_rows={"sst2": 32}, output_dir=run_folder, log=log.append)
     assert "4 fine-tunings, 2 of them finished before" in log[1]
     assert set(json.loads((run_folder / "glue.json").read_text())) == {"sst2", "rte"}
-    assert (run_folder / "final" / "README.md").read_text().count("## GLUE") == 1
+    card = (run_folder / "final" / "README.md").read_text()
+    assert card.count("## GLUE") == 1
+    assert [result.dataset_config for result in ModelCard(card).data.eval_results or []] == ["sst2", "rte"]
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

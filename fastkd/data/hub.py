@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from fastkd import hub
+from fastkd.data import hub_requests
 from fastkd.data.order import shuffled
 from fastkd.data.remote_parquet import RowGroup, row_groups
 from fastkd.data.rows import text_of
@@ -50,14 +50,16 @@ class HubDataset:
         """The commit that the revision stands for today. Raises ``ValueError`` where the hub is out of reach."""
         from huggingface_hub import HfApi
 
-        info = self._ask(lambda: HfApi().dataset_info(self.name, revision=self.revision, timeout=hub.NO_ANSWER))
+        info = self._ask(
+            lambda: HfApi().dataset_info(self.name, revision=self.revision, timeout=hub_requests.NO_ANSWER)
+        )
         return str(info.sha)
 
     def identity(self) -> dict[str, str]:
         """Name, revision, configuration, split, and the commit: empty where the hub cannot be asked for it."""
         try:
             commit = self.commit
-        except hub.HubUnreachable as error:
+        except hub_requests.HubUnreachable as error:
             log.warning("%s", error)
             commit = ""
         asked = {"revision": self.revision or "", "config": self.config or "", "split": self.split}
@@ -80,7 +82,10 @@ class HubDataset:
             return row_groups([files[number] for number in order], self.name, self._ask)
         count = self._stream.num_shards
         if count != len(files):  # files that belong together, such as text beside its metadata
-            return (File(self, f"shard {number} of {count}", self.size // count, number) for number in shuffled(count, self.name))
+            return (
+                File(self, f"shard {number} of {count}", self.size // count, number)
+                for number in shuffled(count, self.name)
+            )
         return (File(self, *files[number], number) for number in order)
 
     @cached_property
@@ -123,8 +128,8 @@ class HubDataset:
 
     def _ask(self, call: Callable[[], Any]) -> Any:
         try:
-            return hub.ask(f"corpus {self.name!r}", call, remedy=REMEDY)
-        except hub.HubUnreachable as error:
+            return hub_requests.ask(f"corpus {self.name!r}", call, remedy=REMEDY)
+        except hub_requests.HubUnreachable as error:
             if "scripts are no longer supported" not in str(error):
                 raise
             copy = f"{self.name}@refs/convert/parquet is the hub's own copy without the script, where it made one"
@@ -147,7 +152,7 @@ class File:
 
     def documents(self, text_field: str) -> Iterator[str]:
         """Yield the rows' text in order, blank ones left out. Raises ``ValueError`` for rows without that text."""
-        for texts in hub.resumed(lambda: self._texts(text_field), self.dataset._ask):
+        for texts in hub_requests.resumed(lambda: self._texts(text_field), self.dataset._ask):
             yield from filter(None, texts)
 
     def _texts(self, text_field: str) -> Iterator[list[str]]:

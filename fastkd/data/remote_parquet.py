@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from fastkd import hub
+from fastkd.data import hub_requests
 from fastkd.data.order import shuffled
 from fastkd.data.parquet import values
 from fastkd.data.rows import text_of
@@ -36,7 +36,9 @@ def row_groups(files: Sequence[tuple[str, int]], dataset: str, ask: Ask) -> Iter
         some = files[first : first + POOL]
         with ThreadPoolExecutor(POOL) as pool:
             footers = list(pool.map(lambda file: ask(lambda: _footer(*file)), some))
-        groups = [group for file, footer in zip(some, footers, strict=True) for group in _of(*file, footer, dataset, ask)]
+        groups = [
+            group for file, footer in zip(some, footers, strict=True) for group in _of(*file, footer, dataset, ask)
+        ]
         order = [groups[number] for number in shuffled(len(groups), dataset, first)]
         window = Window(order)
         for place, group in enumerate(order):
@@ -68,7 +70,7 @@ class Stored:
 
     def batches(self, text_field: str) -> Iterator[Any]:
         """The text's column, as Arrow, in pieces of the file."""
-        return hub.resumed(lambda: self._batches(text_field, whole=False), self.ask)
+        return hub_requests.resumed(lambda: self._batches(text_field, whole=False), self.ask)
 
     def _batches(self, text_field: str, *, whole: bool) -> Iterator[Any]:
         import pyarrow.parquet

@@ -31,8 +31,9 @@ from transformers import (
 from transformers import logging as hf_logging
 
 from fastkd import atomic
+from fastkd.data import hub_requests
 from fastkd.digest import file_sha256
-from fastkd.models import parameter_names
+from fastkd.models import parameter_names, sentences
 from fastkd.models.encoder import Encoder, EncoderConfig
 
 CLASSES = {
@@ -95,7 +96,7 @@ def _resolve(source: str | Path) -> str:
     """The Hugging Face folder or hub id behind a source."""
     folder = Path(source)
     if not folder.is_dir():
-        return str(source)
+        return str(hub_requests.model_folder(str(source), remedy=REMEDY))
     if (folder / "config.json").is_file():
         return str(folder)
     if (folder / "final" / "config.json").is_file():
@@ -201,6 +202,7 @@ def export(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, folder: Path, *
         with _quiet():
             to_hf_model(encoder, mlm_head=mlm_head).save_pretrained(written)
         tokenizer.save_pretrained(written)
+        sentences.write(written, encoder.config.hidden_size, encoder.config.max_length)
         (written / "README.md").write_text(card, encoding="utf-8")
         _replace(written, folder)
     finally:

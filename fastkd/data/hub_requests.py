@@ -39,13 +39,14 @@ class Incomplete(OSError):
     """The hub stopped in the middle of what it sent."""
 
 
-def ask(what: str, call: Callable[[], T], *, remedy: str) -> T:
+def ask(what: str, call: Callable[[], T], *, remedy: str, verb: str = "read") -> T:
     """Call what asks the hub, again where it fails for a moment: no answer, a cut-off one, too many requests, an error of
     the hub's. Each wait is logged.
 
     Args:
         what: what is asked for, such as ``corpus 'a/b'``.
         remedy: the next command or option that works without it.
+        verb: what is done: ``read`` or ``push``.
 
     Raises:
         NotOnHub: no such repository, or not for this user.
@@ -61,7 +62,7 @@ def ask(what: str, call: Callable[[], T], *, remedy: str) -> T:
             return call()
         except Exception as error:  # the hub's HTTP library, and so its exceptions, changes from version to version
             if wait is None or not _is_transient(error):
-                raise _explained(what, error, remedy) from error
+                raise _explained(what, error, remedy, verb) from error
             seconds = min(_asked_to_wait(error) or wait, LONGEST_WAIT)
             log.warning("%s: %s; trying again in %g s", what, _reason(error), seconds)
         time.sleep(seconds)
@@ -116,6 +117,7 @@ def model_folder(name: str, *, remedy: str) -> Path:
         missing = [file for file in wanted if not (folder / file).is_file()]
         if missing:  # it falls back to what the cache holds when the hub stops answering
             raise Incomplete(f"{missing[0]} did not arrive")
+        snapshot_download(name, allow_patterns=wanted)  # now that all is there: the commit that the cache has of the name
         return folder
 
     return ask(what, download, remedy=remedy)
@@ -168,11 +170,13 @@ def _is_transient(error: BaseException) -> bool:
 def _asked_to_wait(error: BaseException) -> float | None:
     """The seconds that the hub asks to wait, and one more, for it counts whole ones."""
     headers = getattr(_response(error), "headers", {})
-    found = re.fullmatch(r"\d+", headers.get("Retry-After", "")) or re.search(r"(?<=;t=)\d+", headers.get("RateLimit", ""))
+    found = re.fullmatch(r"\d+", headers.get("Retry-After", "")) or re.search(
+        r"(?<=;t=)\d+", headers.get("RateLimit", "")
+    )
     return float(found[0]) + 1 if found else None
 
 
-def _explained(what: str, error: Exception, remedy: str) -> ValueError:
+def _explained(what: str, error: Exception, remedy: str, verb: str) -> ValueError:
     """The one line that an error becomes."""
     causes = list(_chain(error))
     answer = _response(error)
@@ -187,7 +191,9 @@ def _explained(what: str, error: Exception, remedy: str) -> ValueError:
         )
     if answer is None and type(error) is ValueError:  # what the library says about a value: it names those that work
         return ValueError(f"{what}: {' '.join(str(error).split())}")
-    return HubUnreachable(f"cannot read {what} from the hub ({_reason(error)}): {_next(error, remedy)}")
+    return HubUnreachable(
+        f"cannot {verb} {what} {'to' if verb == 'push' else 'from'} the hub ({_reason(error)}): {_next(error, remedy)}"
+    )
 
 
 def _reason(error: BaseException) -> str:
