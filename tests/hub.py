@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
@@ -49,7 +49,7 @@ class Blob:
 
     content: Content
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Bytes."""
         return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
@@ -129,6 +129,7 @@ class Hub:
         """An empty hub with a fast line."""
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.blobs: dict[str, Blob] = {}  # large files that were pointed to, by sha256
+        self.listings: dict[tuple[str, str, bool], dict[str, dict[str, object]]] = {}
         self.uploads: dict[str, bytes] = {}
         self.tokens = {"hf_writer": ("someone", "write"), "hf_reader": ("someone", "read")}
         self.faults: list[Fault] = []
@@ -159,6 +160,28 @@ class Hub:
                 for copy in range(times):
                     files[path if copy == 0 else f"{path.removesuffix('.parquet')}-{copy:05}.parquet"] = file
             self.add(kind, f"{owner}/{name}", files, unquote(revision))
+
+    def entries(self, tree: dict[str, Blob], commit: str, folder: str, recursive: bool) -> dict[str, dict[str, object]]:
+        """What is in a folder of a commit, by path, in the order of the paths."""
+        key = (commit, folder, recursive)
+        if key not in self.listings:
+            self.listings[key] = self._entries(tree, f"{folder}/" if folder else "", recursive)
+        return self.listings[key]
+
+    def _entries(self, tree: dict[str, Blob], prefix: str, recursive: bool) -> dict[str, dict[str, object]]:
+        found: dict[str, dict[str, object]] = {}
+        for path, blob in tree.items():
+            if not path.startswith(prefix):
+                continue
+            parts = path.removeprefix(prefix).split("/")
+            for depth in range(1, len(parts) if recursive else min(2, len(parts))):
+                name = prefix + "/".join(parts[:depth])
+                found.setdefault(name, {"type": "directory", "path": name, "size": 0, "oid": "0" * 40})
+            if recursive or len(parts) == 1:
+                found[path] = {"type": "file", "path": path, "size": blob.size, "oid": blob.oid}
+                if blob.size >= self.large:
+                    found[path]["lfs"] = {"oid": blob.sha256, "size": blob.size, "pointerSize": 134}
+        return {name: found[name] for name in sorted(found)}
 
     def fault(self, request: str) -> Fault | None:
         """The fault of a request, if it has one."""

@@ -135,8 +135,8 @@ class Routes(BaseHTTPRequestHandler):
         elif what == "paths-info":
             commit = self.commit(repository, rest[1])
             asked = parse_qs(self.body.decode())["paths"]
-            found = entries(self.hub, repository.commits[commit], "", recursive=True)
-            self.json([entry for entry in found if entry["path"] in asked])
+            found = self.hub.entries(repository.commits[commit], commit, "", True)
+            self.json([found[path] for path in asked if path in found])
         elif what == "auth-check":
             if rest[1:] == ["write"]:
                 self.may_write(repository.name)
@@ -193,7 +193,8 @@ class Routes(BaseHTTPRequestHandler):
     def tree(self, repository: Repository, revision: str, folder: str) -> None:
         """One page of a folder's entries, with the address of the next."""
         commit = self.commit(repository, revision)
-        found = entries(self.hub, repository.commits[commit], folder, recursive=self.query.get("recursive") == "true")
+        recursive = self.query.get("recursive") == "true"
+        found = list(self.hub.entries(repository.commits[commit], commit, folder, recursive).values())
         if folder and not found:
             raise Refused(404, "EntryNotFound", f"{folder} does not exist on {revision}")
         first = int(self.query.get("cursor", 0))
@@ -265,21 +266,3 @@ class Routes(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
-
-
-def entries(hub: Hub, tree: dict[str, Blob], folder: str, *, recursive: bool) -> list[dict[str, Any]]:
-    """What lies in a folder of a tree, in the order of the paths."""
-    prefix = f"{folder}/" if folder else ""
-    found: dict[str, dict[str, Any]] = {}
-    for path, blob in sorted(tree.items()):
-        if not path.startswith(prefix):
-            continue
-        parts = path.removeprefix(prefix).split("/")
-        for depth in range(1, len(parts) if recursive else min(2, len(parts))):
-            name = prefix + "/".join(parts[:depth])
-            found.setdefault(name, {"type": "directory", "path": name, "size": 0, "oid": "0" * 40})
-        if recursive or len(parts) == 1:
-            found[path] = {"type": "file", "path": path, "size": blob.size, "oid": blob.oid}
-            if blob.size >= hub.large:
-                found[path]["lfs"] = {"oid": blob.sha256, "size": blob.size, "pointerSize": 134}
-    return [found[name] for name in sorted(found)]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from fastkd.data import hub_requests
@@ -176,8 +177,14 @@ def _of(path: str, size: int, footer: Any, dataset: str, ask: Ask) -> Iterator[S
 
 
 def _opened(path: str, size: int, *, cache_type: str) -> AbstractContextManager[Any]:
-    from fsspec.core import url_to_fs
-
-    files, name = url_to_fs(path)
+    """A file that is read by ranges."""
     known = {"size": size} if size else {}
-    return files.open(name, "rb", cache_type=cache_type, **known)  # type: ignore[no-any-return]
+    return _files(path.partition("://")[0]).open(path, "rb", cache_type=cache_type, **known)  # type: ignore[no-any-return]
+
+
+@cache
+def _files(protocol: str) -> Any:
+    """One file system for all threads: its library gives each thread a copy, with the listings of all files."""
+    import fsspec
+
+    return fsspec.filesystem(protocol, skip_instance_cache=True)
