@@ -101,6 +101,21 @@ def test_files_of_other_kinds_are_units(hub: test_hub.Hub, kind: str) -> None:
     assert [text for unit in units for text in unit.documents("text")] == expected
 
 
+def test_configurations_splits_and_revisions_are_named(hub: test_hub.Hub) -> None:
+    texts = ["one", " ", None, "two"]
+    hub.add("datasets", "some/data", {"README.md": CARD, "small/train.parquet": parquet(texts)})
+    for spec in ("some/data", "some/data:small", "some/data@main:small:train"):
+        assert documents(spec) == ["one", "two"]
+    for spec, line in {
+        "some/data:big": r"corpus 'some/data': BuilderConfig 'big' not found. Available: \['small'\]",
+        "some/data::test": r"corpus 'some/data': Bad split: test. Available splits: \['train'\]",
+        "some/data@other": r"corpus 'some/data': the hub has no such revision: correct what follows the @",
+        "no/data": r"corpus 'no/data' is neither here nor on the hub for you to read: correct the name, .*hf auth login",
+    }.items():
+        with pytest.raises(ValueError, match=line):
+            documents(spec)
+
+
 def test_a_script_s_parquet_copy_is_read_and_pointed_to(hub: test_hub.Hub) -> None:
     hub.add("datasets", "books/books", {"books.py": "raise SystemExit", "README.md": "---\n---\n"})
     with pytest.raises(ValueError, match=r"'books/books' is a script.*books/books@refs/convert/parquet"):

@@ -213,7 +213,8 @@ def _reason(error: BaseException) -> str:
         return "no connection"
     if any(_is_a(cause, "TransportError") or "Consistency check failed" in str(cause) for cause in causes):
         return "the answer was cut off"
-    text = " ".join(str(error).split()) or type(error).__name__
+    first, last = str(error), str(causes[-1])
+    text = " ".join((first if last in first else f"{first} {last}").split()) or type(error).__name__
     return text if len(text) <= 200 else text[:200] + " …"
 
 
