@@ -21,6 +21,7 @@ from fastkd.data.shards import Shards, build_shards
 from fastkd.distributed import World, any_rank, barrier, smallest
 from fastkd.methods import Method
 from fastkd.models import float8, hf
+from fastkd.models import student as students
 from fastkd.models.attention import Setting
 from fastkd.models.encoder import Encoder, EncoderConfig, Needs
 from fastkd.models.teacher import Teacher, check_teacher
@@ -43,7 +44,7 @@ class Parts:
     method: Method
     teacher: Teacher | None
     teacher_parameters: int  # of the whole checkpoint, of which only what is read is kept
-    teacher_version: str | None  # sha256 of the checkpoint, or its commit on the hub
+    teacher_version: str | None  # sha256 of the teacher's files, or its commit on the hub
     shards: Shards
     lr: float
     micro_tokens: int = 0
@@ -133,7 +134,7 @@ def prepare(resolved: Resolved, world: World) -> Parts:
         float8.require(world.device)
     loaded = load_model(config.teacher) if config.teacher else None
     like, tokenizer = _tokenizer(config, loaded)
-    student_config = hf.student_config(config.student, like, tokenizer)
+    student_config = students.student_config(config.student, like, tokenizer)
     setting = Setting.on(world.device, dtype, student_config.head_width, config.dropout)
     attention = setting.choose(config.attention)
     memory.require_room(student_config, world.device)
@@ -143,7 +144,7 @@ def prepare(resolved: Resolved, world: World) -> Parts:
         )
     method = methods.load(config.method).METHOD(resolved.method, student_config, loaded.config if loaded else None)
     if loaded is not None:
-        check_teacher(loaded, student_config, tokenizer, method.teacher_needs or Needs())
+        check_teacher(loaded, student_config, tokenizer, method.teacher_needs or Needs(), config.seq_length)
     student = Encoder(
         student_config, mlm_head=method.trains_mlm_head, attention=attention, residual=getattr(torch, config.residual),
         seed=config.seed,
@@ -152,7 +153,7 @@ def prepare(resolved: Resolved, world: World) -> Parts:
     if config.init_from_teacher:
         if loaded is None:
             raise ValueError("--init-from-teacher needs a teacher: give --teacher")
-        hf.init_from_teacher(student, loaded.encoder)
+        students.init_from_teacher(student, loaded.encoder)
     use_compile = world.device.type == "cuda" if config.compile is None else config.compile
     teacher = None
     if loaded is not None and method.teacher_needs is not None:
@@ -233,8 +234,7 @@ def _tokenizer(config: RunConfig, teacher: hf.Loaded | None) -> tuple[EncoderCon
         return teacher.config, teacher.tokenizer
     if config.tokenizer is None:
         raise ValueError("a run without a teacher needs --tokenizer: a hub id or a folder (or 'quickstart')")
-    loaded = load_model(config.tokenizer)
-    return loaded.config, loaded.tokenizer
+    return hf.shape(model_folder(config.tokenizer))
 
 
 def _shards(config: RunConfig, tokenizer: PreTrainedTokenizerBase, world: World) -> Shards:

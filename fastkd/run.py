@@ -114,7 +114,8 @@ def alone_in(folder: Path) -> Iterator[None]:
 def export(parts: Parts, folder: Path) -> None:
     """The student as a Hugging Face folder with its model card."""
     card = model_card(folder, mlm_head=parts.method.trains_mlm_head)
-    hf.export(parts.student, parts.tokenizer, folder / "final", card=card, mlm_head=parts.method.trains_mlm_head)
+    head, longest = parts.method.trains_mlm_head, parts.config.seq_length
+    hf.export(parts.student, parts.tokenizer, folder / "final", card=card, mlm_head=head, max_length=longest)
 
 
 def pushed_to(resolved: Resolved, world: World) -> str | None:

@@ -9,7 +9,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
@@ -88,39 +88,41 @@ def resumed(items: Callable[[], Iterator[T]], ask: Callable[[Callable[[], Any]],
         yield item
 
 
-def model_folder(name: str, *, remedy: str) -> Path:
-    """A hub model's files in the hub's own cache, all of one commit. Weights in pickles only where there are no others.
+def model_folder(name: str, *, remedy: str, weights: bool = True) -> Path:
+    """A hub model's files in the hub's own cache, all of one commit. Pickled weights only where there are no others.
 
-    Where the hub cannot be asked, what the cache holds of it.
+    Where the hub cannot be asked, what the cache holds of it. The name stands there for a commit only once all of it came.
 
     Raises:
         ValueError: there is no such model, or neither hub nor cache have it; in one line.
     """
     from huggingface_hub import HfApi, snapshot_download
 
-    what = f"model {name!r}"
-    try:
-        info = ask(what, lambda: HfApi().model_info(name, timeout=NO_ANSWER), remedy=remedy)
-    except HubUnreachable as error:
-        cached = _cached(name)
-        if cached is None:
-            raise
-        log.warning("%s: taken from the hub's cache, since %s", what, error)
-        return cached
-    files = [sibling.rfilename for sibling in info.siblings or ()]
-    weights = next((kind for kind in WEIGHTS if any(fnmatch(file, kind) for file in files)), WEIGHTS[0])
-    patterns = [*MODEL_FILES, weights]
-    wanted = [file for file in files if "/" not in file and any(fnmatch(file, pattern) for pattern in patterns)]
-
     def download() -> Path:
+        info = HfApi().model_info(name, timeout=NO_ANSWER)
+        wanted = _wanted([sibling.rfilename for sibling in info.siblings or ()], weights)
         folder = Path(snapshot_download(name, revision=info.sha, allow_patterns=wanted))
         missing = [file for file in wanted if not (folder / file).is_file()]
         if missing:  # it falls back to what the cache holds when the hub stops answering
             raise Incomplete(f"{missing[0]} did not arrive")
-        snapshot_download(name, allow_patterns=wanted)  # now that all is there: the commit that the cache has of the name
+        snapshot_download(name, allow_patterns=wanted)  # now the name stands for this commit
         return folder
 
-    return ask(what, download, remedy=remedy)
+    try:
+        return ask(f"model {name!r}", download, remedy=remedy)
+    except HubUnreachable as error:
+        cached = _cached(name)
+        if cached is None:
+            raise
+        log.warning("%s; going on with what the cache holds", error)
+        return cached
+
+
+def _wanted(files: Sequence[str], weights: bool) -> list[str]:
+    """The files of a repository that make a model."""
+    kind = next((kind for kind in WEIGHTS if any(fnmatch(file, kind) for file in files)), WEIGHTS[0])
+    patterns = (*MODEL_FILES, kind) if weights else MODEL_FILES
+    return [file for file in files if "/" not in file and any(fnmatch(file, pattern) for pattern in patterns)]
 
 
 def _cached(name: str) -> Path | None:
