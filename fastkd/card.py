@@ -82,18 +82,18 @@ def _held_out(run: Run, datasets: Sequence[str]) -> list[EvalResult]:
 def add_results(path: Path, results: Sequence[EvalResult]) -> None:
     """Put results into a card's metadata, in the place of older ones of the same tasks; a card without is given some."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    card = ModelCard(
-        text if text.startswith("---") else f"---\ntags:\n- fastkd\n---\n{text}", ignore_metadata_errors=True
-    )
-    new = {(result.dataset_type, result.dataset_config, result.dataset_split) for result in results}
-    kept = [
-        result
-        for result in card.data.eval_results or []
-        if (result.dataset_type, result.dataset_config, result.dataset_split) not in new
-    ]
-    card.data.eval_results = [*kept, *results]
-    card.data.model_name = card.data.model_name or path.absolute().parent.name
+    front = "" if text.startswith("---") else "---\ntags:\n- fastkd\n---\n"
+    card = ModelCard(front + text, ignore_metadata_errors=True)
+    data: Any = card.data
+    new = {_what(result) for result in results}
+    data.eval_results = [*(result for result in data.eval_results or [] if _what(result) not in new), *results]
+    data.model_name = data.model_name or path.absolute().parent.name
     atomic.write(path, str(card))
+
+
+def _what(result: EvalResult) -> tuple[str | None, ...]:
+    """What a result was measured on."""
+    return result.dataset_type, result.dataset_config, result.dataset_split
 
 
 def glue_results(scores: Mapping[str, Any]) -> list[EvalResult]:

@@ -4,24 +4,21 @@ import csv
 import gzip
 import io
 import json
+from collections.abc import Sequence
 from itertools import islice
 
 import hub as test_hub
-import pyarrow
-import pyarrow.parquet
+import hub_contents
 import pytest
 
 from fastkd.data import hub_requests
 from fastkd.data.hub import HubDataset
 
-CARD = "---\nconfigs:\n- config_name: small\n  data_files:\n  - split: train\n    path: small/*\n---\n"
+CARD = hub_contents.card("small")
 
 
-def parquet(texts: list[str | None], rows: int = 3) -> bytes:
-    file = io.BytesIO()
-    table = pyarrow.table({"id": list(range(len(texts))), "text": texts})
-    pyarrow.parquet.write_table(table, file, row_group_size=rows)
-    return file.getvalue()
+def parquet(texts: Sequence[str | None], rows: int = 3) -> bytes:
+    return hub_contents.parquet({"id": list(range(len(texts))), "text": texts}, rows)
 
 
 def files(count: int) -> dict[str, bytes]:
@@ -103,7 +100,7 @@ def test_files_of_other_kinds_are_units(hub: test_hub.Hub, kind: str) -> None:
 
 def test_configurations_splits_and_revisions_are_named(hub: test_hub.Hub) -> None:
     texts = ["one", " ", None, "two"]
-    hub.add("datasets", "some/data", {"README.md": CARD, "small/train.parquet": parquet(texts)})
+    hub.add("datasets", "some/data", {"README.md": CARD, "small/train-0.parquet": parquet(texts)})
     for spec in ("some/data", "some/data:small", "some/data@main:small:train"):
         assert documents(spec) == ["one", "two"]
     for spec, line in {

@@ -1,12 +1,10 @@
 """Teachers, tokenizers and GLUE from the hub: what goes wrong there is one line, and leaves no half file in use."""
 
-import io
 from pathlib import Path
 
 import hub as test_hub
-import pyarrow
-import pyarrow.parquet
 import pytest
+from hub_contents import card, parquet
 
 from fastkd.data import hub_requests
 from fastkd.glue.rows import read_rows
@@ -61,19 +59,20 @@ def test_a_teacher_that_was_read_once_needs_no_hub(hub: test_hub.Hub, made_teach
         find_model("teachers/cached")
 
 
+def test_a_tokenizer_is_read_without_the_weights_beside_it(hub: test_hub.Hub, made_teacher: Path) -> None:
+    hub.add("models", "teachers/shape", tree(made_teacher))
+    config, tokenizer = hf.shape("teachers/shape")
+    assert len(tokenizer) == config.vocab_size
+    assert not any("safetensors" in request for request in hub.requests)
+
+
 def glue(*labels: int) -> bytes:
-    file = io.BytesIO()
-    rows = {"sentence": [f"text {label}" for label in labels], "label": list(labels), "idx": list(range(len(labels)))}
-    pyarrow.parquet.write_table(pyarrow.table(rows), file)
-    return file.getvalue()
+    return parquet({"sentence": [f"text {label}" for label in labels], "label": labels, "idx": range(len(labels))})
 
 
 def test_glue_comes_in_the_layout_of_the_hub(hub: test_hub.Hub, waits: list[float]) -> None:
-    paths = {"train": "sst2/train-*", "validation": "sst2/validation-*"}
-    splits = "".join(f"  - split: {split}\n    path: {path}\n" for split, path in paths.items())
-    card = f"---\nconfigs:\n- config_name: sst2\n  data_files:\n{splits}---\n"
     parts = {"sst2/train-00000-of-00001.parquet": glue(1, 0, 1), "sst2/validation-00000-of-00001.parquet": glue(0, 1)}
-    hub.add("datasets", "nyu-mll/glue", {"README.md": card, **parts})
+    hub.add("datasets", "nyu-mll/glue", {"README.md": card("sst2", splits=("train", "validation")), **parts})
     hub.faults = [test_hub.Fault("parquet", 500)]
     with pytest.raises(
         ValueError, match=r"cannot read nyu-mll/glue:sst2:train from the hub \(.*--data FOLDER"

@@ -1,6 +1,5 @@
 """The paper's presets as they are, through a hub that has their models and data under the real names, but small."""
 
-import io
 import json
 import os
 import subprocess
@@ -10,24 +9,16 @@ from pathlib import Path
 import hub as test_hub
 import made_model
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
+from hub_contents import card, parquet
 from huggingface_hub import ModelCard
 from transformers import AutoModel, AutoTokenizer
 
 from fastkd import run
 
 SMALL = ["--student", "2L-48H-12A", "--batch-tokens", "1024", "--seq-length", "32", "--dtype", "float32"]
-CARD = "---\nconfigs:\n- config_name: 20231101.en\n  data_files:\n  - split: train\n    path: 20231101.en/*\n---\n"
-LINE = "corpus 'wikimedia/wikipedia'"
-
-
-def parquet(columns: dict[str, list[str]]) -> bytes:
-    file = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table(columns), file, row_group_size=20)
-    return file.getvalue()
+CARD = card("20231101.en")
 
 
 @pytest.fixture
@@ -72,10 +63,10 @@ def test_paper_6l_runs_by_the_bare_command_and_is_pushed(
     assert {name: b"".join(blob.read()) for name, blob in tree.items() if name != ".gitattributes"} == {
         name: path.read_bytes() for name, path in final.items()
     }
-    card = ModelCard.load(folder / "final" / "README.md").data
-    assert card.base_model == "google-bert/bert-base-uncased"
-    assert card.datasets == ["wikimedia/wikipedia", "bookcorpus/bookcorpus"]
-    held_out = next(result for result in card.eval_results or [] if result.metric_type == "loss")
+    metadata = ModelCard.load(folder / "final" / "README.md").data
+    assert metadata.base_model == "google-bert/bert-base-uncased"
+    assert metadata.datasets == ["wikimedia/wikipedia", "bookcorpus/bookcorpus"]
+    held_out = next(result for result in metadata.eval_results or [] if result.metric_type == "loss")
     assert 0 < held_out.metric_value < 100
     check_vectors(folder / "final")
 

@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from fastkd.data import hub_requests
@@ -109,17 +109,16 @@ class HubDataset:
 
     def _sizes(self, paths: list[str]) -> dict[str, int]:
         """Bytes of files of the repository."""
-        from huggingface_hub import HfApi
-
-        def sizes_of(some: list[str]) -> dict[str, int]:
-            infos = HfApi().get_paths_info(self.name, some, revision=self.commit, repo_type="dataset")
-            return {info.path: info.size for info in infos}
-
         sizes: dict[str, int] = {}
         for first in range(0, len(paths), NAMED_AT_ONCE):
-            some = paths[first : first + NAMED_AT_ONCE]
-            sizes |= self._ask(lambda some=some: sizes_of(some))
+            sizes |= self._ask(partial(self._sizes_of, paths[first : first + NAMED_AT_ONCE]))
         return sizes
+
+    def _sizes_of(self, paths: list[str]) -> dict[str, int]:
+        from huggingface_hub import HfApi
+
+        infos = HfApi().get_paths_info(self.name, paths, revision=self.commit, repo_type="dataset")
+        return {info.path: getattr(info, "size", 0) for info in infos}
 
     @cached_property
     def _stream(self) -> Any:

@@ -179,12 +179,12 @@ def _of(path: str, size: int, footer: Any, dataset: str, ask: Ask) -> Iterator[S
 def _opened(path: str, size: int, *, cache_type: str) -> AbstractContextManager[Any]:
     """A file that is read by ranges."""
     known = {"size": size} if size else {}
-    return _files(path.partition("://")[0]).open(path, "rb", cache_type=cache_type, **known)  # type: ignore[no-any-return]
+    return _files(path.partition("://")[0]).open(path, "rb", cache_type=cache_type, **known)
 
 
 @cache
 def _files(protocol: str) -> Any:
     """One file system for all threads: its library gives each thread a copy, with the listings of all files."""
-    import fsspec
+    import fsspec  # type: ignore[import-untyped]
 
     return fsspec.filesystem(protocol, skip_instance_cache=True)
