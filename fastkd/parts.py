@@ -5,6 +5,7 @@ The shards' cache is all that this writes, and only after models, method and cor
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,8 @@ from fastkd.models import student as students
 from fastkd.models.attention import Setting
 from fastkd.models.encoder import Encoder, EncoderConfig, Needs
 from fastkd.models.teacher import Teacher, check_teacher
+
+log = logging.getLogger(__name__)
 
 VALIDATION_STEPS = 8  # held-out text is read up to the tokens of so many steps
 
@@ -126,12 +129,16 @@ def prepare(resolved: Resolved, world: World) -> Parts:
         ValueError: in one line, what does not fit and what to do about it.
     """
     config = resolved.run
+    wanted = {"teacher": (config.teacher, config.tokenizer), "text": config.corpus}
+    quickstart.require(*(what for what, named in wanted.items() if quickstart.NAME in named))
     dtype = compute_dtype(config.dtype, world)
     if config.residual == "bfloat16" and dtype == torch.float32:
         raise ValueError(BFLOAT16_STREAM)
     corpus.check(config.corpus, text_field=config.text_field)
     if config.teacher_dtype == "float8":
         float8.require(world.device)
+    if config.teacher:
+        log.info("loading the teacher %s", config.teacher)
     loaded = load_model(config.teacher) if config.teacher else None
     like, tokenizer = _tokenizer(config, loaded)
     student_config = students.student_config(config.student, like, tokenizer)
