@@ -101,11 +101,12 @@ def running_hub() -> Iterator[test_hub.Hub]:
 
 
 @pytest.fixture
-def hub(running_hub: test_hub.Hub, monkeypatch: pytest.MonkeyPatch) -> test_hub.Hub:
+def hub(running_hub: test_hub.Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> test_hub.Hub:
     """An empty hub, which this process and those that it starts may ask."""
     running_hub.reset()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     return running_hub
 

@@ -99,7 +99,7 @@ def test_files_of_other_kinds_are_units(hub: test_hub.Hub, kind: str) -> None:
 
 
 def test_configurations_splits_and_revisions_are_named(hub: test_hub.Hub) -> None:
-    texts = ["one", " ", None, "two"]
+    texts = ["one", " ", "two"]
     hub.add("datasets", "some/data", {"README.md": CARD, "small/train-0.parquet": parquet(texts)})
     for spec in ("some/data", "some/data:small", "some/data@main:small:train"):
         assert documents(spec) == ["one", "two"]

@@ -180,6 +180,8 @@ def _asked_to_wait(error: BaseException) -> float | None:
 
 def _explained(what: str, error: Exception, remedy: str, verb: str) -> ValueError:
     """The one line that an error becomes."""
+    from huggingface_hub import constants
+
     causes = list(_chain(error))
     answer = _response(error)
     if any(_is_a(cause, "GatedRepoError") for cause in causes):
@@ -191,8 +193,8 @@ def _explained(what: str, error: Exception, remedy: str, verb: str) -> ValueErro
         return NotOnHub(
             f"{what} is neither here nor on the hub for you to read: correct the name, log in with `hf auth login`, or {remedy}"
         )
-    if answer is None and type(error) is ValueError:  # what the library says about a value: it names those that work
-        return ValueError(f"{what}: {' '.join(str(error).split())}")
+    if answer is None and type(error) is ValueError and not constants.HF_HUB_OFFLINE:
+        return ValueError(f"{what}: {' '.join(str(error).split())}")  # about a value: it names those that work
     return HubUnreachable(
         f"cannot {verb} {what} {'to' if verb == 'push' else 'from'} the hub ({_reason(error)}): {_next(error, remedy)}"
     )
@@ -200,6 +202,8 @@ def _explained(what: str, error: Exception, remedy: str, verb: str) -> ValueErro
 
 def _reason(error: BaseException) -> str:
     """What went wrong, in a few words."""
+    from huggingface_hub import constants
+
     causes = list(_chain(error))
     answer = _response(error)
     if any(isinstance(cause, json.JSONDecodeError) or _is_a(cause, "FileMetadataError") for cause in causes):
@@ -207,7 +211,7 @@ def _reason(error: BaseException) -> str:
     if answer is not None:
         said = {401: "it refuses the token", 403: "it forbids it", 404: "not found", 429: "too many requests"}
         return f"status {answer.status_code}, {said.get(answer.status_code, 'an error of its own')}"
-    if any(_is_a(cause, "OfflineModeIsEnabled") for cause in causes):
+    if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set and the cache has not all of it"
     if any(_is_a(cause, "TimeoutException", "TimeoutError") for cause in causes):
         return "no answer in time"
