@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from fastkd.data import hub_requests
@@ -35,8 +35,9 @@ def row_groups(files: Sequence[tuple[str, int]], dataset: str, ask: Ask) -> Iter
     """
     for first in range(0, len(files), POOL):
         some = files[first : first + POOL]
+        footers = [ask(partial(_footer, *some[0]))]  # the library asks for the commit once, unless many threads begin
         with ThreadPoolExecutor(POOL) as pool:
-            footers = list(pool.map(lambda file: ask(lambda: _footer(*file)), some))
+            footers += pool.map(lambda file: ask(lambda: _footer(*file)), some[1:])
         groups = [
             group for file, footer in zip(some, footers, strict=True) for group in _of(*file, footer, dataset, ask)
         ]
