@@ -20,7 +20,6 @@ import argparse
 import io
 import json
 import lzma
-import os
 import tarfile
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -34,7 +33,7 @@ from transformers import PreTrainedTokenizerBase
 from bench.unpacking import FORMAT, INDEX, PARTS, most_bytes
 from fastkd import atomic, environment
 from fastkd.data.sample import write_sample
-from fastkd.data.shards import Shards, build_shards, tokenizer_hash
+from fastkd.data.shards import Shards, build_shards, cache, tokenizer_hash
 from fastkd.digest import file_sha256
 from fastkd.glue.rows import FORMATS
 from fastkd.models import hf
@@ -72,7 +71,7 @@ def write(
     with tempfile.TemporaryDirectory(prefix="fastkd-bundle-") as name:
         folder = Path(name)
         tokenizer, origin = _write_teacher(teacher, folder / "teacher")
-        shards = build_shards(corpus, tokenizer, _cache())
+        shards = build_shards(corpus, tokenizer, cache(), tokens=max_bytes)  # a token takes a byte at least
         sources: dict[str, Any] = {"teacher": origin, "corpus": [Path(part).name for part in corpus], "seed": seed}
         if glue is not None:
             sources["glue"] = _copy_glue(glue, folder / "glue")
@@ -133,10 +132,6 @@ def _versions() -> dict[str, Any]:
     return {name: facts[name] for name in ("python", "packages", "commit") if name in facts}
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastkd"
-
-
 def _filled(
     folder: Path, facts: dict[str, Any], shards: Shards, room: int, seed: int
 ) -> tuple[bytes, dict[str, Any] | None]:
@@ -147,8 +142,7 @@ def _filled(
 
     def packed(tokens: int) -> tuple[int, bytes, dict[str, Any]]:
         sample = write_sample(shards, folder / "shards", tokens=tokens, seed=seed)
-        index = facts | {"tokens": sample.index["tokens"], "documents": sample.index["documents"],
-                         "of": {name: shards.index[name] for name in ("tokens", "documents")}}  # fmt: skip
+        index = facts | sample.sizes | {"of": shards.sizes}
         index["files"] = _digests(folder)
         (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
         names = [*(name for name in _files(folder) if name.startswith("shards/")), INDEX]

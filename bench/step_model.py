@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from bench.roofline import Step
 from bench.throughput import SIZES
 from fastkd import flops, methods
-from fastkd.data.batches import SEQUENCES_PER_PACK
+from fastkd.data.sizes import SEQUENCES_PER_PACK
 from fastkd.models.encoder import EncoderConfig, Needs
 
 VOCABULARY = 30_522

@@ -21,7 +21,7 @@ from fastkd.digest import file_sha256
 FORMAT = 1
 INDEX = "bundle.json"
 PARTS = ("teacher", "shards", "glue")
-NEEDED = ("teacher/config.json", "shards/index.json")  # glue/ may be missing
+NEEDED = ("teacher/config.json", "shards/part-00000/index.json")  # glue/ may be missing
 # Weights in bfloat16 and token ids grow about 1.5 and 2 times, text 3 to 5 times.
 LARGEST_FACTOR, LEAST_BYTES = 20, 100_000_000  # of what an archive's size allows, and of what every one may have
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import sys
 import tempfile
 import time
@@ -41,8 +40,8 @@ from bench.eager_methods import EagerStep
 from fastkd import methods, profiler
 from fastkd.config import resolve
 from fastkd.data.assembly import SpecialIds
-from fastkd.data.packing import Text, shuffled
-from fastkd.data.shards import build_shards
+from fastkd.data.shards import build_shards, cache
+from fastkd.data.text import Text, shuffled
 from fastkd.distributed import World
 from fastkd.models import hf
 from fastkd.models import student as students
@@ -244,8 +243,8 @@ def student_config(spec: Spec) -> Any:
 
 def sequences(spec: Spec, tokenizer: PreTrainedTokenizerBase, count: int, packing: str) -> list[list[int]]:
     """Token ids of so many sequences of the corpus in random order, with [CLS] and [SEP]; again from the start if short."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastkd"
-    tokens, offsets = build_shards(spec.corpus, tokenizer, cache).documents("train")
+    shards = build_shards(spec.corpus, tokenizer, cache(), tokens=count * spec.seq_length)
+    tokens, offsets = shards.documents("train")
     special = SpecialIds.of(tokenizer)
     text = Text(
         tokens, offsets, seq_length=spec.seq_length, packing=packing, separator=special.sep, max_tokens=None

@@ -17,7 +17,8 @@ from torch import Tensor
 from fastkd import checkpoint, profiler, schedule
 from fastkd.budget import Ledger, Meter, StepCost, Totals, replayed_progress, surviving_steps
 from fastkd.data.batches import Batch
-from fastkd.distributed import Decision, agree, barrier, mean, node_devices
+from fastkd.data.shards import BuildingFailed
+from fastkd.distributed import Decision, agree, any_rank, barrier, mean, node_devices
 from fastkd.jsonl import Record, read_jsonl
 from fastkd.methods import MethodLoss
 from fastkd.monitor import Monitor
@@ -112,8 +113,8 @@ class Loop:
         with self._signals():
             try:
                 self._run(traced)
-            except RuntimeError:
-                # A peer is gone or the device failed: what this rank holds is the last whole step.
+            except (RuntimeError, BuildingFailed):
+                # A peer is gone, the device failed, or there is no more text: what this rank holds is the last whole step.
                 with contextlib.suppress(RuntimeError, OSError):
                     self._rescue()
                 raise
@@ -122,11 +123,16 @@ class Loop:
 
     def _run(self, traced: Callable[[], None]) -> None:
         self.trainer.clock = profiler.PhaseClock(self.trainer.device)
-        self._shuffle_first_epoch()
+        self._await_text()
+        decision = Decision(0.0)
         while True:
             while len(self.issued) >= STEPS_AHEAD or (self.issued and self.trainer.device.type == "cpu"):
                 self._settle()
             self.trainer.clock.mark("other")
+            if self.parts.stream.enters_part(self.totals.step + len(self.issued)):
+                if any_rank(self.world, self.world.is_main and self._is_spent()):
+                    break
+                self._await_text()
             decision = agree(self.world, self._decide())
             self.trainer.clock.mark("communication")
             if decision.stop or decision.interrupted:
@@ -143,11 +149,17 @@ class Loop:
             self.save()
             raise Interrupted(f"stopped at step {self.totals.step}; issue the same command again to resume")
 
-    def _shuffle_first_epoch(self) -> None:
-        """Have every rank shuffle the epoch of the next step, which a resumed run does not know yet, before any waits in
-        a decision: for a large corpus it takes longer than peers wait for one that may be gone."""
-        self.parts.step_cost(self.totals.step)
+    def _await_text(self) -> None:
+        """Have every rank wait for the text of the next step, and shuffle it, before any waits in a decision: for a large
+        corpus it takes longer than peers wait for one that may be gone."""
+        number, stream = self.totals.step + len(self.issued), self.parts.stream
+        if not stream.is_there(number):
+            self.monitor.say("waiting for the next part of the corpus, which is being tokenised")
+        with contextlib.suppress(InterruptedError):
+            stream.wait(number, lambda: self._interrupted)
+            self.parts.step_cost(number)
         barrier(self.world)
+        self.trainer.clock.mark("data")
 
     def _read(self) -> list[Batch]:
         """This rank's micro-batches of the next step; those of the steps after it are read meanwhile."""
@@ -166,6 +178,8 @@ class Loop:
     def _decide(self) -> Decision:
         if not self.world.is_main:
             return Decision(0.0, interrupted=self._interrupted)
+        if self._interrupted and not self.parts.stream.is_there(self.totals.step + len(self.issued)):
+            return Decision(0.0, interrupted=True)  # what the step costs is not known without its text
         progress = self._progress()
         if progress is None:
             return Decision(0.0, stop=True)
@@ -181,6 +195,13 @@ class Loop:
         if self.replayed is not None:
             return self.replayed[number] if number < len(self.replayed) else None
         return self.meter.next_progress(self.parts.step_cost(number), in_flight=len(self.issued))
+
+    def _is_spent(self) -> bool:
+        """Whether one more step like the last is beyond the budget: then no part of the corpus is built for it."""
+        number = self.totals.step + len(self.issued)
+        if self.replayed is not None:
+            return number >= len(self.replayed)
+        return self.meter.next_progress(self.parts.step_cost(number - 1), in_flight=len(self.issued)) is None
 
     def _validation_due(self, progress: float) -> bool:
         """Whether a multiple of 1/validations was passed, and validating keeps within its share of the cost."""

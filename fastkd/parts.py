@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from fastkd import flops, memory, methods, profiler, quickstart
@@ -18,8 +19,10 @@ from fastkd.budget import StepCost
 from fastkd.config import BFLOAT16_STREAM, Resolved, RunConfig
 from fastkd.data import corpus
 from fastkd.data.batches import Batch, BatchStream, SpecialIds, pack_size, validation_batches
-from fastkd.data.shards import Shards, build_shards
-from fastkd.distributed import World, any_rank, barrier, smallest
+from fastkd.data.progress import Progress, Shown
+from fastkd.data.recipe import FIRST_TOKENS
+from fastkd.data.shards import Shards, build_shards, cache
+from fastkd.distributed import World, any_rank, barrier, on_main, smallest
 from fastkd.methods import Method
 from fastkd.models import float8, hf
 from fastkd.models import student as students
@@ -244,13 +247,33 @@ def _tokenizer(config: RunConfig, teacher: hf.Loaded | None) -> tuple[EncoderCon
     return hf.shape(model_folder(config.tokenizer))
 
 
+def build_corpus(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, tokens: int | None, progress: Progress
+) -> Shards:
+    """The corpus of a run, tokenised as far as ``tokens`` of its training split; None: all of it."""
+    return build_shards(
+        config.corpus, tokenizer, cache(), text_field=config.text_field, tokens=tokens, progress=progress,
+        first_tokens=FIRST_TOKENS,
+    )  # fmt: skip
+
+
 def _shards(config: RunConfig, tokenizer: PreTrainedTokenizerBase, world: World) -> Shards:
-    """The tokenised corpus; built by rank 0 of each node, loaded by all."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastkd"
-    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    built = build_shards(config.corpus, tokenizer, folder, text_field=config.text_field) if first else None
-    barrier(world)
-    return built or build_shards(config.corpus, tokenizer, folder, text_field=config.text_field)
+    """The tokenised corpus: its first part is built by rank 0 of each node, which builds the others while it trains."""
+    mine, first = None, int(os.environ.get("LOCAL_RANK", "0")) == 0
+    if first:
+        shown = Shown(Console(stderr=True), FIRST_TOKENS) if world.is_main else Progress()
+        with shown:
+            mine = build_corpus(config, tokenizer, tokens=1, progress=shown)
+    given = corpus.shard_folder(config.corpus)
+    version = on_main(world, lambda: mine.version if mine else "")
+    if mine is None:
+        barrier(world)
+        mine = build_corpus(config, tokenizer, tokens=1, progress=Progress()) if given else Shards(cache() / version)
+    else:
+        barrier(world)
+    if mine.version != version:
+        raise ValueError(f"the corpus is another on this node (rank {world.rank}) than on rank 0's: copy it again")
+    return mine
 
 
 def _micro_batch(parts: Parts) -> int:

@@ -35,6 +35,7 @@ log = logging.getLogger("fastkd.plan")
 WARMUP_STEPS = 2
 MEASURED_STEPS = 20
 MEASURED_SECONDS = 8.0
+SHORT = 0.5  # of --seq-length: sequences that are shorter on average are worth a warning
 
 
 @dataclass(frozen=True)
@@ -173,11 +174,7 @@ def make(resolved: Resolved, parts: Parts, measured: Measurement) -> dict[str, A
         },
         "teacher": _teacher(parts),
         "ancestors": ancestors(config.teacher),
-        "corpus": {
-            "sources": config.corpus,
-            "documents": len(parts.shards.documents("train")[1]) - 1,
-            "unique_tokens": parts.shards.unique_tokens,
-        },
+        "corpus": _corpus(parts),
         "budget": asdict(config.budget),
         "charge": config.charge,
         "flops_per_token": per_token,
@@ -200,6 +197,41 @@ def make(resolved: Resolved, parts: Parts, measured: Measurement) -> dict[str, A
         "queued_share": measured.queued_share,
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     } | predict(parts, measured)
+
+
+def _corpus(parts: Parts) -> dict[str, Any]:
+    """Its sizes; estimates from what is tokenised, until all of it is."""
+    shards = parts.shards
+    tokens, there = shards.unique_tokens, shards.sizes
+    return {
+        "sources": parts.config.corpus,
+        "documents": round(there["documents"]["train"] * tokens / there["tokens"]["train"]),
+        "unique_tokens": tokens,
+        "is_complete": shards.is_complete,
+        "held_out_tokens": shards.held_out_tokens,
+        "mean_sequence": parts.stream.mean_sequence,
+        "seq_length": parts.config.seq_length,
+    }
+
+
+def _corpus_line(corpus: dict[str, Any]) -> str:
+    about = "" if corpus["is_complete"] else "about "
+    share = corpus["held_out_tokens"] / (corpus["unique_tokens"] + corpus["held_out_tokens"])
+    return (
+        f"{', '.join(corpus['sources'])}: {about}{quantities.count(corpus['unique_tokens'])} tokens, "
+        f"{quantities.count(corpus['held_out_tokens'])} held out ({share:.1%}), "
+        f"sequences of {corpus['mean_sequence']:.0f} tokens on average"
+    )
+
+
+def _short_sequences(corpus: dict[str, Any]) -> str | None:
+    """A warning where sequences are far from full."""
+    if corpus["mean_sequence"] >= SHORT * corpus["seq_length"]:
+        return None
+    return (
+        f"sequences hold {corpus['mean_sequence']:.0f} tokens on average, under half of --seq-length {corpus['seq_length']}: "
+        "--packing full-sentences fills them; where a row or line is a sentence, +join after the corpus's name joins them"
+    )
 
 
 def _mfu(parts: Parts, cost: StepCost, measured: Measurement) -> float | None:
@@ -242,7 +274,7 @@ def render(plan: dict[str, Any], console: Console) -> None:
         ("teacher", "none" if teacher is None else f"{teacher['source']}, {q.count(teacher['parameters'])} parameters, "
                                                    f"{teacher['layers_run']} of {teacher['layers']} layers run, "
                                                    f"attention {_attention(teacher)}"),
-        ("corpus", f"{', '.join(plan['corpus']['sources'])}: {q.count(plan['corpus']['unique_tokens'])} tokens"),
+        ("corpus", _corpus_line(plan["corpus"])),
         ("budget", f"{Budget(**plan['budget'])}, charged: {plan['charge']}"),
         ("step", f"{q.count(plan['batch_tokens'])} tokens in micro-batches of {q.count(plan['micro_batch'])}, "
                  f"{q.duration(plan['step_seconds'])}, {q.memory(plan['activation_bytes'])} of activations"),
@@ -262,6 +294,8 @@ def render(plan: dict[str, Any], console: Console) -> None:
                              f"timed{load}: without them steps are faster"))  # fmt: skip
     for name, value in rows:
         console.print(f"{name:<17}{value}")
+    if warning := _short_sequences(plan["corpus"]):
+        console.print(f"warning: {warning}")
 
 
 def announce(resolved: Resolved, console: Console) -> None:

@@ -30,6 +30,7 @@ from fastkd.train import Trainer
 
 FILES = ("config.toml", "environment.json", "plan.json", "ledger.jsonl", "metrics.jsonl", "report.html")
 __all__ = ["EXIT_BUDGET", "EXIT_CONFIGURATION", "EXIT_INTERRUPTED", "EXIT_OK", "main", "run"]
+READ_AHEAD = 1.05  # of the planned steps: text is tokenised so far before it is asked for
 
 
 def run(resolved: Resolved, world: World, console: Console) -> Path:
@@ -55,11 +56,12 @@ def run(resolved: Resolved, world: World, console: Console) -> Path:
     trainer = Trainer(parts)
     measured = plan.measure(trainer)
     the_plan = plan.make(resolved, parts, measured)
+    parts.stream.want(round(READ_AHEAD * the_plan["steps"]))
     if world.is_main:
         plan.render(the_plan, console)
         open_folder(folder, resolved, parts, the_plan)
     barrier(world)
-    with alone_in(folder) if world.is_main else contextlib.nullcontext():
+    with contextlib.closing(parts.shards), alone_in(folder) if world.is_main else contextlib.nullcontext():
         train(trainer, folder, measured, setup_seconds=profiler.now() - started)
         if world.is_main:
             export(parts, folder)

@@ -66,7 +66,6 @@ def test_the_text_is_the_builds(
     shards, whole = Shards(unpacked.shards), built(made_teacher, made_corpus, tmp_path)
     assert shards.version == whole.version == whole.folder.name
     assert all(documents(shards, split) == documents(whole, split) for split in ("train", "validation"))
-    assert shards.unigram_counts().tolist() == whole.unigram_counts().tolist()
 
 
 def test_glue_files_are_the_same_bytes(unpacked: unpacking.Bundle, glue: Path) -> None:
@@ -96,7 +95,7 @@ def test_text_is_cut_until_the_archive_fits(
     places = [whole.index(document) for document in kept]
     assert 10 < len(kept) < len(whole) and places == sorted(places) and places != list(range(len(kept)))
     assert Shards(cut.shards).version != built(made_teacher, made_corpus, tmp_path / "cache").version
-    assert Shards(cut.shards).unique_tokens == sum(map(len, kept)) == Shards(cut.shards).unigram_counts().sum()
+    assert Shards(cut.shards).unique_tokens == sum(map(len, kept))
     assert documents(Shards(cut.shards), "validation")
     about = json.loads((tmp_path / "bundle" / "bundle.json").read_text())
     assert about["documents"]["train"] == len(kept) and about["of"]["documents"]["train"] == len(whole)

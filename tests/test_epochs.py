@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from fastkd.data import packing
+from fastkd.data import passes
 from fastkd.data.batches import pack_size
 from fastkd.data.epochs import Epochs
-from fastkd.data.packing import Packer, Text, shuffled
+from fastkd.data.packing import Packer
+from fastkd.data.text import Text, shuffled
 
 UNEVEN = tuple(1 + i * 7919 % 400 for i in range(3_000))
 WAIT = 60  # seconds after which a test that would hang fails
@@ -38,7 +39,7 @@ def test_the_order_of_packs_never_changes(
 ) -> None:
     """Several epochs of it. A change makes old runs impossible to resume or replay."""
     text = text_of(lengths, seq_length=seq_length, packing=style)
-    packer = Packer(text, pack_tokens=pack_size(seq_length), seed=1 if seq_length == 8 else 5)
+    packer = Packer([text].__getitem__, pack_tokens=pack_size(seq_length), seed=1 if seq_length == 8 else 5)
     found = packer.fragments(0, packs)
     sha256 = hashlib.sha256(str((packer.packs_per_epoch, packer.max_sequences)).encode())
     for part in (found.source, found.length, found.pack):
@@ -53,8 +54,8 @@ def test_threads_that_ask_together_shuffle_an_epoch_once(monkeypatch: pytest.Mon
         keys.append(key)
         return shuffled(count, key)
 
-    monkeypatch.setattr(packing, "shuffled", recorded)
-    packer = Packer(text_of(UNEVEN * 20), pack_tokens=2048, seed=5)
+    monkeypatch.setattr(passes, "shuffled", recorded)
+    packer = Packer([text_of(UNEVEN * 20)].__getitem__, pack_tokens=2048, seed=5)
     together = threading.Barrier(8)
 
     def read(_: int) -> int:

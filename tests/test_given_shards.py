@@ -76,22 +76,22 @@ def test_a_resumed_run_notices_other_shards(
 
 
 def truncate(folder: Path) -> None:
-    os.truncate(folder / "train.tokens.bin", 100)
+    os.truncate(folder / "part-00000" / "train.tokens.bin", 100)
 
 
 def remove(folder: Path) -> None:
-    (folder / "validation.offsets.bin").unlink()
+    (folder / "part-00000" / "validation.offsets.bin").unlink()
 
 
 def spoil(folder: Path) -> None:
-    (folder / "index.json").write_text("[]")
+    (folder / "part-00000" / "index.json").write_text("[]")
 
 
 def forget(folder: Path) -> None:
     """A file that no digest covers."""
-    index = json.loads((folder / "index.json").read_text())
+    index = json.loads((folder / "part-00000" / "index.json").read_text())
     del index["files"]["train.tokens.bin"]
-    (folder / "index.json").write_text(json.dumps(index))
+    (folder / "part-00000" / "index.json").write_text(json.dumps(index))
 
 
 @pytest.mark.parametrize(
@@ -149,5 +149,5 @@ def test_a_sample_is_whole_documents_in_order_and_grows_by_adding(shards: Shards
     assert documents(more, "validation") == documents(shards, "validation")
     assert [whole.index(d) for d in documents(write_sample(shards, tmp_path / "s", tokens=9_000, seed=4))] != places[1]
     same = write_sample(shards, tmp_path / "all", tokens=shards.unique_tokens, seed=3)
-    assert same.index == shards.index
-    assert write_sample(shards, tmp_path / "one", tokens=0, seed=3).index["documents"]["train"] == 1
+    assert same.first.index == shards.first.index
+    assert write_sample(shards, tmp_path / "one", tokens=0, seed=3).sizes["documents"]["train"] == 1

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastkd.data.masking import key_of
-from fastkd.data.packing import Fragments, Packer
+from fastkd.data.packing import Packer
+from fastkd.data.passes import Fragments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,7 +96,7 @@ class Assembler:
         ids = np.full(size, self.special.pad, np.int64)
         ids[begin] = self.special.cls
         ids[begin + length + 1] = self.special.sep
-        content = self.packer.text.ids(np.repeat(fragments.source, length) + within)
+        content = self.packer.ids(np.repeat(fragments.source, length) + within)
         ids[np.repeat(begin + 1, length) + within] = content
         return ids
 

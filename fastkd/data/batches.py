@@ -6,8 +6,8 @@ T tokens of a micro-batch, B sequences at most, M predicted positions; P tokens 
 import copy
 import dataclasses
 from collections import deque
-from collections.abc import Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
 
@@ -16,14 +16,16 @@ from torch import Tensor
 
 from fastkd.data.assembly import Assembler, Plain, SpecialIds
 from fastkd.data.masking import Masker
-from fastkd.data.packing import Fragments, Packer, Text
+from fastkd.data.packing import Packer
+from fastkd.data.passes import Fragments
 from fastkd.data.shards import Shards
+from fastkd.data.sizes import check_sizes, pack_size
+from fastkd.data.texts import Texts
 
-SEQUENCES_PER_PACK = 16  # P = 16 sequences of full length
 STEPS_AHEAD = 2
 VALIDATION_SEED = 20_240_430
 
-__all__ = ["Batch", "BatchStream", "SpecialIds", "StepTokens", "pack_size", "validation_batches"]
+__all__ = ["Batch", "BatchStream", "SpecialIds", "StepTokens", "check_sizes", "pack_size", "validation_batches"]
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,10 @@ class BatchStream:
         check_sizes(batch_tokens, micro_tokens, self._pack_tokens, world)
         if not 0 < mask_rate < 1:
             raise ValueError(f"mask_rate is {mask_rate}: take one between 0 and 1, such as 0.15")
-        text = _text(shards, special, split, seq_length, packing, max_unique_tokens)
-        self._packer = Packer(text, pack_tokens=self._pack_tokens, seed=seed)
+        texts = Texts(shards, special, split, seq_length, packing, max_unique_tokens)
+        self._packer = Packer(texts, pack_tokens=self._pack_tokens, seed=seed)
+        self._shards, self._most = shards if split == "train" else None, max_unique_tokens
+        self._wanted = 0  # packs that are known to be read
         self._seq_length = seq_length
         self._device = torch.device(device)
         self._packs_per_step, self._rank, self._world = batch_tokens // self._pack_tokens, rank, world
@@ -122,8 +126,15 @@ class BatchStream:
 
     @property
     def unique_tokens(self) -> int:
-        """Tokens of the split in use, special tokens not counted."""
-        return self._packer.text.tokens
+        """Tokens of the split in use, special tokens not counted; an estimate until the last part of them is there."""
+        if self._packer.is_complete or self._shards is None:
+            return self._packer.unique(self._packer.packs)
+        return min(self._most or self._shards.unique_tokens, self._shards.unique_tokens)
+
+    @property
+    def mean_sequence(self) -> float:
+        """Tokens of a sequence, [CLS] and [SEP] included, before packs cut some of them in two."""
+        return self._packer.mean_length
 
     def recut(self, micro_tokens: int) -> "BatchStream":
         """The same steps in micro-batches of another size. Both streams share the epochs that are shuffled.
@@ -150,18 +161,76 @@ class BatchStream:
         assembling, shuffling = ThreadPoolExecutor(1, "batches"), ThreadPoolExecutor(1, "epochs")
 
         def assemble(i: int) -> Future[list[Plain]]:
-            self._packer.look_ahead((i + 1) * self._packs_per_step - 1, shuffling)
+            self._look_ahead(i, shuffling)
             return assembling.submit(self._assemble, i)
 
         try:
-            ahead = deque(assemble(i) for i in range(start, start + STEPS_AHEAD))
-            for i in count(start + STEPS_AHEAD):
-                plain = ahead.popleft().result()
-                ahead.append(assemble(i))
-                yield [self._batch(micro) for micro in plain]
+            ahead: deque[Future[list[Plain]]] = deque()
+            for i in count(start):
+                if not ahead:  # the first step, or one whose text has been waited for
+                    self.wait(i)
+                while len(ahead) <= STEPS_AHEAD and self.is_there(i + len(ahead)):
+                    ahead.append(assemble(i + len(ahead)))
+                yield [self._batch(micro) for micro in ahead.popleft().result()]
         finally:
             assembling.shutdown(cancel_futures=True)
-            shuffling.shutdown(wait=False)
+            shuffling.shutdown(wait=False, cancel_futures=True)
+
+    # ---- a corpus in parts, of which later ones may still be built ------------------------------------------
+
+    def is_there(self, i: int) -> bool:
+        """Whether step ``i`` can be read without waiting for its text."""
+        pack = (i + 1) * self._packs_per_step - 1
+        while not self._packer.has(pack):
+            if self._shards is None or not self._shards.is_there(self._packer.parts):
+                return False
+            self._packer.extend()
+        return True
+
+    def wait(self, i: int, stop: Callable[[], bool] = lambda: False) -> None:
+        """Wait until step ``i`` can be read.
+
+        Args:
+            i: the step.
+            stop: asked now and then; ends the waiting.
+
+        Raises:
+            BuildingFailed: its text cannot be had, in one line.
+            InterruptedError: ``stop`` said so.
+        """
+        while not self.is_there(i):
+            assert self._shards is not None
+            self._shards.part(self._packer.parts, stop)
+
+    def enters_part(self, i: int) -> bool:
+        """Whether step ``i`` is the first to read a part of the corpus: the same on every rank."""
+        return self._packer.enters_part(i * self._packs_per_step, (i + 1) * self._packs_per_step - 1)
+
+    def want(self, steps: int) -> None:
+        """Say how many steps will be read: later parts are built ahead as far as that."""
+        self._wanted = steps * self._packs_per_step
+
+    def _look_ahead(self, i: int, pool: Executor) -> None:
+        """Have the pool shuffle what comes next, and have later parts built."""
+        pack = (i + 1) * self._packs_per_step - 1
+        self._packer.look_ahead(pack, pool)
+        if not self._packer.is_complete and self._wanted > self._packer.packs:
+            pool.submit(self._build_ahead, self._packer.part_of(pack))
+
+    def _build_ahead(self, part: int) -> None:
+        """Keep two parts ahead of one that is read, as far as is wanted."""
+        shards, packer = self._shards, self._packer
+        assert shards is not None
+        for number in (part + 1, part + 2):
+            if packer.is_complete or packer.packs_of(shards.tokens_before(number)) >= self._wanted:
+                return
+            if not shards.is_there(number):
+                shards.ahead(number)
+                return
+            if number == part + 1 == packer.parts:
+                packer.extend()
+            if shards.is_last(number):
+                return
 
     def epoch_of(self, i: int) -> float:
         """Epochs consumed before step ``i``."""
@@ -169,7 +238,7 @@ class BatchStream:
 
     def unique_of(self, i: int) -> int:
         """Different corpus tokens consumed before step ``i``."""
-        return round(min(self._packer.passes(i * self._packs_per_step), 1.0) * self.unique_tokens)
+        return self._packer.unique(i * self._packs_per_step)
 
     def tokens_of(self, i: int) -> StepTokens:
         """What step ``i`` holds over all ranks."""
@@ -222,8 +291,8 @@ def validation_batches(
     anew, in another order.
     """
     pack_tokens = pack_size(seq_length)
-    text = _text(shards, special, "validation", seq_length, packing, None)
-    packs = Packer(text, pack_tokens=pack_tokens, seed=VALIDATION_SEED).packs_per_epoch
+    texts = Texts(shards, special, "validation", seq_length, packing, None)
+    packs = Packer(texts, pack_tokens=pack_tokens, seed=VALIDATION_SEED).packs_per_epoch
     unit = micro_tokens * world
     stream = BatchStream(
         shards, special, split="validation", seq_length=seq_length,
@@ -231,30 +300,3 @@ def validation_batches(
         mask_rate=mask_rate, seed=VALIDATION_SEED, rank=rank, world=world, device=device, packing=packing,
     )  # fmt: skip
     return stream.step(0)
-
-
-def pack_size(seq_length: int) -> int:
-    """P, the tokens of a pack: what batch and micro-batch sizes are multiples of."""
-    if seq_length < 8:
-        raise ValueError(f"seq_length is {seq_length}: take at least 8, usually 128")
-    return SEQUENCES_PER_PACK * seq_length
-
-
-def _text(
-    shards: Shards, special: SpecialIds, split: str, seq_length: int, packing: str, max_tokens: int | None
-) -> Text:
-    tokens, offsets = shards.documents(split)
-    return Text(
-        tokens, offsets, seq_length=seq_length, packing=packing, separator=special.sep, max_tokens=max_tokens
-    )  # fmt: skip
-
-
-def check_sizes(batch_tokens: int, micro_tokens: int, pack_tokens: int, world: int) -> None:
-    """Raises ``ValueError`` unless micro-batches are whole packs and a step is as many micro-batches on every rank."""
-    for name, value, unit, why in (
-        ("--micro-batch", micro_tokens, pack_tokens, f"packs of {pack_tokens} tokens"),
-        ("--batch-tokens", batch_tokens, micro_tokens * world, f"{world} × micro-batches of {micro_tokens} tokens"),
-    ):
-        if value < 1 or value % unit:
-            nearest = max(round(value / unit), 1) * unit
-            raise ValueError(f"{name} is {value}, no positive multiple of {unit} ({why}): take {nearest}")

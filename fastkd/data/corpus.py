@@ -185,7 +185,9 @@ def shard_folder(spec: str | Sequence[str]) -> Path | None:
     """
     specs = [spec] if isinstance(spec, str) else list(spec)
     folders = [Path(os.path.expanduser(part.strip())) for part in specs if part.strip()]
-    given = [folder for folder in folders if (folder / "index.json").is_file() and not walk(folder).files]
+    given = [
+        folder for folder in folders if (folder / "part-00000" / "index.json").is_file() and not walk(folder).files
+    ]
     if given and len(specs) > 1:
         raise ValueError(f"{str(given[0])!r} holds shards, which stand by themselves: give --corpus nothing beside it")
     return given[0] if given else None

@@ -1,17 +1,21 @@
-"""The epochs in use: each is made once, whichever thread asks first, and ahead of its need where a pool is given."""
+"""The epochs in use: each is made once, whichever thread asks first, and ahead of its need where a pool is given.
+
+An epoch of a corpus in parts is held a part at a time.
+"""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Executor, Future
 from threading import Lock
 from typing import Generic, TypeVar
 
+K = TypeVar("K", bound=Hashable)  # int, or (epoch, part)
 T = TypeVar("T")
 
 HELD = 2  # the epoch that is read and the next one: a step may lie in both
 
 
-class Epochs(Generic[T]):
+class Epochs(Generic[K, T]):
     """Epochs by number; the two that were asked for last are held.
 
     Threads that want an epoch which is being made wait for that one alone: the lock guards the table and is never held
@@ -21,25 +25,25 @@ class Epochs(Generic[T]):
         make: makes an epoch of its number.
     """
 
-    def __init__(self, make: Callable[[int], T]) -> None:
+    def __init__(self, make: Callable[[K], T]) -> None:
         self._make = make
         self._lock = Lock()
-        self._held: OrderedDict[int, Future[T]] = OrderedDict()
+        self._held: OrderedDict[K, Future[T]] = OrderedDict()
 
-    def __call__(self, number: int) -> T:
+    def __call__(self, number: K) -> T:
         """An epoch: made here unless it is held or being made. Raises what making it raised; the next call tries again."""
         epoch, missing = self._slot(number)
         if missing:
             self._fill(number, epoch)
         return epoch.result()
 
-    def ahead(self, number: int, pool: Executor) -> None:
+    def ahead(self, number: K, pool: Executor) -> None:
         """Have the pool make an epoch unless it is held or being made; whoever wants it from now on waits for the pool."""
         epoch, missing = self._slot(number)
         if missing:
             pool.submit(self._fill, number, epoch)
 
-    def _slot(self, number: int) -> tuple[Future[T], bool]:
+    def _slot(self, number: K) -> tuple[Future[T], bool]:
         """The place of an epoch, and whether nobody has begun to make it; it is the caller who must then."""
         with self._lock:
             missing = number not in self._held
@@ -49,7 +53,7 @@ class Epochs(Generic[T]):
                 self._held.popitem(last=False)
         return epoch, missing
 
-    def _fill(self, number: int, epoch: Future[T]) -> None:
+    def _fill(self, number: K, epoch: Future[T]) -> None:
         try:
             epoch.set_result(self._make(number))
         except BaseException as error:  # those who wait must not wait for ever

@@ -1,47 +1,96 @@
-"""Which documents are held out for validation, decided while they stream past."""
+"""Which text is held out for validation: about a wanted number of tokens, no copy of which is trained on.
 
-import heapq
+What is held out is pieces: a document, or a few thousand tokens of a long one, so that a book is not held out whole.
+"""
+
+import hashlib
+from dataclasses import dataclass
 
 import numpy as np
 
-MOST = 2_000  # different documents: enough for a loss to three digits, few enough to evaluate often
+from fastkd.data.tokenise import Tokens
+
+MOST_TOKENS = 2**20  # enough for a loss to three digits, few enough to evaluate often
+MOST_SHARE = 0.25  # of the part that the choice is made from
+PIECES = 4  # at least so many make up what is wanted: it is met to a share of it
+SMALLEST, LARGEST = 32, 4096  # tokens of a piece
+
+Documents = tuple[np.ndarray, np.ndarray]  # ids [tokens] end to end, lengths [documents] int64
 
 
+@dataclass(frozen=True)
 class HeldOut:
-    """Keeps the documents of the smallest content hashes; everything else is handed back for training.
+    """Pieces that are held out, by their hashes: equal pieces are on the same side, wherever they stand.
 
-    The choice depends on the documents alone, not on their order; equal documents land on the same side, so that no
-    copy of a held-out document is trained on.
+    Attributes:
+        piece: tokens of a piece; a document of less than two of them is one piece.
+        hashes: [n] uint64, ascending.
     """
 
-    def __init__(self) -> None:
-        self._kept: dict[int, list[np.ndarray]] = {}
-        self._largest: list[int] = []  # heap of negated hashes
+    piece: int
+    hashes: np.ndarray
 
-    @property
-    def threshold(self) -> int:
-        """Documents with a larger hash are for training, now and later: the threshold only falls."""
-        return -self._largest[0] if len(self._kept) == MOST else 2**64 - 1
+    def split(self, chunk: Tokens) -> tuple[Documents, Documents]:
+        """(for training, held out). What is left between two held-out pieces of a document is a document of its own."""
+        lengths, hashes, document = _pieces(chunk, self.piece)
+        held = np.isin(hashes, self.hashes)
+        here = np.repeat(held, lengths)
+        begins = ~held & (np.diff(document, prepend=-1).astype(bool) | np.append(True, held[:-1]))
+        run = np.cumsum(begins) - 1  # of a piece for training: which of the documents that are left it belongs to
+        joined = np.bincount(run[~held], lengths[~held], minlength=int(begins.sum())).astype(np.int64)
+        return (chunk.ids[~here], joined), (chunk.ids[here], lengths[held])
 
-    def offer(self, digest: int, ids: np.ndarray) -> list[np.ndarray]:
-        """Take a document; return those that leave for the training split, perhaps this one."""
-        if digest in self._kept:
-            self._kept[digest].append(ids.copy())
-            return []
-        self._kept[digest] = [ids.copy()]  # a copy: a slice would keep its whole chunk in memory
-        heapq.heappush(self._largest, -digest)
-        return self._kept.pop(-heapq.heappop(self._largest)) if len(self._kept) > MOST else []
 
-    def settle(self, wanted: int, *, leave_one: bool) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """At the end of the corpus: (held-out documents, those that go back to the training split).
+def choose(chunks: list[Tokens], fraction: float, share: float) -> HeldOut:
+    """Hold out the pieces of the smallest hashes, until ``fraction`` of the corpus's tokens is reached as nearly as may be.
 
-        Args:
-            wanted: different documents to hold out.
-            leave_one: nothing is in the training split yet, so that one must go back.
-        """
-        order = sorted(self._kept)
-        count = min(max(wanted, 1), len(order) - leave_one)
-        return self._documents(order[:count]), self._documents(order[count:])
+    The choice depends on the documents, not on their order. A piece with so many copies that they would be more than half
+    of it is passed over.
 
-    def _documents(self, hashes: list[int]) -> list[np.ndarray]:
-        return [ids for digest in hashes for ids in self._kept[digest]]
+    Args:
+        chunks: the first part of a corpus.
+        fraction: of the whole corpus's tokens; at most ``MOST_TOKENS`` and ``MOST_SHARE`` of the part are taken.
+        share: of the corpus that the part is, about.
+
+    Raises:
+        ValueError: the part does not hold two different pieces.
+    """
+    total = sum(len(chunk.ids) for chunk in chunks)
+    wanted = min(fraction * total / share, MOST_TOKENS, MOST_SHARE * total)
+    piece = min(max(int(wanted / PIECES), SMALLEST), LARGEST)
+    each = [_pieces(chunk, piece) for chunk in chunks]
+    lengths = np.concatenate([np.empty(0, np.int64), *(lengths for lengths, _, _ in each)])
+    hashes, which = np.unique(
+        np.concatenate([np.empty(0, np.uint64), *(hashes for _, hashes, _ in each)]), return_inverse=True
+    )
+    if len(hashes) < 2:
+        seen = sum(len(chunk.lengths) for chunk in chunks)
+        raise ValueError(
+            f"the corpus holds {seen} document{'' if seen == 1 else 's'} with text and no two different pieces of "
+            f"{SMALLEST} tokens, one to train on and one to hold out: give it more text"
+        )
+    tokens = np.bincount(which, lengths)
+    fitting = np.flatnonzero(tokens <= wanted / 2)
+    if not len(fitting):
+        return HeldOut(piece, hashes[[np.argmin(tokens)]])
+    reached = np.cumsum(tokens[fitting])
+    count = int(np.argmin(np.abs(reached - wanted))) + 1
+    return HeldOut(piece, hashes[fitting[:count]])
+
+
+def _pieces(chunk: Tokens, piece: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(length, hash, document) of every piece of the documents that have a token, in order."""
+    document = np.flatnonzero(chunk.lengths)
+    lengths, hashes = chunk.lengths[document], chunk.hashes[document]
+    count = np.where(lengths < 2 * piece, 1, lengths // piece)
+    if (count == 1).all():
+        return lengths, hashes, document
+    last = np.cumsum(count) - 1
+    cut = np.repeat(np.where(count == 1, lengths, piece), count)
+    cut[last] = lengths - (count - 1) * piece
+    hashes = np.repeat(hashes, count)
+    end = np.cumsum(cut)
+    for at in np.flatnonzero(np.repeat(count > 1, count)).tolist():
+        content = chunk.ids[end[at] - cut[at] : end[at]].astype("<u4").tobytes()
+        hashes[at] = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+    return cut, hashes, np.repeat(document, count)

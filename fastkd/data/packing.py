@@ -1,230 +1,260 @@
 """Documents to packs: every epoch's sequences, shuffled, end to end, in packs of exactly P tokens.
 
-An epoch is one long virtual stream of sequences [CLS] content [SEP] in shuffled order. Pack j is what lies at the
-virtual positions [j·(P−2), (j+1)·(P−2)): a sequence that a pack's end cuts becomes two proper sequences, and the [SEP]
-and the [CLS] which that adds are what the 2 spares. So a pack is found by arithmetic, none depends on the one before,
-every epoch has as many packs, and no token is lost or repeated, but for less than a pack at the epoch's end. The up to
-4 tokens that stay free in a pack become one sequence of [PAD].
+An epoch is the parts of a corpus, one after the other. A part is one long virtual stream of sequences [CLS] content [SEP] in
+shuffled order. Pack j is what lies at the virtual positions [j·(P−2), (j+1)·(P−2)): a sequence that a pack's end cuts
+becomes two proper sequences, and the [SEP] and the [CLS] which that adds are what the 2 spares. So a pack is found by
+arithmetic, none depends on the one before, every epoch has as many packs, and no token is lost or repeated, but for less
+than a pack at a part's end. The up to 4 tokens that stay free in a pack become one sequence of [PAD].
 
-Shapes: S sequences of the text, F sequences (fragments) of some packs, n packs.
+Shapes: S sequences of a text, F sequences (fragments) of some packs, n packs.
 """
 
+import logging
+from bisect import bisect_right
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from threading import RLock
 
 import numpy as np
 
 from fastkd.data.epochs import Epochs
-from fastkd.data.masking import key_of, mix
+from fastkd.data.masking import key_of
+from fastkd.data.passes import Fragments, Pass
+from fastkd.data.text import Text
 
-PACKINGS = ("documents", "full-sentences")
-
-
-class Text:
-    """The content of a split and how it is cut into sequences of at most ``seq_length`` with [CLS] and [SEP].
-
-    ``documents``: a sequence holds tokens of one document. ``full-sentences`` (RoBERTa, Liu et al. 2019): the documents
-    run on, a [SEP] between two, and are cut wherever a sequence is full.
-
-    Attributes:
-        tokens: corpus tokens in use.
-        start, length: [S] int64 content position and [S] int32 content tokens of every sequence.
-    """
-
-    def __init__(
-        self,
-        tokens: np.ndarray,  # [N] ids, a memory map
-        offsets: np.ndarray,  # [documents + 1] int64
-        *,
-        seq_length: int,
-        packing: str,
-        separator: int,
-        max_tokens: int | None,
-    ) -> None:
-        if packing not in PACKINGS:
-            raise ValueError(f"unknown packing {packing!r}: take one of {', '.join(PACKINGS)}")
-        begin, length = _chosen(np.asarray(offsets), max_tokens)
-        self.tokens = int(length.sum())
-        self._ids = tokens
-        self._joined: tuple[np.ndarray, np.ndarray, np.ndarray] | None
-        self._separator = separator
-        if packing == "documents":  # content positions are positions in the file
-            self._joined = None
-            self.start, self.length = _cut_documents(begin, length, seq_length - 2)
-        else:  # they count the separators too: (position, begin in the file, length) of every document
-            self._joined = np.cumsum(length + 1) - length - 1, begin, length
-            self.start, self.length = _cut_joined(length, seq_length - 2)
-
-    def ids(self, positions: np.ndarray) -> np.ndarray:
-        """The ids at content positions, [n] int64 each."""
-        if self._joined is None:
-            return self._ids[positions].astype(np.int64)
-        position, begin, length = self._joined
-        document = np.searchsorted(position, positions, side="right") - 1
-        within = positions - position[document]
-        between = within == length[document]
-        ids = self._ids[begin[document] + np.where(between, 0, within)].astype(np.int64)
-        return np.where(between, self._separator, ids)
-
-
-def _chosen(offsets: np.ndarray, max_tokens: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """(begin, length) of the documents in use: all, or in a fixed random order so many as hold ``max_tokens``."""
-    begin, length = offsets[:-1], np.diff(offsets)
-    if max_tokens is None or max_tokens >= length.sum():
-        return begin, length
-    if max_tokens < 1:
-        raise ValueError(f"max_unique_tokens is {max_tokens}: take at least 1, or leave it out for the whole corpus")
-    order = shuffled(len(begin), key=0)
-    ends = np.cumsum(length[order])
-    order = order[: np.searchsorted(ends, max_tokens) + 1]
-    length = length[order]
-    length[-1] -= ends[len(order) - 1] - max_tokens
-    return begin[order], length
-
-
-def _cut_documents(begin: np.ndarray, length: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
-    count = -(-length // room)
-    within = (np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)) * room
-    return np.repeat(begin, count) + within, np.minimum(np.repeat(length, count) - within, room).astype(np.int32)
-
-
-def _cut_joined(length: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
-    total = int(length.sum()) + len(length) - 1
-    start = np.arange(0, total, room)
-    return start, np.minimum(total - start, room).astype(np.int32)
-
-
-def shuffled(count: int, key: int) -> np.ndarray:
-    """A permutation of range(count), [count] int64, that depends on the key alone, not on NumPy's version."""
-    index = np.arange(count, dtype=np.uint64)
-    low = np.uint64((1 << (count - 1).bit_length()) - 1)
-    order = mix(index + np.uint64(key)) & ~low | index  # the index makes ties impossible
-    order.sort()
-    return (order & low).view(np.int64)
+ATTEMPTS = 16  # shuffles of a part, of which the first that keeps to the static bound is taken
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Fragments:
-    """The sequences of some packs, fillers not included, in order."""
+class _End:
+    """Where a part ends: sums over it and the parts before it."""
 
-    source: np.ndarray  # [F] int64 content position of the first token
-    length: np.ndarray  # [F] int64 content tokens, at least 1
-    pack: np.ndarray  # [F] int64 from 0
-
-    def of(self, first: int, last: int) -> "Fragments":
-        """Those of packs [first, last), renumbered from 0."""
-        a, b = np.searchsorted(self.pack, (first, last))
-        return Fragments(self.source[a:b], self.length[a:b], self.pack[a:b] - first)
-
-    def sizes(self, packs: int, pack_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """(length, whether a filler) of every sequence with its [CLS] and [SEP], the packs' fillers included."""
-        length = self.length + 2
-        filler = pack_tokens - np.bincount(self.pack, length, minlength=packs).astype(np.int64)
-        ends = np.searchsorted(self.pack, np.arange(packs), side="right")[filler > 0]
-        is_filler = np.insert(np.zeros(len(length), bool), ends, True)
-        return np.insert(length, ends, filler[filler > 0]), is_filler
+    packs: int = 0
+    length: int = 0  # of the virtual stream
+    positions: int = 0
+    tokens: int = 0
+    share: float = 0.0
 
 
 class Packer:
-    """The endless row of packs of a text: packs of epoch 0, then of epoch 1, and so on. Any thread may read it.
+    """The endless row of packs of a corpus: packs of epoch 0, then of epoch 1, and so on. Any thread may read it.
+
+    A part is asked for when the first of its packs is. A pack depends on the parts up to its own.
+
+    Args:
+        texts: the text of a part of a number; may wait for it.
+        pack_tokens: P.
+        seed: of the order.
 
     Attributes:
-        packs_per_epoch: the same in every epoch.
-        max_sequences: most sequences of a pack, a filler included; the same in every epoch.
+        max_sequences: most sequences of a pack, a filler included; the same in every part and epoch.
     """
 
-    def __init__(self, text: Text, *, pack_tokens: int, seed: int) -> None:
-        self.text = text
+    def __init__(self, texts: Callable[[int], Text], *, pack_tokens: int, seed: int) -> None:
         self.pack_tokens = pack_tokens
         self._seed = seed
         self._span = pack_tokens - 2
-        self._total = int(text.length.sum(dtype=np.int64)) + 2 * len(text.length)
-        self._copies = -(-self._span // self._total)  # a corpus below one pack repeats inside it
-        self.packs_per_epoch = self._total * self._copies // self._span
-        self._epoch = Epochs(self._shuffle)
-        self.max_sequences = self._bound()
+        self._read = texts
+        self._text: Epochs[int, Text] = Epochs(self._fitting)
+        self._pass: Epochs[tuple[int, int], Pass] = Epochs(self._shuffle)
+        self._ends: list[_End] = []
+        self._extending = RLock()
+        first = self._text(0)
+        single = first.share == 1
+        self._copies = -(-self._span // _virtual(first)) if single else 1  # a corpus below one pack repeats inside it
+        self.extend()
+        self.max_sequences = pack_tokens  # while part 0 sets it
+        self.max_sequences = self._bound(single)
 
-    def passes(self, packs: int) -> float:
-        """How often a number of packs goes through the text, by its tokens."""
-        return packs * self._span / self._total
+    @property
+    def parts(self) -> int:
+        """How many parts have been read."""
+        return len(self._ends)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the last part has been read."""
+        return self._ends[-1].share == 1
+
+    @property
+    def packs(self) -> int:
+        """Of an epoch; while it is not complete, of the parts that have been read."""
+        return self._ends[-1].packs
+
+    @property
+    def packs_per_epoch(self) -> int:
+        """The same in every epoch. Reads all parts."""
+        while not self.is_complete:
+            self.extend()
+        return self.packs
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens of a sequence of part 0, [CLS] and [SEP] included."""
+        text = self._text(0)
+        return _virtual(text) / len(text.length)
+
+    def extend(self) -> None:
+        """Read one more part, if there is one; may wait for it."""
+        with self._extending:
+            if self._ends and self.is_complete:
+                return  # another thread has read it
+            number = len(self._ends)
+            text, before = self._text(number), self._ends[-1] if self._ends else _End()
+            length = _virtual(text) * (self._copies if number == 0 else 1)
+            end = _End(
+                before.packs + length // self._span,
+                before.length + length,
+                before.positions + text.positions,
+                before.tokens + text.tokens,
+                text.share,
+            )
+            self._ends.append(end)
 
     def epochs(self, packs: int) -> float:
-        """Epochs that a number of packs makes: one ends where the next is shuffled, short of its last tokens."""
-        return packs / self.packs_per_epoch if self._copies == 1 else self.passes(packs)
+        """Epochs that a number of packs makes: one ends where the next is shuffled, short of its last tokens.
+
+        Within an epoch by the shares that its parts have of the corpus; beyond the parts that have been read, as if the
+        others were like them.
+        """
+        if self._copies > 1:
+            return packs * self._span / _virtual(self._text(0))
+        epoch, at = self._in_epoch(packs)
+        if at >= self.packs:
+            return self._ends[-1].share * at / max(self.packs, 1)
+        before, end = self._around(at)
+        return epoch + before.share + (end.share - before.share) * (at - before.packs) / (end.packs - before.packs)
+
+    def unique(self, packs: int) -> int:
+        """Different tokens of the corpus in the first packs; beyond the parts that have been read, estimated."""
+        if packs >= self.packs and self.is_complete:
+            return self._ends[-1].tokens
+        if packs >= self.packs:
+            return round(self._ends[-1].tokens * packs / max(self.packs, 1))
+        before, end = self._around(packs)
+        passed = (packs - before.packs) * self._span / (end.length - before.length)
+        return before.tokens + round((end.tokens - before.tokens) * min(passed, 1.0))
+
+    def packs_of(self, tokens: int) -> float:
+        """How many packs so many tokens make, as the parts that have been read do."""
+        return self.packs * tokens / max(self._ends[-1].tokens, 1)
 
     def place(self, pack: int) -> tuple[int, int]:
         """(epoch, pack of the epoch) of a pack of the endless row."""
-        return divmod(pack, self.packs_per_epoch)
+        epoch, _, before, at = self._locate(pack)
+        return epoch, before.packs + at
+
+    def has(self, pack: int) -> bool:
+        """Whether the parts up to that of a pack have been read."""
+        return self.is_complete or pack < self.packs
+
+    def part_of(self, pack: int) -> int:
+        """The part that a pack is in."""
+        return self._locate(pack)[1]
+
+    def enters_part(self, first: int, last: int) -> bool:
+        """Whether packs [first, last] reach a part that packs before them do not; these have been read."""
+        if first == 0:
+            return False
+        epoch, part, _, _ = self._locate(first - 1)
+        return epoch == 0 and self._ends[part].share < 1 and self._ends[part].packs <= last
 
     def fragments(self, first: int, last: int) -> Fragments:
         """The sequences of packs [first, last) of the endless row."""
-        parts = []
+        found = []
         at = first
         while at < last:
-            epoch, begin = self.place(at)
-            end = min(begin + last - at, self.packs_per_epoch)
-            parts.append((*self._epoch(epoch).fragments(begin, end), at - first - begin))
+            epoch, part, before, begin = self._locate(at)
+            end = min(begin + last - at, self._ends[part].packs - before.packs)
+            source, length, pack = self._pass((epoch, part)).fragments(begin, end)
+            found.append((source + before.positions, length, pack + (at - first - begin)))
             at += end - begin
-        return Fragments(
-            np.concatenate([source for source, _, _, _ in parts]),
-            np.concatenate([length for _, length, _, _ in parts]),
-            np.concatenate([pack + shift for _, _, pack, shift in parts]),
-        )
+        return Fragments(*(np.concatenate(each) for each in zip(*found, strict=True)))
+
+    def ids(self, positions: np.ndarray) -> np.ndarray:
+        """The ids at content positions of fragments, [n] int64 each."""
+        borders = [end.positions for end in self._ends]
+        first, last = np.searchsorted(borders, (positions.min(), positions.max()), side="right").tolist()
+        if first == last:
+            return self._text(first).ids(positions - (borders[first - 1] if first else 0))
+        part = np.searchsorted(borders, positions, side="right")
+        found = np.empty(len(positions), np.int64)
+        for number in range(first, last + 1):
+            here = part == number
+            found[here] = self._text(number).ids(positions[here] - (borders[number - 1] if number else 0))
+        return found
 
     def look_ahead(self, pack: int, pool: Executor) -> None:
-        """Where ``pack`` lies in the second half of its epoch, have the pool shuffle the next one, unless that is done.
+        """Where ``pack`` is in the second half of its part, have the pool shuffle the next one, unless that is done.
 
-        A shuffle takes about 0.2 s a million sequences: begun half an epoch before, no reader waits for it.
+        A shuffle takes about 0.2 s a million sequences: begun half a part before, no reader waits for it.
         """
-        epoch, at = self.place(pack)
-        if 2 * at >= self.packs_per_epoch:
-            self._epoch.ahead(epoch + 1, pool)
+        epoch, part, before, at = self._locate(pack)
+        if 2 * at < self._ends[part].packs - before.packs:
+            return
+        following = self._ends[part].packs
+        if following < self.packs:
+            self._pass.ahead((epoch, self._part_at(following)), pool)
+        elif self.is_complete:
+            self._pass.ahead((epoch + 1, self._part_at(0)), pool)
 
-    def _shuffle(self, number: int) -> "_Epoch":
-        """The first shuffle of this epoch that keeps to the static bound: nearly always the first of all."""
-        attempt = 0
-        while True:
-            epoch = _Epoch(self.text, self._copies, self._span, key=key_of(self._seed, number, attempt))
-            if number == 0 or epoch.max_sequences() <= self.max_sequences:
-                return epoch
-            attempt += 1
+    def _locate(self, pack: int) -> tuple[int, int, _End, int]:
+        """(epoch, part, end of the part before, pack of the part) of a pack of the endless row."""
+        while not self.is_complete and pack >= self.packs:
+            self.extend()
+        epoch, at = self._in_epoch(pack)
+        part = self._part_at(at)
+        before = self._ends[part - 1] if part else _End()
+        return epoch, part, before, at - before.packs
 
-    def _bound(self) -> int:
-        """What epoch 0 needs, and a tenth more for later epochs, up to a multiple of 16."""
-        most = int(1.1 * self._epoch(0).max_sequences()) + 1
+    def _part_at(self, pack: int) -> int:
+        """The part of a pack of an epoch."""
+        return bisect_right(self._ends, pack, key=lambda end: end.packs)
+
+    def _in_epoch(self, packs: int) -> tuple[int, int]:
+        return divmod(packs, self.packs) if self.is_complete else (0, packs)
+
+    def _around(self, at: int) -> tuple[_End, _End]:
+        part = self._part_at(at)
+        return self._ends[part - 1] if part else _End(), self._ends[part]
+
+    def _fitting(self, part: int) -> Text:
+        """The text of a part. One of so short documents that too many fall in a pack has them run on, as all else fails.
+
+        Nothing is lost so, and shapes stay what they are. It takes a part that is unlike part 0, which sets the bound.
+        """
+        text = self._read(part)
+        if part == 0 or not len(text.length) or self._ordered(text, 0, part) is not None:
+            return text
+        log.warning("part %d of the corpus has too short documents: several share a sequence there", part)
+        return text.joined()
+
+    def _shuffle(self, place: tuple[int, int]) -> Pass:
+        """A pass over a part in an epoch: where no shuffle keeps to the bound, that of epoch 0, which does."""
+        epoch, part = place
+        text = self._text(part)
+        found = self._ordered(text, epoch, part) or self._ordered(text, 0, part)
+        assert found is not None
+        return found
+
+    def _ordered(self, text: Text, epoch: int, part: int) -> Pass | None:
+        """The first shuffle that keeps to the static bound: nearly always the first of all."""
+        copies = self._copies if part == 0 else 1
+        for attempt in range(ATTEMPTS):
+            key = key_of(self._seed, epoch, attempt, *([part] if part else []))
+            found = Pass(text, copies, self._span, key=key)
+            if found.max_sequences() <= self.max_sequences:
+                return found
+        return None
+
+    def _bound(self, single: bool) -> int:
+        """What part 0 needs in epoch 0, and room for later epochs and larger parts, up to a multiple of 16."""
+        most = int((1.1 if single else 1.5) * self._pass((0, 0)).max_sequences()) + 1
         return min(-(-most // 16) * 16, self.pack_tokens // 3 + 1)
 
 
-class _Epoch:
-    """One shuffled pass over a text."""
-
-    def __init__(self, text: Text, copies: int, span: int, *, key: int) -> None:
-        self._text = text
-        self._span = span
-        count = len(text.length)
-        order = np.concatenate([shuffled(count, key_of(key, copy)) for copy in range(copies)])
-        self._order = order.astype(np.uint32 if count < 2**32 else np.int64)
-        begin = np.cumsum(text.length[self._order] + 2, dtype=np.int64)
-        total = int(begin[-1])
-        begin -= text.length[self._order] + 2
-        borders = np.arange(total // span + 1) * span
-        self._first = np.searchsorted(begin, borders, side="right") - 1  # the sequence that a pack begins in
-        self._begin = begin[self._first]  # and where in the virtual stream that one begins
-
-    def max_sequences(self) -> int:
-        """The most sequences that any pack can have, its filler counted."""
-        return int(np.diff(self._first).max()) + 2
-
-    def fragments(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(source, length, pack) of the sequences of packs [first, last), [F] int64 each."""
-        chosen = self._order[self._first[first] : self._first[last] + 1]
-        source, length = self._text.start[chosen], self._text.length[chosen].astype(np.int64)
-        begin = self._begin[first] + np.cumsum(length + 2) - length - 1  # of the content, in the virtual stream
-        border = (begin // self._span + 1) * self._span
-        inside = np.minimum(length, border - begin)
-        cut = np.flatnonzero(inside < length)
-        source = np.insert(source, cut + 1, source[cut] + inside[cut])
-        pack = np.insert(begin, cut + 1, border[cut]) // self._span
-        length = np.insert(inside, cut + 1, (length - inside)[cut])
-        keep = slice(*np.searchsorted(pack, (first, last)))
-        return source[keep], length[keep], pack[keep]
+def _virtual(text: Text) -> int:
+    """Length of a text's sequences end to end, [CLS] and [SEP] counted."""
+    return int(text.length.sum(dtype=np.int64)) + 2 * len(text.length)

@@ -1,127 +1,203 @@
-"""A corpus as token ids on disk: built once, verified at every load, read through memory maps.
+"""A corpus as token ids on disk, in parts: the first is there in seconds, later ones are built while the first are read.
 
-A build is a folder named by a key over everything that it depends on (the sources' content, the tokenizer, the split):
-
-    <split>.tokens.bin     uint16, or uint32 past 65,536 entries: documents end to end, no special tokens added
-    <split>.offsets.bin    int64 [documents + 1]: where each begins
-    unigrams.bin           int64 [V]: how often each id stands in the training split
-    index.json             sizes and sha256 of these, the tokenizer's hash, the sources; written last
+A corpus is a folder named by a key over everything that it depends on: the sources' content, the tokenizer, the split.
+Its parts (``part.py``) are a pure function of these, so that building can stop and go on at any of them.
 """
 
-import hashlib
-import json
-import logging
+from __future__ import annotations
+
 import os
-import shutil
 import time
-from collections.abc import Collection, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from threading import Lock
+from typing import TYPE_CHECKING
 
 import numpy as np
-from filelock import FileLock
-from tokenizers import Tokenizer
 
-from fastkd.data.corpus import check, documents, shard_folder, sources
-from fastkd.data.tokenise import Tokens, tokenise
-from fastkd.data.writer import Writer, sync_folder, write_durably
+from fastkd.data import recipe as recipes
+from fastkd.data.builder import Builder, BuildingFailed, Job, build, load
+from fastkd.data.corpus import check, shard_folder
+from fastkd.data.part import SPLITS, Part, part_folder
+from fastkd.data.progress import Progress
+from fastkd.data.recipe import FIRST_TOKENS, Recipe, tokenizer_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1
-SPLITS = ("train", "validation")
-FILES = (*(f"{split}.{content}.bin" for split in SPLITS for content in ("tokens", "offsets")), "unigrams.bin")
-log = logging.getLogger(__name__)
+POLL_SECONDS = 0.2  # between two looks for a part that is being built
+__all__ = ["BuildingFailed", "Shards", "build_shards", "cache", "tokenizer_hash"]
 
 
 class Shards:
-    """A verified build. Raises ``ValueError`` where a file is missing or is not what was written.
+    """A tokenised corpus. Raises ``ValueError`` where a file is missing or is not what was written.
 
     Args:
-        folder: where the build lies.
-        remedy: what the error tells to do; as a rule, to delete what can be built again.
+        folder: where it is.
+        remedy: what an error tells to do; as a rule, to delete what can be built again.
+        job: builds the parts that are missing, in a process of its own; without one, another process does.
+        whole: the parts that are there are all there will be.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, remedy: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        remedy: str | None = None,
+        job: Job | None = None,
+        whole: bool = False,
+    ) -> None:
         self.folder = Path(folder)
-        self._remedy = remedy or _rebuild(self.folder)
-        self.index = _read_index(self.folder, self._remedy)
-        with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
-            list(pool.map(self._verify, self.index["files"]))
+        self._remedy = remedy
+        self._builder = None if job is None else Builder(job)
+        self._parts = [Part(self.folder, 0, remedy=remedy)]
+        self._loading, self._waiting = Lock(), Lock()
+        self._end: int | None = None
+        if whole:
+            for number in range(1, _parts_in(self.folder)):
+                self._parts.append(Part(self.folder, number, remedy=remedy))
+            self._end = len(self._parts)
 
     @property
-    def unique_tokens(self) -> int:
-        """Tokens of the training split, special tokens not counted."""
-        return int(self.index["tokens"]["train"])
+    def first(self) -> Part:
+        """Part 0."""
+        return self._parts[0]
 
     @property
     def version(self) -> str:
-        """The key of all that these were made from: equal for equal content, wherever it lies."""
-        return _key(self.index["recipe"])
+        """The key of all that these were made from: equal for equal content, wherever it is."""
+        name = recipes.key(self.first.recipe)
+        return name if self._end is None or self._parts[-1].next is None else f"{name}-{self._end}"
 
     @property
     def vocab_size(self) -> int:
         """One more than the tokenizer's largest id, added tokens included."""
-        return int(self.index["vocab_size"])
+        return int(self.first.index["vocab_size"])
 
     @property
     def tokenizer_hash(self) -> str:
         """What ``tokenizer_hash`` gave for the tokenizer that built these."""
-        return str(self.index["tokenizer_hash"])
+        return str(self.first.recipe["tokenizer_hash"])
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the last part is there: if not, sizes are estimates."""
+        return self._end is not None or self._there()[-1].next is None
+
+    @property
+    def unique_tokens(self) -> int:
+        """Tokens of the training split, special tokens not counted; estimated from part 0 until the last part is there."""
+        if self.is_complete:
+            return sum(part.tokens for part in self._there())
+        return round(self.first.tokens / self.first.share)
+
+    @property
+    def held_out_tokens(self) -> int:
+        """Tokens that are held out."""
+        return int(self.first.index["tokens"]["validation"])
+
+    @property
+    def sizes(self) -> dict[str, dict[str, int]]:
+        """Tokens and documents of each split, in the parts that are there."""
+        parts = [part.index for part in self._there()]
+        return {
+            name: {split: sum(index[name].get(split, 0) for index in parts) for split in SPLITS}
+            for name in ("tokens", "documents")
+        }
+
+    def is_last(self, number: int) -> bool:
+        """Whether no part follows one that is loaded."""
+        return self._parts[number].next is None or number + 1 == self._end
 
     def documents(self, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
-        """Memory maps of (token ids [N], offsets [documents + 1] int64) of a split; document d is ids[o[d]:o[d+1]]."""
+        """(token ids [N], offsets [documents + 1] int64) of a split; document d is ids[o[d]:o[d+1]].
+
+        Memory maps of the only part of a small corpus, or of what is held out; of several parts, those that are there,
+        arrays in memory.
+        """
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}: take one of {', '.join(SPLITS)}")
-        return self._map(f"{split}.tokens.bin", self.index["dtype"]), self._map(f"{split}.offsets.bin", "int64")
+        if split == "validation" or len(parts := [self.part(part.number) for part in self._there()]) == 1:
+            return self.first.documents(split)
+        each = [part.documents() for part in parts]
+        lengths = np.concatenate([np.diff(offsets) for _, offsets in each])
+        return np.concatenate([ids for ids, _ in each]), np.concatenate([[0], lengths]).cumsum(dtype=np.int64)
 
-    def unigram_counts(self) -> np.ndarray:
-        """How often each id stands in the training split, [V] int64."""
-        return self._map("unigrams.bin", "int64")
+    def tokens_before(self, number: int) -> int:
+        """Training tokens of the parts before one; those are loaded."""
+        return sum(part.tokens for part in self._parts[:number])
 
-    def unigram_cross_entropy(self, special: Collection[int] = ()) -> float:
-        """Loss, in nats a token, of predicting the held-out split from the training split's frequencies alone.
+    # ---- later parts ----------------------------------------------------------------------------------------
 
-        −Σ_v q(v) log p(v), q the held-out frequencies, p the training frequencies with one added to each count; ids
-        in ``special`` are left out. It is what a masked language model reaches before it reads any context.
+    def part(self, number: int, stop: Callable[[], bool] = lambda: False) -> Part:
+        """A part; waits until it is built.
+
+        Args:
+            number: of the part, which is one that the corpus has.
+            stop: asked now and then; ends the waiting.
+
+        Raises:
+            BuildingFailed: it cannot be built, in one line.
+            InterruptedError: ``stop`` said so.
         """
-        keep = np.ones(self.vocab_size, bool)
-        keep[list(special)] = False
-        held_out = np.bincount(self.documents("validation")[0], minlength=self.vocab_size)[keep]
-        train = self.unigram_counts()[keep] + 1.0
-        return float(-(held_out * np.log(train / train.sum())).sum() / held_out.sum())
+        while not self.is_there(number):
+            if stop():
+                raise InterruptedError(f"stopped waiting for part {number} of the corpus")
+            self._wait_for(len(self._parts))
+        return self._parts[number]
 
-    def _map(self, name: str, dtype: str) -> np.ndarray:
-        return np.memmap(self.folder / name, dtype=dtype, mode="r")
+    def is_there(self, number: int) -> bool:
+        """Whether a part can be read without waiting. Loads and verifies those up to it that have come."""
+        with self._loading:
+            while len(self._parts) <= number and (part := self._load(len(self._parts))) is not None:
+                self._parts.append(part)
+        return number < len(self._parts)
 
-    def _verify(self, name: str) -> None:
-        path, expected = self.folder / name, self.index["files"][name]
-        try:
-            with open(path, "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise ValueError(f"shard {str(path)!r} cannot be read ({error.strerror}): {self._remedy}") from error
-        if found != expected:
-            raise ValueError(f"shard {str(path)!r} is corrupted (its sha256 changed): {self._remedy}")
+    def ahead(self, number: int) -> None:
+        """Have a part built that will be needed, if this process is the one to do it."""
+        if self._builder is not None and not part_folder(self.folder, number).exists():
+            self._builder.ahead(number)
+
+    def close(self) -> None:
+        """End the process that builds, if one is at work."""
+        if self._builder is not None:
+            self._builder.close()
+
+    def _wait_for(self, number: int) -> None:
+        assert self._parts[-1].next is not None, f"the corpus has {len(self._parts)} parts"
+        with self._waiting:
+            if self._builder is not None:
+                self._builder.require(number, POLL_SECONDS)
+            else:
+                time.sleep(POLL_SECONDS)
+
+    def _load(self, number: int) -> Part | None:
+        return None if self._end is not None else load(self.folder, number)
+
+    def _there(self) -> list[Part]:
+        """The parts that are there; the digests of those that are not loaded yet are not compared."""
+        more = range(len(self._parts), len(self._parts) if self._end is not None else _parts_in(self.folder))
+        return [*self._parts, *(Part(self.folder, number, remedy=self._remedy, verify=False) for number in more)]
 
 
 def build_shards(
     spec: str | Sequence[str],
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     folder: str | os.PathLike[str],
     *,
     text_field: str = "text",
     workers: int | None = None,
     validation_fraction: float = 0.02,
+    first_tokens: int = FIRST_TOKENS,
+    tokens: int | None = None,
+    progress: Progress | None = None,
 ) -> Shards:
     """Tokenise a corpus into ``folder``, or load what an earlier call with the same arguments left there.
 
-    A specification that is itself a folder of shards is loaded from where it lies; ``folder`` is not touched.
-    Builds appear whole or not at all. Of several processes that want the same one, one builds and the others wait. A
-    build that is found corrupted is made again.
+    A specification that is itself a folder of shards is loaded from where it is; ``folder`` is not touched.
+    Parts appear whole or not at all. Of several processes that want the same one, one builds and the others wait. A
+    part that is found corrupted is made again.
 
     Args:
         spec: as in ``corpus.sources``, or a folder of shards.
@@ -129,7 +205,11 @@ def build_shards(
         folder: the cache of shards.
         text_field: column or JSON field that holds the text.
         workers: processes that tokenise; None decides by the size of the corpus.
-        validation_fraction: part of the documents held out, at least one and at most 2,000 different ones.
+        validation_fraction: part of the corpus's tokens that is held out, about, and at most 2^20 of them.
+        first_tokens: after which part 0 ends; each later part has twice as many.
+        tokens: of the training split after which building ends with its part; later parts are built when they are
+            asked for. None: the whole corpus.
+        progress: is told of what goes by.
 
     Raises:
         ValueError: an unreadable or empty corpus, a tokenizer without Rust backend, an unwritable folder; shards that
@@ -137,40 +217,43 @@ def build_shards(
     """
     if (given := shard_folder(spec)) is not None:
         return _given(given, tokenizer)
-    if not 0 < validation_fraction < 1:
-        raise ValueError(f"validation_fraction is {validation_fraction}: take one between 0 and 1, such as 0.02")
-    recipe = {
-        "format": FORMAT,
-        "sources": [source.identity() for source in sources(spec)],
-        "text_field": text_field,
-        "tokenizer_hash": tokenizer_hash(tokenizer),
-        "validation_fraction": validation_fraction,
-    }
+    recipe = recipes.recipe(
+        spec, tokenizer, text_field=text_field, validation_fraction=validation_fraction, first_tokens=first_tokens
+    )
     root = Path(folder).expanduser()
-    final = _built_before(root, recipe) or root / _key(recipe)
-    if (shards := _load(final)) is not None:  # without a lock: a finished cache may be shared read-only
-        return shards
-    check(spec, text_field=text_field)
-    with _writable(root), FileLock(root / f"{final.name}.lock"):
-        if (shards := _load(final)) is not None:
-            return shards
-        shutil.rmtree(final, ignore_errors=True)
-        backend = _backend(tokenizer)
-        texts = documents(spec, text_field=text_field)
-        _build(tokenise(texts, backend.to_str(), workers=workers), _entries(backend), recipe, final)
-    return Shards(final)
+    corpus = _built_before(root, recipe) or root / recipes.key(recipe)
+    backend = recipes.backend(tokenizer)
+    vocab_size = max(backend.get_vocab().values()) + 1
+    specs = [spec] if isinstance(spec, str) else list(spec)
+    job = Job(str(corpus), specs, backend.to_str(), vocab_size, recipe, workers)
+    if not _has(corpus, tokens):  # a finished cache may be shared read-only: no lock is taken
+        if load(corpus, 0) is None:
+            check(spec, text_field=text_field)
+        build(job, tokens=tokens, progress=progress)
+    return Shards(corpus, job=job)
 
 
-def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Sha256 of all that decides which ids a text becomes: vocabulary, normaliser, pre-tokeniser, added tokens."""
-    parts = json.loads(_backend(tokenizer).to_str())
-    deciding = {name: parts[name] for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
-    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+def cache() -> Path:
+    """Where corpora are kept. As the XDG specification says, a path that is empty or relative counts as not set."""
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (named if named.is_absolute() else Path.home() / ".cache") / "fastkd"
 
 
-def _given(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> Shards:
+def _has(corpus: Path, tokens: int | None) -> bool:
+    """Whether so many training tokens of a corpus are there and whole."""
+    held = 0
+    for number in count():
+        if (part := load(corpus, number)) is None:
+            return False
+        held += part.tokens
+        if part.next is None or (tokens is not None and held >= tokens):
+            return True
+    raise AssertionError
+
+
+def _given(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Shards:
     """Shards that the user names in a corpus's place."""
-    shards = Shards(folder, remedy="copy it again, or give --corpus text")
+    shards = Shards(folder, remedy="copy it again, or give --corpus text", whole=True)
     if shards.tokenizer_hash != tokenizer_hash(tokenizer):
         raise ValueError(
             f"the shards in {str(folder)!r} were made by another tokenizer than the student's: take a teacher with that "
@@ -179,105 +262,18 @@ def _given(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> Shards:
     return shards
 
 
-def _backend(tokenizer: "PreTrainedTokenizerBase") -> Tokenizer:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not isinstance(backend, Tokenizer):
-        raise ValueError(
-            f"{type(tokenizer).__name__} has no Rust tokenizer behind it: take a model folder with a tokenizer.json"
-        )
-    return backend
+def _parts_in(corpus: Path) -> int:
+    """How many parts of a corpus there are, without a gap."""
+    return next(number for number in count() if not part_folder(corpus, number).exists())
 
 
-def _entries(backend: Tokenizer) -> int:
-    """The vocabulary's size with its gaps: one more than the largest id."""
-    return max(backend.get_vocab().values()) + 1
-
-
-def _load(folder: Path) -> Shards | None:
-    """A build that is there and whole."""
-    if not folder.exists():
-        return None
-    try:
-        return Shards(folder)
-    except ValueError as error:
-        log.warning("%s; building it again", error)
-        return None
-
-
-def _key(recipe: dict[str, Any]) -> str:
-    return hashlib.sha256(_canonical(recipe)).hexdigest()[:16]
-
-
-def _canonical(recipe: dict[str, Any], *, without: str = "") -> bytes:
-    """A recipe as bytes, one field of its sources left out."""
-    parts = [{name: value for name, value in source.items() if name != without} for source in recipe["sources"]]
-    return json.dumps(recipe | {"sources": parts}, sort_keys=True).encode()
-
-
-def _built_before(root: Path, recipe: dict[str, Any]) -> Path | None:
+def _built_before(root: Path, recipe: Recipe) -> Path | None:
     """The newest build of this recipe from any commit, where the hub cannot be asked for the one of today."""
     if all(source.get("commit") != "" for source in recipe["sources"]):
         return None
-    wanted = _canonical(recipe, without="commit")
-    indices = sorted(root.glob("*/index.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in indices:
-        if _canonical(_read_index(path.parent, _rebuild(path.parent))["recipe"], without="commit") == wanted:
+    wanted = recipes.canonical(recipe, without="commit")
+    for path in sorted(root.glob("*/part-00000"), key=lambda path: path.stat().st_mtime, reverse=True):
+        found = Part(path.parent, 0, verify=False)
+        if recipes.canonical(found.recipe, without="commit") == wanted:
             return path.parent
     return None
-
-
-def _read_index(folder: Path, remedy: str) -> dict[str, Any]:
-    try:
-        index = json.loads((folder / "index.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{str(folder)!r} holds no readable index.json ({error}): {remedy}") from error
-    if not _describes(index):
-        raise ValueError(f"{str(folder)!r} holds no shards that this version of fastkd wrote: {remedy}")
-    return dict(index)
-
-
-def _describes(index: Any) -> bool:
-    """Whether an index.json has all that is read of it: it may come from anywhere, and no digest covers it."""
-    try:
-        recipe, numbers = index["recipe"], (index["tokens"]["train"], index["vocab_size"])
-        known = recipe["format"] == FORMAT and all(isinstance(source, dict) for source in recipe["sources"])
-        files = index["files"].keys() == set(FILES) and index["dtype"] in ("uint16", "uint32")
-        return known and files and all(type(number) is int for number in numbers) and bool(index["tokenizer_hash"])
-    except (KeyError, TypeError, AttributeError):
-        return False
-
-
-def _rebuild(folder: Path) -> str:
-    return f"delete {str(folder)!r}, the next run builds it again from the corpus"
-
-
-@contextmanager
-def _writable(root: Path) -> Iterator[None]:
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise ValueError(
-            f"cannot write shards to {str(root)!r} ({error.strerror or error}): free its disk or make it writable, "
-            "or set XDG_CACHE_HOME to another folder"
-        ) from error
-
-
-def _build(chunks: Generator[Tokens], vocab_size: int, recipe: dict[str, Any], final: Path) -> None:
-    """Write a build beside its place, then rename it there. The caller holds the lock."""
-    building = final.with_name(f".{final.name}.building")  # one name: what a killed build left is removed here
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir()
-    try:
-        start = time.monotonic()
-        with closing(chunks), closing(Writer(building, vocab_size)) as writer:
-            writer.add(chunks, recipe["validation_fraction"])
-            index = writer.finish() | {"tokenizer_hash": recipe["tokenizer_hash"], "recipe": recipe}
-        write_durably(building / "index.json", json.dumps(index, indent=1).encode())
-        sync_folder(building)
-        building.rename(final)
-        sync_folder(final.parent)
-        tokens = sum(index["tokens"].values())
-        log.info("built %s: %s tokens in %.1f s", final, f"{tokens:,}", time.monotonic() - start)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)

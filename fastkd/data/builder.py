@@ -1,0 +1,256 @@
+"""Builds the parts of a corpus: here, or in a process of its own that works ahead of training.
+
+The process is this file run as a program. It reads its job from stdin, and ends when stdin does: with its parent, however
+that ends. What went wrong it says in one line on stdout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from weakref import finalize
+
+from filelock import FileLock
+
+import fastkd
+from fastkd.data import heldout
+from fastkd.data.corpus import sources
+from fastkd.data.part import Part, part_folder, write_part
+from fastkd.data.progress import Progress
+from fastkd.data.reading import Place, Reading
+from fastkd.data.recipe import Recipe, part_tokens
+from fastkd.data.tokenise import Tokens
+
+NICE = 10  # of the process: what it takes of a busy machine, training does not miss
+log = logging.getLogger(__name__)
+
+
+class BuildingFailed(OSError):
+    """Later parts of a corpus cannot be built."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A corpus to be built.
+
+    Attributes:
+        folder: of the corpus.
+        spec: as in ``corpus.sources``.
+        tokenizer_json: a ``tokenizers.Tokenizer``, serialised.
+        vocab_size: one more than its largest id.
+        recipe: what the corpus is made from.
+        workers: as in ``tokenise``.
+    """
+
+    folder: str
+    spec: list[str]
+    tokenizer_json: str
+    vocab_size: int
+    recipe: Recipe
+    workers: int | None = None
+
+
+def build(
+    job: Job,
+    *,
+    parts: int | None = None,
+    tokens: int | None = None,
+    progress: Progress | None = None,
+    trusted: int = 0,
+) -> None:
+    """Build the parts that are missing, in order, until so many are there, or so many training tokens, or all of them.
+
+    Of several processes one builds and the others wait. A part that is found damaged is built again; the digests of the
+    first ``trusted`` parts are not compared.
+
+    Raises:
+        ValueError: the corpus cannot be read; the folder cannot be written.
+    """
+    corpus = Path(job.folder)
+    progress = progress or Progress()
+    with _writable(corpus.parent), FileLock(corpus.with_name(f"{corpus.name}.lock")), contextlib.ExitStack() as stack:
+        reading, number, held, before = None, 0, 0, None
+        while (parts is None or number < parts) and (tokens is None or number == 0 or held < tokens):
+            if (part := load(corpus, number, verify=number >= trusted)) is None:
+                if reading is None:
+                    assert before is None or before.next is not None
+                    start = before.next if before is not None and before.next is not None else Place()
+                    reading = stack.enter_context(contextlib.closing(_reading(job, start, progress)))
+                _build(job, number, reading)
+                part = Part(corpus, number, verify=False)
+            elif reading is not None:  # a later part was there, and this reading is not at its end
+                reading.close()
+                reading = None
+            number, held, before = number + 1, held + part.tokens, part
+            if part.next is None:
+                return
+
+
+def load(corpus: Path, number: int, *, verify: bool = True) -> Part | None:
+    """A part that is there and whole."""
+    if not part_folder(corpus, number).exists():
+        return None
+    try:
+        return Part(corpus, number, verify=verify)
+    except ValueError as error:
+        log.warning("%s; building it again", error)
+        return None
+
+
+def _reading(job: Job, start: Place, progress: Progress) -> Reading:
+    return Reading(
+        job.spec, job.recipe["text_field"], job.tokenizer_json, start=start, workers=job.workers, progress=progress
+    )
+
+
+def _build(job: Job, number: int, reading: Reading) -> None:
+    corpus, began = Path(job.folder), time.monotonic()
+    chunks: Iterable[Tokens] = reading.part(part_tokens(job.recipe, number))
+    if number == 0:
+        chunks = list(chunks)
+        share, _ = reading.end(0)
+        held_out = heldout.choose(chunks, job.recipe["validation_fraction"], share)
+    else:
+        held_out = Part(corpus, 0, verify=False).held_out
+    write_part(
+        corpus, number, map(held_out.split, chunks), held_out, recipe=job.recipe, vocab_size=job.vocab_size,
+        end=lambda: reading.end(number),
+    )  # fmt: skip
+    log.info("built part %d of %s in %.1f s", number, corpus, time.monotonic() - began)
+
+
+@contextlib.contextmanager
+def _writable(root: Path) -> Iterator[None]:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"cannot write shards to {str(root)!r} ({error.strerror or error}): free its disk or make it writable, "
+            "or set XDG_CACHE_HOME to another folder"
+        ) from error
+
+
+class Builder:
+    """Builds later parts in a process of its own, one process a part. It ends with this one, or when it is closed."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._building = 0
+        self._finalizer: finalize[..., Any] | None = None
+
+    def ahead(self, number: int) -> None:
+        """Begin to build a part, unless a process is at work or has failed to build it: that is told when it is needed."""
+        with self._lock:
+            if self._process is not None and self._process.poll() is not None:
+                self._ended()
+            if self._process is None and self._building != number:
+                self._start(number)
+
+    def require(self, number: int, seconds: float) -> None:
+        """Wait a while for a part that is needed now; one whose building has failed is tried once more.
+
+        Raises:
+            BuildingFailed: building it failed, in one line.
+        """
+        with self._lock:
+            if self._process is None:
+                self._start(number)
+            process = self._process
+            assert process is not None
+            try:
+                process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                return
+            said = self._ended()
+            if process.returncode and self._building == number:
+                raise BuildingFailed(said or f"the process that tokenises the corpus ended by {_end_of(process)}")
+
+    def close(self) -> None:
+        """End the process, if one is at work."""
+        with self._lock:
+            if self._finalizer is not None:
+                self._finalizer()
+            self._process = None
+
+    def _ended(self) -> str:
+        """Forget a process that has ended; what it said."""
+        assert self._process is not None and self._finalizer is not None
+        said, _ = self._process.communicate()
+        self._finalizer.detach()
+        self._process = None
+        return said.strip()
+
+    def _start(self, number: int) -> None:
+        package = str(Path(fastkd.__file__).parents[1])
+        path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+        # -P: the folder that a user is in must not shadow any module of the process's.
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, text=True, env=os.environ | {"PYTHONPATH": path},
+        )  # fmt: skip
+        self._finalizer = finalize(self, _end, process)
+        self._process, self._building = process, number
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it is gone: told when the part is needed
+            process.stdin.write(json.dumps({"number": number, "job": asdict(self._job)}) + "\n")
+            process.stdin.flush()
+
+
+def _end_of(process: subprocess.Popen[str]) -> str:
+    return f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
+
+
+def main() -> int:
+    """The process: builds up to a part."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
+    if hasattr(os, "nice"):
+        os.nice(NICE)
+    order = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    job = Job(**order["job"])
+    try:
+        _check_commits(job)
+        build(job, parts=order["number"] + 1, trusted=order["number"])
+    except Exception as error:  # whatever it is, the parent has one line to tell
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        print(f"{kind}{' '.join(str(error).split())}", flush=True)
+        return 1
+    return 0
+
+
+def _check_commits(job: Job) -> None:
+    """Refuse to go on with a dataset that has changed on the hub since the corpus was begun."""
+    for begun, source in zip(job.recipe["sources"], sources(job.spec), strict=True):
+        if begun.get("commit") and source.identity() != begun:
+            raise ValueError(
+                f"{begun['hub']!r} changed on the hub since it was first read: name commit {begun['commit']}"
+            )
+
+
+def _end_with_parent() -> None:
+    """Its workers end with it in turn: their stdin does."""
+    os.read(sys.stdin.fileno(), 1)  # not through the buffer, which a thread must not hold when the process ends
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

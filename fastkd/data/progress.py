@@ -1,0 +1,82 @@
+"""How far the tokenising of a corpus is: a bar on a terminal, a line every ten seconds elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+PLAIN_SECONDS = 10.0
+
+
+class Progress:
+    """Counts what goes by; this one shows nothing."""
+
+    documents = tokens = 0
+
+    def advance(self, documents: int, tokens: int, share: float) -> None:
+        """More documents and tokens have gone by; ``share`` of the corpus has, in all, as far as is known."""
+        self.documents += documents
+        self.tokens += tokens
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class Shown(Progress):
+    """Shows documents, tokens a second, the share of what is wanted, and the time that is left.
+
+    Args:
+        console: where.
+        wanted: tokens after which building ends, if the corpus does not end before; None where all of it is read.
+    """
+
+    def __init__(self, console: Console, wanted: int | None) -> None:
+        self._console, self._wanted = console, wanted
+        self._began = self._told = time.monotonic()
+        self._first_share: float | None = None  # building may begin within a corpus
+        self._done = 0.0
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def advance(self, documents: int, tokens: int, share: float) -> None:
+        """Count, and show what has become of it."""
+        super().advance(documents, tokens, share)
+        if self._first_share is None:
+            self._first_share = share if self.tokens != tokens else 0.0
+        read = (share - self._first_share) / (1 - self._first_share) if self._first_share < 1 else 1.0
+        self._done = min(1.0, max(read, self.tokens / self._wanted if self._wanted else 0.0))
+        now = time.monotonic()
+        if self._live is not None:
+            self._live.update(self._bar(now), refresh=True)
+        elif now - self._told >= PLAIN_SECONDS:
+            self._told = now
+            self._console.print(self._text(now), markup=False, soft_wrap=True)
+
+    def _text(self, now: float) -> str:
+        seconds = max(now - self._began, 1e-9)
+        left = f"{seconds * (1 - self._done) / self._done:.0f} s left" if self._done else "time left not known"
+        return (
+            f"tokenising: {self.documents:,} documents, {self.tokens / 1e6:.1f} M tokens, "
+            f"{self.tokens / seconds / 1e6:.2f} M tokens/s, {self._done:.0%}, {left}"
+        )
+
+    def _bar(self, now: float) -> Table:
+        grid = Table.grid(padding=(0, 1))
+        grid.add_row(ProgressBar(total=1.0, completed=self._done, width=24), self._text(now))
+        return grid

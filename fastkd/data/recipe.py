@@ -1,0 +1,75 @@
+"""All that decides the bytes of a tokenised corpus, and the name that this gives it."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer
+
+from fastkd.data.corpus import sources
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT = 2
+Recipe = dict[str, Any]
+FIRST_TOKENS, MOST_TOKENS = 2**22, 2**27  # of part 0, which is there in seconds; of the largest part
+
+
+def recipe(
+    spec: str | Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    text_field: str,
+    validation_fraction: float,
+    first_tokens: int,
+) -> Recipe:
+    """The recipe of a corpus.
+
+    Raises:
+        ValueError: a corpus that cannot be read, a tokenizer without Rust backend, a number out of range.
+    """
+    if not 0 < validation_fraction < 1:
+        raise ValueError(f"validation_fraction is {validation_fraction}: take one between 0 and 1, such as 0.02")
+    return {
+        "format": FORMAT,
+        "sources": [source.identity() for source in sources(spec)],
+        "text_field": text_field,
+        "tokenizer_hash": tokenizer_hash(tokenizer),
+        "validation_fraction": validation_fraction,
+        "first_tokens": first_tokens,
+    }
+
+
+def key(recipe: Recipe) -> str:
+    """The name of a corpus's folder: equal for equal content, wherever it is."""
+    return hashlib.sha256(canonical(recipe)).hexdigest()[:16]
+
+
+def canonical(recipe: Recipe, *, without: str = "") -> bytes:
+    """A recipe as bytes, one field of its sources left out."""
+    parts = [{name: value for name, value in source.items() if name != without} for source in recipe["sources"]]
+    return json.dumps(recipe | {"sources": parts}, sort_keys=True).encode()
+
+
+def part_tokens(recipe: Recipe, number: int) -> int:
+    """Tokens after which a part ends: each has twice those of the one before, up to ``MOST_TOKENS``."""
+    return int(min(recipe["first_tokens"] << number, max(MOST_TOKENS, recipe["first_tokens"])))
+
+
+def backend(tokenizer: "PreTrainedTokenizerBase") -> Tokenizer:
+    """The Rust tokenizer behind one of transformers. Raises ``ValueError`` where there is none."""
+    found = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(found, Tokenizer):
+        raise ValueError(
+            f"{type(tokenizer).__name__} has no Rust tokenizer behind it: take a model folder with a tokenizer.json"
+        )
+    return found
+
+
+def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Sha256 of all that decides which ids a text becomes: vocabulary, normaliser, pre-tokeniser, added tokens."""
+    parts = json.loads(backend(tokenizer).to_str())
+    deciding = {name: parts[name] for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()

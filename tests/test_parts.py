@@ -1,0 +1,431 @@
+"""A corpus in parts: each a pure function of its number, read in one order, built ahead by a process that may die."""
+
+import contextlib
+import filecmp
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made_model import texts
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from fastkd import parts, prepare, run
+from fastkd.data.batches import BatchStream, SpecialIds, pack_size
+from fastkd.data.packing import Packer
+from fastkd.data.shards import BuildingFailed, Shards, build_shards, cache
+from fastkd.data.text import Text
+from fastkd.models import hf
+from fastkd.run_folder import read_run
+
+SPECIAL = SpecialIds(cls=0, sep=1, mask=2, pad=3, all_special=frozenset({0, 1, 2, 3, 4}))
+WORDS, FIRST = 40_000, 3_000
+PACK = pack_size(16)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    special = ["[CLS]", "[SEP]", "[MASK]", "[PAD]", "[UNK]"]
+    words = [*special, *(f"w{i}" for i in range(len(special), WORDS))]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two files in which every word stands once, so that an id says where it comes from."""
+    folder = tmp_path_factory.mktemp("parts") / "texts"
+    folder.mkdir()
+    ends = np.minimum(np.cumsum(np.random.default_rng(0).geometric(1 / 40, size=2_000)) + 5, WORDS)
+    lines = [" ".join(f"w{i}" for i in range(a, b)) for a, b in itertools.pairwise(np.unique([5, *ends]))]
+    for name, part in (("a", lines[:400]), ("b", lines[400:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in part))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Path, tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    return build_shards(str(corpus), tokenizer, tmp_path_factory.mktemp("whole"), first_tokens=FIRST)
+
+
+def stream(shards: Shards, **options: object) -> BatchStream:
+    defaults = {"seq_length": 16, "batch_tokens": 2 * PACK, "micro_tokens": PACK, "seed": 5, "device": "cpu"}
+    return BatchStream(shards, SPECIAL, **(defaults | options))
+
+
+def read(stream: BatchStream, steps: range) -> list[torch.Tensor]:
+    return [batch.masked_ids for i in steps for batch in stream.step(i)]
+
+
+def same(one: Path, other: Path) -> bool:
+    files = sorted(path.relative_to(one) for path in one.rglob("*.*") if path.is_file())
+    return filecmp.cmpfiles(one, other, map(str, files), shallow=False) == (list(map(str, files)), [], [])
+
+
+def test_parts_double_and_every_token_is_in_one_of_them_or_held_out(whole: Shards) -> None:
+    each = [whole.part(number) for number in range(4)]
+    assert whole.is_complete and [part.next is None for part in each] == [False, False, False, True]
+    assert [round(part.tokens / FIRST) for part in each[:3]] == [1, 2, 4]
+    train = np.concatenate([part.documents()[0] for part in each])
+    held_out, _ = whole.documents("validation")
+    assert sorted([*train.tolist(), *held_out.tolist()]) == list(range(5, WORDS))
+    assert whole.unique_tokens == len(train) and whole.held_out_tokens == len(held_out)
+    assert len(held_out) == pytest.approx(min(0.02 * WORDS, FIRST / 4), rel=0.1)
+    assert np.array_equal(whole.documents()[0], train)
+
+
+def test_parts_built_one_by_one_by_anyone_are_the_same_bytes(
+    whole: Shards, corpus: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Here, in a process of its own, and again after one was lost."""
+    shards = build_shards(str(corpus), tokenizer, tmp_path, first_tokens=FIRST, tokens=1)
+    assert not shards.is_complete and shards.unique_tokens == pytest.approx(whole.unique_tokens, rel=0.3)
+    with contextlib.closing(shards):
+        shards.part(1)
+    build_shards(str(corpus), tokenizer, tmp_path, first_tokens=FIRST, tokens=5 * FIRST, workers=1)
+    (shards.folder / "part-00001" / "train.tokens.bin").write_bytes(b"damaged")
+    again = build_shards(str(corpus), tokenizer, tmp_path, first_tokens=FIRST)
+    assert again.version == whole.version and same(whole.folder, again.folder) and same(again.folder, whole.folder)
+
+
+def test_a_stream_is_the_same_whatever_parts_are_there(
+    whole: Shards, corpus: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Read to the second epoch while parts are built, and resumed anywhere."""
+    expected = stream(whole)
+    last = round(1.3 / expected.epoch_of(1))
+    shards = build_shards(str(corpus), tokenizer, tmp_path, first_tokens=FIRST, tokens=1)
+    found = stream(shards)
+    found.want(last)
+    assert found.epoch_of(last) == pytest.approx(1.3, rel=0.2), "an estimate"
+    with contextlib.closing(shards), contextlib.closing(found.prefetch(0)) as ahead:
+        for i in range(last):
+            for batch, other in zip(next(ahead), expected.step(i), strict=True):
+                assert torch.equal(batch.masked_ids, other.masked_ids) and torch.equal(
+                    batch.cu_seqlens, other.cu_seqlens
+                )
+            assert found.epoch_of(i + 1) == expected.epoch_of(i + 1)
+            assert found.unique_of(i + 1) == expected.unique_of(i + 1)
+    for start in (1, last // 3, last - 2):
+        for one, other in zip(
+            read(stream(shards), range(start, start + 2)), read(expected, range(start, start + 2)), strict=True
+        ):
+            assert torch.equal(one, other)
+    epochs = np.array([expected.epoch_of(i) for i in range(last)])
+    assert (np.diff(epochs) > 0).all()
+
+
+def test_of_a_corpus_no_more_is_built_than_is_wanted(
+    corpus: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    shards = build_shards(str(corpus), tokenizer, tmp_path, first_tokens=FIRST, tokens=1)
+    limited = stream(shards, max_unique_tokens=FIRST + 500)
+    assert limited.unique_tokens == FIRST + 500
+    with contextlib.closing(shards):
+        for i in range(30):
+            limited.step(i)
+    assert limited.epoch_of(30) > 2 and limited.unique_of(30) == limited.unique_tokens == FIRST + 500
+    assert sorted(path.name for path in shards.folder.glob("part-*")) == ["part-00000", "part-00001"]
+
+
+def test_copies_of_held_out_text_are_left_out_of_later_parts(
+    whole: Shards, corpus: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """The first part holds out; its texts stand again, many parts later."""
+    lines = [line for name in "ab" for line in (corpus / f"{name}.jsonl").read_text().splitlines()]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines + lines[:400]) + "\n")
+    shards = build_shards(str(tmp_path / "a.jsonl"), tokenizer, tmp_path, first_tokens=FIRST)
+    held_out = set(shards.documents("validation")[0].tolist())
+    train = shards.documents()[0].tolist()
+    assert len(held_out) > 300 and not held_out & set(train)
+    assert len(train) > len(set(train)), "other texts stand twice"
+    assert len(set(train) | held_out) == WORDS - 5
+
+
+def test_a_given_folder_of_some_parts_is_all_there_is(
+    corpus: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    some = build_shards(str(corpus), tokenizer, tmp_path / "cache", first_tokens=FIRST, tokens=2 * FIRST)
+    taken = build_shards(str(some.folder), tokenizer, tmp_path / "unused")
+    assert taken.version == some.version + "-2" and taken.is_complete and not (tmp_path / "unused").exists()
+    assert stream(taken).epoch_of(100) > 1.2 and read(stream(taken), range(99, 100))
+
+
+def obstructed(shards: Shards) -> Path:
+    """A pipe in the place of a corpus's file: whoever reads it waits for ever."""
+    (part,) = shards.folder.parent.glob("*.jsonl")
+    part.unlink()
+    os.mkfifo(part)
+    return part
+
+
+@pytest.fixture
+def waiting(corpus: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Shards:
+    """Shards whose part 0 is there, and whose text cannot be read any further."""
+    (tmp_path / "b.jsonl").write_bytes((corpus / "b.jsonl").read_bytes())
+    shards = build_shards(str(tmp_path / "b.jsonl"), tokenizer, tmp_path, first_tokens=FIRST, tokens=1)
+    obstructed(shards)
+    return shards
+
+
+def builders(shards: Shards, parent: int | None = None) -> list[int]:
+    """Processes that build a corpus: those of a parent that read its text."""
+    tasks = Path(f"/proc/{parent or os.getpid()}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_builder_that_is_killed_is_told_when_its_part_is_needed(waiting: Shards) -> None:
+    """Once ahead of need, which nobody has to know; then in need."""
+    before = set(builders(waiting))
+    waiting.ahead(1)
+    (first,) = set(builders(waiting)) - before
+    os.kill(first, signal.SIGKILL)
+
+    def kill() -> bool:
+        for process in set(builders(waiting)) - before - {first}:
+            os.kill(process, signal.SIGKILL)
+        return False
+
+    with pytest.raises(BuildingFailed, match=r"^the process that tokenises the corpus ended by signal 9$"):
+        waiting.part(1, stop=kill)
+    with pytest.raises(InterruptedError):
+        waiting.part(1, stop=itertools.chain([False], itertools.repeat(True)).__next__)
+    waiting.close()
+    assert set(builders(waiting)) == before
+
+
+def test_what_a_builder_fails_of_is_one_line(waiting: Shards) -> None:
+    next(waiting.folder.parent.glob("*.jsonl")).unlink()
+    with pytest.raises(BuildingFailed, match=r"^corpus file '.*b\.jsonl' does not exist: give an existing path"):
+        waiting.part(1)
+
+
+PARENT = """
+import sys
+from fastkd.data.builder import Builder, Job
+import json
+builder = Builder(Job(**json.loads(sys.argv[1])))
+builder.ahead(1)
+print("begun", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_builder_ends_with_its_parent(waiting: Shards, tokenizer: PreTrainedTokenizerBase) -> None:
+    job = {
+        "folder": str(waiting.folder), "spec": [str(next(waiting.folder.parent.glob("*.jsonl")))],
+        "tokenizer_json": tokenizer.backend_tokenizer.to_str(), "vocab_size": WORDS, "recipe": waiting.first.recipe,
+    }  # fmt: skip
+    job["tokenizer_json"] = "{}"  # never read: the text is waited for before
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, json.dumps(job)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None and parent.stdout.readline() == "begun\n"
+    (builder,) = builders(waiting, parent.pid)
+    parent.kill()
+    parent.communicate()
+    while Path(f"/proc/{builder}").exists() and "Z" not in Path(f"/proc/{builder}/stat").read_text().split()[2]:
+        pass
+
+
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 60), max_size=40), min_size=1, max_size=4),
+    seq_length=st.sampled_from([8, 16]),
+    packing=st.sampled_from(["documents", "full-sentences"]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=40)
+def test_an_epoch_of_any_parts_holds_every_token_once(
+    lengths: list[list[int]], seq_length: int, packing: str, seed: int
+) -> None:
+    """But for less than a pack at a part's end; part 0 is as large as a pack, as real ones are."""
+    size = pack_size(seq_length)
+    lengths[0].append(size)
+    counts = [sum(part) for part in lengths]
+    made = []
+    for number, part in enumerate(lengths):
+        offsets = np.cumsum([0, *part])
+        ids = np.arange(offsets[-1]) + sum(counts[:number])
+        share = (number + 1) / len(lengths)
+        made.append(Text(ids, offsets, seq_length=seq_length, packing=packing, separator=-1, share=share))
+    packer = Packer(made.__getitem__, pack_tokens=size, seed=seed)
+    for epoch in range(2):
+        packs = packer.packs_per_epoch
+        fragments = packer.fragments(epoch * packs, (epoch + 1) * packs)
+        places = np.concatenate([np.arange(a, a + n) for a, n in zip(fragments.source, fragments.length, strict=True)])
+        ids = packer.ids(places)
+        times = np.bincount(ids[ids >= 0], minlength=sum(counts))
+        if len(lengths) > 1:
+            assert times.max() <= 1
+        for number, count in enumerate(counts):
+            begin = sum(counts[:number])
+            assert (times[begin : begin + count] == 0).sum() < size
+        length, _ = fragments.sizes(packs, size)
+        assert length.sum() == packs * size
+        assert max(len(packer.fragments(p, p + 1).sizes(1, size)[0]) for p in range(packs)) <= packer.max_sequences
+    assert packer.epochs(packs) == pytest.approx(1) and packer.unique(packs) == sum(counts)
+
+
+def test_a_part_of_much_shorter_documents_keeps_the_static_shape_and_every_token(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def text(lengths: list[int], first: int, share: float) -> Text:
+        offsets = np.cumsum([0, *lengths])
+        return Text(
+            np.arange(offsets[-1]) + first, offsets, seq_length=16, packing="documents", separator=-1, share=share
+        )
+
+    made = [text([14] * 200, 0, 0.3), text([1] * 2000, 2800, 0.6), text([14] * 100, 4800, 1.0)]
+    packer = Packer(made.__getitem__, pack_tokens=PACK, seed=1)
+    packs = packer.packs_per_epoch
+    fragments = packer.fragments(0, packs)
+    ids = packer.ids(
+        np.concatenate([np.arange(a, a + n) for a, n in zip(fragments.source, fragments.length, strict=True)])
+    )
+    assert "too short documents: several share a sequence" in caplog.text
+    assert len(set(ids[ids >= 0].tolist())) == (ids >= 0).sum() > 6200 - 3 * PACK
+    assert max(len(packer.fragments(p, p + 1).length) for p in range(packs)) < packer.max_sequences < 40
+
+
+# ---- whole runs -------------------------------------------------------------------------------------------------
+
+RUN_FIRST = 12_000  # tokens of part 0: more than a plan measures
+
+
+@pytest.fixture(scope="module")
+def options(made_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A scratch run that reads two parts of a corpus of four."""
+    sentences = [sentence for text in texts() for sentence in text.split(". ")]
+    path = tmp_path_factory.mktemp("runs") / "text.txt"
+    draw = random.Random(0)
+    path.write_text("\n\n".join(". ".join(draw.choices(sentences, k=12)) for _ in range(600)))
+    return [
+        *("--preset", "quickstart", "--method", "mlm", "--tokenizer", str(made_teacher), "--corpus", str(path)),
+        *("--student", "1L-24H-2A", "--dtype", "float32", "--seq-length", "32", "--batch-tokens", "512"),
+        *("--budget-tokens", "30000", "--validations", "0"),
+    ]
+
+
+def corpus_of(options: list[str]) -> Shards:
+    return build_shards(
+        options[options.index("--corpus") + 1], hf.load_tokenizer(options[options.index("--tokenizer") + 1]), cache(),
+        first_tokens=RUN_FIRST, tokens=1,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "FIRST_TOKENS", RUN_FIRST)
+        assert run.main([*options, "--output-dir", str(folder)]) == 0
+    return folder
+
+
+def assert_same_student(one: Path, other: Path) -> None:
+    a, b = (load_file(folder / "final" / "model.safetensors") for folder in (one, other))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_reads_several_parts_and_builds_no_more(finished: Path, options: list[str]) -> None:
+    there = sorted(path.name for path in corpus_of(options).folder.glob("part-*"))
+    assert there == ["part-00000", "part-00001"]
+    plan = json.loads((finished / "plan.json").read_text())["corpus"]
+    assert not plan["is_complete"] and plan["held_out_tokens"] > 500
+    assert 0.1 < read_run(finished).steps[-1]["epoch"] < 0.9
+
+
+def test_a_run_whose_text_cannot_be_written_is_saved_and_goes_on(
+    finished: Path,
+    options: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(parts, "FIRST_TOKENS", RUN_FIRST)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shards = corpus_of(options)
+    obstacle = shards.folder / ".part-00001.building"  # stands for a full disk
+    obstacle.touch()
+    command = [*options, "--output-dir", str(tmp_path / "run")]
+    assert run.main(command) == run.EXIT_INTERRUPTED
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: cannot write shards to") and "the same command again, what was saved is kept" in line
+    assert list((tmp_path / "run" / "checkpoints").iterdir())
+    obstacle.unlink()
+    assert run.main(command) == 0
+    assert_same_student(tmp_path / "run", finished)
+
+
+KILLED = """
+import sys
+from fastkd import parts
+parts.FIRST_TOKENS = int(sys.argv[1])
+from fastkd.run import main
+raise SystemExit(main(sys.argv[2:]))
+"""
+
+
+def test_a_run_that_is_killed_in_a_later_part_goes_on_with_the_same_bits(
+    finished: Path, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    cached = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = [
+        sys.executable,
+        "-c",
+        KILLED,
+        str(RUN_FIRST),
+        *options,
+        "--output-dir",
+        str(folder),
+        "--checkpoint-minutes",
+        "0",
+    ]
+    process = subprocess.Popen(command, env=cached, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    ledger = folder / "ledger.jsonl"
+    while not ledger.exists() or ledger.read_text().count('"lr"') < 30:
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    monkeypatch.setattr(parts, "FIRST_TOKENS", RUN_FIRST)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert run.main([*options, "--output-dir", str(folder)]) == 0
+    assert_same_student(folder, finished)
+
+
+def test_what_was_prepared_is_found_by_a_run(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(parts, "FIRST_TOKENS", RUN_FIRST)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    given = options[: options.index("--budget-tokens")]
+    assert prepare.main([*given, "--tokens", "20000"]) == 0
+    said = capsys.readouterr().out
+    shards = corpus_of(options)
+    assert str(shards.folder) in said and len(list(shards.folder.glob("part-*"))) == 2
+    assert prepare.main([*given, "--tokens", "0"]) == 2
+    assert capsys.readouterr().err == "error: --tokens must be between 1 and 1e15, got 0\n"
+
+
+@pytest.mark.parametrize("value", ["", "relative"])
+def test_a_cache_that_is_no_absolute_path_counts_as_not_set(
+    value: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", value)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache() == tmp_path / ".cache" / "fastkd"
