@@ -42,7 +42,7 @@ def prepare(own: Prepare, run: RunConfig, console: Console) -> Shards:
     if source is None:
         raise ValueError("a corpus is prepared for a tokenizer: give --teacher or --tokenizer, a hub id or a folder")
     corpus.check(run.corpus, text_field=run.text_field)
-    tokenizer = hf.shape(model_folder(source))[1]
+    tokenizer = hf.load_tokenizer(model_folder(source))
     wanted = None if own.tokens is None else int(own.tokens)
     with Shown(console, wanted) as progress:
         return build_corpus(run, tokenizer, tokens=wanted, progress=progress)

@@ -89,6 +89,11 @@ def shape(source: str | Path) -> tuple[EncoderConfig, PreTrainedTokenizerBase]:
     return config, _tokenizer(where, hf_config)
 
 
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of what ``load`` would load; weights are not read. Raises as ``load``."""
+    return shape(source)[1]
+
+
 def _described(source: str | Path, *, weights: bool = True) -> tuple[str, PreTrainedConfig, EncoderConfig]:
     """Where a model is, its weights only if they are asked for, and what its config.json says."""
     where = _resolve(source, weights=weights)
