@@ -68,8 +68,8 @@ def run(resolved: Resolved, world: World, console: Console) -> Path:
             build_report(folder)
             if warning := loss_warning(read_run(folder)):
                 console.print(f"warning: {warning}")
-    push(folder, repository, world, console)
     barrier(world)
+    push(folder, repository, world, console)
     console.print(f"student {folder}/final · report {folder}/report.html · ledger {folder}/ledger.jsonl")
     return folder
 
