@@ -53,6 +53,7 @@ def model_card(run_folder: Path, *, mlm_head: bool) -> str:
         teacher=describe_model(run.plan.get("teacher")),
         teacher_note=teacher_note(made_from(run.plan)),
         corpus=_corpus_text(run.plan.get("corpus") or {}),
+        seq_length=run.config.get("seq_length"),
         budget=budget_text(run),
         charge=run.plan.get("charge", "unknown"),
         charged=quantities.number(run.charged_s),
