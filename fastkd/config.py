@@ -124,7 +124,8 @@ class RunConfig:
         None, "ledger.jsonl of a finished run: take each step's progress from it instead of the clock"
     )
     push_to_hub: str | None = option(
-        None, "at the end, push the student to the Hugging Face hub as NAME or OWNER/NAME; a finished run is pushed again"
+        None,
+        "at the end, push the student to the Hugging Face hub as NAME or OWNER/NAME; a finished run is pushed again",
     )
     log_to: list[str] = option([], "also log to tensorboard, wandb or trackio")
     log_every: int = option(10, "steps between lines of metrics.jsonl")

@@ -29,8 +29,8 @@ from fastkd.terminal import Console
 from fastkd.train import Trainer
 
 FILES = ("config.toml", "environment.json", "plan.json", "ledger.jsonl", "metrics.jsonl", "report.html")
-__all__ = ["EXIT_BUDGET", "EXIT_CONFIGURATION", "EXIT_INTERRUPTED", "EXIT_OK", "main", "run"]
 READ_AHEAD = 1.05  # of the planned steps: text is tokenised so far before it is asked for
+__all__ = ["EXIT_BUDGET", "EXIT_CONFIGURATION", "EXIT_INTERRUPTED", "EXIT_OK", "main", "run"]
 
 
 def run(resolved: Resolved, world: World, console: Console) -> Path:

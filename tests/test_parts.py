@@ -322,7 +322,7 @@ def options(made_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 def corpus_of(options: list[str]) -> Shards:
     return build_shards(
-        options[options.index("--corpus") + 1], hf.load_tokenizer(options[options.index("--tokenizer") + 1]), cache(),
+        options[options.index("--corpus") + 1], hf.shape(options[options.index("--tokenizer") + 1])[1], cache(),
         first_tokens=RUN_FIRST, tokens=1,
     )  # fmt: skip
 

@@ -20,7 +20,9 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 PARSERS = {
     "run": config.parse,
     "plan": lambda argv: config.parse([part for part in argv if part != "--json"]),
-    "prepare": lambda argv: config.parse([*re.sub(r"--tokens \S+", "", " ".join(argv)).split(), "--budget-tokens", "1"]),
+    "prepare": lambda argv: config.parse(
+        [*re.sub(r"--tokens \S+", "", " ".join(argv)).split(), "--budget-tokens", "1"]
+    ),
     "compare": lambda argv: compare.split_options(argv, compare.CompareConfig, "fastkd compare"),
     "glue": glue.parse,
 }
@@ -45,7 +47,9 @@ def test_the_readme_is_short() -> None:
 def test_its_table_and_plots_are_those_of_the_results() -> None:
     """Made by ``python -m bench.front_page``; other results need the command again, or this fails."""
     pairs = front_page.read()
-    assert f"{front_page.BEGIN}\n\n{front_page.table(pairs)}\n\n{front_page.END}" in (ROOT / "README.md").read_text("utf-8")
+    assert f"{front_page.BEGIN}\n\n{front_page.table(pairs)}\n\n{front_page.END}" in (ROOT / "README.md").read_text(
+        "utf-8"
+    )
     for theme in (front_page.LIGHT, front_page.DARK):
         drawn = (ROOT / "docs" / f"{theme.name}.svg").read_text("utf-8")
         assert f'aria-label="{front_page.escape(front_page.description(pairs))}"' in drawn
