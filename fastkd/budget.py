@@ -30,6 +30,10 @@ PARTS = ("student", "teacher", "loss")
 RECENT = 3  # lines of the ledger that a checkpoint keeps: more than the steps by which ranks can be apart
 
 
+class BudgetTooSmall(Exception):
+    """The budget does not pay for one step."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """An amount of one unit."""

@@ -17,24 +17,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
-from fastkd import atomic, environment, methods, plan, run
+from fastkd import atomic, command, environment, methods, run, terminal
 from fastkd.budget import Budget
-from fastkd.comparison import write_results
+from fastkd.command import EXIT_OK, EXIT_ROWS
+from fastkd.comparison import RESULTS, write_results
 from fastkd.comparison_report import build_comparison
 from fastkd.config import PRESENTATION, option, split_options
-from fastkd.distributed import World, any_rank, finish, on_main, start
+from fastkd.distributed import World, any_rank, joined, on_main
+from fastkd.jsonl import finite
 from fastkd.loop import Interrupted
 from fastkd.matching import Matching, release_memory
 from fastkd.references import References
 from fastkd.row import Row, base_row, circumstances, confounds, parse_row, results_row
 from fastkd.scores import Scorer
+from fastkd.terminal import Console
 from fastkd.tuning import BUDGET_SHARE, Search, searched, tune
 
 MOST_RATES = 20  # each is twice the one before
-EXIT_ROWS = 4  # a row failed; the others stand in the table
-FIXED = ("method", "charge", "replay", "budget_tokens")  # options of a run that a comparison sets itself
+FIXED = (
+    "method",
+    "charge",
+    "replay",
+    "budget_tokens",
+    "push_to_hub",
+)  # set by a comparison itself, or for one student only
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class CompareConfig:
     glue_seeds: int = option(1, "fine-tunings of each task")
     output_dir: str | None = option(None, "folder; default runs/compare-…, the same for the same command")
     plan_only: bool = option(False, "print the plan of every row and stop")
+    json: bool = option(False, "print one JSON object, and nothing else on standard output")
 
     def check(self) -> None:
         """Refuse what cannot be compared.
@@ -93,7 +100,8 @@ class Comparison:
         if shared.get("init_from_teacher"):
             raise ValueError("--init-from-teacher is a row's own: write METHOD+init-from-teacher in --methods")
         self.own, self.shared, self.argv, self.world = own, shared, list(argv), world
-        self.console = Console(highlight=False, soft_wrap=True, quiet=not world.is_main)
+        self.plans: list[dict[str, Any]] = []
+        self.console = Console(quiet=not world.is_main)
         self.folder = Path(own.output_dir or self._default_folder())
         if not own.plan_only:
             atomic.check_writable(self.folder)
@@ -103,7 +111,7 @@ class Comparison:
 
     def _default_folder(self) -> Path:
         content = dataclasses.asdict(self.own) | self.shared
-        kept = {k: v for k, v in sorted(content.items()) if k not in (*PRESENTATION, "plan_only")}
+        kept = {k: v for k, v in sorted(content.items()) if k not in (*PRESENTATION, "plan_only", "json")}
         digest = hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:6]
         return Path("runs") / f"compare-{self.own.match}-{digest}"
 
@@ -135,6 +143,7 @@ class Comparison:
             self.console.print(f"corpus cut to {unique:,} tokens, read {self.own.epochs_cap:g} times by a scratch run")
         for row in self.rows:
             for planned in matching.plans_of(row, budgets):
+                self.plans.append({"row": row.label} | planned)
                 self.console.print(plan_line(row, planned))
         if self.own.plan_only:
             return 0
@@ -267,32 +276,37 @@ def has_released(method: str) -> bool:
     return "as_released" in {f.name for f in dataclasses.fields(methods.load(method).Config)}
 
 
+def to_json(comparison: Comparison, failed: int) -> str:
+    """What ``--json`` prints: ``plans`` (a row's label beside what plan.json holds), the ``folder``, how many rows
+    ``failed``, and ``results``, which is results.json; the last three are null where only plans were asked for."""
+    path = None if comparison.own.plan_only else comparison.folder / RESULTS
+    content = {
+        "plans": comparison.plans,
+        "folder": path and str(path.parent),
+        "failed": path and failed,
+        "results": path and json.loads(path.read_text(encoding="utf-8")),
+    }
+    return json.dumps(finite(content), allow_nan=False)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit codes: 0 done, 2 bad configuration, 3 budget under one step, 4 a row failed and the others are
     done, 75 interrupted and saved."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    world = World()
-    try:
-        own, shared = split_options(arguments, CompareConfig, "python -m fastkd.compare")
-        world = start()
-        comparison = Comparison(own, shared, arguments, world)
+    return command.answer(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _main(argv: list[str]) -> int:
+    own, shared = split_options(argv, CompareConfig, terminal.called("compare"))
+    with terminal.kept_for_answer(own.json) as out, joined() as world, terminal.stages(quiet=not world.is_main):
+        comparison = Comparison(own, shared, argv, world)
         failed = comparison.run()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return run.EXIT_CONFIGURATION
-    except plan.BudgetTooSmall as error:
-        print(f"error: {error}", file=sys.stderr)
-        return run.EXIT_BUDGET
-    except (Interrupted, KeyboardInterrupt):
-        run.say(world, Console(), "interrupted; issue the same command again to resume")
-        return run.EXIT_INTERRUPTED
-    finally:
-        finish(world)
-    if not own.plan_only:
-        comparison.console.print(f"table {comparison.folder}/RESULTS.md · report {comparison.folder}/report.html")
-    if failed:
-        comparison.console.print(f"rows that failed: {failed}; issue the same command again to try them once more")
-    return EXIT_ROWS if failed else run.EXIT_OK
+        if own.json and world.is_main:
+            print(to_json(comparison, failed), file=out, flush=True)
+        if not own.plan_only:
+            comparison.console.print(f"table {comparison.folder}/RESULTS.md · report {comparison.folder}/report.html")
+        if failed:
+            comparison.console.print(f"rows that failed: {failed}; issue the same command again to try them once more")
+    return EXIT_ROWS if failed else EXIT_OK
 
 
 if __name__ == "__main__":

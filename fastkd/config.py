@@ -1,6 +1,7 @@
 """RunConfig: every option of a run, once, with its help text and unit; and how a command line becomes one.
 
-Values come, in rising priority, from the dataclass's defaults, the preset (``presets/*.toml``) and the command line.
+Values come, in rising priority, from the dataclass's defaults, the preset (``presets/*.toml``), the file that ``--config``
+names and the command line.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import torch
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from fastkd import methods
+from fastkd import config_file, methods
 from fastkd.budget import Budget, Charge, replayed_progress
 from fastkd.data.batches import check_sizes, pack_size
+from fastkd.terminal import LOST
 
 PRESETS = Path(__file__).parent / "presets"
 # The range of each number, both ends included; None where an option may be left out.
@@ -43,7 +45,8 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 BFLOAT16_STREAM = "--residual bfloat16 needs --dtype bfloat16: the products of a float32 run would round their inputs"
 # Options that change what is shown or where it lies, not what is trained: no part of a run's name.
-PRESENTATION = ("output_dir", "log_to", "log_every", "trace")
+PRESENTATION = ("output_dir", "push_to_hub", "log_to", "log_every", "trace")
+BUDGETS = ("budget_gpu_hours", "budget_flops", "budget_tokens")
 FREE_TO_CHANGE = (*PRESENTATION, "checkpoint_minutes")  # when a run goes on
 
 
@@ -120,6 +123,10 @@ class RunConfig:
     replay: str | None = option(
         None, "ledger.jsonl of a finished run: take each step's progress from it instead of the clock"
     )
+    push_to_hub: str | None = option(
+        None,
+        "at the end, push the student to the Hugging Face hub as NAME or OWNER/NAME; a finished run is pushed again",
+    )
     log_to: list[str] = option([], "also log to tensorboard, wandb or trackio")
     log_every: int = option(10, "steps between lines of metrics.jsonl")
     trace: int = option(0, "write a torch.profiler trace of so many steps")
@@ -148,6 +155,7 @@ class RunConfig:
             ValueError: naming the option, its value and its range.
         """
         _ = self.budget
+        check_texts(dataclasses.asdict(self))
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -167,6 +175,35 @@ class RunConfig:
         check_sizes(self.batch_tokens, pack if micro == "auto" else int(micro), pack, world=1)
 
 
+def check_texts(values: dict[str, Any]) -> None:
+    """Refuse a path whose bytes are no text: neither a configuration file nor a tokenizer could hold it.
+
+    Raises:
+        ValueError: naming the option and the path.
+    """
+    for name, value in values.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and LOST.search(text):
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} {text!r} is no UTF-8 text: rename it, or name its folder or a pattern")
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """What ``--config`` read: options of a run, and those of its method."""
+
+    path: Path
+    run: dict[str, Any]
+    method_options: dict[str, Any]
+    method: str
+
+    @property
+    def folder(self) -> Path | None:
+        """The run folder that the file stands in, where a run wrote it."""
+        written = self.path.name == "config.toml" and (self.path.parent / "environment.json").is_file()
+        return self.path.parent if written else None
+
+
 @dataclass(frozen=True)
 class Resolved:
     """What a command line means: the run, its method's options, and how the preset was chosen."""
@@ -175,9 +212,12 @@ class Resolved:
     method: Any
     preset_reason: str
     explicit: frozenset[str]
+    folder: Path | None = None  # of the run whose config.toml was read, where this is the same run
 
     def default_output_dir(self) -> Path:
         """``runs/PRESET-METHOD-BUDGET[-HASH]``: the hash stands for all other options given, if any."""
+        if self.folder is not None:
+            return self.folder
         budget = self.run.budget
         amount = {
             "gpu-seconds": f"{budget.amount / 3600:g}h",
@@ -185,7 +225,7 @@ class Resolved:
             "tokens": f"{budget.amount:g}tok",
         }
         name = f"{self.run.preset}-{self.run.method}-{amount[budget.unit]}".replace("+", "")
-        named = {"preset", "method", "budget_gpu_hours", "budget_flops", "budget_tokens", *PRESENTATION}
+        named = {"preset", "method", *BUDGETS, *PRESENTATION}
         values = dataclasses.asdict(self.run) | dataclasses.asdict(self.method)
         others = {key: values[key] for key in sorted(self.explicit - named)}
         if others:
@@ -205,7 +245,7 @@ class Resolved:
 
     def to_toml(self) -> str:
         """The resolved configuration, as config.toml holds it; options that are not set are left out."""
-        return to_toml(dataclasses.asdict(self.run)) + "\n[method_options]\n" + to_toml(dataclasses.asdict(self.method))
+        return config_file.to_toml(dataclasses.asdict(self.run), dataclasses.asdict(self.method))
 
     def continues(self, toml: str) -> bool:
         """Whether a config.toml, perhaps an older one, means this run: an option that it lacks had its default."""
@@ -213,7 +253,7 @@ class Resolved:
             run = tomllib.loads(toml)
         except tomllib.TOMLDecodeError:
             return False
-        method = run.pop("method_options", {})
+        method = run.pop(config_file.METHOD_OPTIONS, {})
         return _choices(self.run) == _choices(RunConfig(), run) and _choices(self.method) == _choices(
             type(self.method)(), method
         )
@@ -232,40 +272,138 @@ class _Parser(HfArgumentParser):
         raise ValueError(message)
 
 
+@dataclass(frozen=True)
+class _Nothing:
+    """No options beside those of a run."""
+
+
 def parse(argv: Sequence[str], prog: str = "python -m fastkd.run") -> Resolved:
     """Read a command line.
 
     Raises:
         ValueError: an unknown preset, method or option, a value of the wrong kind, or one out of range.
     """
-    only: list[Any] = [RunConfig]
-    chosen, _ = _namespace(_Parser(only, prog=prog, add_help=False, allow_abbrev=False), argv)
-    preset_name, _ = _choose_preset(chosen.get("preset", "auto"))
-    module = methods.load(chosen.get("method", read_preset(preset_name).get("method", RunConfig.method)))
-    epilog = "Options of another method are listed by --method NAME --help."
-    types: list[Any] = [RunConfig, module.Config]
-    parser = _Parser(types, prog=prog, epilog=epilog, allow_abbrev=False)
+    return parse_with(_Nothing, argv, prog)[1]
+
+
+def parse_with(own: Any, argv: Sequence[str], prog: str) -> tuple[Any, Resolved]:
+    """Read a command line that holds the options of ``own`` (a dataclass) beside those of one run: an ``own``, the run.
+
+    Raises:
+        ValueError: an unknown preset, method or option, a value of the wrong kind, or one out of range.
+    """
+    chosen, _ = _namespace(_parser([RunConfig], prog, add_help=False), argv)
+    file = read_config(chosen.pop("config", None))
+    module = methods.load(_layers(chosen, file)[0]["method"])
+    parser = _parser(
+        [RunConfig, module.Config, own], prog, epilog="--method NAME --help lists another method's options."
+    )
     explicit, unknown = _namespace(parser, argv)
     if unknown:
         raise ValueError(_explain_unknown(unknown[0], module.METHOD.name))
-    return resolve(explicit)
+    explicit.pop("config", None)
+    names = {f.name for f in dataclasses.fields(own)}
+    mine = own(**{k: v for k, v in explicit.items() if k in names})
+    return mine, resolve({k: v for k, v in explicit.items() if k not in names}, file)
 
 
-def resolve(explicit: dict[str, Any]) -> Resolved:
-    """The run that explicit options mean, on top of their preset and the defaults.
+def resolve(explicit: dict[str, Any], file: ConfigFile | None = None) -> Resolved:
+    """The run that explicit options mean, on top of a file, their preset and the defaults.
 
     Raises:
         ValueError: an unknown preset or method, or a value out of range.
     """
-    preset_name, reason = _choose_preset(explicit.get("preset", "auto"))
-    preset = read_preset(preset_name)
-    module = methods.load(explicit.get("method", preset.get("method", RunConfig.method)))
-    values = preset | explicit | {"preset": preset_name, "method": module.METHOD.name}
+    values, reason = _layers(explicit, file)
+    module = methods.load(values["method"])
     if not module.METHOD.uses_teacher:
         values = _without_teacher(values, explicit)
     run = RunConfig(**_fields(RunConfig, values))
     run.check()
-    return Resolved(run, module.Config(**_fields(module.Config, values)), reason, frozenset(explicit))
+    resolved = Resolved(run, module.Config(**_fields(module.Config, values)), reason, frozenset(explicit))
+    return resolved if file is None else _of_file(resolved, file)
+
+
+def _layers(explicit: dict[str, Any], file: ConfigFile | None) -> tuple[dict[str, Any], str]:
+    """All values that are given: preset, file, command line, each above the one before; and how the preset was chosen.
+
+    A preset that the command line names is above the file. A layer with a budget takes the place of other budgets.
+    """
+    given = dict(file.run) if file else {}
+    name, reason = _choose_preset(explicit.get("preset", given.get("preset", "auto")))
+    preset = read_preset(name)
+    if file and "preset" in given and "preset" not in explicit:
+        reason = f"named by {file.path}"
+    layers = [given, preset, explicit] if "preset" in explicit else [preset, given, explicit]
+    method = next(layer["method"] for layer in (*reversed(layers), {"method": RunConfig.method}) if "method" in layer)
+    if file and method == file.method:
+        given |= file.method_options
+    values: dict[str, Any] = {}
+    for layer in layers:
+        if any(budget in layer for budget in BUDGETS):
+            values = {key: value for key, value in values.items() if key not in BUDGETS}
+        values |= layer
+    return values | {"preset": name, "method": method}, reason
+
+
+def _of_file(resolved: Resolved, file: ConfigFile) -> Resolved:
+    """A run read from a file: what is explicit of it is what its preset and the defaults do not say."""
+    values, plain = (
+        dataclasses.asdict(each.run) | dataclasses.asdict(each.method) for each in (resolved, _plain(resolved))
+    )
+    given = (file.run.keys() | file.method_options) & values.keys()
+    explicit = resolved.explicit | {"preset", "method"} | {name for name in given if values[name] != plain[name]}
+    resolved = dataclasses.replace(resolved, explicit=frozenset(explicit))
+    same = file.folder is not None and resolved.continues(file.path.read_text(encoding="utf-8"))
+    return dataclasses.replace(resolved, folder=file.folder if same else None)
+
+
+def _plain(resolved: Resolved) -> Resolved:
+    """The run of the same preset, method and budget with nothing else given."""
+    return resolve({"preset": resolved.run.preset, "method": resolved.run.method, "budget_tokens": 1.0})
+
+
+def read_config(name: str | None) -> ConfigFile | None:
+    """What ``--config`` names: a run's config.toml, or some options by hand; a method's own in [method_options] or not.
+
+    Raises:
+        ValueError: not to be read, or unknown keys, wrong kinds and values out of range; naming the file and the key.
+    """
+    if name is None:
+        return None
+    path, alike = Path(name), ("preset", "method")
+    values = config_file.read(path)
+    table = values.pop(config_file.METHOD_OPTIONS, {})
+    if not isinstance(table, dict):
+        raise ValueError(f"{path}: {config_file.METHOD_OPTIONS} takes a table, got {table!r}")
+    config_file.check_kinds(path, {key: values[key] for key in alike if key in values}, RunConfig)
+    try:
+        method = _layers(values, None)[0]["method"]
+        module = methods.load(method)
+        options = config_file.check_kinds(path, table, module.Config)
+        values = config_file.check_kinds(path, values, RunConfig, module.Config)
+        own = {f.name for f in dataclasses.fields(module.Config)}
+        file = ConfigFile(
+            path,
+            {key: value for key, value in values.items() if key not in own},
+            options | {key: value for key, value in values.items() if key in own},
+            method,
+        )
+        resolve({} if any(budget in values for budget in BUDGETS) else {"budget_tokens": 1.0}, file)
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith(f"{path}: ") else f"{path}: {error}") from error
+    if file.folder is not None:
+        file.run.pop("output_dir", None)
+    return file
+
+
+def _shared_of(file: ConfigFile | None, own: set[str]) -> dict[str, Any]:
+    """What a file says for every row of a comparison: no method, budget or folder, and nothing that is ``own`` to it."""
+    if file is None:
+        return {}
+    resolved = resolve({"budget_tokens": 1.0}, file)
+    values = dataclasses.asdict(resolved.run) | dataclasses.asdict(resolved.method)
+    named = resolved.explicit - own - {"method", "charge", "replay", *BUDGETS}
+    return {name: values[name] for name in named}
 
 
 def split_options(argv: Sequence[str], own: Any, prog: str) -> tuple[Any, dict[str, Any]]:
@@ -277,12 +415,14 @@ def split_options(argv: Sequence[str], own: Any, prog: str) -> tuple[Any, dict[s
         ValueError: an unknown option, or a value of the wrong kind.
     """
     types: list[Any] = [RunConfig, *(methods.load(name).Config for name in methods.available()), own]
-    parser = _Parser(types, prog=prog, conflict_handler="resolve", allow_abbrev=False)
-    given, unknown = _namespace(parser, argv)
+    given, unknown = _namespace(_parser(types, prog, conflict_handler="resolve"), argv)
     if unknown:
         raise ValueError(f"unknown option {unknown[0]!r}: --help lists them")
     names = {f.name for f in dataclasses.fields(own)}
-    return own(**{k: v for k, v in given.items() if k in names}), {k: v for k, v in given.items() if k not in names}
+    shared = _shared_of(read_config(given.pop("config", None)), names)
+    return own(**{k: v for k, v in given.items() if k in names}), shared | {
+        k: v for k, v in given.items() if k not in names
+    }
 
 
 def _without_teacher(values: dict[str, Any], explicit: dict[str, Any]) -> dict[str, Any]:
@@ -312,6 +452,14 @@ def _namespace(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[di
     return vars(known), unknown
 
 
+def _parser(types: list[Any], prog: str, **options: Any) -> _Parser:
+    """A parser of the dataclasses' options and of ``--config``."""
+    parser = _Parser(types, prog=prog, allow_abbrev=False, **options)
+    text = "options from a TOML file, such as a run's config.toml; those of the command line override them"
+    parser.add_argument("--config", metavar="FILE", help=text)
+    return parser
+
+
 def _choose_preset(name: str) -> tuple[str, str]:
     if name != "auto":
         return name, "named by --preset"
@@ -328,8 +476,8 @@ def read_preset(name: str) -> dict[str, Any]:
     """
     known = {path.stem: path for path in sorted(PRESETS.glob("*.toml"))}
     if name not in known:
-        raise ValueError(f"unknown preset {name!r}: choose auto, {', '.join(known)}")
-    return tomllib.loads(known[name].read_text(encoding="utf-8"))
+        raise ValueError(f"unknown preset {name!r}: choose auto, {', '.join(known)}, or give a file with --config")
+    return config_file.read(known[name])
 
 
 def _fields(cls: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -342,9 +490,3 @@ def _explain_unknown(token: str, method: str) -> str:
     if token.startswith("-") and owners:
         return f"--method {method} does not read {token}; it is an option of {', '.join(owners)}"
     return f"unknown option {token!r}: --help lists them"
-
-
-def to_toml(values: dict[str, Any]) -> str:
-    """Flat values as TOML; None is left out."""
-    lines = (f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items() if value is not None)
-    return "".join(lines)  # TOML has no surrogate pairs, which JSON escapes a character beyond 16 bits to

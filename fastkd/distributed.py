@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -74,6 +74,16 @@ def start(timeout: timedelta = TIMEOUT) -> World:
     assert dist.group.WORLD is not None
     dist.group.WORLD.set_timeout(timeout)
     return World(rank=dist.get_rank(), size=size, device=device)
+
+
+@contextmanager
+def joined() -> Iterator[World]:
+    """`start`, and `finish` whatever happens in between."""
+    world = start()
+    try:
+        yield world
+    finally:
+        finish(world)
 
 
 def _meet(device: torch.device) -> None:

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from fastkd import quantities
 from fastkd.jsonl import Record, cut_jsonl, to_line
+from fastkd.terminal import printable, say
 
 LOGGERS = ("tensorboard", "wandb", "trackio")
 PLAIN_INTERVAL_S = 5.0  # off a terminal: at most one line in so many seconds
@@ -209,12 +210,11 @@ class Monitor:
 
     def say(self, text: str) -> None:
         """Prints a line, above the bar where there is one."""
-        with suppress(OSError):  # a closed pipe or terminal must not end a run that is paid for
-            if self._live is not None:
-                self._console.print(Text(text))
-            else:
-                encoding = getattr(self._stream, "encoding", None) or "utf-8"
-                print(text.encode(encoding, "replace").decode(encoding), file=self._stream, flush=True)
+        if self._live is None:
+            say(text, self._stream)
+            return
+        with suppress(OSError):  # a closed terminal must not end a run that is paid for
+            self._console.print(Text(printable(text, self._stream)))
 
     def _append(self, record: Mapping[str, Any]) -> None:
         self._file.write(to_line(record))

@@ -5,6 +5,7 @@ The shards' cache is all that this writes, and only after models, method and cor
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,9 +27,12 @@ from fastkd.data.unknown import unknown_remark, unknown_share
 from fastkd.distributed import World, any_rank, barrier, on_main, smallest
 from fastkd.methods import Method
 from fastkd.models import float8, hf
+from fastkd.models import student as students
 from fastkd.models.attention import Setting
 from fastkd.models.encoder import Encoder, EncoderConfig, Needs
 from fastkd.models.teacher import Teacher, check_teacher
+
+log = logging.getLogger(__name__)
 
 VALIDATION_STEPS = 8  # held-out text is read up to the tokens of so many steps
 
@@ -48,7 +52,7 @@ class Parts:
     method: Method
     teacher: Teacher | None
     teacher_parameters: int  # of the whole checkpoint, of which only what is read is kept
-    teacher_version: str | None  # sha256 of the checkpoint, or its commit on the hub
+    teacher_version: str | None  # sha256 of the teacher's files, or its commit on the hub
     shards: Shards
     lr: float
     micro_tokens: int = 0
@@ -130,15 +134,19 @@ def prepare(resolved: Resolved, world: World) -> Parts:
         ValueError: in one line, what does not fit and what to do about it.
     """
     config = resolved.run
+    wanted = {"teacher": (config.teacher, config.tokenizer), "text": config.corpus}
+    quickstart.require(*(what for what, named in wanted.items() if quickstart.NAME in named))
     dtype = compute_dtype(config.dtype, world)
     if config.residual == "bfloat16" and dtype == torch.float32:
         raise ValueError(BFLOAT16_STREAM)
     corpus.check(config.corpus, text_field=config.text_field)
     if config.teacher_dtype == "float8":
         float8.require(world.device)
+    if config.teacher:
+        log.info("loading the teacher %s", config.teacher)
     loaded = load_model(config.teacher) if config.teacher else None
     like, tokenizer = _tokenizer(config, loaded)
-    student_config = hf.student_config(config.student, like, tokenizer)
+    student_config = students.student_config(config.student, like, tokenizer)
     setting = Setting.on(world.device, dtype, student_config.head_width, config.dropout)
     attention = setting.choose(config.attention)
     memory.require_room(student_config, world.device)
@@ -148,7 +156,7 @@ def prepare(resolved: Resolved, world: World) -> Parts:
         )
     method = methods.load(config.method).METHOD(resolved.method, student_config, loaded.config if loaded else None)
     if loaded is not None:
-        check_teacher(loaded, student_config, tokenizer, method.teacher_needs or Needs())
+        check_teacher(loaded, student_config, tokenizer, method.teacher_needs or Needs(), config.seq_length)
     student = Encoder(
         student_config, mlm_head=method.trains_mlm_head, attention=attention, residual=getattr(torch, config.residual),
         seed=config.seed,
@@ -157,7 +165,7 @@ def prepare(resolved: Resolved, world: World) -> Parts:
     if config.init_from_teacher:
         if loaded is None:
             raise ValueError("--init-from-teacher needs a teacher: give --teacher")
-        hf.init_from_teacher(student, loaded.encoder)
+        students.init_from_teacher(student, loaded.encoder)
     use_compile = world.device.type == "cuda" if config.compile is None else config.compile
     teacher = None
     if loaded is not None and method.teacher_needs is not None:
@@ -238,8 +246,7 @@ def _tokenizer(config: RunConfig, teacher: hf.Loaded | None) -> tuple[EncoderCon
         return teacher.config, teacher.tokenizer
     if config.tokenizer is None:
         raise ValueError("a run without a teacher needs --tokenizer: a hub id or a folder (or 'quickstart')")
-    loaded = load_model(config.tokenizer)
-    return loaded.config, loaded.tokenizer
+    return hf.shape(model_folder(config.tokenizer))
 
 
 def build_corpus(

@@ -7,25 +7,31 @@ keeps it beside what then happened.
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
 
-from fastkd import environment, profiler, quantities
-from fastkd.budget import Budget, Meter, StepCost, Totals
-from fastkd.config import Resolved, parse
+from fastkd import command, environment, profiler, quantities, terminal, waiting
+from fastkd.budget import Budget, BudgetTooSmall, Meter, StepCost, Totals
+from fastkd.config import Resolved, option, parse_with
 from fastkd.data.batches import Batch
 from fastkd.data.unknown import unknown_remark, unknown_share
-from fastkd.distributed import World, finish, mean, node_devices, on_main, start
+from fastkd.distributed import joined, mean, node_devices, on_main
+from fastkd.jsonl import finite
 from fastkd.loop import VALIDATION_SHARE
 from fastkd.models.encoder import EncoderConfig
 from fastkd.parts import Parts, prepare
 from fastkd.run_folder import ancestors
+from fastkd.terminal import Console
 from fastkd.train import Trainer
+
+log = logging.getLogger("fastkd.plan")
 
 WARMUP_STEPS = 2
 MEASURED_STEPS = 20
@@ -33,8 +39,11 @@ MEASURED_SECONDS = 8.0
 SHORT = 0.5  # of --seq-length: sequences that are shorter on average are worth a warning
 
 
-class BudgetTooSmall(Exception):
-    """The budget does not pay for one step."""
+@dataclass(frozen=True)
+class PlanOptions:
+    """Options of a plan beside those of the run that it is for."""
+
+    json: bool = option(False, "print the plan as one JSON object, and nothing else on standard output")
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,7 @@ class Measurement:
     compile_seconds: float
     validation_seconds: float
     matmul_flops: float  # FLOP/s of a large matrix product on this device
+    queued_share: float = 0.0  # of the time of these steps, that the process waited for a core which others had
 
 
 def measure(trainer: Trainer) -> Measurement:
@@ -56,6 +66,7 @@ def measure(trainer: Trainer) -> Measurement:
         BudgetTooSmall: the budget does not pay for one step.
     """
     require_a_step(trainer.parts, trainer.parts.step_cost(0))
+    log.info("timing steps, for some %.0f seconds", MEASURED_SECONDS)
     saved = {name: value.clone() for name, value in trainer.objective.state_dict().items()}
     power = profiler.PowerMeter(node_devices(trainer.world) if trainer.world.is_main else [])
     with contextlib.closing(trainer.parts.stream.prefetch(0)) as stream:  # as a run reads them
@@ -63,8 +74,10 @@ def measure(trainer: Trainer) -> Measurement:
         estimate = sum(warm_up[-1].values())
         count = int(mean(trainer.world, torch.tensor(MEASURED_SECONDS / estimate)).clamp(3, MEASURED_STEPS))
         power.joules_since_last()
+        began, queued = profiler.now(), waiting.queued_seconds()
         laps = [_timed_step(trainer, stream) for _ in range(count)]
         joules = power.joules_since_last()
+        queued_share = (waiting.queued_seconds() - queued) / (profiler.now() - began)
     step_seconds = sum(sum(lap.values()) for lap in laps) / count
     compile_seconds = trainer.rehearsal_seconds + sum(first.values()) - 2 * step_seconds
     trainer.validate()
@@ -81,6 +94,7 @@ def measure(trainer: Trainer) -> Measurement:
         compile_seconds=max(0.0, compile_seconds) if trainer.parts.compile else 0.0,
         validation_seconds=validation_seconds,
         matmul_flops=profiler.measured_matmul_flops(trainer.device, trainer.parts.dtype),
+        queued_share=queued_share,
     )
     return on_main(trainer.world, lambda: mine)
 
@@ -181,6 +195,8 @@ def make(resolved: Resolved, parts: Parts, measured: Measurement) -> dict[str, A
         "residual": config.residual,
         "activation_bytes": parts.activation_bytes(parts.micro_tokens),
         "validation_seconds": measured.validation_seconds,
+        "queued_share": measured.queued_share,
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     } | predict(parts, measured)
 
 
@@ -252,7 +268,6 @@ def render(plan: dict[str, Any], console: Console) -> None:
     student, teacher, q = plan["student"], plan["teacher"], quantities
     flops, rounded = plan["flops_per_token"], ", bfloat16 residual stream" if plan["residual"] == "bfloat16" else ""
     rows = [
-        ("preset", f"{plan['preset']} ({plan['preset_reason']})"),
         ("device", f"{plan['devices']} × {plan['device']}, {plan['dtype']}{rounded}, "
                    f"attention {_attention(plan)}, compile {'on' if plan['compile'] else 'off'}"),
         ("method", f"{plan['method']}, learning rate {plan['lr']:g}"),
@@ -275,11 +290,20 @@ def render(plan: dict[str, Any], console: Console) -> None:
                       f"{q.scaled(sum(plan['flops'].values()), 'FLOP')}, {q.duration(plan['seconds'])}"
                       + ("" if plan["joules"] is None else f", {q.scaled(plan['joules'], 'J')}")),
     ]  # fmt: skip
+    if plan["queued_share"] > waiting.BUSY_SHARE:
+        load = "" if plan["load"] is None else f" (load {plan['load']:.1f})"
+        rows.append(("busy", f"other programs had the cores for {plan['queued_share']:.0%} of the time that steps were "
+                             f"timed{load}: without them steps are faster"))  # fmt: skip
     for name, value in rows:
-        console.print(f"{name:<17}{value}", soft_wrap=True, markup=False)
+        console.print(f"{name:<17}{value}")
     corpus = plan["corpus"]
     for warning in filter(None, (_short_sequences(corpus), unknown_remark(corpus["unknown_share"]))):
-        console.print(f"warning: {warning}", soft_wrap=True, markup=False)
+        console.print(f"warning: {warning}")
+
+
+def announce(resolved: Resolved, console: Console) -> None:
+    """The plan's first line, which is known before anything is loaded."""
+    console.print(f"{'preset':<17}{resolved.run.preset} ({resolved.preset_reason})")
 
 
 def _attention(model: dict[str, Any]) -> str:
@@ -289,23 +313,20 @@ def _attention(model: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit codes: 0, 2 for a bad configuration, 3 for a budget under one step."""
-    console = Console(highlight=False, soft_wrap=True)
-    world = World()
-    try:
-        resolved = parse(sys.argv[1:] if argv is None else argv, prog="python -m fastkd.plan")
-        world = start()
+    return command.answer(lambda: _main(sys.argv[1:] if argv is None else argv))
+
+
+def _main(argv: Sequence[str]) -> int:
+    own, resolved = parse_with(PlanOptions, argv, terminal.called("plan"))
+    with terminal.kept_for_answer(own.json) as out, joined() as world, terminal.stages(quiet=not world.is_main):
+        console = Console(quiet=not world.is_main)
+        announce(resolved, console)
         parts = prepare(resolved, world)
         plan = make(resolved, parts, measure(Trainer(parts)))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BudgetTooSmall as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
-    finally:
-        finish(world)
-    if world.is_main:
-        render(plan, console)
+        if own.json and world.is_main:
+            print(json.dumps(finite(plan), allow_nan=False), file=out, flush=True)
+        else:
+            render(plan, console)
     return 0
 
 

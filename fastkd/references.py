@@ -62,4 +62,5 @@ class References:
         plain = dataclasses.replace(base_row(self.rows), options=())
         parts = prepare(plain.resolved(self.shared, budget_tokens=1), World())
         card = "# An untrained encoder\n\nRandom weights: the reference that a comparison's students start from.\n"
-        hf.export(parts.student, parts.tokenizer, folder, card=card, mlm_head=False)
+        longest = parts.config.seq_length  # as that of the trained ones
+        hf.export(parts.student, parts.tokenizer, folder, card=card, mlm_head=False, max_length=longest)

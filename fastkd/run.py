@@ -14,21 +14,23 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from rich.console import Console
 
-from fastkd import atomic, environment, monitor, plan, profiler
+from fastkd import atomic, command, environment, monitor, plan, profiler, terminal
+from fastkd.command import EXIT_BUDGET, EXIT_CONFIGURATION, EXIT_INTERRUPTED, EXIT_OK
 from fastkd.config import Resolved, parse
-from fastkd.distributed import World, barrier, finish, on_main, start
-from fastkd.loop import Interrupted, Loop
+from fastkd.distributed import World, barrier, joined, on_main
+from fastkd.loop import Loop
 from fastkd.models import hf
 from fastkd.parts import Parts, prepare
+from fastkd.push import destination, push_folder
 from fastkd.report import build_report, loss_warning, model_card
 from fastkd.run_folder import Run, read_run
+from fastkd.terminal import Console
 from fastkd.train import Trainer
 
 FILES = ("config.toml", "environment.json", "plan.json", "ledger.jsonl", "metrics.jsonl", "report.html")
 READ_AHEAD = 1.05  # of the planned steps: text is tokenised so far before it is asked for
-EXIT_OK, EXIT_CONFIGURATION, EXIT_BUDGET, EXIT_INTERRUPTED = 0, 2, 3, 75
+__all__ = ["EXIT_BUDGET", "EXIT_CONFIGURATION", "EXIT_INTERRUPTED", "EXIT_OK", "main", "run"]
 
 
 def run(resolved: Resolved, world: World, console: Console) -> Path:
@@ -43,10 +45,12 @@ def run(resolved: Resolved, world: World, console: Console) -> Path:
     folder = Path(resolved.run.output_dir or resolved.default_output_dir())
     monitor.check_loggers(tuple(resolved.run.log_to))
     began = check_folder(folder, resolved)
+    repository = pushed_to(resolved, world)
     if (folder / "final" / "config.json").exists():
-        say(world, console, f"{folder} is finished already: {folder}/final, {folder}/report.html")
+        push(folder, repository, world, console)
+        console.print(f"{folder} is finished already: {folder}/final, {folder}/report.html")
         return folder
-    say(world, console, f"preset {resolved.run.preset} ({resolved.preset_reason})")
+    plan.announce(resolved, console)
     parts = prepare(with_measured_dtype(resolved, began, world), world)
     check_inputs(began, parts)
     trainer = Trainer(parts)
@@ -64,8 +68,9 @@ def run(resolved: Resolved, world: World, console: Console) -> Path:
             build_report(folder)
             if warning := loss_warning(read_run(folder)):
                 console.print(f"warning: {warning}")
+    push(folder, repository, world, console)
     barrier(world)
-    say(world, console, f"student {folder}/final · report {folder}/report.html · ledger {folder}/ledger.jsonl")
+    console.print(f"student {folder}/final · report {folder}/report.html · ledger {folder}/ledger.jsonl")
     return folder
 
 
@@ -112,7 +117,28 @@ def alone_in(folder: Path) -> Iterator[None]:
 def export(parts: Parts, folder: Path) -> None:
     """The student as a Hugging Face folder with its model card."""
     card = model_card(folder, mlm_head=parts.method.trains_mlm_head)
-    hf.export(parts.student, parts.tokenizer, folder / "final", card=card, mlm_head=parts.method.trains_mlm_head)
+    head, longest = parts.method.trains_mlm_head, parts.config.seq_length
+    hf.export(parts.student, parts.tokenizer, folder / "final", card=card, mlm_head=head, max_length=longest)
+
+
+def pushed_to(resolved: Resolved, world: World) -> str | None:
+    """The repository on the hub that the student is to go to, checked before anything is spent; None where to none.
+
+    Raises:
+        ValueError: a name that cannot be, or a token that may not write there.
+    """
+    name = resolved.run.push_to_hub
+    return on_main(world, lambda: destination(name)) if name else None
+
+
+def push(folder: Path, repository: str | None, world: World, console: Console) -> None:
+    """Send the finished student to the hub, if it is to go there.
+
+    Raises:
+        NotPushed: it is saved, and the same command sends it again.
+    """
+    if repository and world.is_main:
+        console.print(f"pushed to {push_folder(folder / 'final', repository)}")
 
 
 def check_folder(folder: Path, resolved: Resolved) -> Run | None:
@@ -175,37 +201,15 @@ def open_folder(folder: Path, resolved: Resolved, parts: Parts, the_plan: dict[s
     atomic.write(folder / "config.toml", resolved.to_toml())
 
 
-def say(world: World, console: Console, text: str) -> None:
-    """Print on rank 0."""
-    if world.is_main:
-        console.print(text)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit codes: 0 done, 2 bad configuration, 3 budget under one step, 75 interrupted, can be resumed."""
-    console = Console(highlight=False, soft_wrap=True)
-    world = World()
-    try:
-        resolved = parse(sys.argv[1:] if argv is None else argv)
-        world = start()
-        run(resolved, world, console)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_CONFIGURATION
-    except plan.BudgetTooSmall as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BUDGET
-    except OSError as error:
-        print(f"error: {error}: mend it and issue the same command again, what was saved is kept", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except Interrupted as error:
-        say(world, console, str(error))
-        return EXIT_INTERRUPTED
-    except KeyboardInterrupt:
-        say(world, console, "stopped outside the training loop; issue the same command again")
-        return EXIT_INTERRUPTED
-    finally:
-        finish(world)
+    return command.answer(lambda: _main(sys.argv[1:] if argv is None else argv))
+
+
+def _main(argv: Sequence[str]) -> int:
+    resolved = parse(argv, prog=terminal.called("run"))
+    with joined() as world, terminal.stages(quiet=not world.is_main):
+        run(resolved, world, Console(quiet=not world.is_main))
     return EXIT_OK
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastkd import memory, optim, profiler
+from fastkd import memory, optim, profiler, waiting
 from fastkd.data.batches import Batch
 from fastkd.distributed import any_rank, mean
 from fastkd.methods import Method, MethodLoss
@@ -62,6 +62,7 @@ class Trainer:
         if parts.compile:
             parts.student.compile_graphs(layerwise=parts.world.size > 1)  # ranks exchange gradients during a backward
         memory.keep_what_is_freed(self.device)
+        self.waiting = waiting.of_this_process() if self.device.type == "cpu" else None
         self.clock = profiler.PhaseClock(self.device)
         self.model: nn.Module = self.objective
         self._rehearse()
@@ -97,6 +98,8 @@ class Trainer:
 
     def micro_step(self, batch: Batch, weight: float) -> MethodLoss:
         """Teacher forward, student forward, loss and backward of one micro-batch."""
+        if self.waiting is not None:
+            self.waiting.look()
         teacher = self.teach(batch)
         with self.autocast():
             out = self.model(batch, teacher, self.clock)
@@ -137,6 +140,9 @@ class Trainer:
             ValueError: not even one pack fits.
         """
         started = profiler.now()
+        log.info(
+            "trying a micro-batch of %d tokens%s", self.parts.micro_tokens, ", compiling" if self.parts.compile else ""
+        )
         while any_rank(self.world, not self._fits()):
             self.objective.zero_grad(set_to_none=True)
             self.halve_micro_batch()

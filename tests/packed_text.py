@@ -3,8 +3,16 @@
 from dataclasses import dataclass
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import BertConfig, BertForMaskedLM, PreTrainedModel, RobertaConfig, RobertaForMaskedLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
 VOCAB = 211
 RAGGED = (17, 1, 40, 3, 40, 9, 2, 25)
@@ -73,6 +81,17 @@ def roberta() -> RobertaForMaskedLM:
         attn_implementation="eager",
     )
     return _spread(RobertaForMaskedLM(config))
+
+
+def word_tokenizer(
+    special: tuple[str, ...] = ("pad", "unk", "cls", "sep", "mask"), *, extra: int = 0
+) -> PreTrainedTokenizerFast:
+    """A tokenizer of VOCAB words for them, and ``extra``; the special tokens have the first ids, in this order."""
+    named = {f"{name}_token": f"[{name.upper()}]" for name in special}
+    words = [*named.values(), *(f"w{i}" for i in range(VOCAB + extra - len(named)))]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **named)
 
 
 @torch.no_grad()

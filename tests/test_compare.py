@@ -192,10 +192,13 @@ def test_earlier_scores_are_not_shown_among_those_asked_for(tmp_path: Path) -> N
 
 
 def test_plan_only_writes_nothing(small: list[str], tmp_path: Path, capsys) -> None:
-    options = ("--methods", "mlm,minilmv2", "--budget-gpu-hours", "0.001", "--plan-only")
+    options = ("--methods", "mlm,minilmv2", "--budget-gpu-hours", "0.001", "--plan-only", "--json")
     assert do(small, tmp_path / "c", *options) == 0
-    shown = capsys.readouterr().out
+    answer, shown = capsys.readouterr()
     assert "mlm: " in shown and "minilmv2: " in shown and "tokens" in shown
+    found = json.loads(answer)
+    assert [planned["row"] for planned in found["plans"]] == ["mlm", "minilmv2"]
+    assert found["folder"] is found["failed"] is found["results"] is None
     assert not (tmp_path / "c").exists()
 
 

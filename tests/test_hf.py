@@ -1,6 +1,5 @@
 """Hugging Face checkpoints: what is exported loads elsewhere as it was, and what is refused says why."""
 
-import json
 import logging
 import shutil
 import warnings
@@ -10,33 +9,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed_text import RAGGED, VOCAB, bert, pack, roberta
-from tokenizers import Tokenizer, models, pre_tokenizers
+from packed_text import RAGGED, VOCAB, bert, pack, roberta, word_tokenizer
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
     AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 from fastkd.models.encoder import Encoder, Needs
-from fastkd.models.hf import export, from_hf, from_hf_model, init_from_teacher, load, student_config, to_hf
+from fastkd.models.hf import export, from_hf, from_hf_model, load, to_hf
+from fastkd.models.student import init_from_teacher, student_config
 
 ALL = Needs(hidden=(0, 1, 2, 3))
 
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    special = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]", "pad": "[PAD]"}
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(VOCAB - 5))]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, **{f"{name}_token": token for name, token in special.items()}
-    )
+    return word_tokenizer()
 
 
 def encoder_of(make: Callable[[], PreTrainedModel], mlm_head: bool = True) -> Encoder:
@@ -133,7 +124,7 @@ def test_export_is_whole_and_replaces(tokenizer: PreTrainedTokenizerFast, tmp_pa
 def test_quickstart_teacher_is_verified(quickstart_teacher: Path, tmp_path: Path) -> None:
     digest = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
     loaded = load(quickstart_teacher, sha256=digest)
-    assert loaded.sha256 == digest and loaded.encoder.head is None
+    assert loaded.encoder.head is None
     assert (loaded.config.num_layers, loaded.config.hidden_size, loaded.config.num_heads) == (6, 384, 12)
     broken = tmp_path / "model"
     shutil.copytree(quickstart_teacher, broken)
@@ -142,47 +133,6 @@ def test_quickstart_teacher_is_verified(quickstart_teacher: Path, tmp_path: Path
         file.write(b"\x01")
     with pytest.raises(ValueError, match=f"has sha256 .* not {digest}; download it again"):
         load(broken, sha256=digest)
-
-
-def edited(folder: Path, **changes: object) -> Path:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
-    return folder
-
-
-def test_what_cannot_be_loaded_is_refused_in_one_line(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    encoder = encoder_of(bert)
-
-    def folder(name: str) -> Path:
-        export(encoder, tokenizer, tmp_path / name, card="", mlm_head=True)
-        return tmp_path / name
-
-    cut = folder("cut")
-    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:1000])
-    (tmp_path / "empty").mkdir()
-    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=VOCAB)).save_pretrained(tmp_path / "gpt2")
-    without = folder("without")
-    (without / "model.safetensors").unlink()
-    cases = {
-        tmp_path / "empty": "holds no config.json and no finished run",
-        tmp_path / "absent": "cannot load .*absent",
-        tmp_path / "gpt2": "model type 'gpt2' is not supported; use bert or roberta",
-        edited(folder("relu"), hidden_act="relu"): "activation 'relu' is not supported",
-        edited(folder("decoder"), is_decoder=True): "only encoders with absolute positions",
-        edited(folder("untied"), tie_word_embeddings=False): "an untied decoder is not supported",
-        edited(folder("deeper"), num_hidden_layers=4): "lacks bert.encoder.layer.3",
-        edited(
-            folder("wider"), intermediate_size=64
-        ): "intermediate.dense.* is .*100.*, but its config.json wants .*64",
-        cut: "cannot load .*cut",
-        without: "cannot load .*without",
-    }
-    for source, message in cases.items():
-        with pytest.raises(ValueError, match=message) as caught:
-            load(source)
-        assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match=r"cannot load 'no-such/model'.*--preset quickstart"):
-        load("no-such/model")
 
 
 def test_student_spec(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,4 +1,4 @@
-"""Predicted times: the closed forms beside numbers from elsewhere, what must grow with what, and the README's table."""
+"""Predicted times: the closed forms beside numbers from elsewhere, what must grow with what, and the table of docs/gpu.md."""
 
 import itertools
 from pathlib import Path
@@ -162,10 +162,10 @@ def test_an_unknown_kernel_is_refused() -> None:
         predictions.kernel("softmax", None, "H100")
 
 
-def test_the_readme_has_what_the_command_prints() -> None:
+def test_the_page_has_what_the_command_prints() -> None:
     """Its table comes from ``python -m bench.predictions``; a changed prediction changes it, or this fails."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    section = readme.split("## On a GPU: predicted, not measured\n")[1].split("\n## ")[0]
+    text = (Path(__file__).parents[1] / "docs" / "gpu.md").read_text(encoding="utf-8")
+    section = text.split("## Predicted\n")[1]
     table = "\n".join(line for line in section.splitlines() if line.startswith("|"))
     assert table == predictions.steps_table("paper-6l", "H100")
     assert table in "\n\n".join(predictions.page())

@@ -406,7 +406,7 @@ def test_the_model_card_is_one_the_hub_reads(tmp_path: Path, mlm_head: bool) -> 
     card = ModelCard(content)
     assert card.data.license == "unknown" and card.data.library_name == "transformers"
     assert card.data.pipeline_tag == ("fill-mask" if mlm_head else "feature-extraction")
-    assert card.data.tags == ["fastkd", "knowledge-distillation", "minilmv2"]
+    assert card.data.tags == ["fastkd", "knowledge-distillation", "minilmv2", "sentence-transformers"]
     assert ("head was trained" in content) == mlm_head
     assert ("head was **not** trained" in content) != mlm_head
     for text in (
@@ -423,7 +423,7 @@ def test_the_model_card_is_one_the_hub_reads(tmp_path: Path, mlm_head: bool) -> 
 
 def test_the_model_card_of_scratch_training_names_no_teacher(tmp_path: Path) -> None:
     content = model_card(make_run(tmp_path / "run", plan=PLAN | {"method": "mlm", "teacher": None}), mlm_head=True)
-    assert ModelCard(content).data.tags == ["fastkd", "mlm"] and "| teacher | none |" in content
+    assert ModelCard(content).data.tags == ["fastkd", "mlm", "sentence-transformers"] and "| teacher | none |" in content
     assert "energy" not in content
 
 

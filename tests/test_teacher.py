@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed_text import RAGGED, VOCAB, bert, pack
+from packed_text import RAGGED, VOCAB, bert, pack, roberta, word_tokenizer
 from transformers import AutoTokenizer
 
 from fastkd.models import float8
@@ -22,10 +22,10 @@ def quickstart(quickstart_teacher: Path) -> Loaded:
 
 
 @pytest.fixture
-def random_teacher(quickstart: Loaded) -> Loaded:
-    """A small teacher with an MLM head; its tokenizer is not read."""
+def random_teacher() -> Loaded:
+    """A small teacher with an MLM head."""
     encoder = from_hf_model(bert(), mlm_head=True)
-    return Loaded(encoder, encoder.config, quickstart.tokenizer, "random")
+    return Loaded(encoder, encoder.config, word_tokenizer(), "random")
 
 
 def make(loaded: Loaded, needs: Needs, dtype: torch.dtype = torch.float32) -> Teacher:
@@ -142,22 +142,48 @@ def student(loaded: Loaded, **changes: int) -> EncoderConfig:
 
 def test_a_fitting_teacher_is_accepted(quickstart: Loaded, random_teacher: Loaded) -> None:
     tokenizer = quickstart.tokenizer
-    check_teacher(quickstart, student(quickstart), tokenizer, Needs(qkv=(6,)))
-    check_teacher(quickstart, student(quickstart, hidden_size=96, num_heads=4), tokenizer, Needs(qkv=(6,)))
-    check_teacher(random_teacher, student(random_teacher), tokenizer, Needs(logits=True))
+    check_teacher(quickstart, student(quickstart), tokenizer, Needs(qkv=(6,)), 512)
+    check_teacher(quickstart, student(quickstart, hidden_size=96, num_heads=4), tokenizer, Needs(qkv=(6,)), 128)
+    check_teacher(random_teacher, student(random_teacher), random_teacher.tokenizer, Needs(logits=True), 64)
 
 
 def test_an_unfit_teacher_is_refused(quickstart: Loaded, random_teacher: Loaded) -> None:
     tokenizer, other = quickstart.tokenizer, AutoTokenizer.from_pretrained(quickstart.tokenizer.name_or_path)
     other.add_tokens(["fastkdtoken"])
     with pytest.raises(ValueError, match="no MLM head; train one with --method mlm, or use --method minilmv2"):
-        check_teacher(quickstart, student(quickstart), tokenizer, Needs(logits=True))
+        check_teacher(quickstart, student(quickstart), tokenizer, Needs(logits=True), 128)
     with pytest.raises(ValueError, match="has another tokenizer than the student"):
-        check_teacher(quickstart, student(quickstart), other, Needs(qkv=(6,)))
+        check_teacher(quickstart, student(quickstart), other, Needs(qkv=(6,)), 128)
     with pytest.raises(ValueError, match=f"has {VOCAB} tokens, the student 300"):
-        check_teacher(random_teacher, student(random_teacher, vocab_size=300), tokenizer, Needs(logits=True))
+        pupil, needs = student(random_teacher, vocab_size=300), Needs(logits=True)
+        check_teacher(random_teacher, pupil, random_teacher.tokenizer, needs, 64)
     with pytest.raises(ValueError, match="has 6 layers, not 7"):
-        check_teacher(quickstart, student(quickstart), tokenizer, Needs(qkv=(7,)))
+        check_teacher(quickstart, student(quickstart), tokenizer, Needs(qkv=(7,)), 128)
+
+
+def test_a_teacher_that_lacks_positions_or_tokens_is_refused(quickstart: Loaded, random_teacher: Loaded) -> None:
+    """A row that the tables do not have is an IndexError on a CPU and a device assert on a GPU."""
+    needs = Needs(qkv=(3,))
+    with pytest.raises(ValueError, match="--seq-length 65 is beyond the 64 positions of teacher random; lower it"):
+        check_teacher(random_teacher, student(quickstart), random_teacher.tokenizer, needs, 65)
+    short = replace(random_teacher, tokenizer=word_tokenizer())
+    short.tokenizer.model_max_length = 32
+    check_teacher(short, student(quickstart), random_teacher.tokenizer, needs, 32)
+    with pytest.raises(ValueError, match=r"--seq-length 33 is beyond the 32 tokens .*\(model_max_length\); lower it"):
+        check_teacher(short, student(quickstart), random_teacher.tokenizer, needs, 33)
+    both = replace(random_teacher, tokenizer=quickstart.tokenizer)
+    with pytest.raises(ValueError, match=f"has embeddings for {VOCAB} tokens, the tokenizer 30522; use the tokenizer"):
+        check_teacher(both, student(quickstart), quickstart.tokenizer, needs, 64)
+
+
+def test_a_roberta_teacher_must_pad_by_its_own_id() -> None:
+    """Its positions are counted from that id: with another, transformers would skip an ordinary token."""
+    encoder = from_hf_model(roberta(), mlm_head=True)
+    needs, pupil = Needs(qkv=(3,)), replace(encoder.config, num_layers=2)
+    own = word_tokenizer(("cls", "pad", "unk", "sep", "mask"))
+    check_teacher(Loaded(encoder, encoder.config, own, "random"), pupil, own, needs, 64)
+    with pytest.raises(ValueError, match=r"pads by id 0, but config.json's pad_token_id, .* is 1; use the tokenizer"):
+        check_teacher(Loaded(encoder, encoder.config, word_tokenizer(), "random"), pupil, word_tokenizer(), needs, 64)
 
 
 def test_the_student_is_not_the_teacher(random_teacher: Loaded) -> None:

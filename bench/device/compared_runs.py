@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from bench.device import part, worker
 from bench.device.part import Row
@@ -29,6 +28,7 @@ from fastkd.models import hf
 from fastkd.plan import BudgetTooSmall
 from fastkd.row import parse_row
 from fastkd.run_folder import read_run
+from fastkd.terminal import Console
 
 GPU_SECONDS, FLOPS = "gpu-seconds", "flops"
 TEACHER_RATE = 3e-4  # to go on from a teacher's weights with a new head

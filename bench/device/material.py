@@ -16,6 +16,7 @@ from bench.device.part import Context
 from fastkd import atomic
 from fastkd.models import hf
 from fastkd.models.encoder import Encoder
+from fastkd.models.student import student_config
 
 SPECIAL = {
     "pad_token": "[PAD]",
@@ -59,7 +60,7 @@ def teacher(spec: str, folder: Path, like: Path) -> Path:
     ``folder``, unless it is there already."""
     if not folder.exists():
         model = hf.load(like)
-        encoder = Encoder(hf.student_config(spec, model.config, model.tokenizer), mlm_head=True, seed=SEED)
+        encoder = Encoder(student_config(spec, model.config, model.tokenizer), mlm_head=True, seed=SEED)
         hf.export(encoder, model.tokenizer, folder, card="", mlm_head=True)
     return folder
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn, cast
 from transformers import HfArgumentParser
 
 from fastkd.glue.tasks import parse_limits
+from fastkd.terminal import called, complain, say
 
 DONE, BAD_CONFIGURATION, INTERRUPTED = 0, 2, 75
 
@@ -55,7 +56,7 @@ class _Parser(HfArgumentParser):
 
 def parse(argv: Sequence[str]) -> tuple[str, GlueOptions]:
     """MODEL and the options of a command line. Raises ValueError for a mistake in it."""
-    parser = _Parser(cast(Any, [GlueOptions]), prog="python -m fastkd.glue", allow_abbrev=False, description=__doc__)
+    parser = _Parser(cast(Any, [GlueOptions]), prog=called("glue"), allow_abbrev=False, description=__doc__)
     parser.add_argument("model", metavar="MODEL", help="run folder, Hugging Face folder, hub id, or 'quickstart'")
     options, rest, unknown = parser.parse_args_into_dataclasses(
         list(argv), return_remaining_strings=True, look_for_args_file=False
@@ -72,10 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         model, options = parse(sys.argv[1:] if argv is None else argv)
         return _run(model, options)
     except (ValueError, ChildProcessError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(str(error))
         return BAD_CONFIGURATION if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
-        print("interrupted: what finished is saved, and the same command continues after it", file=sys.stderr)
+        say("interrupted: what finished is saved, and the same command continues after it", sys.stderr)
         return INTERRUPTED
 
 
@@ -96,13 +97,11 @@ def _run(model: str, options: GlueOptions) -> int:
         train_rows=parse_limits(options.train_rows, "--train-rows"),
         predict_test=options.predict_test,
         jobs=options.jobs,
-        log=lambda line: print(line, flush=True),
+        log=say,
     )
-    print(
-        f"\n{result['markdown']}\nwritten to {result['output_dir']}/glue.json and glue.md",
-        *result["submission"],
-        sep="\n",
-    )
+    say(f"\n{result['markdown']}\nwritten to {result['output_dir']}/glue.json and glue.md")
+    for path in result["submission"]:
+        say(str(path))
     return DONE
 
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Tr
 from transformers import logging as hf_logging
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
-from fastkd import profiler
+from fastkd import profiler, waiting
 from fastkd.glue.encoded import (
     EncodedTask,
     LengthGroupedBatches,
@@ -190,8 +190,11 @@ class _Progress(TrainerCallback):
 
     def __init__(self, job: Job) -> None:
         self.name, self.said = f"{job.task.title} seed {job.seed}", time.perf_counter()
+        self.waiting = None if torch.cuda.is_available() else waiting.of_this_process()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.waiting is not None:
+            self.waiting.look()
         if time.perf_counter() - self.said >= QUIET_S:
             self.said = time.perf_counter()
             print(f"{self.name}: step {state.global_step:,} of {state.max_steps:,}", file=sys.stderr, flush=True)

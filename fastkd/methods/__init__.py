@@ -1,7 +1,8 @@
 """Methods: one file each. A method says what it reads from student and teacher, and makes one loss of it.
 
 A file here defines a frozen dataclass ``Config`` (the method's own options, each with its help text) and one
-subclass of :class:`Method` called ``METHOD``. Commands, tests and benches find it by listing this folder.
+subclass of :class:`Method` called ``METHOD``. Commands, tests and benches find it by listing this folder; tests and benches
+also need its plain definition (``docs/methods.md`` lists where).
 """
 
 from __future__ import annotations

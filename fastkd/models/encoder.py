@@ -2,7 +2,8 @@
 
 Shapes: T packed tokens, M predicted rows, B sequences, D width, H heads, d = D/H, V vocabulary.
 Equations: Devlin et al. 2019 (arXiv 1810.04805) and Liu et al. 2019 (arXiv 1907.11692), with the parameters
-of transformers' ``BertForMaskedLM`` and ``RobertaForMaskedLM``.
+of transformers' ``BertForMaskedLM`` and ``RobertaForMaskedLM``. XLM-R and CamemBERT are RoBERTa's arithmetic under
+names of their own.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fastkd.models.attention import choose_backend
 from fastkd.models.layer import Head, Layer
 from fastkd.models.lookup import lookup
 
+FAMILIES = {"bert": "bert", "roberta": "roberta", "xlm-roberta": "roberta", "camembert": "roberta"}  # → architecture
 GRAPH: dict[str, Any] = {"fullgraph": True, "dynamic": False}  # of torch.compile: shapes are the same in every step
 
 
@@ -26,7 +28,7 @@ GRAPH: dict[str, Any] = {"fullgraph": True, "dynamic": False}  # of torch.compil
 class EncoderConfig:
     """The shape of an encoder; fields as in transformers' BertConfig and RobertaConfig."""
 
-    family: str  # "bert" or "roberta"
+    family: str  # one of FAMILIES: transformers' model_type
     vocab_size: int
     hidden_size: int
     num_layers: int
@@ -35,22 +37,30 @@ class EncoderConfig:
     max_positions: int = 512
     type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
-    pad_token_id: int = 0
+    pad_token_id: int | None = 0  # its embedding starts at zero and gets no gradient
     initializer_range: float = 0.02
-    hidden_act: str = "gelu"
+    tied: bool = True  # whether the decoder's weight is the word embeddings'; every student's is
 
     def __post_init__(self) -> None:
-        if self.family not in ("bert", "roberta"):
-            raise ValueError(f"model family {self.family!r} is not supported; use bert or roberta")
-        if self.hidden_act != "gelu":
-            raise ValueError(f"activation {self.hidden_act!r} is not supported; use a checkpoint with 'gelu'")
+        if self.family not in FAMILIES:
+            raise ValueError(f"model family {self.family!r} is not supported; use one of {', '.join(FAMILIES)}")
+        if self.pad_token_id is None and self.architecture == "roberta":
+            raise ValueError(f"{self.family} counts positions from its pad_token_id, which is null; set it (often 1)")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"width {self.hidden_size} is not divisible by {self.num_heads} heads; change either")
 
     @property
+    def architecture(self) -> str:
+        """``bert`` or ``roberta``: which of the two this family computes as."""
+        return FAMILIES[self.family]
+
+    @property
     def position_offset(self) -> int:
         """Row of the position table of position 0: RoBERTa leaves the first pad_token_id + 1 unused."""
-        return self.pad_token_id + 1 if self.family == "roberta" else 0
+        if self.architecture == "bert":
+            return 0
+        assert self.pad_token_id is not None
+        return self.pad_token_id + 1
 
     @property
     def head_width(self) -> int:
@@ -118,7 +128,7 @@ class Encoder(nn.Module):
 
     ``attention`` names a backend of ``attention.py`` (None: the fastest), ``residual`` the dtype of what the embeddings
     and layers hand on (None: that of the LayerNorms). Initialised as BERT is, from ``seed``: weights normal with
-    standard deviation ``initializer_range``, biases 0, LayerNorms 1, the padding token's embedding 0.
+    standard deviation ``initializer_range``, biases 0, LayerNorms 1, the padding token's embedding, if there is one, 0.
     """
 
     def __init__(
@@ -153,12 +163,15 @@ class Encoder(nn.Module):
                 module.weight.normal_(0.0, self.config.initializer_range, generator=generator)
             if isinstance(module, nn.Linear):
                 module.bias.zero_()
-        self.word_embeddings.weight[self.config.pad_token_id].zero_()
+        if self.config.pad_token_id is not None:
+            self.word_embeddings.weight[self.config.pad_token_id].zero_()
 
     @property
     def decoder_weight(self) -> Tensor:
-        """[V, D], tied to the word embeddings."""
-        return self.word_embeddings.weight
+        """[V, D]: the word embeddings, or what an untied checkpoint holds in their place."""
+        if self.head is None or self.head.decoder is None:
+            return self.word_embeddings.weight
+        return self.head.decoder
 
     @property
     def decoder_bias(self) -> Tensor:
@@ -184,7 +197,8 @@ class Encoder(nn.Module):
         """[T] ids → [T, D]: words, positions and type 0 summed, then LayerNorm."""
         offset = self.config.position_offset
         places = self.position_embeddings.weight[offset:] + self.type_embeddings.weight[0]
-        words = lookup(self.word_embeddings.weight, ids, self.config.pad_token_id)
+        padding = -1 if self.config.pad_token_id is None else self.config.pad_token_id
+        words = lookup(self.word_embeddings.weight, ids, padding)
         x = self.embedding_norm(words + lookup(places, position_ids))
         return F.dropout(x, dropout, training=dropout > 0).to(self.residual or x.dtype)
 

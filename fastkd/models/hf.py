@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import re
+import copy
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,33 +12,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
-    AutoModelForMaskedLM,
-    AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     BertModel,
+    CamembertConfig,
+    CamembertForMaskedLM,
+    CamembertModel,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     RobertaConfig,
     RobertaForMaskedLM,
     RobertaModel,
+    XLMRobertaConfig,
+    XLMRobertaForMaskedLM,
+    XLMRobertaModel,
 )
 from transformers import logging as hf_logging
 
 from fastkd import atomic
-from fastkd.digest import file_sha256
-from fastkd.models import parameter_names
+from fastkd.data import hub_requests
+from fastkd.models import parameter_names, sentences, weights
+from fastkd.models import tokenizer as tokenizers
 from fastkd.models.encoder import Encoder, EncoderConfig
 
-CLASSES = {
+CLASSES: dict[str, tuple[Any, Any, Any]] = {  # of configuration, masked language model and bare model
     "bert": (BertConfig, BertForMaskedLM, BertModel),
     "roberta": (RobertaConfig, RobertaForMaskedLM, RobertaModel),
+    "xlm-roberta": (XLMRobertaConfig, XLMRobertaForMaskedLM, XLMRobertaModel),
+    "camembert": (CamembertConfig, CamembertForMaskedLM, CamembertModel),
 }
+GELU = ("gelu", "gelu_python")  # one function, x·Φ(x); others of that name approximate it
 
 REMEDY = "name a hub id, a Hugging Face folder or a finished run, or use --preset quickstart"
 
@@ -51,40 +56,56 @@ class Loaded:
     config: EncoderConfig
     tokenizer: PreTrainedTokenizerBase
     source: str
-    sha256: str | None = None  # of model.safetensors, for a local folder
+    sha256: str | None = None  # of config.json and all weight files, for a local folder
     revision: str | None = None  # commit, for a hub id
 
 
 def load(source: str | Path, *, device: torch.device | str = "cpu", sha256: str | None = None) -> Loaded:
-    """Load a BERT or RoBERTa checkpoint in float32 with its tokenizer.
+    """Load a checkpoint of one of ``FAMILIES`` in float32 with its tokenizer.
 
     source: a hub id, a local Hugging Face folder, or the folder of a finished run (its ``final/``). The
     encoder has an MLM head only where the checkpoint holds one. Raises ValueError where the source cannot be
-    read, is of another family, or, with ``sha256`` given, where its model.safetensors has another digest.
+    read, is of another family, holds NaN, or, with ``sha256`` given, where its model.safetensors has another digest.
     """
-    where = _resolve(source)
-    weights = Path(where) / "model.safetensors"
-    digest = file_sha256(weights) if weights.is_file() else None
-    if sha256 is not None and digest != sha256:
-        raise ValueError(f"{where}/model.safetensors has sha256 {digest}, not {sha256}; download it again")
-    with _readable(source):
-        hf_config = AutoConfig.from_pretrained(where)
-    config = from_hf(hf_config)
-    with _readable(source):
-        model, found = AutoModelForMaskedLM.from_pretrained(
-            where, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(where)
-    encoder = from_hf_model(model, mlm_head=_has_head(found, where)).to(device)
+    where, hf_config, config = _described(source)
+    digest = weights.digest(Path(where), sha256) if Path(where).is_dir() else None
     revision = None if digest else getattr(hf_config, "_commit_hash", None)
-    return Loaded(encoder, config, tokenizer, str(source), digest, revision)
-
-
-def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a source that ``load`` takes, without its weights. Raises ValueError where it cannot be read."""
-    where = _resolve(source)
+    tokenizer = _tokenizer(where, hf_config)
     with _readable(source):
-        return AutoTokenizer.from_pretrained(where)
+        # Neither class nor attention is left to config.json: no code out of a model folder runs, none is missing.
+        model, found = CLASSES[config.family][1].from_pretrained(
+            where, config=hf_config, revision=revision or "main", dtype=torch.float32, attn_implementation="eager",
+            output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    mlm_head = weights.has_head(found, config, where)
+    weights.check_finite(model.named_parameters(), where)
+    encoder = from_hf_model(model, mlm_head=mlm_head).to(device)
+    return Loaded(encoder, encoder.config, tokenizer, str(source), digest, revision)
+
+
+def shape(source: str | Path) -> tuple[EncoderConfig, PreTrainedTokenizerBase]:
+    """The configuration and tokenizer of what ``load`` would load; weights are not read. Raises as ``load``."""
+    where, hf_config, config = _described(source, weights=False)
+    return config, _tokenizer(where, hf_config)
+
+
+def _described(source: str | Path, *, weights: bool = True) -> tuple[str, PreTrainedConfig, EncoderConfig]:
+    """Where a model is, its weights only if they are asked for, and what its config.json says."""
+    where = _resolve(source, weights=weights)
+    with _readable(source):
+        found, _ = PreTrainedConfig.get_config_dict(where)
+        named = found.get("model_type")
+        hf_config = (CLASSES[named][0] if named in CLASSES else PreTrainedConfig).from_dict(found)
+    try:
+        return where, hf_config, from_hf(hf_config)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _tokenizer(where: str, hf_config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of the same commit as the configuration."""
+    with _quiet():
+        return tokenizers.load(where, revision=getattr(hf_config, "_commit_hash", None) or "main")
 
 
 @contextlib.contextmanager
@@ -93,16 +114,15 @@ def _readable(source: str | Path) -> Iterator[None]:
     try:
         with _quiet():
             yield
-    except (OSError, RuntimeError, ValueError, SafetensorError, StrictDataclassError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"cannot load {str(source)!r} ({reason}); {REMEDY}") from error
+    except Exception as error:  # a damaged file raises whatever its reader does
+        raise ValueError(f"cannot load {str(source)!r} ({tokenizers.reason(error)}); {REMEDY}") from error
 
 
-def _resolve(source: str | Path) -> str:
-    """The Hugging Face folder or hub id behind a source."""
+def _resolve(source: str | Path, *, weights: bool) -> str:
+    """The Hugging Face folder behind a source; that of a hub id is in the hub's cache."""
     folder = Path(source)
     if not folder.is_dir():
-        return str(source)
+        return str(hub_requests.model_folder(str(source), remedy=REMEDY, weights=weights))
     if (folder / "config.json").is_file():
         return str(folder)
     if (folder / "final" / "config.json").is_file():
@@ -124,26 +144,18 @@ def _quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _has_head(found: dict[str, Any], where: str) -> bool:
-    """Whether the checkpoint holds the MLM head; raises where anything else is missing or of another shape."""
-    if found["mismatched_keys"]:
-        name, stored, wanted = sorted(found["mismatched_keys"])[0]
-        raise ValueError(f"{where}: {name} is {list(stored)}, but its config.json wants {list(wanted)}; {REMEDY}")
-    head = {key for key in found["missing_keys"] if key.startswith(("cls.", "lm_head."))}
-    other = sorted(set(found["missing_keys"]) - head)
-    if other:
-        raise ValueError(f"{where} lacks {other[0]} and {len(other) - 1} more; {REMEDY}")
-    return not head
-
-
 def from_hf(config: PreTrainedConfig) -> EncoderConfig:
     """The encoder's configuration from transformers'; ValueError for what it cannot compute."""
     if config.model_type not in CLASSES:
-        raise ValueError(f"model type {config.model_type!r} is not supported; use bert or roberta")
-    if getattr(config, "position_embedding_type", "absolute") != "absolute" or config.is_decoder:
-        raise ValueError("only encoders with absolute positions are supported; use bert or roberta")
-    if not config.tie_word_embeddings:
-        raise ValueError("an untied decoder is not supported; use a checkpoint with tie_word_embeddings")
+        raise ValueError(f"model type {config.model_type or None!r} is not supported; use one of {', '.join(CLASSES)}")
+    if config.hidden_act not in GELU:
+        raise ValueError(f"activation {config.hidden_act!r} is not supported; use a checkpoint with 'gelu'")
+    if getattr(config, "position_embedding_type", None) not in (None, "absolute"):
+        raise ValueError(f"positions that are {config.position_embedding_type!r} are not supported; use another model")
+    if config.is_decoder or config.add_cross_attention:
+        raise ValueError("decoders (is_decoder, add_cross_attention) are not supported; use an encoder")
+    if getattr(config, "quantization_config", None):
+        raise ValueError("quantised weights are not supported; use the checkpoint that they were made from")
     return EncoderConfig(
         family=config.model_type,
         vocab_size=config.vocab_size,
@@ -156,7 +168,7 @@ def from_hf(config: PreTrainedConfig) -> EncoderConfig:
         layer_norm_eps=config.layer_norm_eps,
         pad_token_id=config.pad_token_id,
         initializer_range=config.initializer_range,
-        hidden_act=config.hidden_act,
+        tied=config.tie_word_embeddings,
     )
 
 
@@ -173,22 +185,28 @@ def to_hf(config: EncoderConfig) -> PreTrainedConfig:
         layer_norm_eps=config.layer_norm_eps,
         pad_token_id=config.pad_token_id,
         initializer_range=config.initializer_range,
-        hidden_act=config.hidden_act,
+        tie_word_embeddings=config.tied,
     )
 
 
 def from_hf_model(model: PreTrainedModel, *, mlm_head: bool) -> Encoder:
-    """An encoder with the weights of a BertForMaskedLM or RobertaForMaskedLM."""
-    config = from_hf(model.config)
+    """An encoder with the weights of a MaskedLM class of ``CLASSES``, its decoder tied where the numbers are the same."""
+    config = replace(from_hf(model.config), tied=not mlm_head or _is_tied(model))
     with torch.device("meta"):
         encoder = Encoder(config, mlm_head=mlm_head)
     encoder.load_state_dict(parameter_names.from_hf(model.state_dict(), config, mlm_head=mlm_head), assign=True)
     return encoder.requires_grad_(True)
 
 
+def _is_tied(model: PreTrainedModel) -> bool:
+    """Whether the decoder is the word embeddings: transformers keeps apart what a file holds apart, whatever the flag."""
+    table, decoder = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return table is decoder or torch.equal(table, decoder)  # type: ignore[arg-type]
+
+
 def to_hf_model(encoder: Encoder, *, mlm_head: bool) -> PreTrainedModel:
-    """The transformers model with the encoder's weights, on the CPU in float32: BertForMaskedLM or
-    RobertaForMaskedLM with ``mlm_head``, else BertModel or RobertaModel without its pooler."""
+    """The transformers model with the encoder's weights, on the CPU in float32: the MaskedLM class of its family with
+    ``mlm_head``, else the bare one without its pooler."""
     config = encoder.config
     _, masked_lm, bare = CLASSES[config.family]
     model = masked_lm(to_hf(config)) if mlm_head else bare(to_hf(config), add_pooling_layer=False)
@@ -196,22 +214,42 @@ def to_hf_model(encoder: Encoder, *, mlm_head: bool) -> PreTrainedModel:
     return model.eval()
 
 
-def export(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, folder: Path, *, card: str, mlm_head: bool) -> None:
+def export(
+    encoder: Encoder,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    card: str,
+    mlm_head: bool,
+    max_length: int | None = None,
+) -> None:
     """Write a Hugging Face folder (weights, configuration, tokenizer, README.md), whole or not at all.
 
-    ``mlm_head`` is whether the head was trained: if not, the bare model is written. A folder already there is
-    replaced.
+    ``mlm_head`` is whether the head was trained: if not, the bare model is written. ``max_length`` is the longest
+    sequence of the training, which the tokenizer's model_max_length then says. A folder already there is replaced.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     written = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         with _quiet():
-            to_hf_model(encoder, mlm_head=mlm_head).save_pretrained(written)
-        tokenizer.save_pretrained(written)
+            model = to_hf_model(encoder, mlm_head=mlm_head)
+            model.config.bos_token_id, model.config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+            model.save_pretrained(written)
+        _limited(tokenizer, max_length).save_pretrained(written)
+        sentences.write(written, encoder.config.hidden_size, max_length or encoder.config.max_length)
         (written / "README.md").write_text(card, encoding="utf-8")
         _replace(written, folder)
     finally:
         shutil.rmtree(written, ignore_errors=True)
+
+
+def _limited(tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> PreTrainedTokenizerBase:
+    """A tokenizer that names no more tokens than positions were trained."""
+    if max_length is None or max_length >= tokenizer.model_max_length:
+        return tokenizer
+    limited = copy.deepcopy(tokenizer)
+    limited.model_max_length = max_length
+    return limited
 
 
 def _replace(written: Path, folder: Path) -> None:
@@ -225,55 +263,3 @@ def _replace(written: Path, folder: Path) -> None:
     written.rename(folder)
     atomic.sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def student_config(spec: str, like: EncoderConfig, tokenizer: PreTrainedTokenizerBase) -> EncoderConfig:
-    """The configuration of a student such as ``3L-384H-12A`` or ``6L-768H-12A-3072I`` (layers, width, heads,
-    intermediate width, by default four widths), with family, positions and vocabulary like another's.
-
-    Raises ValueError for a malformed spec, a width that the heads do not divide, or a tokenizer larger
-    than the vocabulary.
-    """
-    match = re.fullmatch(r"([1-9]\d*)L-([1-9]\d*)H-([1-9]\d*)A(?:-([1-9]\d*)I)?", spec)
-    if match is None:
-        raise ValueError(f"student {spec!r} is malformed; write it as 3L-384H-12A or 3L-384H-12A-1536I")
-    layers, width, heads, intermediate = (int(g) if g else None for g in match.groups())
-    assert layers is not None and width is not None and heads is not None
-    if len(tokenizer) > like.vocab_size:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {like.vocab_size}; use the model's own")
-    return replace(
-        like,
-        num_layers=layers,
-        hidden_size=width,
-        num_heads=heads,
-        intermediate_size=intermediate or 4 * width,
-    )
-
-
-@torch.no_grad()
-def init_from_teacher(student: Encoder, teacher: Encoder) -> None:
-    """Start a student from its teacher: embeddings, head, and teacher layer ⌊i·Lt/Ls⌋ as student layer i
-    (from 0), which is DistilBERT's every other layer for half the depth (arXiv 1910.01108, section 2).
-
-    Raises ValueError where any width, the heads or the vocabulary differ, or the student is the deeper.
-    """
-    s, t = student.config, teacher.config
-    alike = replace(s, num_layers=t.num_layers, initializer_range=t.initializer_range) == t
-    if not alike or s.num_layers > t.num_layers:
-        raise ValueError(
-            f"--init-from-teacher needs the teacher's shape and at most its depth ({_shape(t)}), "
-            f"not {_shape(s)}; change --student"
-        )
-    state: dict[str, Any] = teacher.state_dict()
-    source = {}
-    for name in student.state_dict():
-        parts = name.split(".")
-        if parts[0] == "layers":
-            parts[1] = str(int(parts[1]) * t.num_layers // s.num_layers)
-        if ".".join(parts) in state:
-            source[name] = state[".".join(parts)]
-    student.load_state_dict(source, strict=False)
-
-
-def _shape(config: EncoderConfig) -> str:
-    return f"{config.num_layers}L-{config.hidden_size}H-{config.num_heads}A-{config.intermediate_size}I"

@@ -27,6 +27,8 @@ class Shape(Protocol):
     def intermediate_size(self) -> int: ...
     @property
     def layer_norm_eps(self) -> float: ...
+    @property
+    def tied(self) -> bool: ...
 
 
 class Layer(nn.Module):
@@ -106,13 +108,14 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class Head(nn.Module):
-    """The MLM head up to the decoder, whose weight is the word embeddings'."""
+    """The MLM head up to the decoder, whose weight is the word embeddings' unless a checkpoint brings another."""
 
     def __init__(self, config: Shape) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.decoder = None if config.tied else nn.Parameter(torch.zeros(config.vocab_size, config.hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
         """[M, D] → [M, D] float32."""

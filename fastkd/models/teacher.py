@@ -15,6 +15,8 @@ from fastkd.models.captured import Captured
 from fastkd.models.encoder import Encoder, EncoderConfig, Needs, Outputs, Packed
 from fastkd.models.float8 import quantise
 from fastkd.models.hf import Loaded
+from fastkd.models.student import check_padding
+from fastkd.models.tokenizer import entries
 
 PROBES = ("Hello World", "naïve Café, don't STOP!", "東京 2024 — état-major", "ﬁne\tline\u00a0break")
 
@@ -92,13 +94,15 @@ def _cut(encoder: Encoder, needs: Needs) -> Encoder:
 
 
 def _cast(encoder: Encoder, dtype: torch.dtype) -> Encoder:
-    """The weights of all products, and the table that is also the decoder's, in ``dtype``."""
+    """The weights of all products, and the tables of words and of the decoder, in ``dtype``."""
     for module in encoder.modules():
         if isinstance(module, nn.Linear) or module is encoder.word_embeddings:
             module.to(dtype)
         if isinstance(module, nn.Linear) and module.weight.device.type == "cpu" and dtype == torch.bfloat16:
             # Its columns side by side: oneDNN multiplies by that 20% faster than by the weight as it is stored.
             module.weight.data = module.weight.t().contiguous().t()
+    if encoder.head is not None and encoder.head.decoder is not None:
+        encoder.head.decoder.data = encoder.head.decoder.data.to(dtype)
     return encoder
 
 
@@ -107,18 +111,35 @@ def check_teacher(
     student: EncoderConfig,
     tokenizer: PreTrainedTokenizerBase,
     needs: Needs,
+    max_length: int,
 ) -> None:
     """Refuse a teacher that cannot teach this student, before anything is spent.
 
-    ``needs`` is what the method reads of the teacher. Raises ValueError naming what does not fit and the remedy.
+    ``needs`` is what the method reads of the teacher, ``max_length`` the longest sequence in tokens. Raises ValueError
+    naming what does not fit and the remedy.
     """
     config = teacher.config
+    if max_length > config.max_length:
+        raise ValueError(
+            f"--seq-length {max_length} is beyond the {config.max_length} positions of teacher {teacher.source}; lower it"
+        )
+    if max_length > (longest := teacher.tokenizer.model_max_length):
+        raise ValueError(
+            f"--seq-length {max_length} is beyond the {longest} tokens that teacher {teacher.source} was trained on, as its "
+            "tokenizer_config.json says (model_max_length); lower it"
+        )
     if needs.logits and teacher.encoder.head is None:
         raise ValueError(
             f"teacher {teacher.source} has no MLM head; train one with --method mlm, or use --method minilmv2"
         )
     if tokenizer_hash(teacher.tokenizer) != tokenizer_hash(tokenizer):
         raise ValueError(f"teacher {teacher.source} has another tokenizer than the student; use one for both")
+    if (tokens := entries(tokenizer)) > config.vocab_size:
+        raise ValueError(
+            f"teacher {teacher.source} has embeddings for {config.vocab_size} tokens, the tokenizer {tokens}; use the tokenizer "
+            "that it was trained with"
+        )
+    check_padding(tokenizer, config)
     if needs.logits and config.vocab_size != student.vocab_size:
         raise ValueError(
             f"teacher {teacher.source} has {config.vocab_size} tokens, the student {student.vocab_size}; use equal ones"

@@ -1,0 +1,42 @@
+"""``fastkd COMMAND …``, also ``python -m fastkd COMMAND …``: each command is a module that loads when it is asked for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from fastkd import __version__
+
+COMMANDS = {
+    "run": ("fastkd.run", "train a student under one budget: plan, train, export, report"),
+    "plan": ("fastkd.plan", "time a few steps and print what the budget would buy"),
+    "compare": ("fastkd.compare", "every method under one matched budget, one table"),
+    "glue": ("fastkd.glue.__main__", "fine-tune and score a student on GLUE"),
+    "prepare": ("fastkd.prepare", "tokenise a corpus, on a machine without a GPU"),
+}
+HELP = f"""usage: fastkd COMMAND …
+
+{{commands}}
+
+`fastkd COMMAND --help` lists a command's options; `fastkd --version` prints {__version__}.
+A first run, in minutes and without a GPU: fastkd run --preset quickstart --budget-gpu-hours 0.02"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code: 0 done, 2 bad configuration, and what the named command returns."""
+    name, *rest = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
+    if name in ("--help", "-h", "help"):
+        print(HELP.format(commands="\n".join(f"  {known:<9}{does}" for known, (_, does) in COMMANDS.items())))
+    elif name in ("--version", "-V"):
+        print(f"fastkd {__version__}")
+    elif name not in COMMANDS:
+        print(f"error: unknown command {name!r}: fastkd takes {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    else:
+        return int(import_module(COMMANDS[name][0]).main(rest))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,79 @@
+"""Options in a TOML file: what a run writes as config.toml, and what ``--config`` and the presets are read from."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import tomli_w
+
+METHOD_OPTIONS = "method_options"
+KINDS = {str: "text in quotes", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def to_toml(values: dict[str, Any], method_options: dict[str, Any]) -> str:
+    """Options, and those of their method in a table of its own; None is left out, for TOML has no word for it."""
+    given, table = ({k: v for k, v in each.items() if v is not None} for each in (values, method_options))
+    return tomli_w.dumps(given | {METHOD_OPTIONS: table})
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The file's values.
+
+    Raises:
+        ValueError: no such file, or no TOML; naming it, and the line.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is no TOML: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise ValueError(f"{path} cannot be read: {reason}") from error
+
+
+def check_kinds(path: Path, values: dict[str, Any], *classes: Any) -> dict[str, Any]:
+    """The values as the dataclasses have them: each must be a field of one of them, and of its kind.
+
+    Raises:
+        ValueError: naming the file and the key.
+    """
+    kinds = {f.name: get_type_hints(cls)[f.name] for cls in classes for f in dataclasses.fields(cls)}
+    for key, value in values.items():
+        if key not in kinds:
+            raise ValueError(f"{path}: unknown key {key!r}: `fastkd run --help` lists the options")
+        if not fits(value, kinds[key]):
+            raise ValueError(f"{path}: {key} takes {in_words(kinds[key])}, got {value!r}")
+    return {key: float(value) if is_number(kinds[key]) else value for key, value in values.items()}
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value of a TOML file is of a field's kind; a whole number is a number too."""
+    origin, choices = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(fits(value, choice) for choice in choices)
+    if origin is Literal:
+        return value in choices
+    if origin is list:
+        return isinstance(value, list) and all(fits(item, choices[0]) for item in value)
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is kind
+
+
+def is_number(kind: Any) -> bool:
+    """Whether a kind is a number with a fraction, or none."""
+    return kind is float or float in get_args(kind)
+
+
+def in_words(kind: Any) -> str:
+    """A kind for people."""
+    origin, choices = get_origin(kind), [choice for choice in get_args(kind) if choice is not NoneType]
+    if origin is Literal:
+        return ", ".join(repr(choice) for choice in choices[:-1]) + f" or {choices[-1]!r}"
+    if origin is list:
+        return f"a list of {in_words(choices[0])}"
+    return KINDS[kind] if kind in KINDS else " or ".join(in_words(choice) for choice in choices)

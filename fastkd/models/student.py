@@ -1,0 +1,92 @@
+"""The student: its shape, and its start from a teacher's weights."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fastkd.models import tokenizer as tokenizers
+from fastkd.models.encoder import Encoder, EncoderConfig
+
+
+def student_config(spec: str, like: EncoderConfig, tokenizer: PreTrainedTokenizerBase) -> EncoderConfig:
+    """The configuration of a student such as ``3L-384H-12A`` or ``6L-768H-12A-3072I`` (layers, width, heads,
+    intermediate width, by default four widths), with family, positions and vocabulary like another's.
+
+    It pads by the tokenizer's padding token, whatever the other's config.json says, and its decoder is tied.
+    Raises ValueError for a malformed spec, a width that the heads do not divide, or a tokenizer with ids that the
+    vocabulary or RoBERTa's positions have no place for.
+    """
+    match = re.fullmatch(r"([1-9]\d*)L-([1-9]\d*)H-([1-9]\d*)A(?:-([1-9]\d*)I)?", spec)
+    if match is None:
+        raise ValueError(f"student {spec!r} is malformed; write it as 3L-384H-12A or 3L-384H-12A-1536I")
+    layers, width, heads, intermediate = (int(g) if g else None for g in match.groups())
+    assert layers is not None and width is not None and heads is not None
+    if (tokens := tokenizers.entries(tokenizer)) > like.vocab_size:
+        raise ValueError(f"the tokenizer has {tokens} tokens, the model {like.vocab_size}; use the model's own")
+    check_padding(tokenizer, like)
+    return replace(
+        like,
+        num_layers=layers,
+        hidden_size=width,
+        num_heads=heads,
+        intermediate_size=intermediate or 4 * width,
+        pad_token_id=tokenizer.pad_token_id,
+        tied=True,
+    )
+
+
+def check_padding(tokenizer: PreTrainedTokenizerBase, config: EncoderConfig) -> None:
+    """Refuse a RoBERTa with a tokenizer that pads by another id than its config.json says.
+
+    transformers gives the text's tokens of config.json's id no position and counts on without them; BERT's positions
+    depend on no id.
+
+    Raises:
+        ValueError: naming both ids.
+    """
+    if config.architecture == "roberta" and tokenizer.pad_token_id != config.pad_token_id:
+        raise ValueError(
+            f"the tokenizer pads by id {tokenizer.pad_token_id}, but config.json's pad_token_id, from which {config.family} counts "
+            f"positions, is {config.pad_token_id}; use the tokenizer that the model was trained with"
+        )
+
+
+@torch.no_grad()
+def init_from_teacher(student: Encoder, teacher: Encoder) -> None:
+    """Start a student from its teacher: embeddings, head, and teacher layer ⌊i·Lt/Ls⌋ as student layer i
+    (from 0), which is DistilBERT's every other layer for half the depth (arXiv 1910.01108, section 2).
+
+    Raises ValueError where any width, the heads or the vocabulary differ, the student is the deeper, or it has a
+    head and the teacher a decoder that is not its word embeddings.
+    """
+    s, t = student.config, teacher.config
+    if student.head is not None and not t.tied:
+        raise ValueError(
+            "--init-from-teacher takes the teacher's word embeddings for the decoder, but its own decoder is another (untied); "
+            "leave it out, or use --method minilmv2"
+        )
+    free = ("num_layers", "initializer_range", "pad_token_id", "tied")
+    alike = replace(s, **{name: getattr(t, name) for name in free}) == t
+    if not alike or s.num_layers > t.num_layers:
+        raise ValueError(
+            f"--init-from-teacher needs the teacher's shape and at most its depth ({_shape(t)}), "
+            f"not {_shape(s)}; change --student"
+        )
+    state: dict[str, Any] = teacher.state_dict()
+    source = {}
+    for name in student.state_dict():
+        parts = name.split(".")
+        if parts[0] == "layers":
+            parts[1] = str(int(parts[1]) * t.num_layers // s.num_layers)
+        if ".".join(parts) in state:
+            source[name] = state[".".join(parts)]
+    student.load_state_dict(source, strict=False)
+
+
+def _shape(config: EncoderConfig) -> str:
+    return f"{config.num_layers}L-{config.hidden_size}H-{config.num_heads}A-{config.intermediate_size}I"

@@ -1,0 +1,87 @@
+"""Where a command talks: whole lines, at once, each text as it is; what a long set-up is doing; how it was called."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+STARTED = time.monotonic()
+LOST = re.compile("[\ud800-\udfff]")  # bytes of a file's name that are no text, as Python keeps them
+
+
+def printable(text: str, stream: TextIO) -> str:
+    """The text, with another character for each that the stream cannot write."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return LOST.sub("\N{REPLACEMENT CHARACTER}", text).encode(encoding, "replace").decode(encoding)
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print a line and see it off. It is never read as markup; that nobody listens any more ends no work."""
+    stream = stream or sys.stdout
+    with contextlib.suppress(OSError):
+        print(printable(text, stream), file=stream, flush=True)
+
+
+def complain(text: str) -> None:
+    """Say on standard error, in one line, what was wrong."""
+    say("error: " + " ".join(text.splitlines()), sys.stderr)
+
+
+def called(name: str) -> str:
+    """How this process was asked for a command: ``fastkd run``, ``python -m fastkd run`` or ``python -m fastkd.run``."""
+    program = Path(sys.argv[0])
+    if program.stem == "fastkd":
+        return f"fastkd {name}"
+    return (
+        f"python -m fastkd {name}" if program == Path(__file__).with_name("__main__.py") else f"python -m fastkd.{name}"
+    )
+
+
+class Console:
+    """Standard output as it is at the time; a quiet one (of every rank but 0) prints nothing."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+
+    def print(self, text: str = "") -> None:
+        """Print a line."""
+        if not self.quiet:
+            say(text)
+
+
+class Stages(logging.Handler):
+    """Prints what fastkd logs: what a set-up is about to do, after so many seconds of this process; and warnings."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line."""
+        sign = f"{time.monotonic() - STARTED:6.1f} s" if record.levelno < logging.WARNING else record.levelname.lower()
+        say(f"{sign:<17}{record.getMessage()}")
+
+
+@contextlib.contextmanager
+def stages(quiet: bool = False) -> Iterator[None]:
+    """Show stages and warnings while a command works; a quiet one shows warnings alone, as Python does by itself."""
+    log, handler = logging.getLogger("fastkd"), Stages()
+    level = log.level
+    if not quiet:
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+@contextlib.contextmanager
+def kept_for_answer(active: bool) -> Iterator[TextIO]:
+    """Standard output for one answer to a program: what is printed meanwhile goes to standard error."""
+    out = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr) if active else contextlib.nullcontext():
+        yield out

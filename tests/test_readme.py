@@ -1,0 +1,121 @@
+"""README, docs and CONTRIBUTING: what they name is there, their commands parse, their numbers are those of the result files."""
+
+import importlib.util
+import json
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bench import front_page
+from fastkd import compare, config
+from fastkd.glue import __main__ as glue
+from fastkd.glue.tasks import load_task
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PARSERS = {
+    "run": config.parse,
+    "plan": lambda argv: config.parse([part for part in argv if part != "--json"]),
+    "prepare": lambda argv: config.parse(
+        [*re.sub(r"--tokens \S+", "", " ".join(argv)).split(), "--budget-tokens", "1"]
+    ),
+    "compare": lambda argv: compare.split_options(argv, compare.CompareConfig, "fastkd compare"),
+    "glue": glue.parse,
+}
+
+
+def each_page() -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+
+
+def commands(page: Path) -> Iterator[str]:
+    """What a page shows to be typed: code in a line, and lines of a fence without their remarks."""
+    text = page.read_text("utf-8")
+    for block in re.findall(r"^```\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
+        yield from (re.split(r"\s{2,}#", line)[0] for line in block.splitlines())
+    yield from re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 120
+
+
+def test_its_table_and_plots_are_those_of_the_results() -> None:
+    """Made by ``python -m bench.front_page``; other results need the command again, or this fails."""
+    pairs = front_page.read()
+    assert f"{front_page.BEGIN}\n\n{front_page.table(pairs)}\n\n{front_page.END}" in (ROOT / "README.md").read_text(
+        "utf-8"
+    )
+    for theme in (front_page.LIGHT, front_page.DARK):
+        drawn = (ROOT / "docs" / f"{theme.name}.svg").read_text("utf-8")
+        assert f'aria-label="{front_page.escape(front_page.description(pairs))}"' in drawn
+
+
+def test_ratios_of_the_table_are_those_of_the_rates() -> None:
+    path = front_page.RESULTS / front_page.DEVICE / "throughput.json"
+    groups = {(group["method"], group["dtype"]): group["rows"] for group in json.loads(path.read_text())["groups"]}
+    for pair in front_page.read():
+        for dtype, speed in pair.speed.items():
+            ours, theirs = (groups[pair.method, dtype][row] for row in ("fastkd", pair.peer))
+            assert speed == pytest.approx(ours["tokens_per_s"] / theirs["tokens_per_s"])
+            assert pair.memory[dtype] == pytest.approx(ours["peak_memory_bytes"] / theirs["peak_memory_bytes"])
+
+
+def test_a_device_that_was_not_measured_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        front_page.main(["--device", "abacus"])
+    assert "abacus" in (said := capsys.readouterr().err) and "python -m bench.throughput" in said
+
+
+@each_page()
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text("utf-8")
+    targets = [*re.findall(r"\]\(([^)#\s]+)\)", text), *re.findall(r'(?:src|srcset)="([^"]+)"', text)]
+    local = [target for target in targets if "://" not in target]
+    assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+@each_page()
+def test_files_that_are_named_exist(page: Path) -> None:
+    named = re.findall(r"`((?:fastkd|kernels|bench|tests|docs)/[\w./-]+)`", page.read_text("utf-8"))
+    assert [path for path in named if "NAME" not in path and not (ROOT / path).exists()] == []
+
+
+@each_page()
+def test_modules_that_are_named_exist(page: Path) -> None:
+    named = set(re.findall(r"-m ((?:bench|fastkd)[\w.]*\w)", page.read_text("utf-8")))
+    assert [name for name in named if importlib.util.find_spec(name) is None] == []
+
+
+@each_page()
+def test_commands_parse(page: Path) -> None:
+    """With the values that they show; METHOD and the like stand for a name."""
+    for command in commands(page):
+        match = re.match(r"(?:fastkd |.*-m fastkd\.)(run|plan|compare|glue|prepare)\b(.*)", command)
+        if match is None or not match[2].strip() or "--method NAME" in command:
+            continue
+        PARSERS[match[1]](shlex.split(match[2]))
+
+
+def test_the_python_of_the_readme_runs() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), flags=re.DOTALL)
+    assert len(code.splitlines()) == 5
+    names: dict[str, object] = {}
+    exec(code.replace("30522", "1000").replace("512", "64"), names)  # the same in a moment
+    student, W_s = names["student"], names["W_s"]
+    assert student.grad.shape == (64, 384) and W_s.grad.shape == (1000, 384)  # type: ignore[attr-defined]
+
+
+def test_the_task_file_of_the_docs_is_one(tmp_path: Path) -> None:
+    (text,) = [
+        block
+        for block in re.findall(r"```\n(.*?)```", (ROOT / "docs" / "glue.md").read_text("utf-8"), flags=re.DOTALL)
+        if "labels =" in block
+    ]
+    tomllib.loads(text)
+    (tmp_path / "mood.toml").write_text(text)
+    assert load_task(tmp_path / "mood.toml").labels == ("sad", "glad", "mad")
