@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from fastkd.data.batches import Batch, BatchStream, SpecialIds, pack_size, valid
 from fastkd.data.progress import Progress, Shown
 from fastkd.data.recipe import FIRST_TOKENS
 from fastkd.data.shards import Shards, build_shards, cache
+from fastkd.data.unknown import unknown_remark, unknown_share
 from fastkd.distributed import World, any_rank, barrier, on_main, smallest
 from fastkd.methods import Method
 from fastkd.models import float8, hf
@@ -250,11 +252,18 @@ def _tokenizer(config: RunConfig, teacher: hf.Loaded | None) -> tuple[EncoderCon
 def build_corpus(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, *, tokens: int | None, progress: Progress
 ) -> Shards:
-    """The corpus of a run, tokenised as far as ``tokens`` of its training split; None: all of it."""
-    return build_shards(
-        config.corpus, tokenizer, cache(), text_field=config.text_field, tokens=tokens, progress=progress,
+    """The corpus of a run, tokenised as far as ``tokens`` of its training split; None: all of it.
+
+    Raises:
+        ValueError: it cannot be read, or the tokenizer knows next to nothing of it.
+    """
+    build = partial(
+        build_shards, config.corpus, tokenizer, cache(), text_field=config.text_field, progress=progress,
         first_tokens=FIRST_TOKENS,
     )  # fmt: skip
+    first = build(tokens=1)
+    unknown_remark(unknown_share(first.first.documents()[0], tokenizer.unk_token_id))  # before more is tokenised
+    return first if tokens == 1 else build(tokens=tokens)
 
 
 def _shards(config: RunConfig, tokenizer: PreTrainedTokenizerBase, world: World) -> Shards:

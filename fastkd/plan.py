@@ -21,6 +21,7 @@ from fastkd import command, environment, profiler, quantities, terminal, waiting
 from fastkd.budget import Budget, BudgetTooSmall, Meter, StepCost, Totals
 from fastkd.config import Resolved, option, parse_with
 from fastkd.data.batches import Batch
+from fastkd.data.unknown import unknown_remark, unknown_share
 from fastkd.distributed import joined, mean, node_devices, on_main
 from fastkd.jsonl import finite
 from fastkd.loop import VALIDATION_SHARE
@@ -209,6 +210,7 @@ def _corpus(parts: Parts) -> dict[str, Any]:
         "unique_tokens": tokens,
         "is_complete": shards.is_complete,
         "held_out_tokens": shards.held_out_tokens,
+        "unknown_share": unknown_share(shards.first.documents()[0], parts.tokenizer.unk_token_id),
         "mean_sequence": parts.stream.mean_sequence,
         "seq_length": parts.config.seq_length,
     }
@@ -294,7 +296,8 @@ def render(plan: dict[str, Any], console: Console) -> None:
                              f"timed{load}: without them steps are faster"))  # fmt: skip
     for name, value in rows:
         console.print(f"{name:<17}{value}")
-    if warning := _short_sequences(plan["corpus"]):
+    corpus = plan["corpus"]
+    for warning in filter(None, (_short_sequences(corpus), unknown_remark(corpus["unknown_share"]))):
         console.print(f"warning: {warning}")
 
 

@@ -123,7 +123,7 @@ def test_workers_change_nothing_and_a_long_document_is_one(
 
 
 def test_a_dead_tokeniser_process_is_reported(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(RuntimeError, match=r"a tokeniser process died \(exit code 1\)"):
+    with pytest.raises(ValueError, match=r"a tokeniser process died \(exit code 1\)"):
         list(tokenise(["text"], "no tokenizer", workers=1))
 
 

@@ -228,7 +228,7 @@ def main() -> int:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     job = Job(**order["job"])
     try:
-        _check_commits(job)
+        _check_sources(job)
         build(job, parts=order["number"] + 1, trusted=order["number"])
     except Exception as error:  # whatever it is, the parent has one line to tell
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
@@ -237,13 +237,22 @@ def main() -> int:
     return 0
 
 
-def _check_commits(job: Job) -> None:
-    """Refuse to go on with a dataset that has changed on the hub since the corpus was begun."""
-    for begun, source in zip(job.recipe["sources"], sources(job.spec), strict=True):
-        if begun.get("commit") and source.identity() != begun:
-            raise ValueError(
-                f"{begun['hub']!r} changed on the hub since it was first read: name commit {begun['commit']}"
-            )
+def _check_sources(job: Job) -> None:
+    """Refuse to go on with a dataset or a file that has changed since the corpus was begun: no part would fit another."""
+    begun, now = job.recipe["sources"], sources(job.spec)
+    known = [before for before in begun if before.get("commit") != ""]  # the hub could not be asked for the others
+    changed = [
+        before for before, source in zip(begun, now, strict=False) if before in known and source.identity() != before
+    ]
+    if changed and "hub" in changed[0]:
+        raise ValueError(
+            f"{changed[0]['hub']!r} changed on the hub since it was first read: name commit {changed[0]['commit']}"
+        )
+    if changed or len(now) != len(begun):
+        raise ValueError(
+            f"a file of the corpus {' '.join(job.spec)!r} changed, came or went since it was first read: put all back as "
+            "they were, or begin a new run in another --output-dir"
+        )
 
 
 def _end_with_parent() -> None:

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
@@ -186,7 +187,7 @@ def shard_folder(spec: str | Sequence[str]) -> Path | None:
     specs = [spec] if isinstance(spec, str) else list(spec)
     folders = [Path(os.path.expanduser(part.strip())) for part in specs if part.strip()]
     given = [
-        folder for folder in folders if (folder / "part-00000" / "index.json").is_file() and not walk(folder).files
+        folder for folder in folders if os.path.isfile(folder / "part-00000" / "index.json") and not walk(folder).files
     ]
     if given and len(specs) > 1:
         raise ValueError(f"{str(given[0])!r} holds shards, which stand by themselves: give --corpus nothing beside it")
@@ -248,7 +249,8 @@ def _resolve(name: str, join: bool, found: Found | None, probes: int | None) -> 
     if name == "quickstart":
         resolved = [Quickstart()]
     elif found is not None:
-        resolved = [LocalFile(path, lines=join, probes=probes) for path in found.files]
+        files = [LocalFile(path, lines=join, probes=probes) for path in found.files]
+        resolved = [file for file in files if file.size]  # a size of 0 stands for one that is not known
     else:
         hub = HubDataset.parse(name)
         if hub is None or kind_of(name) or name.startswith((".", "/", "~")):
@@ -264,12 +266,20 @@ def _report_left_out(name: str) -> None:
     if name == "quickstart" or (found := find(name)) is None:
         return
     if found.hidden:
-        log.warning("corpus %r: left out what is hidden, %s", name, _listed([str(path) for path in found.hidden]))
+        _warn(f"corpus {name!r}: left out what is hidden, {_listed([path.name for path in found.hidden])}")
     size = [sum(path.lstat().st_size for path in paths) for paths in (found.files, found.others)]
     if size[1] > size[0]:
         kinds = sorted({path.suffix or path.name for path in found.others})
-        log.warning("corpus %r: most of its bytes are in %d files of kinds that fastkd does not read, %s",
-                    name, len(found.others), _listed(kinds))  # fmt: skip
+        _warn(
+            f"corpus {name!r}: most of its bytes, {len(found.others)} of its files, are of kinds that fastkd does not "
+            f"read, {_listed(kinds)}"
+        )
+
+
+@cache
+def _warn(message: str) -> None:
+    """Say it once, though a corpus is looked at several times."""
+    log.warning("%s", message)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -32,7 +32,10 @@ class RowGroup:
         import pyarrow.parquet
 
         row = self.first
-        with _parquet(self.path), pyarrow.parquet.ParquetFile(self.path, metadata=self.footer) as file:
+        with (
+            _parquet(self.path, f" (row group {self.number})"),
+            pyarrow.parquet.ParquetFile(self.path, metadata=self.footer) as file,
+        ):
             columns = file.schema_arrow.names
             if text_field not in columns:
                 raise ValueError(f"{self.path}: no column {text_field!r}; it has {columns}: name one with --text-field")
@@ -61,15 +64,19 @@ def row_groups(path: Path, size: int) -> list[RowGroup]:
 
 
 @contextmanager
-def _parquet(path: Path) -> Iterator[None]:
+def _parquet(path: Path, where: str = "") -> Iterator[None]:
     import pyarrow
 
-    try:
-        with readable(path):
+    with readable(path):
+        try:
             yield
-    except pyarrow.ArrowException as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"corpus file {str(path)!r} is not a readable parquet file: {reason}") from error
+        except (pyarrow.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the system's; pyarrow's own have no number
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"corpus file {str(path)!r} is not a readable parquet file{where}: {reason}: copy it again"
+            ) from error
 
 
 def values(column: Any, where: str, first: int) -> list[Any]:

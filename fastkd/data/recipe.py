@@ -5,9 +5,8 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import Tokenizer
-
 from fastkd.data.corpus import sources
+from fastkd.data.tokenise import serialise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,18 +57,8 @@ def part_tokens(recipe: Recipe, number: int) -> int:
     return int(min(recipe["first_tokens"] << number, max(MOST_TOKENS, recipe["first_tokens"])))
 
 
-def backend(tokenizer: "PreTrainedTokenizerBase") -> Tokenizer:
-    """The Rust tokenizer behind one of transformers. Raises ``ValueError`` where there is none."""
-    found = getattr(tokenizer, "backend_tokenizer", None)
-    if not isinstance(found, Tokenizer):
-        raise ValueError(
-            f"{type(tokenizer).__name__} has no Rust tokenizer behind it: take a model folder with a tokenizer.json"
-        )
-    return found
-
-
 def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Sha256 of all that decides which ids a text becomes: vocabulary, normaliser, pre-tokeniser, added tokens."""
-    parts = json.loads(backend(tokenizer).to_str())
+    parts = json.loads(serialise(tokenizer))
     deciding = {name: parts[name] for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()

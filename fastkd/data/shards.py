@@ -22,6 +22,7 @@ from fastkd.data.corpus import check, shard_folder
 from fastkd.data.part import SPLITS, Part, part_folder
 from fastkd.data.progress import Progress
 from fastkd.data.recipe import FIRST_TOKENS, Recipe, tokenizer_hash
+from fastkd.data.tokenise import backend, serialise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -222,10 +223,9 @@ def build_shards(
     )
     root = Path(folder).expanduser()
     corpus = _built_before(root, recipe) or root / recipes.key(recipe)
-    backend = recipes.backend(tokenizer)
-    vocab_size = max(backend.get_vocab().values()) + 1
+    vocab_size = max(backend(tokenizer).get_vocab().values()) + 1
     specs = [spec] if isinstance(spec, str) else list(spec)
-    job = Job(str(corpus), specs, backend.to_str(), vocab_size, recipe, workers)
+    job = Job(str(corpus), specs, serialise(tokenizer), vocab_size, recipe, workers)
     if not _has(corpus, tokens):  # a finished cache may be shared read-only: no lock is taken
         if load(corpus, 0) is None:
             check(spec, text_field=text_field)

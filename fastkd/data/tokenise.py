@@ -6,6 +6,7 @@ in a third of a second and works from a notebook, a script without a main guard,
 """
 
 import hashlib
+import json
 import os
 import pickle
 import queue
@@ -18,12 +19,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, islice
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 CHUNK_CHARACTERS = 2**21  # of text handed to a worker at once, about half a second of work
 PIECE_CHARACTERS = 2**20  # a longer document is tokenised in pieces: an encoding takes 50 times its text's memory
+ROLES = ("cls_token", "sep_token", "mask_token", "pad_token", "unk_token")  # that a text cannot hold, only spell
+NO_TEXT = "\ufffe\uffff"  # no characters: what begins with them is in no text
 SMALL_CHUNKS = 8  # a corpus of at most so many chunks is not worth starting processes for
 
 
@@ -45,7 +52,7 @@ def tokenise(documents: Iterable[str], tokenizer_json: str, *, workers: int | No
         workers: processes; None takes one per CPU of this process for more than about 16 MB of text, else none.
 
     Raises:
-        RuntimeError: a worker died.
+        ValueError: a worker died.
     """
     chunks = _chunks(documents)
     first = list(islice(chunks, SMALL_CHUNKS + 1))
@@ -57,8 +64,45 @@ def tokenise(documents: Iterable[str], tokenizer_json: str, *, workers: int | No
     return _in_processes(chain(first, chunks), tokenizer_json, workers)
 
 
+def backend(tokenizer: "PreTrainedTokenizerBase") -> Tokenizer:
+    """The Rust tokenizer behind one of transformers. Raises ``ValueError`` where there is none."""
+    found = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(found, Tokenizer):
+        raise ValueError(
+            f"{type(tokenizer).__name__} has no Rust tokenizer behind it: take a model folder with a tokenizer.json"
+        )
+    return found
+
+
+def serialise(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """A tokenizer of transformers for ``load``: tokens with one of the ``ROLES`` are to be only words of a text.
+
+    Every other added token, such as the [E1] of a text about entities, has its own id there.
+
+    Raises:
+        ValueError: it has no Rust backend.
+    """
+    parts = json.loads(backend(tokenizer).to_str())
+    names = {str(getattr(tokenizer, role)) for role in ROLES if getattr(tokenizer, role, None)}
+    if names:
+        for token in parts["added_tokens"]:
+            token["special"] = token["content"] in names
+    if parts["model"]["type"] == "Unigram":
+        _hide(parts, names - {str(getattr(tokenizer, "unk_token", None))})
+    return json.dumps(parts, sort_keys=True)
+
+
+def _hide(parts: dict[str, Any], names: set[str]) -> None:
+    """Rename pieces that a Unigram model would find in a text that spells them: they cost it nothing."""
+    pieces = [[NO_TEXT + piece if piece in names else piece, score] for piece, score in parts["model"]["vocab"]]
+    parts["model"]["vocab"] = pieces
+    for token in parts["added_tokens"]:
+        if token["content"] in names:
+            token["content"] = NO_TEXT + token["content"]
+
+
 def load(tokenizer_json: str) -> Tokenizer:
-    """Deserialise a tokenizer that takes text as it is: nothing cut or padded, "[MASK]" in a text only a word."""
+    """Deserialise a tokenizer that takes text as it is: nothing cut or padded, "[MASK]" in a text is only a word."""
     tokenizer = Tokenizer.from_str(tokenizer_json)
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -114,15 +158,25 @@ class _Worker:
             [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
         )  # fmt: skip
-        self._send(tokenizer_json)
+        self._tokenizer_json: str | None = tokenizer_json  # until it is sent
 
     def __call__(self, chunk: list[str]) -> Tokens:
         assert self._process.stdout is not None
         try:
+            if self._tokenizer_json is not None:
+                self._send(self._tokenizer_json)
+                self._tokenizer_json = None
             self._send(chunk)
             return Tokens(*pickle.load(self._process.stdout))
         except (OSError, EOFError, pickle.UnpicklingError) as error:
-            raise RuntimeError(f"a tokeniser process died (exit code {self._process.wait()})") from error
+            raise ValueError(self._death()) from error
+
+    def _death(self) -> str:
+        code = self._process.wait()
+        if code >= 0:
+            return f"a tokeniser process died (exit code {code}): what it printed says why"
+        memory = ", as the system does when memory runs out: free some" if -code == signal.SIGKILL else ""
+        return f"a tokeniser process was ended by signal {-code}{memory}; the same command again goes on"
 
     def _send(self, message: object) -> None:
         assert self._process.stdin is not None
