@@ -9,6 +9,7 @@ from itertools import islice
 
 import hub as test_hub
 import hub_contents
+import pyarrow
 import pytest
 
 from fastkd.data import hub_requests, remote_parquet
@@ -18,7 +19,8 @@ CARD = hub_contents.card("small")
 
 
 def parquet(texts: Sequence[str | None], rows: int = 3) -> bytes:
-    return hub_contents.parquet({"id": list(range(len(texts))), "text": texts}, rows)
+    columns = {"id": pyarrow.array(range(len(texts)), "int64"), "text": pyarrow.array(texts, "string")}
+    return hub_contents.parquet(columns, rows)
 
 
 def files(count: int) -> dict[str, bytes]:
@@ -52,6 +54,11 @@ def test_row_groups_are_units_in_an_order_that_is_a_sample(hub: test_hub.Hub) ->
     first = [int(text.split()[1]) for text in texts[:90]]  # of ten files' rows: from many files, all over the dataset
     assert len(set(first)) > 10 and min(first) < 10 and max(first) >= 30
     assert source.identity()["commit"] == hub.repositories["datasets", "units/wiki"].branches["main"]
+
+
+def test_a_file_without_rows_has_no_text(hub: test_hub.Hub) -> None:
+    hub.add("datasets", "units/empty", files(2) | {"small/train-00009-of-00002.parquet": parquet([])})
+    assert len(documents("units/empty")) == 18
 
 
 def test_units_that_are_skipped_are_not_read(hub: test_hub.Hub) -> None:
