@@ -45,7 +45,7 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 BFLOAT16_STREAM = "--residual bfloat16 needs --dtype bfloat16: the products of a float32 run would round their inputs"
 # Options that change what is shown or where it lies, not what is trained: no part of a run's name.
-PRESENTATION = ("output_dir", "log_to", "log_every", "trace")
+PRESENTATION = ("output_dir", "push_to_hub", "log_to", "log_every", "trace")
 BUDGETS = ("budget_gpu_hours", "budget_flops", "budget_tokens")
 FREE_TO_CHANGE = (*PRESENTATION, "checkpoint_minutes")  # when a run goes on
 
@@ -122,6 +122,10 @@ class RunConfig:
     )
     replay: str | None = option(
         None, "ledger.jsonl of a finished run: take each step's progress from it instead of the clock"
+    )
+    push_to_hub: str | None = option(
+        None,
+        "at the end, push the student to the Hugging Face hub as NAME or OWNER/NAME; a finished run is pushed again",
     )
     log_to: list[str] = option([], "also log to tensorboard, wandb or trackio")
     log_every: int = option(10, "steps between lines of metrics.jsonl")

@@ -4,7 +4,7 @@ import importlib.util
 import json
 import os
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 # Before anything imports torch or triton: two xdist workers share two cores, and a kernel that is decorated
@@ -14,6 +14,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+import hub as test_hub
+import hub_environment
 import pytest
 import torch
 from filelock import FileLock
@@ -89,6 +91,32 @@ def shard_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "inductor"
     )  # what a killed compiler left elsewhere is not loaded
     return folder
+
+
+@pytest.fixture(scope="session")
+def running_hub() -> Iterator[test_hub.Hub]:
+    """The hub of the tests, answering."""
+    yield hub_environment.HUB.start()
+    hub_environment.HUB.stop()
+
+
+@pytest.fixture
+def hub(running_hub: test_hub.Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> test_hub.Hub:
+    """An empty hub, which this process and those that it starts may ask."""
+    running_hub.reset()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    return running_hub
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds of every wait in this process, none of which is waited."""
+    seconds: list[float] = []
+    monkeypatch.setattr("time.sleep", seconds.append)
+    return seconds
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ from fastkd.data.packing import Packer
 from fastkd.data.shards import BuildingFailed, Shards, build_shards, cache
 from fastkd.data.text import Text
 from fastkd.models import hf
+from fastkd.run_folder import read_run
 
 SPECIAL = SpecialIds(cls=0, sep=1, mask=2, pad=3, all_special=frozenset({0, 1, 2, 3, 4}))
 WORDS, FIRST = 40_000, 3_000
@@ -302,20 +303,20 @@ def test_a_part_of_much_shorter_documents_keeps_the_static_shape_and_every_token
 
 # ---- whole runs -------------------------------------------------------------------------------------------------
 
-RUN_FIRST = 28_000  # tokens of part 0: more than a plan measures
+RUN_FIRST = 12_000  # tokens of part 0: more than a plan measures
 
 
 @pytest.fixture(scope="module")
 def options(made_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A scratch run that reads three parts."""
+    """A scratch run that reads two parts of a corpus of four."""
     sentences = [sentence for text in texts() for sentence in text.split(". ")]
     path = tmp_path_factory.mktemp("runs") / "text.txt"
     draw = random.Random(0)
-    path.write_text("\n\n".join(". ".join(draw.choices(sentences, k=12)) for _ in range(1_200)))
+    path.write_text("\n\n".join(". ".join(draw.choices(sentences, k=12)) for _ in range(600)))
     return [
         *("--preset", "quickstart", "--method", "mlm", "--tokenizer", str(made_teacher), "--corpus", str(path)),
-        *("--student", "1L-24H-2A", "--dtype", "float32", "--seq-length", "32", "--batch-tokens", "1024"),
-        *("--budget-tokens", "100000", "--validations", "0", "--checkpoint-minutes", "0"),
+        *("--student", "1L-24H-2A", "--dtype", "float32", "--seq-length", "32", "--batch-tokens", "512"),
+        *("--budget-tokens", "30000", "--validations", "0"),
     ]
 
 
@@ -342,11 +343,10 @@ def assert_same_student(one: Path, other: Path) -> None:
 
 def test_a_run_reads_several_parts_and_builds_no_more(finished: Path, options: list[str]) -> None:
     there = sorted(path.name for path in corpus_of(options).folder.glob("part-*"))
-    assert there == ["part-00000", "part-00001", "part-00002"]
+    assert there == ["part-00000", "part-00001"]
     plan = json.loads((finished / "plan.json").read_text())["corpus"]
-    assert not plan["is_complete"] and plan["held_out_tokens"] > 1_000
-    ledger = [json.loads(line) for line in (finished / "ledger.jsonl").read_text().splitlines()]
-    assert 0.2 < ledger[-1]["epoch"] < 0.9 if "epoch" in ledger[-1] else True
+    assert not plan["is_complete"] and plan["held_out_tokens"] > 500
+    assert 0.1 < read_run(finished).steps[-1]["epoch"] < 0.9
 
 
 def test_a_run_whose_text_cannot_be_written_is_saved_and_goes_on(
@@ -385,10 +385,20 @@ def test_a_run_that_is_killed_in_a_later_part_goes_on_with_the_same_bits(
 ) -> None:
     folder = tmp_path / "run"
     cached = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    command = [sys.executable, "-c", KILLED, str(RUN_FIRST), *options, "--output-dir", str(folder)]
+    command = [
+        sys.executable,
+        "-c",
+        KILLED,
+        str(RUN_FIRST),
+        *options,
+        "--output-dir",
+        str(folder),
+        "--checkpoint-minutes",
+        "0",
+    ]
     process = subprocess.Popen(command, env=cached, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     ledger = folder / "ledger.jsonl"
-    while not ledger.exists() or ledger.read_text().count('"lr"') < 40:
+    while not ledger.exists() or ledger.read_text().count('"lr"') < 30:
         assert process.poll() is None
     process.kill()
     process.wait()
@@ -404,7 +414,7 @@ def test_what_was_prepared_is_found_by_a_run(
     monkeypatch.setattr(parts, "FIRST_TOKENS", RUN_FIRST)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     given = options[: options.index("--budget-tokens")]
-    assert prepare.main([*given, "--tokens", "60000"]) == 0
+    assert prepare.main([*given, "--tokens", "20000"]) == 0
     said = capsys.readouterr().out
     shards = corpus_of(options)
     assert str(shards.folder) in said and len(list(shards.folder.glob("part-*"))) == 2
