@@ -2,6 +2,7 @@
 
 import contextlib
 import filecmp
+import io
 import itertools
 import json
 import os
@@ -9,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_model import texts
+from rich.console import Console
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -24,6 +27,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from fastkd import parts, prepare, run
 from fastkd.data.batches import BatchStream, SpecialIds, pack_size
 from fastkd.data.packing import Packer
+from fastkd.data.progress import Shown
 from fastkd.data.shards import BuildingFailed, Shards, build_shards, cache
 from fastkd.data.text import Text
 from fastkd.models import hf
@@ -429,3 +433,13 @@ def test_a_cache_that_is_no_absolute_path_counts_as_not_set(
     monkeypatch.setenv("XDG_CACHE_HOME", value)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache() == tmp_path / ".cache" / "fastkd"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_tells_documents_speed_share_and_time_left(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    written, clock = io.StringIO(), itertools.count(step=11.0)
+    monkeypatch.setattr(time, "monotonic", clock.__next__)
+    with Shown(Console(file=written, force_terminal=terminal, width=140), wanted=4_000_000) as progress:
+        progress.advance(1_000, 1_000_000, share=0.1)
+        progress.advance(500, 1_000_000, share=0.2)
+    assert "1,500 documents, 2.0 M tokens, 0.09 M tokens/s, 50%, 22 s left" in written.getvalue()
