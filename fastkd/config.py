@@ -70,7 +70,8 @@ class RunConfig:
     student: str = option("3L-384H-12A", "layers, width, heads and optionally intermediate width: 6L-768H-12A[-3072I]")
     corpus: list[str] = option(
         ["quickstart"],
-        "hub datasets (id[:config[:split]]), or text, jsonl, parquet files and globs (.gz too), or one folder of shards",
+        "hub datasets (id[:config[:split]]), or text, jsonl, parquet files and globs (.gz too), or one folder of shards; "
+        "+join at a name's end joins its rows into running text",
     )
     unique_tokens: int | None = option(None, "use only so many tokens of the corpus, in whole documents")
     text_field: str = option("text", "field or column that holds a document in jsonl, parquet and hub datasets")

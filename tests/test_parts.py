@@ -12,11 +12,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_model import texts
@@ -170,21 +172,13 @@ def test_a_given_folder_of_some_parts_is_all_there_is(
     assert stream(taken).epoch_of(100) > 1.2 and read(stream(taken), range(99, 100))
 
 
-def obstructed(shards: Shards) -> Path:
-    """A pipe in the place of a corpus's file: whoever reads it waits for ever."""
-    (part,) = shards.folder.parent.glob("*.jsonl")
-    part.unlink()
-    os.mkfifo(part)
-    return part
-
-
 @pytest.fixture
-def waiting(corpus: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Shards:
-    """Shards whose part 0 is there, and whose text cannot be read any further."""
+def waiting(corpus: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Iterator[Shards]:
+    """Shards whose part 0 is there, and whose builders wait for a lock that is held here."""
     (tmp_path / "b.jsonl").write_bytes((corpus / "b.jsonl").read_bytes())
     shards = build_shards(str(tmp_path / "b.jsonl"), tokenizer, tmp_path, first_tokens=FIRST, tokens=1)
-    obstructed(shards)
-    return shards
+    with FileLock(shards.folder.with_name(f"{shards.folder.name}.lock")):
+        yield shards
 
 
 def builders(shards: Shards, parent: int | None = None) -> list[int]:
@@ -215,7 +209,11 @@ def test_a_builder_that_is_killed_is_told_when_its_part_is_needed(waiting: Shard
 
 
 def test_what_a_builder_fails_of_is_one_line(waiting: Shards) -> None:
-    next(waiting.folder.parent.glob("*.jsonl")).unlink()
+    (text,) = waiting.folder.parent.glob("*.jsonl")
+    text.write_text(text.read_text().replace("w", "v", 1))
+    with pytest.raises(BuildingFailed, match=r"^a file of the corpus '.*b\.jsonl' changed, came or went since"):
+        waiting.part(1)
+    text.unlink()
     with pytest.raises(BuildingFailed, match=r"^corpus file '.*b\.jsonl' does not exist: give an existing path"):
         waiting.part(1)
 
@@ -237,7 +235,7 @@ def test_a_builder_ends_with_its_parent(waiting: Shards, tokenizer: PreTrainedTo
         "folder": str(waiting.folder), "spec": [str(next(waiting.folder.parent.glob("*.jsonl")))],
         "tokenizer_json": tokenizer.backend_tokenizer.to_str(), "vocab_size": WORDS, "recipe": waiting.first.recipe,
     }  # fmt: skip
-    job["tokenizer_json"] = "{}"  # never read: the text is waited for before
+    job["tokenizer_json"] = "{}"  # never read: the lock is waited for before
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, json.dumps(job)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
