@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import made_model
 import pytest
 from safetensors.torch import load_file
 
@@ -35,8 +36,11 @@ NO_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.comp
 def test_two_ranks_equal_one_with_twice_the_micro_batch(
     method: str, compile: str, small: list[str], tmp_path: Path
 ) -> None:
-    """And where each rank compiles its layers, which one rank alone would compile as one graph."""
-    options = [*small, "--method", method, "--budget-tokens", "8500"]
+    """And where each rank compiles its layers, which one rank alone would compile as one graph; on a text of which some
+    packs have less to predict than others."""
+    (tmp_path / "scarce.txt").write_text(made_model.scarce(made_model.texts(100)))
+    options = [*small, "--method", method, "--budget-tokens", "8500", "--corpus", str(tmp_path / "scarce.txt")]
+    options += ["--mask-rate", "0.6"]
     alone = ["--micro-batch", "1024", "--compile", "false", "--output-dir", str(tmp_path / "one")]
     assert run.main([*options, *alone]) == 0
     argv = torchrun(*options, "--micro-batch", "512", "--compile", compile, "--output-dir", str(tmp_path / "two"))
@@ -48,6 +52,7 @@ def test_two_ranks_equal_one_with_twice_the_micro_batch(
     assert len(alone) == len(together)
     for a, b in zip(alone, together, strict=True):
         assert a["flops"] == b["flops"] and a["tokens"] == b["tokens"] and a["progress"] == b["progress"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
     seconds = sum(sum(line["phase_s"].values()) for line in together)
     events = sum(
         x["seconds"]
