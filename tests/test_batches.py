@@ -441,6 +441,28 @@ def test_a_corpus_smaller_than_a_pack_repeats_inside_it(tmp_path: Path, quicksta
     assert held_out.real_tokens > PACK - 5
 
 
+def test_an_id_that_no_token_has_is_never_put_in(tmp_path: Path) -> None:
+    names = ("cls", "sep", "mask", "pad", "unk")
+    words = {f"[{name.upper()}]": i for i, name in enumerate(names)} | {f"w{i}": 10 * i for i in range(1, 40)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, **{f"{name}_token": f"[{name.upper()}]" for name in names}
+    )
+    special = SpecialIds.of(tokenizer)
+    assert special.absent == set(range(390)) - set(words.values())
+    texts = [" ".join(f"w{i % 39 + 1}" for i in range(first, 5_000)) for first in range(4)]
+    (tmp_path / "a.txt").write_text("\n\n".join(texts))
+    batches = BatchStream(
+        build_shards(str(tmp_path / "a.txt"), tokenizer, tmp_path / "shards"), special,
+        batch_tokens=4 * PACK, micro_tokens=4 * PACK, mask_rate=0.5, seed=1, device="cpu",
+    )  # fmt: skip
+    (batch,) = batches.step(0)
+    hidden, plain = batch.masked_ids[batch.predicted], batch.input_ids[batch.predicted]
+    other = set(hidden[(hidden != special.mask) & (hidden != plain)].tolist())
+    assert other == {10 * i for i in range(1, 40)}
+
+
 def test_the_special_ids_are_those_of_the_tokenizer(quickstart_teacher: Path) -> None:
     special = SpecialIds.of(AutoTokenizer.from_pretrained(quickstart_teacher))
     assert special == SpecialIds(cls=101, sep=102, mask=103, pad=0, all_special=frozenset({0, 100, 101, 102, 103}))

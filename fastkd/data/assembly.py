@@ -24,6 +24,7 @@ class SpecialIds:
     mask: int
     pad: int
     all_special: frozenset[int]
+    absent: frozenset[int] = frozenset()  # gaps: ids below the largest that are no token's
 
     @classmethod
     def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "SpecialIds":
@@ -32,7 +33,9 @@ class SpecialIds:
         missing = [name for name, token in ids.items() if token is None]
         if missing:
             raise ValueError(f"the tokenizer has no {', '.join(missing)} token: take that of a BERT or RoBERTa")
-        return cls(**ids, all_special=frozenset(tokenizer.all_special_ids))
+        used = frozenset(tokenizer.get_vocab().values()) | frozenset(tokenizer.all_special_ids)
+        absent = frozenset(range(max(used) + 1)) - used
+        return cls(**ids, all_special=frozenset(tokenizer.all_special_ids), absent=absent)
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,8 @@ class BatchStream:
         self._packs_per_step, self._rank, self._world = batch_tokens // self._pack_tokens, rank, world
         self._masked_per_pack = round(mask_rate * self._pack_tokens)
         self._plain = Assembler(self._packer, special, seed, micro_tokens // self._pack_tokens)
-        self._mask = Masker(shards.vocab_size, special.all_special, special.mask, self._masked_per_pack, self._device)
+        never = special.all_special | special.absent
+        self._mask = Masker(shards.vocab_size, never, special.mask, self._masked_per_pack, self._device)
 
     @property
     def unique_tokens(self) -> int:
