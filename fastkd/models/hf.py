@@ -30,6 +30,7 @@ from transformers import (
     XLMRobertaModel,
 )
 from transformers import logging as hf_logging
+from transformers.utils import cached_file
 
 from fastkd import atomic
 from fastkd.models import parameter_names, weights
@@ -66,10 +67,9 @@ def load(source: str | Path, *, device: torch.device | str = "cpu", sha256: str 
     encoder has an MLM head only where the checkpoint holds one. Raises ValueError where the source cannot be
     read, is of another family, holds NaN, or, with ``sha256`` given, where its model.safetensors has another digest.
     """
-    where, hf_config, config = _described(source)
-    digest = weights.digest(Path(where), sha256) if Path(where).is_dir() else None
-    revision = None if digest else getattr(hf_config, "_commit_hash", None)
-    tokenizer = _tokenizer(where, hf_config)
+    where, revision, hf_config, config = _described(source)
+    digest = weights.digest(Path(where), sha256) if revision is None else None
+    tokenizer = _tokenizer(where, revision)
     with _readable(source):
         # Neither class nor attention is left to config.json: no code out of a model folder runs, none is missing.
         model, found = CLASSES[config.family][1].from_pretrained(
@@ -84,27 +84,28 @@ def load(source: str | Path, *, device: torch.device | str = "cpu", sha256: str 
 
 def shape(source: str | Path) -> tuple[EncoderConfig, PreTrainedTokenizerBase]:
     """The configuration and tokenizer of what ``load`` would load; weights are not read. Raises as ``load``."""
-    where, hf_config, config = _described(source)
-    return config, _tokenizer(where, hf_config)
+    where, revision, _, config = _described(source)
+    return config, _tokenizer(where, revision)
 
 
-def _described(source: str | Path) -> tuple[str, PreTrainedConfig, EncoderConfig]:
-    """Where a model is and what its config.json says."""
-    where = _resolve(source)
+def _described(source: str | Path) -> tuple[str, str | None, PreTrainedConfig, EncoderConfig]:
+    """Where a model is, on the hub its commit of now, of which all else is read, and what its config.json says."""
+    where, revision = _resolve(source), None
     with _readable(source):
-        found, _ = PreTrainedConfig.get_config_dict(where)
+        if not Path(where).is_dir():
+            revision = Path(str(cached_file(where, "config.json"))).parent.name  # …/snapshots/COMMIT/config.json
+        found, _ = PreTrainedConfig.get_config_dict(where, revision=revision or "main")
         named = found.get("model_type")
         hf_config = (CLASSES[named][0] if named in CLASSES else PreTrainedConfig).from_dict(found)
     try:
-        return where, hf_config, from_hf(hf_config)
+        return where, revision, hf_config, from_hf(hf_config)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _tokenizer(where: str, hf_config: PreTrainedConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of the same commit as the configuration."""
+def _tokenizer(where: str, revision: str | None) -> PreTrainedTokenizerBase:
     with _quiet():
-        return tokenizers.load(where, revision=getattr(hf_config, "_commit_hash", None) or "main")
+        return tokenizers.load(where, revision=revision or "main")
 
 
 @contextlib.contextmanager
