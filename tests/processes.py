@@ -21,7 +21,9 @@ from multiprocessing import connection, reduction
 from typing import IO, Any
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["fastkd.run", "fastkd.compare", "fastkd.report", "fastkd.glue.finetune"])
+FORKS.set_forkserver_preload(
+    ["fastkd.run", "fastkd.compare", "fastkd.report", "fastkd.glue.finetune", "torch.distributed.run"]
+)
 
 
 class _Descriptor:

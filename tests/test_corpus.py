@@ -2,31 +2,18 @@
 
 import gzip
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hub_server import serve
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fastkd.data.corpus import check, documents
 
 DOCUMENTS = ["The first document,\nof two lines.", "Łódź, naïve 東京 🙂", "A third."]
-
-READ = """
-import sys
-from fastkd.data.corpus import documents
-for spec in sys.argv[1:]:
-    try:
-        print(list(documents(spec)))
-    except ValueError as error:
-        print(error)
-"""
 
 
 def write_text(path: Path, texts: list[str]) -> Path:
@@ -170,44 +157,3 @@ def test_an_unreachable_hub_names_what_needs_none() -> None:
         ValueError, match=r"cannot read corpus 'some/data' from the hub .*--preset quickstart.*local path"
     ):
         check("some/data:config:train")
-
-
-def read(address: str, home: Path, *specs: str) -> subprocess.CompletedProcess[str]:
-    """Print the documents of hub datasets, or what is wrong with them, a line each."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address, "HF_HOME": str(home / "home")}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    return subprocess.run([sys.executable, "-c", READ, *specs], env=environment, capture_output=True, text=True)
-
-
-def test_hub_datasets_stream_from_a_hub(tmp_path: Path) -> None:
-    """A server on this machine that speaks the hub's protocol; ``datasets`` reads the address when it is imported."""
-    repository = tmp_path / "repository"
-    repository.mkdir()
-    write_parquet(repository / "train-0.parquet", "text", ["one", " ", None])
-    write_parquet(repository / "train-1.parquet", "text", ["two", "three"])
-    (repository / "README.md").write_text(
-        "---\nconfigs:\n- config_name: small\n  data_files:\n  - split: train\n    path: train-*.parquet\n---\n"
-    )
-    specs = [
-        "some/data",
-        "some/data:small",
-        "some/data@main:small:train",
-        "some/data:big",
-        "some/data::test",
-        "no/data",
-    ]
-    with serve("some/data", repository) as address:
-        result = read(address, tmp_path, *specs)
-    lines = result.stdout.splitlines()
-    assert lines[:3] == ["['one', 'two', 'three']"] * 3, result.stderr
-    assert lines[3] == "corpus 'some/data': BuilderConfig 'big' not found. Available: ['small']"
-    assert lines[4] == "corpus 'some/data': Bad split: test. Available splits: ['train']"
-    assert "neither a file here nor a dataset on the hub" in lines[5]
-    assert len(lines) == len(specs)
-
-
-def test_a_dataset_behind_a_script_is_pointed_to_its_parquet_copy(tmp_path: Path) -> None:
-    (tmp_path / "repository").mkdir()
-    (tmp_path / "repository" / "data.py").write_text("raise SystemExit")
-    with serve("some/data", tmp_path / "repository") as address:
-        assert "some/data@refs/convert/parquet" in read(address, tmp_path, "some/data").stdout

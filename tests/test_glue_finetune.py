@@ -1,6 +1,7 @@
 """Fine-tuning on GLUE: what is learnt, what is cut and regrouped, and the command as users type it."""
 
 import dataclasses
+import itertools
 import json
 import os
 import select
@@ -16,6 +17,9 @@ import numpy as np
 import processes
 import pytest
 import torch
+from hub import Hub
+from hub_contents import card, parquet
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
@@ -34,6 +38,7 @@ from fastkd.glue.encoded import EncodedTask, LengthGroupedBatches, Split, collat
 from fastkd.glue.evaluation import evaluate
 from fastkd.glue.finetune import Job, check_model, finetune, load_classifier, predict, training_arguments
 from fastkd.glue.protocol import HEADLINE, PAPER, Protocol
+from fastkd.glue.rows import read_rows
 from fastkd.glue.scores import choose, markdown, to_json, update_card
 from fastkd.glue.submission import write_submission
 from fastkd.glue.tasks import TASKS
@@ -367,16 +372,30 @@ def test_a_cards_section_is_put_once_and_replaced(tmp_path: Path) -> None:
 # --- the command
 
 
-def test_a_run_is_scored_once(run_folder: Path, tmp_path: Path) -> None:
+def put_on_hub(hub: Hub, data: Path, *tasks: str) -> None:
+    """The rows of official files, in the hub's layout."""
+    splits = {"train": "train", "dev": "validation"}
+    files = {}
+    for task, (split, name) in itertools.product(map(TASKS.__getitem__, tasks), splits.items()):
+        rows = read_rows(task, split, data)
+        columns = dict(zip(task.texts, rows.texts, strict=True)) | {"label": rows.labels, "idx": range(len(rows))}
+        files[f"{task.name}/{name}-00000-of-00001.parquet"] = parquet(columns)
+    hub.add("datasets", "nyu-mll/glue", {"README.md": card(*tasks, splits=tuple(splits.values())), **files})
+
+
+def test_a_run_is_scored_once(run_folder: Path, tmp_path: Path, hub: Hub) -> None:
     data = write_rte(write_sst2(tmp_path / "data"))
     options = (run_folder, "--data", data, "--seeds", 2, "--predict-test", "--tasks", "sst2", "--train-rows", "32")
     first = glue(*options)
     assert (first.returncode, first.stderr) == (0, ""), first.stderr
     scores = json.loads((run_folder / "glue.json").read_text())
     assert set(scores) == {"sst2"} and scores["sst2"]["accuracy"]["seeds"] == [0, 1]
-    card = (run_folder / "final" / "README.md").read_text()
-    assert card.startswith("---\nlicense") and "fixed random subset of 32 rows" in card
-    assert "fine-tuned on NLI and paraphrase pairs" in card
+    text = (run_folder / "final" / "README.md").read_text()
+    assert text.startswith("---\nlicense") and "fixed random subset of 32 rows" in text
+    assert "fine-tuned on NLI and paraphrase pairs" in text
+    result = (ModelCard(text).data.eval_results or [])[0]
+    assert (result.dataset_type, result.dataset_config, result.metric_type) == ("nyu-mll/glue", "sst2", "accuracy")
+    assert result.metric_value == pytest.approx(scores["sst2"]["accuracy"]["mean"] / 100, abs=1e-5)
     event = json.loads((run_folder / "ledger.jsonl").read_text().splitlines()[-1])
     assert event["event"] == "glue" and event["charged"] is False and event["seconds"] > 0
     assert (event["task"], event["seed"]) == ("sst2", 1), "a line for each fine-tuning: a kill loses none that finished"
@@ -391,10 +410,21 @@ def test_a_run_is_scored_once(run_folder: Path, tmp_path: Path) -> None:
     assert snapshot(run_folder) == before
 
     log: list[str] = []
-    evaluate(run_folder, data=data, seeds=2, train_rows={"sst2": 32}, output_dir=run_folder, log=log.append)
+    put_on_hub(hub, data, "sst2", "rte")
+    evaluate(
+        run_folder,
+        data=None,
+        tasks=["sst2", "rte"],
+        seeds=2,
+        train_rows={"sst2": 32},
+        output_dir=run_folder,
+        log=log.append,
+    )
     assert "4 fine-tunings, 2 of them finished before" in log[1]
     assert set(json.loads((run_folder / "glue.json").read_text())) == {"sst2", "rte"}
-    assert (run_folder / "final" / "README.md").read_text().count("## GLUE") == 1
+    text = (run_folder / "final" / "README.md").read_text()
+    assert text.count("## GLUE") == 1
+    assert [result.dataset_config for result in ModelCard(text).data.eval_results or []] == ["sst2", "rte"]
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

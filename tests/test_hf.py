@@ -136,8 +136,8 @@ def test_quickstart_teacher_is_verified(quickstart_teacher: Path, tmp_path: Path
         load(broken, sha256=digest)
 
 
-def test_student_spec(tokenizer: PreTrainedTokenizerFast) -> None:
-    like = encoder_of(roberta).config
+def test_student_spec() -> None:
+    like, tokenizer = encoder_of(roberta).config, word_tokenizer(("cls", "pad", "unk", "sep", "mask"))
     short, full = (student_config(spec, like, tokenizer) for spec in ("2L-64H-4A", "2L-64H-4A-100I"))
     assert short == replace(like, num_layers=2, hidden_size=64, num_heads=4, intermediate_size=256)
     assert full == replace(short, intermediate_size=100)

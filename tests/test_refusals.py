@@ -81,6 +81,15 @@ def test_an_empty_corpus(small: list[str], tmp_path: Path, capsys) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_corpus_that_the_tokenizer_does_not_know(small: list[str], tmp_path: Path, capsys) -> None:
+    """Every word is [UNK], which a student learns to predict at a loss of 0."""
+    runes = tmp_path / "runes.txt"
+    runes.write_text("\n\n".join("ᚠᚢᚦ ᚨᚱᚲ " * count for count in range(1, 200)))
+    error = refused([*small, "--corpus", str(runes), *TOKENS, "--output-dir", str(tmp_path / "run")], capsys)
+    assert "100.0% of the corpus's tokens are unknown to the tokenizer" in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_tokenizer_that_is_not_the_teachers(mlm_run: Path, small: list[str], tmp_path: Path, capsys) -> None:
     from transformers import AutoTokenizer, BertConfig, BertModel
 
@@ -167,7 +176,7 @@ def test_a_damaged_run_is_not_resumed(
     shutil.copytree(mlm_run, folder, ignore=shutil.ignore_patterns("final", name))
     (folder / name).mkdir() if content is None else (folder / name).write_bytes(content)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    options = [*small, "--method", "mlm", "--budget-tokens", "60000", "--output-dir", str(folder)]
+    options = [*small, "--method", "mlm", "--budget-tokens", "40000", "--output-dir", str(folder)]
     error = refused(options, capsys)
     assert words in error and str(folder) in error, error
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before

@@ -1,23 +1,31 @@
-"""Documents from the Hugging Face hub, streamed through ``datasets`` so that nothing but shards is stored."""
+"""Documents from the Hugging Face hub, streamed, so that nothing but shards is stored.
+
+``datasets`` finds a dataset's files, as its card and its layout say, and reads those that are not parquet.
+"""
+
+from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
-from fastkd.data.files import text_of
+from fastkd.data import hub_requests
+from fastkd.data.order import shuffled
+from fastkd.data.remote_parquet import RowGroup, row_groups
+from fastkd.data.rows import text_of
 
 log = logging.getLogger(__name__)
+
+REMEDY = "take --preset quickstart, which needs no hub, or a local path (.txt .jsonl .parquet, .gz too)"
+NAMED_AT_ONCE = 500  # files in one question for sizes
+ROWS = 1024  # that are decoded at once
 
 _SPEC = re.compile(
     r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?(:(?P<config>[\w.-]*)(:(?P<split>[\w.\[\]%:-]+))?)?"
 )
-
-
-class HubUnreachable(ValueError):
-    """The hub did not answer, or is not to be asked (HF_HUB_OFFLINE)."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,7 @@ class HubDataset:
     split: str
 
     @classmethod
-    def parse(cls, spec: str) -> "HubDataset | None":
+    def parse(cls, spec: str) -> HubDataset | None:
         """Read a specification, or return None where it has not the form of one."""
         match = _SPEC.fullmatch(spec)
         if match is None:
@@ -42,54 +50,112 @@ class HubDataset:
         """The commit that the revision stands for today. Raises ``ValueError`` where the hub is out of reach."""
         from huggingface_hub import HfApi
 
-        with self._reachable():
-            return str(HfApi().dataset_info(self.name, revision=self.revision).sha)
+        info = self._ask(
+            lambda: HfApi().dataset_info(self.name, revision=self.revision, timeout=hub_requests.NO_ANSWER)
+        )
+        return str(info.sha)
 
     def identity(self) -> dict[str, str]:
         """Name, revision, configuration, split, and the commit: empty where the hub cannot be asked for it."""
         try:
             commit = self.commit
-        except HubUnreachable as error:
+        except hub_requests.HubUnreachable as error:
             log.warning("%s", error)
             commit = ""
         asked = {"revision": self.revision or "", "config": self.config or "", "split": self.split}
         return {"hub": self.name, **asked, "commit": commit}
 
-    size = 0  # not known without asking
+    @property
+    def size(self) -> int:
+        """Bytes of the split's files."""
+        return sum(self._files.values())
 
-    def units(self) -> Iterator["HubDataset"]:
-        """The dataset as a whole."""
-        yield self
+    def units(self) -> Iterator[RowGroup | File]:
+        """Row groups of parquet files, else files, in an order drawn from the fixed seed: a function of the commit.
 
-    def documents(self, text_field: str) -> Iterator[str]:
-        """Stream the rows' text in the order of the split; blank ones are left out."""
+        Raises:
+            ValueError: nothing of that name, configuration or split; a hub out of reach.
+        """
+        files = list(self._files.items())
+        order = shuffled(len(files), self.name)
+        if all(path.endswith(".parquet") for path in self._files):
+            return row_groups([files[number] for number in order], self.name, self._ask)
+        count = self._stream.num_shards
+        if count != len(files):  # files that belong together, such as text beside its metadata
+            return (
+                File(self, f"shard {number} of {count}", self.size // count, number)
+                for number in shuffled(count, self.name)
+            )
+        return (File(self, *files[number], number) for number in order)
+
+    @cached_property
+    def _builder(self) -> Any:
         import datasets
 
         commit = self.commit
-        with self._reachable():
-            rows = datasets.load_dataset(self.name, self.config, split=self.split, revision=commit, streaming=True)
-            for table in rows.with_format("arrow").iter(batch_size=1000):
-                columns = [text_field] if text_field in table.column_names else table.column_names
-                texts = (text_of(row, text_field, "a row") for row in table.select(columns).to_pylist())
-                yield from filter(None, texts)
+        return self._ask(lambda: datasets.load_dataset_builder(self.name, self.config, revision=commit))
 
-    @contextmanager
-    def _reachable(self) -> Iterator[None]:
-        from datasets.exceptions import DatasetNotFoundError
-        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    @cached_property
+    def _files(self) -> dict[str, int]:
+        """The split's files by address, with their sizes in bytes; those that are not of the repository count as empty."""
+        splits = self._builder.config.data_files
+        wanted = list(splits) if self.split == "all" else self.split.split("+")
+        if not set(wanted) <= set(splits):
+            raise ValueError(f"corpus {self.name!r}: Bad split: {self.split}. Available splits: {list(splits)}")
+        addresses = [address for split in wanted for address in splits[split]]
+        root = f"hf://datasets/{self.name}@{self.commit}/"
+        sizes = self._sizes([address.removeprefix(root) for address in addresses if address.startswith(root)])
+        return {address: sizes.get(address.removeprefix(root), 0) for address in addresses}
 
-        remedy = "take --preset quickstart, which needs no hub, or a local path (.txt .jsonl .parquet, .gz too)"
+    def _sizes(self, paths: list[str]) -> dict[str, int]:
+        """Bytes of files of the repository."""
+        sizes: dict[str, int] = {}
+        for first in range(0, len(paths), NAMED_AT_ONCE):
+            sizes |= self._ask(partial(self._sizes_of, paths[first : first + NAMED_AT_ONCE]))
+        return sizes
+
+    def _sizes_of(self, paths: list[str]) -> dict[str, int]:
+        from huggingface_hub import HfApi
+
+        infos = HfApi().get_paths_info(self.name, paths, revision=self.commit, repo_type="dataset")
+        return {info.path: getattr(info, "size", 0) for info in infos}
+
+    @cached_property
+    def _stream(self) -> Any:
+        """The files as ``datasets`` streams them, a shard each."""
+        return self._ask(lambda: self._builder.as_streaming_dataset(self.split))
+
+    def _ask(self, call: Callable[[], Any]) -> Any:
         try:
-            yield
-        except (RepositoryNotFoundError, RevisionNotFoundError, DatasetNotFoundError) as error:
-            raise ValueError(
-                f"corpus {self.name!r} is neither a file here nor a dataset on the hub that you may read: "
-                f"correct the name, log in with `hf auth login`, or {remedy}"
-            ) from error
-        except ValueError as error:  # an unknown configuration, split or column: the message says which there are
-            raise ValueError(f"corpus {self.name!r}: {' '.join(str(error).split())}") from error
-        except Exception as error:  # the hub's HTTP library, and so its exceptions, changes from version to version
-            reason = " ".join(str(error).split()) or type(error).__name__
-            if "scripts are no longer supported" in reason:
-                remedy = f"{self.name}@refs/convert/parquet is the hub's own copy without the script, where it made one"
-            raise HubUnreachable(f"cannot read corpus {self.name!r} from the hub ({reason}): {remedy}") from error
+            return hub_requests.ask(f"corpus {self.name!r}", call, remedy=REMEDY)
+        except hub_requests.HubUnreachable as error:
+            if "scripts are no longer supported" not in str(error):
+                raise
+            copy = f"{self.name}@refs/convert/parquet is the hub's own copy without the script, where it made one"
+            raise ValueError(f"corpus {self.name!r} is a script, which `datasets` does not run: {copy}") from error
+
+
+@dataclass(frozen=True)
+class File:
+    """A file on the hub that is read from its beginning to its end."""
+
+    dataset: HubDataset
+    path: str  # hf://…
+    size: int  # bytes
+    number: int  # among the split's files
+
+    @property
+    def name(self) -> str:
+        """Its path in the repository."""
+        return self.path.partition("@")[2].partition("/")[2] or self.path
+
+    def documents(self, text_field: str) -> Iterator[str]:
+        """Yield the rows' text in order, blank ones left out. Raises ``ValueError`` for rows without that text."""
+        for texts in hub_requests.resumed(lambda: self._texts(text_field), self.dataset._ask):
+            yield from filter(None, texts)
+
+    def _texts(self, text_field: str) -> Iterator[list[str]]:
+        stream = self.dataset._stream
+        for table in stream.shard(stream.num_shards, self.number).with_format("arrow").iter(batch_size=ROWS):
+            columns = [text_field] if text_field in table.column_names else table.column_names
+            yield [text_of(row, text_field, self.name) for row in table.select(columns).to_pylist()]

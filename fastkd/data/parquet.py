@@ -40,7 +40,7 @@ class RowGroup:
             if text_field not in columns:
                 raise ValueError(f"{self.path}: no column {text_field!r}; it has {columns}: name one with --text-field")
             for batch in file.iter_batches(ROWS, row_groups=[self.number], columns=[text_field]):
-                for value in _values(batch.column(0), f"{self.path}: column {text_field!r}", row):
+                for value in values(batch.column(0), f"{self.path}: column {text_field!r}", row):
                     if text := text_of({text_field: value}, text_field, self.path):
                         yield text
                 row += len(batch)
@@ -79,7 +79,7 @@ def _parquet(path: Path, where: str = "") -> Iterator[None]:
             ) from error
 
 
-def _values(column: Any, where: str, first: int) -> list[Any]:
+def values(column: Any, where: str, first: int) -> list[Any]:
     """A column's values, bytes as text: writers without a type for text store it so."""
     try:
         values = column.to_pylist()

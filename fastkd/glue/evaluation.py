@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastkd import atomic
+from fastkd import atomic, card
 from fastkd.glue import rows as row_files
 from fastkd.glue.cells import FOLDER, Cell
 from fastkd.glue.encoded import load_rows
@@ -265,6 +265,7 @@ def _publish(plan: Plan, results: list[tuple[Cell, dict[str, Any]]], seconds: fl
     atomic.write(plan.output_dir / "glue.md", table)
     if plan.source.run is not None:
         update_card(plan.source.folder / "README.md", table)
+        card.add_results(plan.source.folder / "README.md", card.glue_results(scores))
     mean = average(scores, plan.protocol)
     return {
         "scores": as_json,

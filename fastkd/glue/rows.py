@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastkd.data import hub_requests
 from fastkd.glue.tasks import SCORE_RANGE, Task
 
 Record = Mapping[str, Any]
@@ -201,12 +202,8 @@ def _hub(task: Task, split: str) -> tuple[str, Located]:
     if split == "diagnostic":
         config, hub_split = "ax", "test"
     source = f"{task.hub}:{config}:{hub_split}"
-    try:
-        table = datasets.load_dataset(task.hub, config, split=hub_split)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        remedy = "give --data FOLDER with the official files" if task.official else f"check {task.name}'s task file"
-        raise ValueError(f"{source} cannot be read from the hub ({reason}); {remedy}") from error
+    remedy = "give --data FOLDER with the official files" if task.official else f"check {task.name}'s task file"
+    table = hub_requests.ask(source, lambda: datasets.load_dataset(task.hub, config, split=hub_split), remedy=remedy)
     return source, enumerate(table.to_list(), 1)
 
 

@@ -9,12 +9,12 @@ from functools import cached_property
 from pathlib import Path
 
 from fastkd import quickstart
+from fastkd.data import hub_requests
 from fastkd.digest import file_sha256
 from fastkd.run_folder import ancestors
 
 REMEDY = "name a run folder, a Hugging Face folder or a hub id"
 HASHED = (".json", ".safetensors", ".bin", ".model", ".txt")
-HUB_FILES = ["*.json", "*.txt", "*.model"]
 
 
 @dataclass(frozen=True)
@@ -79,17 +79,9 @@ def _check_files(source: Source) -> None:
 
 
 def _download(name: str) -> Path:
-    """A hub model's snapshot; pickled weights only where there are no others."""
-    from huggingface_hub import snapshot_download
-
+    """A hub model's snapshot."""
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise ValueError(f"no folder {name}; {REMEDY}")
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, "*.safetensors"]))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, "pytorch_model*.bin"]))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{name!r} is no folder here and not to be had from the hub ({reason}); {REMEDY}") from error
+    folder = hub_requests.model_folder(name, remedy=REMEDY)
     _check_files(Source(folder, name))
     return folder

@@ -32,7 +32,8 @@ from transformers import (
 from transformers import logging as hf_logging
 
 from fastkd import atomic
-from fastkd.models import parameter_names, weights
+from fastkd.data import hub_requests
+from fastkd.models import parameter_names, sentences, weights
 from fastkd.models import tokenizer as tokenizers
 from fastkd.models.encoder import Encoder, EncoderConfig
 
@@ -84,13 +85,13 @@ def load(source: str | Path, *, device: torch.device | str = "cpu", sha256: str 
 
 def shape(source: str | Path) -> tuple[EncoderConfig, PreTrainedTokenizerBase]:
     """The configuration and tokenizer of what ``load`` would load; weights are not read. Raises as ``load``."""
-    where, hf_config, config = _described(source)
+    where, hf_config, config = _described(source, weights=False)
     return config, _tokenizer(where, hf_config)
 
 
-def _described(source: str | Path) -> tuple[str, PreTrainedConfig, EncoderConfig]:
-    """Where a model is and what its config.json says."""
-    where = _resolve(source)
+def _described(source: str | Path, *, weights: bool = True) -> tuple[str, PreTrainedConfig, EncoderConfig]:
+    """Where a model is, its weights only if they are asked for, and what its config.json says."""
+    where = _resolve(source, weights=weights)
     with _readable(source):
         found, _ = PreTrainedConfig.get_config_dict(where)
         named = found.get("model_type")
@@ -117,11 +118,11 @@ def _readable(source: str | Path) -> Iterator[None]:
         raise ValueError(f"cannot load {str(source)!r} ({tokenizers.reason(error)}); {REMEDY}") from error
 
 
-def _resolve(source: str | Path) -> str:
-    """The Hugging Face folder or hub id behind a source."""
+def _resolve(source: str | Path, *, weights: bool) -> str:
+    """The Hugging Face folder behind a source; that of a hub id is in the hub's cache."""
     folder = Path(source)
     if not folder.is_dir():
-        return str(source)
+        return str(hub_requests.model_folder(str(source), remedy=REMEDY, weights=weights))
     if (folder / "config.json").is_file():
         return str(folder)
     if (folder / "final" / "config.json").is_file():
@@ -235,6 +236,7 @@ def export(
             model.config.bos_token_id, model.config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
             model.save_pretrained(written)
         _limited(tokenizer, max_length).save_pretrained(written)
+        sentences.write(written, encoder.config.hidden_size, max_length or encoder.config.max_length)
         (written / "README.md").write_text(card, encoding="utf-8")
         _replace(written, folder)
     finally:

@@ -1,0 +1,237 @@
+"""Asking the Hugging Face hub: what fails for a moment is tried again, what fails for good is one line.
+
+Everything that fastkd reads from the hub or sends to it goes through ``ask``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatch
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+log = logging.getLogger(__name__)
+
+WAITS = (2.0, 8.0, 30.0)  # seconds before each new try, unless the hub says how long
+LONGEST_WAIT = 300.0  # seconds: the hub counts requests in windows of five minutes
+NO_ANSWER = 60.0  # seconds, for requests to which huggingface_hub sets no limit
+TRANSIENT = (408, 429, 500, 502, 503, 504)
+MODEL_FILES = ("*.json", "*.txt", "*.model")
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # of the second only what has none of the first
+
+T = TypeVar("T")
+
+
+class HubUnreachable(ValueError):
+    """The hub did not answer, or is not to be asked (HF_HUB_OFFLINE)."""
+
+
+class NotOnHub(ValueError):
+    """The hub has no such repository, or not for this user."""
+
+
+class Incomplete(OSError):
+    """The hub stopped in the middle of what it sent."""
+
+
+def ask(what: str, call: Callable[[], T], *, remedy: str, verb: str = "read") -> T:
+    """Call what asks the hub, again where it fails for a moment: no answer, a cut-off one, too many requests, an error of
+    the hub's. Each wait is logged.
+
+    Args:
+        what: what is asked for, such as ``corpus 'a/b'``.
+        remedy: the next command or option that works without it.
+        verb: what is done: ``read`` or ``push``.
+
+    Raises:
+        NotOnHub: no such repository, or not for this user.
+        HubUnreachable: anything else; in one line with the remedy.
+    """
+    from huggingface_hub import get_session
+
+    for wait in (*WAITS, None):
+        session = get_session()
+        if _limit not in session.event_hooks["request"]:
+            session.event_hooks = {**session.event_hooks, "request": [*session.event_hooks["request"], _limit]}
+        try:
+            return call()
+        except Exception as error:  # the hub's HTTP library, and so its exceptions, changes from version to version
+            if wait is None or not _is_transient(error):
+                raise _explained(what, error, remedy, verb) from error
+            seconds = min(_asked_to_wait(error) or wait, LONGEST_WAIT)
+            log.warning("%s: %s; trying again in %g s", what, _reason(error), seconds)
+        time.sleep(seconds)
+    raise AssertionError("the last try returns or raises")
+
+
+def resumed(items: Callable[[], Iterator[T]], ask: Callable[[Callable[[], Any]], Any]) -> Iterator[T]:
+    """Yield the items of an iterator that asks the hub, each by ``ask``. Where one fails for a moment the iterator is made
+    again, and goes on after those that were yielded."""
+    done, running, end = 0, None, object()
+
+    def following() -> Any:
+        nonlocal running
+        try:
+            running = islice(items(), done, None) if running is None else running
+            return next(running, end)
+        except Exception:
+            running = None
+            raise
+
+    while (item := ask(following)) is not end:
+        done += 1
+        yield item
+
+
+def model_folder(name: str, *, remedy: str, weights: bool = True) -> Path:
+    """A hub model's files in the hub's own cache, all of one commit. Pickled weights only where there are no others.
+
+    Where the hub cannot be asked, what the cache holds of it. The name stands there for a commit only once all of it came.
+
+    Raises:
+        ValueError: there is no such model, or neither hub nor cache have it; in one line.
+    """
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    if constants.HF_HUB_OFFLINE and (cached := _cached(name)) is not None:
+        return cached
+
+    def download() -> Path:
+        info = HfApi().model_info(name, timeout=NO_ANSWER)
+        wanted = _wanted([sibling.rfilename for sibling in info.siblings or ()], weights)
+        folder = Path(snapshot_download(name, revision=info.sha, allow_patterns=wanted))
+        missing = [file for file in wanted if not (folder / file).is_file()]
+        if missing:  # it falls back to what the cache holds when the hub stops answering
+            raise Incomplete(f"{missing[0]} did not arrive")
+        snapshot_download(name, allow_patterns=wanted)  # now the name stands for this commit
+        return folder
+
+    try:
+        return ask(f"model {name!r}", download, remedy=remedy)
+    except HubUnreachable as error:
+        cached = _cached(name)
+        if cached is None:
+            raise
+        log.warning("%s; going on with what the cache holds", error)
+        return cached
+
+
+def _wanted(files: Sequence[str], weights: bool) -> list[str]:
+    """The files of a repository that make a model."""
+    kind = next((kind for kind in WEIGHTS if any(fnmatch(file, kind) for file in files)), WEIGHTS[0])
+    patterns = (*MODEL_FILES, kind) if weights else MODEL_FILES
+    return [file for file in files if "/" not in file and any(fnmatch(file, pattern) for pattern in patterns)]
+
+
+def _cached(name: str) -> Path | None:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+
+
+def _limit(request: Any) -> None:
+    """Give a request that would wait for ever a limit."""
+    waits = request.extensions.get("timeout", {})
+    request.extensions["timeout"] = {kind: NO_ANSWER if wait is None else wait for kind, wait in waits.items()}
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that it was made of."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_a(error: BaseException, *names: str) -> bool:
+    """Whether an error is of one of these classes, by name: httpx's and httpx2's are not related."""
+    return any(kind.__name__ in names for kind in type(error).__mro__)
+
+
+def _response(error: BaseException) -> Any:
+    """The answer with a status that an error came from; None where there was none."""
+    answers = (getattr(cause, "response", None) for cause in _chain(error))
+    return next((answer for answer in answers if answer is not None), None)
+
+
+def _is_transient(error: BaseException) -> bool:
+    answer = _response(error)
+    if answer is not None:
+        return answer.status_code in TRANSIENT
+    causes = list(_chain(error))
+    if any(_is_a(cause, "ConnectError") for cause in causes):
+        return False  # no network, which seconds do not mend
+    cut = any(isinstance(cause, Incomplete) or "Consistency check failed" in str(cause) for cause in causes)
+    return cut or any(_is_a(cause, "TransportError", "TimeoutError") for cause in causes)
+
+
+def _asked_to_wait(error: BaseException) -> float | None:
+    """The seconds that the hub asks to wait, and one more, for it counts whole ones."""
+    headers = getattr(_response(error), "headers", {})
+    found = re.fullmatch(r"\d+", headers.get("Retry-After", "")) or re.search(
+        r"(?<=;t=)\d+", headers.get("RateLimit", "")
+    )
+    return float(found[0]) + 1 if found else None
+
+
+def _explained(what: str, error: Exception, remedy: str, verb: str) -> ValueError:
+    """The one line that an error becomes."""
+    from huggingface_hub import constants
+
+    causes = list(_chain(error))
+    answer = _response(error)
+    if any(_is_a(cause, "GatedRepoError") for cause in causes):
+        return NotOnHub(f"{what} is gated: accept its terms on its page, log in with `hf auth login`, or {remedy}")
+    if any(_is_a(cause, "RevisionNotFoundError") for cause in causes):
+        return NotOnHub(f"{what}: the hub has no such revision: correct what follows the @, or {remedy}")
+    missing = any(_is_a(cause, "RepositoryNotFoundError", "DatasetNotFoundError") for cause in causes)
+    if missing and (answer is None or answer.status_code in (401, 404)):
+        return NotOnHub(
+            f"{what} is neither here nor on the hub for you to read: correct the name, log in with `hf auth login`, or {remedy}"
+        )
+    if answer is None and type(error) is ValueError and not constants.HF_HUB_OFFLINE:
+        return ValueError(f"{what}: {' '.join(str(error).split())}")  # about a value: it names those that work
+    return HubUnreachable(
+        f"cannot {verb} {what} {'to' if verb == 'push' else 'from'} the hub ({_reason(error)}): {_next(error, remedy)}"
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in a few words."""
+    from huggingface_hub import constants
+
+    causes = list(_chain(error))
+    answer = _response(error)
+    if any(isinstance(cause, json.JSONDecodeError) or _is_a(cause, "FileMetadataError") for cause in causes):
+        return "what answered is not the hub: a web page or a proxy"
+    if answer is not None:
+        said = {401: "it refuses the token", 403: "it forbids it", 404: "not found", 429: "too many requests"}
+        return f"status {answer.status_code}, {said.get(answer.status_code, 'an error of its own')}"
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set and the cache has not all of it"
+    if any(_is_a(cause, "TimeoutException", "TimeoutError") for cause in causes):
+        return "no answer in time"
+    if any(_is_a(cause, "ConnectError") for cause in causes):
+        return "no connection"
+    if any(_is_a(cause, "TransportError") or "Consistency check failed" in str(cause) for cause in causes):
+        return "the answer was cut off"
+    first, last = str(error), str(causes[-1])
+    text = " ".join((first if last in first else f"{first} {last}").split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + " …"
+
+
+def _next(error: BaseException, remedy: str) -> str:
+    """What to do about it."""
+    answer = _response(error)
+    if answer is not None and answer.status_code == 401:
+        return f"log in again with `hf auth login`, unset HF_TOKEN, or {remedy}"
+    if _is_transient(error):
+        return f"issue the same command again later, or {remedy}"
+    return remedy
