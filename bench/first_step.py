@@ -30,6 +30,14 @@ from fastkd.data.tokenise import encode, load
 NAME, CONFIG = "wikimedia/wikipedia", "20231101.en"
 ROWS = 1_000  # of a row group
 GROUPS = 10  # of a file
+CARD = f"""---
+configs:
+- config_name: {CONFIG}
+  data_files:
+  - split: train
+    path: {CONFIG}/*
+---
+"""
 SERVER = Path(__file__).parents[1] / "tests" / "hub.py"
 
 
@@ -61,6 +69,7 @@ def write_dataset(folder: Path) -> int:
     path.parent.mkdir(parents=True)
     table = pyarrow.table({"id": [str(i) for i in range(len(rows))], "text": rows})
     pyarrow.parquet.write_table(table, path, row_group_size=ROWS)
+    (path.parents[1] / "README.md").write_text(CARD)
     return path.stat().st_size
 
 
@@ -75,7 +84,7 @@ def first_step(megabytes_per_second: float, copies: int, options: Sequence[str])
         )
         try:
             assert server.stdout is not None
-            address = server.stdout.readline().split()[-1]
+            address = server.stdout.readline().strip().partition("=")[2]
             own = {"HF_ENDPOINT": address, "HF_HOME": str(folder / "home"), "XDG_CACHE_HOME": str(folder / "cache")}
             found = _run(folder / "run", own | {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}, options)
         finally:

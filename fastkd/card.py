@@ -46,7 +46,7 @@ def hub_model(source: str | None) -> str | None:
     if source == quickstart.NAME:
         return QUICKSTART_MODEL
     return (
-        source if source and source.count("/") == 1 and not Path(source).exists() and source[0] not in "./~" else None
+        source if source and source.count("/") <= 1 and not Path(source).exists() and source[0] not in "./~" else None
     )
 
 

@@ -238,10 +238,13 @@ class Resolved:
         values, argv = dataclasses.asdict(self.run) | dataclasses.asdict(self.method), ["python", "-m", "fastkd.run"]
         for name in sorted(self.explicit):
             value = values[name]
-            if value is None or value is False or value == []:
+            if value is None or value == []:
                 continue
             argv.append("--" + name.replace("_", "-"))
-            argv += [] if value is True else [str(item) for item in (value if isinstance(value, list) else [value])]
+            if isinstance(value, bool):
+                argv += [] if value else ["false"]
+            else:
+                argv += [str(item) for item in (value if isinstance(value, list) else [value])]
         return argv
 
     def to_toml(self) -> str:
@@ -353,14 +356,17 @@ def _of_file(resolved: Resolved, file: ConfigFile) -> Resolved:
     )
     given = (file.run.keys() | file.method_options) & values.keys()
     explicit = resolved.explicit | {"preset", "method"} | {name for name in given if values[name] != plain[name]}
+    explicit |= {"init_from_teacher"} if resolved.run.init_from_teacher else set()
     resolved = dataclasses.replace(resolved, explicit=frozenset(explicit))
     same = file.folder is not None and resolved.continues(file.path.read_text(encoding="utf-8"))
     return dataclasses.replace(resolved, folder=file.folder if same else None)
 
 
 def _plain(resolved: Resolved) -> Resolved:
-    """The run of the same preset, method and budget with nothing else given."""
-    return resolve({"preset": resolved.run.preset, "method": resolved.run.method, "budget_tokens": 1.0})
+    """The run of the same preset, method and start with nothing else given."""
+    run = resolved.run
+    alike = {"preset": run.preset, "method": run.method, "init_from_teacher": run.init_from_teacher}
+    return resolve(alike | {"budget_tokens": 1.0})
 
 
 def read_config(name: str | None) -> ConfigFile | None:
@@ -389,7 +395,8 @@ def read_config(name: str | None) -> ConfigFile | None:
             options | {key: value for key, value in values.items() if key in own},
             method,
         )
-        resolve({} if any(budget in values for budget in BUDGETS) else {"budget_tokens": 1.0}, file)
+        budget = {} if any(name in values for name in BUDGETS) else {"budget_tokens": 1.0}
+        resolve(budget | {name: values[name] for name in ("teacher",) if name in values}, file)
     except ValueError as error:
         raise ValueError(str(error) if str(error).startswith(f"{path}: ") else f"{path}: {error}") from error
     if file.folder is not None:

@@ -41,13 +41,18 @@ def check_kinds(path: Path, values: dict[str, Any], *classes: Any) -> dict[str, 
     Raises:
         ValueError: naming the file and the key.
     """
-    kinds = {f.name: get_type_hints(cls)[f.name] for cls in classes for f in dataclasses.fields(cls)}
+    known = kinds(*classes)
     for key, value in values.items():
-        if key not in kinds:
+        if key not in known:
             raise ValueError(f"{path}: unknown key {key!r}: `fastkd run --help` lists the options")
-        if not fits(value, kinds[key]):
-            raise ValueError(f"{path}: {key} takes {in_words(kinds[key])}, got {value!r}")
-    return {key: float(value) if is_number(kinds[key]) else value for key, value in values.items()}
+        if not fits(value, known[key]):
+            raise ValueError(f"{path}: {key} takes {in_words(known[key])}, got {value!r}")
+    return {key: float(value) if is_number(known[key]) else value for key, value in values.items()}
+
+
+def kinds(*classes: Any) -> dict[str, Any]:
+    """The fields of dataclasses and their types."""
+    return {f.name: get_type_hints(cls)[f.name] for cls in classes for f in dataclasses.fields(cls)}
 
 
 def fits(value: Any, kind: Any) -> bool:

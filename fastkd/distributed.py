@@ -77,9 +77,9 @@ def start(timeout: timedelta = TIMEOUT) -> World:
 
 
 @contextmanager
-def joined() -> Iterator[World]:
+def joined(timeout: timedelta = TIMEOUT) -> Iterator[World]:
     """`start`, and `finish` whatever happens in between."""
-    world = start()
+    world = start(timeout)
     try:
         yield world
     finally:

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from fastkd import flops, memory, methods, profiler, quickstart
@@ -270,7 +269,7 @@ def _shards(config: RunConfig, tokenizer: PreTrainedTokenizerBase, world: World)
     """The tokenised corpus: its first part is built by rank 0 of each node, which builds the others while it trains."""
     mine, first = None, int(os.environ.get("LOCAL_RANK", "0")) == 0
     if first:
-        shown = Shown(Console(stderr=True), FIRST_TOKENS) if world.is_main else Progress()
+        shown = Shown(log.info, FIRST_TOKENS) if world.is_main else Progress()
         with shown:
             mine = build_corpus(config, tokenizer, tokens=1, progress=shown)
     given = corpus.shard_folder(config.corpus)

@@ -9,8 +9,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.console import Console
-
 from fastkd import command, quantities, quickstart, terminal
 from fastkd.config import RunConfig, option, parse_with
 from fastkd.data import corpus
@@ -42,7 +40,7 @@ def prepare(run: RunConfig, tokens: int | None) -> Shards:
     quickstart.require(*(what for what, named in wanted.items() if quickstart.NAME in named))
     corpus.check(run.corpus, text_field=run.text_field)
     _, tokenizer = hf.shape(model_folder(source))
-    with Shown(Console(stderr=True), tokens) as progress:
+    with Shown(terminal.say, tokens) as progress:
         return build_corpus(run, tokenizer, tokens=tokens, progress=progress)
 
 

@@ -29,8 +29,8 @@ from fastkd.terminal import Console
 from fastkd.train import Trainer
 
 FILES = ("config.toml", "environment.json", "plan.json", "ledger.jsonl", "metrics.jsonl", "report.html")
-READ_AHEAD = 1.05  # of the planned steps: text is tokenised so far before it is asked for
 __all__ = ["EXIT_BUDGET", "EXIT_CONFIGURATION", "EXIT_INTERRUPTED", "EXIT_OK", "main", "run"]
+READ_AHEAD = 1.05  # of the planned steps: text is tokenised so far before it is asked for
 
 
 def run(resolved: Resolved, world: World, console: Console) -> Path:
@@ -68,8 +68,8 @@ def run(resolved: Resolved, world: World, console: Console) -> Path:
             build_report(folder)
             if warning := loss_warning(read_run(folder)):
                 console.print(f"warning: {warning}")
-    push(folder, repository, world, console)
     barrier(world)
+    push(folder, repository, world, console)
     console.print(f"student {folder}/final · report {folder}/report.html · ledger {folder}/ledger.jsonl")
     return folder
 

@@ -137,12 +137,26 @@ def small(quickstart_teacher: Path, corpus_file: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def from_scratch(made_teacher: Path, made_corpus: Path) -> list[str]:
+    """Options of a run of mlm that takes a second: a small student with a small vocabulary, in float32."""
+    options = ["--preset", "quickstart", "--tokenizer", str(made_teacher), "--corpus", str(made_corpus)]
+    options += ["--student", "2L-48H-12A", "--dtype", "float32"]
+    return [*options, "--batch-tokens", "1024", "--seq-length", "32", "--log-every", "5"]
+
+
+@pytest.fixture(scope="session")
+def light(from_scratch: list[str]) -> list[str]:
+    """The same with the made teacher, for all other methods."""
+    return ["--teacher" if option == "--tokenizer" else option for option in from_scratch]
+
+
+@pytest.fixture(scope="session")
 def mlm_run(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished scratch run: a teacher with an MLM head."""
     from fastkd import run
 
     folder = tmp_path_factory.mktemp("runs") / "mlm"
-    assert run.main([*small, "--method", "mlm", "--budget-tokens", "60000", "--output-dir", str(folder)]) == 0
+    assert run.main([*small, "--method", "mlm", "--budget-tokens", "40000", "--output-dir", str(folder)]) == 0
     return folder
 
 

@@ -2,12 +2,13 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
 
-def parquet(columns: Mapping[str, Sequence[object]], rows: int = 20) -> bytes:
+def parquet(columns: Mapping[str, Any], rows: int = 20) -> bytes:
     """A parquet file with so many rows in a row group."""
     file = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table(dict(columns)), file, row_group_size=rows)

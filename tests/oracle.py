@@ -1,6 +1,7 @@
 """Float64 autograd of a definition: the oracle of losses over packed sequences."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +32,28 @@ def exact(inputs: dict) -> dict:
 def error(out: Tensor, expected: Tensor) -> float:
     """‖out − ref‖ / ‖ref‖."""
     return float((out.double() - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+def assert_rounded_alike(ours: Tensor, theirs: Tensor) -> None:
+    """Of two float32 computations of a few layers: equal to some ten roundings of what is compared, in norm and in each element.
+
+    How large a rounding's effect is depends on the CPU's instructions: 4e-7 of the norm on one with AVX512.
+    """
+    ours, theirs = ours.detach(), theirs.detach()
+    assert (ours - theirs).norm() <= 1.5e-6 * theirs.norm()
+    torch.testing.assert_close(ours, theirs, atol=3e-6 * float(theirs.abs().max()), rtol=0)
+
+
+def in_tiles(case, backend: str, device: str, longest: int | None = None):
+    """The case, in Triton's interpreter with sequences cut to more than a block of rows and of columns, and part of another.
+
+    There, time goes by blocks: a block of float32 scores has 32 rows (in one launch: 32, too), one of half-precision ones 64
+    (128).
+    """
+    if backend != "triton" or device != "cpu":
+        return case
+    longest = longest or (70 if case.dtype == torch.float32 else 150)
+    return replace(case, lengths=tuple(min(length, longest) for length in case.lengths))
 
 
 def check(function, reference, case, backend: str, device: str) -> None:

@@ -1,15 +1,12 @@
 """A comparison: matched budgets, rows that resume, failures that stay single, marks on what differs."""
 
 import json
-import os
 import signal
-import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
+import processes
 import pytest
-from test_distributed import environment, torchrun
 from test_report import Page
 
 from fastkd import compare
@@ -26,15 +23,15 @@ def results(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
-def do(small: list[str], folder: Path, *options: str) -> int:
-    return compare.main([*small, *options, "--output-dir", str(folder)])
+def do(light: list[str], folder: Path, *options: str) -> int:
+    return compare.main([*light, *options, "--output-dir", str(folder)])
 
 
 @pytest.fixture(scope="module")
-def seconds_matched(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def seconds_matched(light: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compare") / "seconds"
-    options = ("--methods", "mlm,minilmv2", "--budget-gpu-hours", "0.0008", "--seeds", "2")
-    assert do(small, folder, *options) == 0
+    options = ("--methods", "mlm,minilmv2", "--budget-gpu-hours", "0.0005", "--seeds", "2")
+    assert do(light, folder, *options) == 0
     return folder
 
 
@@ -46,7 +43,7 @@ def test_charged_seconds_agree_within_a_step(seconds_matched: Path) -> None:
         assert fields <= set(row) and row["status"] == "ok"
         run = read_run(next((seconds_matched / "rows").glob(f"{row['method']}-*-seed{row['seed']}")))
         a_step = max(sum(step["phase_s"].values()) for step in run.steps)
-        assert abs(0.0008 * 3600 - row["charged_s"]) <= 1.5 * a_step
+        assert abs(0.0005 * 3600 - row["charged_s"]) <= 1.5 * a_step
 
 
 def test_rows_differ_in_their_method_alone_but_for_what_is_listed(seconds_matched: Path) -> None:
@@ -76,7 +73,7 @@ def test_the_report_says_what_the_ledgers_say(seconds_matched: Path) -> None:
         seconds = sum(sum(line["phase_s"].values()) for line in lines)
         assert numbers[f"row.{place}.tokens_per_s"] == pytest.approx(row["tokens"] / seconds)
         assert sum(row["phase_s"].values()) == pytest.approx(row["charged_s"])
-        assert row["budget"] == pytest.approx(0.0008 * 3600)
+        assert row["budget"] == pytest.approx(0.0005 * 3600)
         held_out = [line for line in read_jsonl(folder / "metrics.jsonl") if line.get("event") == "validation"]
         if row["method"] == "mlm":
             assert numbers[f"row.{place}.score.held-out MLM loss"] == held_out[-1]["mlm_loss"]
@@ -89,49 +86,47 @@ def test_rebuilding_the_report_gives_the_same_bytes(seconds_matched: Path) -> No
     assert [path.read_bytes() for path in files] == before
 
 
-def test_finished_rows_are_not_repeated(seconds_matched: Path, small: list[str]) -> None:
+def test_finished_rows_are_not_repeated(seconds_matched: Path, light: list[str]) -> None:
     ledgers = {path: path.read_bytes() for path in seconds_matched.glob("rows/*/ledger.jsonl")}
-    options = ("--methods", "mlm,minilmv2", "--budget-gpu-hours", "0.0008", "--seeds", "2")
-    assert do(small, seconds_matched, *options) == 0
+    options = ("--methods", "mlm,minilmv2", "--budget-gpu-hours", "0.0005", "--seeds", "2")
+    assert do(light, seconds_matched, *options) == 0
     assert {path: path.read_bytes() for path in ledgers} == ledgers
 
 
-def test_flops_agree_within_a_step(small: list[str], tmp_path: Path) -> None:
-    assert do(small, tmp_path / "c", "--methods", "mlm,minilmv2", "--match", "flops", "--budget-flops", "1e11") == 0
+def test_flops_agree_within_a_step(light: list[str], tmp_path: Path) -> None:
+    assert do(light, tmp_path / "c", "--methods", "mlm,minilmv2", "--match", "flops", "--budget-flops", "1e11") == 0
     for row in results(tmp_path / "c")["rows"]:
         steps = read_run(next((tmp_path / "c" / "rows").glob(f"{row['method']}-*"))).steps
         assert 0 <= 1e11 - row["flops"] <= 1.1 * row["flops"] / len(steps)
 
 
-def test_kill_9_then_the_same_command_finishes_the_rest(
-    small: list[str], command: Callable[..., list[str]], tmp_path: Path
-) -> None:
+def test_kill_9_then_the_same_command_finishes_the_rest(light: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "c"
-    options = ["--methods", "mlm,minilmv2", "--budget-gpu-hours", "0.001"]
-    argv = command("compare", *small, *options, "--output-dir", folder)
-    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while not list(folder.glob("rows/minilmv2-*/ledger.jsonl")):
-            assert process.poll() is None
-            time.sleep(0.02)  # between two looks at the folder
-        os.kill(process.pid, signal.SIGKILL)
+    options = [*light, "--methods", "mlm,minilmv2", "--budget-gpu-hours", "0.0005", "--output-dir", str(folder)]
+    process = processes.Command("fastkd.compare", *options)
+    while not list(folder.glob("rows/minilmv2-*/ledger.jsonl")):
+        assert process.poll() is None
+        time.sleep(0.02)  # between two looks at the folder
+    process.kill()
+    assert process.finish().returncode == -signal.SIGKILL
     first = next(folder.glob("rows/mlm-*/ledger.jsonl")).read_bytes()
-    assert subprocess.run(argv, capture_output=True, timeout=300).returncode == 0
+    assert processes.run("fastkd.compare", *options).returncode == 0
     assert next(folder.glob("rows/mlm-*/ledger.jsonl")).read_bytes() == first
     assert [row["status"] for row in results(folder)["rows"]] == ["ok", "ok"]
 
 
-def test_a_row_that_fails_is_reported_and_the_others_go_on(small: list[str], tmp_path: Path) -> None:
+def test_a_row_that_fails_is_reported_and_the_others_go_on(light: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "c"
     blocked = folder / "rows" / "mlm-4e10-seed0"
     blocked.mkdir(parents=True)
     (blocked / "something else").write_text("")
     options = ("--methods", "mlm,minilmv2", "--match", "flops", "--budget-flops", "4e10")
-    assert do(small, folder, *options) == compare.EXIT_ROWS == 4
+    assert do(light, folder, *options) == compare.EXIT_ROWS == 4
     rows = {row["method"]: row for row in results(folder)["rows"]}
     assert rows["mlm"]["status"] == "failed" and "not empty" in rows["mlm"]["error"]
     assert rows["minilmv2"]["status"] == "ok"
     (blocked / "something else").unlink()
-    assert do(small, folder, *options) == 0
+    assert do(light, folder, *options) == 0
     assert [row["status"] for row in results(folder)["rows"]] == ["ok", "ok"]
 
 
@@ -140,8 +135,7 @@ def test_two_ranks_search_match_flops_and_agree(small: list[str], mlm_run: Path,
     methods = f"logit_kd@{mlm_run},mlm"  # the row that others are set against comes last: its search, too
     options = ["--methods", methods, "--match", "flops", "--budget-gpu-hours", "0.001", "--tune", "2",
                "--epochs-cap", "10", "--validations", "0", "--output-dir", str(folder)]  # fmt: skip
-    argv = torchrun(*small, *options, module="fastkd.compare")
-    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=500)
+    done = processes.ranks("fastkd.compare", *small, *options)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("table ") == 1
     rows, scratch = results(folder)["rows"], json.loads((folder / "scratch.json").read_text())
@@ -191,9 +185,9 @@ def test_earlier_scores_are_not_shown_among_those_asked_for(tmp_path: Path) -> N
     assert Scorer(str(tmp_path), "rte", "rte=4", 1).of(tmp_path) == {}
 
 
-def test_plan_only_writes_nothing(small: list[str], tmp_path: Path, capsys) -> None:
+def test_plan_only_writes_nothing(light: list[str], tmp_path: Path, capsys) -> None:
     options = ("--methods", "mlm,minilmv2", "--budget-gpu-hours", "0.001", "--plan-only", "--json")
-    assert do(small, tmp_path / "c", *options) == 0
+    assert do(light, tmp_path / "c", *options) == 0
     answer, shown = capsys.readouterr()
     assert "mlm: " in shown and "minilmv2: " in shown and "tokens" in shown
     found = json.loads(answer)
@@ -228,19 +222,19 @@ def test_plan_only_writes_nothing(small: list[str], tmp_path: Path, capsys) -> N
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_refusals(options: list[str], words: tuple[str, ...], small: list[str], tmp_path: Path, capsys) -> None:
-    assert do(small, tmp_path / "c", "--budget-gpu-hours", "0.001", *options) == 2
+def test_refusals(options: list[str], words: tuple[str, ...], light: list[str], tmp_path: Path, capsys) -> None:
+    assert do(light, tmp_path / "c", "--budget-gpu-hours", "0.001", *options) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and all(word in error for word in words), error
     assert not (tmp_path / "c").exists()
 
 
-def test_a_folder_that_cannot_hold_a_comparison(small: list[str], tmp_path: Path, capsys) -> None:
+def test_a_folder_that_cannot_hold_a_comparison(light: list[str], tmp_path: Path, capsys) -> None:
     file, damaged = tmp_path / "file", tmp_path / "damaged"
     file.write_text("")
     (damaged / "scratch.json").mkdir(parents=True)
     for folder, words in ((file, "--output-dir"), (file / "c", "--output-dir"), (damaged, "scratch.json")):
-        assert do(small, folder, "--budget-gpu-hours", "0.001") == 2
+        assert do(light, folder, "--budget-gpu-hours", "0.001") == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and words in error, error
 
@@ -306,14 +300,24 @@ def test_what_ran_elsewhere_or_throttled_is_marked(tmp_path: Path) -> None:
     ]
 
 
-def test_a_search_is_done_once_and_takes_the_lowest_loss(small: list[str], tmp_path: Path) -> None:
+def test_a_search_is_done_once_and_takes_the_lowest_loss(from_scratch: list[str], tmp_path: Path) -> None:
     from fastkd import run
 
     tried: list[float] = []
 
     def try_rate(rate: float, where: Path) -> None:
         tried.append(rate)
-        options = [*small, "--method", "mlm", "--lr", str(rate), "--budget-tokens", "9000", "--output-dir", str(where)]
+        options = [
+            *from_scratch,
+            "--method",
+            "mlm",
+            "--lr",
+            str(rate),
+            "--budget-tokens",
+            "9000",
+            "--output-dir",
+            str(where),
+        ]
         assert run.main(options) == 0
 
     found = tune(1e-3, 2, try_rate, tmp_path, World())
@@ -323,12 +327,22 @@ def test_a_search_is_done_once_and_takes_the_lowest_loss(small: list[str], tmp_p
     assert len(tried) == 2
 
 
-def test_a_rate_that_diverges_is_passed_over(small: list[str], tmp_path: Path) -> None:
+def test_a_rate_that_diverges_is_passed_over(from_scratch: list[str], tmp_path: Path) -> None:
     from fastkd import run
     from fastkd.loop import Diverged
 
     def try_rate(rate: float, where: Path) -> None:
-        options = [*small, "--method", "mlm", "--lr", str(rate), "--budget-tokens", "9000", "--output-dir", str(where)]
+        options = [
+            *from_scratch,
+            "--method",
+            "mlm",
+            "--lr",
+            str(rate),
+            "--budget-tokens",
+            "9000",
+            "--output-dir",
+            str(where),
+        ]
         assert run.main(options) == 0
         if rate > 1e-3:
             raise Diverged("not finite")

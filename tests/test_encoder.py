@@ -1,11 +1,12 @@
 """The encoder against transformers' eager forward, and its partial forwards against its full one."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
 import torch
+from oracle import assert_rounded_alike
 from packed_text import RAGGED, VOCAB, PackedText, bert, pack, roberta
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
@@ -45,8 +46,8 @@ def test_random_model_equals_transformers(make: Callable[[], PreTrainedModel], l
     encoder = from_hf_model(model, mlm_head=True)
     out = encoder(text.input_ids, text, EVERYTHING)
     for layer, state in enumerate(hidden):
-        torch.testing.assert_close(out.hidden[layer], state, atol=1e-5, rtol=0)
-    torch.testing.assert_close(logits(encoder, out), theirs, atol=1e-5, rtol=0)
+        assert_rounded_alike(out.hidden[layer], state)
+    assert_rounded_alike(logits(encoder, out), theirs)
 
 
 def test_quickstart_teacher_equals_transformers(quickstart_teacher: Path) -> None:
@@ -229,17 +230,33 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Traced:
     return compiler
 
 
+@pytest.fixture(scope="module")
+def compiled_layers() -> Generator[Encoder]:
+    """An encoder whose layers are traced once for all that is read of it."""
+    torch.compiler.reset()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(encoder_module.GRAPH, "backend", Traced())
+        encoder = from_hf_model(bert(), mlm_head=True)
+        encoder.compile_graphs(layerwise=True)
+        yield encoder
+
+
 # Dynamo itself looks at .grad of a layer's input, which is no leaf.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("needs", [*PARTIAL, Needs(hidden=(0, 1, 2, 3), qkv=(1, 2, 3))], ids=str)
 @pytest.mark.parametrize("layerwise", [False, True])
-def test_a_compiled_forward_is_the_same(needs: Needs, layerwise: bool, traced: Traced) -> None:
+def test_a_compiled_forward_is_the_same(needs: Needs, layerwise: bool, request: pytest.FixtureRequest) -> None:
     encoder, text = from_hf_model(bert(), mlm_head=True), pack(RAGGED)
     plain = selected(encoder(text.input_ids, text, needs), needs)
     expected = {name: x.clone() for name, x in gradients(encoder, plain).items()}
-    encoder.compile_graphs(layerwise=layerwise)
-    outputs = selected(encoder(text.input_ids, text, needs), needs)
-    assert layerwise or traced.graphs == 1
+    if layerwise:
+        encoder = request.getfixturevalue("compiled_layers")
+        outputs = selected(encoder(text.input_ids, text, needs), needs)
+    else:
+        traced = request.getfixturevalue("traced")
+        encoder.compile_graphs()
+        outputs = selected(encoder(text.input_ids, text, needs), needs)
+        assert traced.graphs == 1
     for ours, theirs in zip(outputs, plain, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     found = gradients(encoder, outputs)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
 import torch
 from hub import Hub
@@ -44,6 +45,7 @@ from fastkd.glue.tasks import TASKS
 from fastkd.jsonl import read_jsonl
 
 QUICK = dataclasses.replace(HEADLINE, epochs=3)
+GLUE = "fastkd.glue.__main__"
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +124,10 @@ def job(model: Path, data: Path, **changes: Any) -> Job:
     return dataclasses.replace(Job(model, TASKS["sst2"], data, None, QUICK, 3e-3, 16, 0), **changes)
 
 
-def glue(*options: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def glue(*options: object) -> subprocess.CompletedProcess[str]:
+    """The command as users type it."""
     argv = [sys.executable, "-m", "fastkd.glue", *map(str, options)]
-    return subprocess.run(argv, capture_output=True, text=True, env=os.environ | environment, check=False)
+    return subprocess.run(argv, capture_output=True, text=True, check=False)
 
 
 # --- one fine-tuning
@@ -187,7 +190,8 @@ def test_predictions_are_those_of_the_whole_model_in_file_order(
     encoded = encode(folder, rows, 128)
     cut_embeddings(model, encoded)
     assert len(model.get_input_embeddings().weight) == len(encoded.used) < 200
-    assert predict(model, encoded, "dev", task) == pytest.approx(scores, abs=1e-5)
+    # In float32, of the largest score: smaller ones are differences of numbers as large.
+    assert predict(model, encoded, "dev", task) == pytest.approx(scores, abs=5e-6 * max(map(abs, scores)))
     assert np.ptp(scores) > 0.1
 
 
@@ -401,7 +405,7 @@ def test_a_run_is_scored_once(run_folder: Path, tmp_path: Path, hub: Hub) -> Non
     ]
 
     before = snapshot(run_folder)
-    again = glue(*options)
+    again = processes.run(GLUE, *options)
     assert again.returncode == 0 and "2 of them finished before" in again.stdout
     assert snapshot(run_folder) == before
 
@@ -427,38 +431,32 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def start(*options: object) -> subprocess.Popen[str]:
-    argv = [sys.executable, "-u", "-m", "fastkd.glue", *map(str, options)]
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(process: subprocess.Popen[str], text: str) -> None:
-    assert process.stdout is not None
+def wait_for(process: processes.Command, text: str) -> None:
     assert any(text in line for line in process.stdout), f"{text} never came"
 
 
 def test_killed_and_issued_again_it_repeats_nothing(run_folder: Path, data: Path) -> None:
     options = (run_folder, "--data", data, "--seeds", 3)
-    process = start(*options)
+    process = processes.Command(GLUE, *options)
     wait_for(process, "[1/3]")
     process.kill()
-    process.communicate()
+    process.finish()
     assert not (run_folder / "glue.json").exists()
     finished = snapshot(run_folder / "glue")
     assert 1 <= len(finished) < 3
-    again = glue(*options)
+    again = processes.run(GLUE, *options)
     assert f"{len(finished)} of them finished before" in again.stdout, again.stderr
     after = snapshot(run_folder / "glue")
     assert len(after) == 3 and finished.items() <= after.items()
 
 
-def start_two_workers(run_folder: Path, data: Path) -> tuple[subprocess.Popen[str], list[int]]:
+def start_two_workers(run_folder: Path, data: Path) -> tuple[processes.Command, list[int]]:
     """An evaluation of two long fine-tunings side by side, and the ids of its child processes."""
     write_sst2(data, train=12000)
-    process = start(run_folder, "--data", data, "--seeds", 2, "--jobs", 2)
+    process = processes.Command(GLUE, run_folder, "--data", data, "--seeds", 2, "--jobs", 2)
     wait_for(process, "2 at a time")
     children: list[int] = []
-    while len(children) < 3:  # two workers and multiprocessing's resource tracker
+    while len(children) < 2:
         children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     return process, children
 
@@ -468,7 +466,7 @@ def test_workers_end_with_their_parent(run_folder: Path, data: Path) -> None:
     process, children = start_two_workers(run_folder, data)
     handles = [os.pidfd_open(pid) for pid in children]
     process.kill()
-    process.communicate()
+    process.finish()
     for handle in handles:
         assert select.select([handle], [], [], 15)[0], "a worker outlived its parent"
 
@@ -476,18 +474,18 @@ def test_workers_end_with_their_parent(run_folder: Path, data: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_worker_that_dies_is_named(run_folder: Path, data: Path) -> None:
     process, children = start_two_workers(run_folder, data)
-    os.kill(max(children), signal.SIGKILL)  # the tracker was started first
-    _, errors = process.communicate()
-    assert process.returncode == 1
-    assert "seed 1, died (exit code -9); the same command continues" in errors and errors.count("\n") == 1
+    os.kill(max(children), signal.SIGKILL)
+    done = process.finish()
+    assert done.returncode == 1
+    assert "seed 1, died (exit code -9); the same command continues" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_terminated_evaluation_says_how_to_go_on(run_folder: Path, data: Path) -> None:
-    process = start(run_folder, "--data", data, "--seeds", 3)
+    process = processes.Command(GLUE, run_folder, "--data", data, "--seeds", 3)
     wait_for(process, "[1/3]")
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate()
-    assert process.returncode == 75 and "the same command continues" in errors
+    done = process.finish()
+    assert done.returncode == 75 and "the same command continues" in done.stderr
     first, *_, last = [line for line in read_jsonl(run_folder / "ledger.jsonl") if line["event"] == "glue"]
     assert first["seed"] == 0 and last["task"] is None and last["seconds"] > 0
 
@@ -565,13 +563,21 @@ def test_weights_that_are_not_finite_are_named(run_folder: Path, data: Path) -> 
         evaluate(run_folder, data=data, seeds=1)
 
 
-def test_the_packages_of_the_extra_are_asked_for(run_folder: Path, data: Path) -> None:
+WITHOUT_SKLEARN = """
+import sys
+for name in [name for name in sys.modules if name.split(".")[0] == "sklearn"]:
+    del sys.modules[name]
+sys.modules["sklearn"] = None
+from fastkd.glue.__main__ import main
+sys.exit(main())
+"""
+
+
+def test_the_packages_of_the_extra_are_asked_for(run_folder: Path, data: Path, tmp_path: Path) -> None:
     """A process in which scikit-learn cannot be imported."""
-    code = (
-        "import sys; sys.modules['sklearn'] = None; from fastkd.glue.__main__ import main; "
-        f"sys.exit(main([{str(run_folder)!r}, '--data', {str(data)!r}]))"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    script = tmp_path / "without.py"
+    script.write_text(WITHOUT_SKLEARN)
+    found = processes.run(str(script), run_folder, "--data", data)
     assert found.returncode == 2
     assert found.stderr == 'error: GLUE needs scikit-learn: pip install "fastkd[glue]"\n'
 

@@ -156,7 +156,9 @@ def test_a_hub_data_set_through_datasets(tmp_path: Path) -> None:
 
 
 def test_an_unreachable_hub_names_the_remedy() -> None:
-    with pytest.raises(ValueError, match=r"cannot read nyu-mll/glue:rte:validation from the hub .*HF_HUB_OFFLINE.*--data FOLDER"):
+    with pytest.raises(
+        ValueError, match=r"cannot read nyu-mll/glue:rte:validation from the hub .*HF_HUB_OFFLINE.*--data FOLDER"
+    ):
         read_rows(TASKS["rte"], "dev")
 
 

@@ -4,21 +4,23 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
 import hub as test_hub
 import hub_contents
+import pyarrow
 import pytest
 
-from fastkd.data import hub_requests
+from fastkd.data import hub_requests, remote_parquet
 from fastkd.data.hub import HubDataset
 
 CARD = hub_contents.card("small")
 
 
 def parquet(texts: Sequence[str | None], rows: int = 3) -> bytes:
-    return hub_contents.parquet({"id": list(range(len(texts))), "text": texts}, rows)
+    columns = {"id": pyarrow.array(range(len(texts)), "int64"), "text": pyarrow.array(texts, "string")}
+    return hub_contents.parquet(columns, rows)
 
 
 def files(count: int) -> dict[str, bytes]:
@@ -52,6 +54,11 @@ def test_row_groups_are_units_in_an_order_that_is_a_sample(hub: test_hub.Hub) ->
     first = [int(text.split()[1]) for text in texts[:90]]  # of ten files' rows: from many files, all over the dataset
     assert len(set(first)) > 10 and min(first) < 10 and max(first) >= 30
     assert source.identity()["commit"] == hub.repositories["datasets", "units/wiki"].branches["main"]
+
+
+def test_a_file_without_rows_has_no_text(hub: test_hub.Hub) -> None:
+    hub.add("datasets", "units/empty", files(2) | {"small/train-00009-of-00002.parquet": parquet([])})
+    assert len(documents("units/empty")) == 18
 
 
 def test_units_that_are_skipped_are_not_read(hub: test_hub.Hub) -> None:
@@ -145,6 +152,42 @@ def test_what_fails_for_a_moment_is_tried_again(hub: test_hub.Hub, waits: list[f
     hub.faults = [test_hub.Fault(where, kind, times=2)]
     assert len(documents(spec)) == 27
     assert hub.faults[0].times == 0 and len(waits) >= 2
+
+
+def test_the_hub_says_how_long_to_wait(hub: test_hub.Hub, waits: list[float]) -> None:
+    hub.add("datasets", "passing/wait", files(1))
+    hub.faults = [test_hub.Fault("/api/datasets/.*/revision", 429, times=1, retry_after=7)]
+    assert len(documents("passing/wait")) == 9
+    assert waits == [8.0]
+
+
+def test_reading_goes_on_where_it_stopped(waits: list[float]) -> None:
+    failures = iter([True, True, False])
+
+    def items() -> Iterator[int]:
+        for item in range(6):
+            if item == 4 and next(failures):
+                raise TimeoutError("no answer")
+            yield item
+
+    def ask(call: Callable[[], object]) -> object:
+        return hub_requests.ask("corpus 'a/b'", call, remedy="wait")
+
+    assert list(hub_requests.resumed(items, ask)) == [0, 1, 2, 3, 4, 5]
+    assert waits == list(hub_requests.WAITS[:2])
+
+
+def test_a_row_group_that_is_too_large_to_hold_is_read_in_pieces(
+    hub: test_hub.Hub, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_parquet, "AHEAD_BYTES", 0)
+    contents = files(2)
+    hub.add("datasets", "units/large", {"README.md": CARD, **contents})
+    hub.faults = [test_hub.Fault("parquet.*bytes", "cut", times=2, skip=2)]
+    assert sorted(documents("units/large:small")) == sorted(
+        f"file {file} row {row}" for file in range(2) for row in range(9)
+    )
+    assert hub.faults[0].times == 0 and waits
 
 
 LASTING = {

@@ -48,11 +48,18 @@ def test_a_teacher_that_does_not_come_is_one_line_and_the_same_goes_on(
     assert find_model(model).folder.is_dir()
 
 
-def test_a_teacher_that_was_read_once_needs_no_hub(hub: test_hub.Hub, made_teacher: Path, waits: list[float]) -> None:
+def test_a_teacher_that_was_read_once_needs_no_hub(
+    hub: test_hub.Hub, made_teacher: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub.add("models", "teachers/cached", tree(made_teacher))
     digest = find_model("teachers/cached").sha256
     hub.faults = [test_hub.Fault(".", 500)]
     assert find_model("teachers/cached").sha256 == digest
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        assert find_model("teachers/cached").sha256 == digest
+        with pytest.raises(ValueError, match=r"'teachers/other' from the hub \(HF_HUB_OFFLINE is set"):
+            find_model("teachers/other")
     hub.repositories.clear()
     hub.faults = []
     with pytest.raises(ValueError, match="neither here nor on the hub"):  # not silently an old copy

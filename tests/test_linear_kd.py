@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -50,6 +51,13 @@ def error(out: Tensor, reference: Tensor) -> float:
     return ((out - reference).norm() / reference.norm()).item()
 
 
+def in_tiles(case: Case, device: str, backend: str, most: int = 3000) -> Case:
+    """The case, in Triton's interpreter with a vocabulary of tens of tiles instead of hundreds, and the same part of one."""
+    if backend != "triton" or device != "cpu" or case.vocabulary <= most:
+        return case
+    return replace(case, vocabulary=most // 1024 * 1024 + case.vocabulary % 128 + 128)
+
+
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
@@ -57,7 +65,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @on_every_backend
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_matches_float64_autograd_of_the_definition(case: Case, device: str, backend: str) -> None:
-    inputs = case.inputs(device)
+    inputs = in_tiles(case, device, backend).inputs(device)
     expected = evaluate(kernel.reference, in_float64(inputs))
     result = evaluate(linear_kd, inputs, backend=backend)
     plain = evaluate(kernel.reference, inputs)
@@ -86,16 +94,17 @@ def test_a_student_that_equals_its_teacher_has_no_loss_and_no_gradient(
 @on_every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_two_runs_give_identical_bits(dtype: torch.dtype, device: str, backend: str) -> None:
-    inputs = Case("", 90, 1100, 40, 56, dtype, ce_weight=0.5, temperature=2.0, ignored=9).inputs(device)
+    case = Case("", 50, 1100, 40, 56, dtype, ce_weight=0.5, temperature=2.0, ignored=9)
+    inputs = in_tiles(case, device, backend, most=300).inputs(device)
     first, second = (evaluate(linear_kd, inputs, backend=backend, chunk_rows=32) for _ in range(2))
     assert same(first, second)
 
 
 @on_every_backend
 def test_the_chunk_does_not_matter(device: str, backend: str) -> None:
-    inputs = SMALL.inputs(device)
+    inputs = replace(SMALL, rows=19, vocabulary=150).inputs(device)
     expected = evaluate(linear_kd, inputs, backend=backend)
-    for rows in (1, 7, 16, 39, 1000):
+    for rows in (1, 7, 16, 18, 1000):
         result = evaluate(linear_kd, inputs, backend=backend, chunk_rows=rows)
         for name in expected:
             assert error(result[name], expected[name].double().cpu()) <= 1e-6, (rows, name)
@@ -105,7 +114,7 @@ def test_the_chunk_does_not_matter(device: str, backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_gradients_add_up_over_chunks(dtype: torch.dtype, device: str, backend: str) -> None:
     """Chunks of more rows than a program has, and a last one of fewer; on a GPU later ones add to the first one's dW."""
-    inputs = Case("", 150, 700, 40, 56, dtype, ce_weight=0.5, temperature=2.0, ignored=9).inputs(device)
+    inputs = Case("", 150, 300, 40, 56, dtype, ce_weight=0.5, temperature=2.0, ignored=9).inputs(device)
     expected = evaluate(kernel.reference, in_float64(inputs))
     result = evaluate(linear_kd, inputs, backend=backend, chunk_rows=70)
     for name in expected:

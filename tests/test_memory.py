@@ -1,10 +1,10 @@
 """Activation memory against what autograd keeps; micro-batches that fit; what happens where one does not."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from packed_text import VOCAB, pack
@@ -129,18 +129,16 @@ sys.exit(run.main(sys.argv[1:]))
 """
 
 
-def test_all_ranks_take_a_smaller_micro_batch_where_one_runs_out_of_memory(small: list[str], tmp_path: Path) -> None:
+def test_all_ranks_take_a_smaller_micro_batch_where_one_runs_out_of_memory(
+    from_scratch: list[str], tmp_path: Path
+) -> None:
     script = tmp_path / "out_of_memory.py"
     script.write_text(OUT_OF_MEMORY)
-    options = [*small, "--batch-tokens", "2048", "--method", "mlm", "--budget-tokens", "8500"]
+    options = [*from_scratch, "--batch-tokens", "2048", "--method", "mlm", "--budget-tokens", "8500"]
     assert run.main([*options, "--micro-batch", "512", "--output-dir", str(tmp_path / "alone")]) == 0
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    argv = [*launcher, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(script), *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "VICTIM": "1"}
-    result = subprocess.run(
-        [*argv, "--micro-batch", "1024", "--output-dir", str(tmp_path / "two")],
-        env=environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    result = processes.ranks(
+        str(script), *options, "--micro-batch", "1024", "--output-dir", tmp_path / "two", VICTIM="1"
+    )
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("out of memory: micro-batch 1024 → 512 tokens") == 2  # a line each
     assert len(read_jsonl(tmp_path / "two" / "ledger.jsonl")) == len(read_jsonl(tmp_path / "alone" / "ledger.jsonl"))

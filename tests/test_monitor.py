@@ -6,12 +6,12 @@ import json
 import os
 import pty
 import signal
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -135,12 +135,11 @@ def test_metrics_survive_kill_9_and_a_resume_goes_on_after_them(tmp_path: Path) 
                 if step == 50:
                     print("fifty", flush=True)
     """
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    with process.stdout:
-        assert process.stdout.readline() == "fifty\n"
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    (tmp_path / "shown.py").write_text(textwrap.dedent(code))
+    process = processes.Command(str(tmp_path / "shown.py"))
+    assert process.stdout.readline() == "fifty\n"
+    process.kill()
+    assert process.finish().returncode == -signal.SIGKILL
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 1000000000, "pro')  # the worst that a kill can leave
     before = read_jsonl(tmp_path / "metrics.jsonl")
@@ -205,11 +204,11 @@ def test_on_a_terminal_a_bar_is_drawn_and_taken_down(tmp_path: Path) -> None:
             shown.say("said above")
     """
     ours, theirs = pty.openpty()
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
-    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=theirs, env=environment) as process:
-        os.close(theirs)
-        screen = _read_all(ours)
-    assert process.returncode == 0
+    (tmp_path / "shown.py").write_text(textwrap.dedent(code))
+    process = processes.Command(str(tmp_path / "shown.py"), output=theirs, TERM="xterm", COLUMNS="100")
+    os.close(theirs)
+    screen = _read_all(ours)
+    assert process.finish().returncode == 0
     assert "━" in screen and "72.00 of 72.00 GPU-s" in screen and "said above" in screen
     assert "loss 3.0000 · lr 5.00e-04 · 3,412 tokens/s" in screen
     assert screen.count("tokens/s") < 20  # redrawn a few times a second, not at every step

@@ -1,6 +1,7 @@
 """The checkout and the wheel never shadow Hugging Face's package ``kernels``, and arrows between parts point one way."""
 
 import ast
+import os
 import subprocess
 import sys
 import zipfile
@@ -35,19 +36,44 @@ def test_transformers_imports_from_the_checkout(installed: bool, tmp_path: Path)
     assert result.stdout.strip() == ("regular" if installed else "none")
 
 
-def test_the_wheel_holds_fastkd_kernels_and_no_top_level_kernels(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel that ``pip install .`` builds from a clone."""
+    folder = tmp_path_factory.mktemp("wheel")
     build = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
-    copy = tmp_path / "source"
-    subprocess.run(["git", "clone", "-q", str(ROOT), str(copy)], check=True)
-    argv = [sys.executable, "-c", build, str(tmp_path)]
-    result = subprocess.run(argv, cwd=copy, capture_output=True, text=True, timeout=120)
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(folder / "source")], check=True)
+    argv = [sys.executable, "-c", build, str(folder)]
+    result = subprocess.run(argv, cwd=folder / "source", capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
-        names = wheel.namelist()
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_holds_fastkd_kernels_and_no_top_level_kernels(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
     assert "fastkd/kernels/linear_kd.py" in names
-    assert "fastkd/presets/quickstart.toml" in names
-    assert any(name.startswith("fastkd/templates/") for name in names)
     assert {name.split("/")[0] for name in names} == {"fastkd", "fastkd-0.1.0.dist-info"}
+
+
+def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
+    """Presets, templates and all modules, those of a new folder too."""
+    source = wheel.parent / "source"
+    kernels = {f"fastkd/kernels/{path.name}" for path in (source / "kernels").glob("*.py")}
+    rest = {str(path.relative_to(source)) for path in (source / "fastkd").rglob("*") if path.is_file()}
+    packaged = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("fastkd/")}
+    assert packaged == kernels | {name for name in rest if "/kernels/" not in name and "__pycache__" not in name}
+
+
+def test_the_installed_command_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
+    subprocess.run(pip, check=True, timeout=120)
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    options = {"env": environment, "cwd": tmp_path, "capture_output": True, "text": True, "timeout": 300}
+    version = subprocess.run([site / "bin" / "fastkd", "--version"], **options)  # type: ignore[call-overload]
+    assert version.stdout == "fastkd 0.1.0\n"
+    shown = subprocess.run([site / "bin" / "fastkd", "run", "--help"], **options)  # type: ignore[call-overload]
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith("usage: fastkd run ") and "--config FILE" in shown.stdout
 
 
 def imports(path: Path) -> set[str]:

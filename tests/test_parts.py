@@ -2,6 +2,8 @@
 
 import contextlib
 import filecmp
+import hashlib
+import io
 import itertools
 import json
 import os
@@ -9,6 +11,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,15 +22,19 @@ from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_model import texts
+from rich.console import Console
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fastkd import parts, prepare, run
 from fastkd.data.batches import BatchStream, SpecialIds, pack_size
+from fastkd.data.heldout import choose
 from fastkd.data.packing import Packer
+from fastkd.data.progress import Shown
 from fastkd.data.shards import BuildingFailed, Shards, build_shards, cache
 from fastkd.data.text import Text
+from fastkd.data.tokenise import Tokens
 from fastkd.models import hf
 from fastkd.run_folder import read_run
 
@@ -278,6 +285,43 @@ def test_an_epoch_of_any_parts_holds_every_token_once(
     assert packer.epochs(packs) == pytest.approx(1) and packer.unique(packs) == sum(counts)
 
 
+@given(
+    lengths=st.lists(st.integers(0, 500), min_size=2, max_size=60),
+    copies=st.lists(st.integers(0, 59), max_size=20),
+    fraction=st.sampled_from([0.001, 0.02, 0.5]),
+    share=st.sampled_from([0.01, 1.0]),
+)
+@settings(max_examples=60)
+def test_every_token_is_trained_on_or_held_out_and_no_piece_is_both(
+    lengths: list[int], copies: list[int], fraction: float, share: float
+) -> None:
+    """Of any documents, some of them repeated, in any chunks."""
+    ids = np.arange(sum(lengths), dtype=np.uint32)
+    documents = np.split(ids, np.cumsum(lengths)[:-1])
+    texts = [*documents, *(documents[copy % len(documents)] for copy in copies)]
+    chunks = [tokens(texts[first : first + 25]) for first in range(0, len(texts), 25)]
+    if sum(len(text) > 0 for text in documents) < 2:
+        return
+    held_out = choose(chunks, fraction, share)
+    train: list[np.ndarray] = []
+    held: list[np.ndarray] = []
+    for chunk in chunks:
+        for kept, (content, sizes) in zip((train, held), held_out.split(chunk), strict=True):
+            assert sizes.sum() == len(content) and (sizes > 0).all()
+            kept.append(content)
+    assert sorted(np.concatenate([*train, *held]).tolist()) == sorted(np.concatenate(texts).tolist())
+    assert not set(np.concatenate(train).tolist()) & set(np.concatenate(held).tolist())
+    assert min(sum(map(len, train)), sum(map(len, held))) > 0
+
+
+def tokens(documents: list[np.ndarray]) -> Tokens:
+    """Documents that were tokenised; the hash is of the content."""
+    hashes = [int.from_bytes(hashlib.blake2b(text.tobytes(), digest_size=8).digest(), "little") for text in documents]
+    return Tokens(
+        np.concatenate(documents), np.array([len(text) for text in documents]), np.array(hashes, dtype=np.uint64)
+    )
+
+
 def test_a_part_of_much_shorter_documents_keeps_the_static_shape_and_every_token(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -427,3 +471,14 @@ def test_a_cache_that_is_no_absolute_path_counts_as_not_set(
     monkeypatch.setenv("XDG_CACHE_HOME", value)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache() == tmp_path / ".cache" / "fastkd"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_tells_documents_speed_share_and_time_left(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    written, clock = io.StringIO(), itertools.count(step=11.0)
+    monkeypatch.setattr(time, "monotonic", clock.__next__)
+    console = Console(file=written, force_terminal=terminal, width=140)
+    with Shown(written.write, 4_000_000, console) as progress:
+        progress.advance(1_000, 1_000_000, share=0.1)
+        progress.advance(500, 1_000_000, share=0.2)
+    assert "1,500 documents, 2.0 M tokens, 0.09 M tokens/s, 50%, 22 s left" in written.getvalue()

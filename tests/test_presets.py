@@ -122,14 +122,13 @@ def test_paper_12l_runs_and_a_push_that_failed_is_done_by_the_same_command(
     ],
 )
 def test_a_push_that_cannot_be_is_refused_before_anything_is_spent(
-    papers: test_hub.Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    hub: test_hub.Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
     token: str | None, name: str, line: str,
 ) -> None:  # fmt: skip
-    if token is None:
-        monkeypatch.delenv("HF_TOKEN")
-    else:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    if token is not None:
         monkeypatch.setenv("HF_TOKEN", token)
     argv = ["--preset", "paper-6l", "--budget-tokens", "3000", "--output-dir", str(tmp_path / "run")]
     assert run.main([*argv, "--push-to-hub", name]) == 2
     assert line in capfd.readouterr().err and not (tmp_path / "run").exists()
-    assert not any("safetensors" in request for request in papers.requests)
+    assert not any("safetensors" in request for request in hub.requests)

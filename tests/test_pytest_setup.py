@@ -3,9 +3,9 @@
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -17,7 +17,8 @@ def run_pytest(folder: Path, text: str, *options: str) -> subprocess.CompletedPr
         shutil.copy(ROOT / "tests" / name, folder)
     (folder / "test_it.py").write_text(text)
     argv = ["-c", ROOT / "pyproject.toml", "--rootdir", folder, "-p", "no:cacheprovider", "-rA", *options, folder]
-    return subprocess.run([sys.executable, "-m", "pytest", *map(str, argv)], capture_output=True, text=True)
+    argv += ["-W", "ignore:Module already imported"]  # a plugin of a package that transformers imports
+    return processes.run("pytest", *argv)
 
 
 WARNS = """

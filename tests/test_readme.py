@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from markupsafe import escape
 
 from bench import front_page
 from fastkd import compare, config
@@ -19,25 +20,30 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PARSERS = {
     "run": config.parse,
-    "plan": lambda argv: config.parse([part for part in argv if part != "--json"]),
-    "prepare": lambda argv: config.parse(
-        [*re.sub(r"--tokens \S+", "", " ".join(argv)).split(), "--budget-tokens", "1"]
-    ),
+    "plan": lambda argv: config.parse(without("--json", argv)),
+    "prepare": lambda argv: config.parse([*without(r"--tokens \S+", argv), *ANY_BUDGET]),
     "compare": lambda argv: compare.split_options(argv, compare.CompareConfig, "fastkd compare"),
     "glue": glue.parse,
 }
+ANY_BUDGET = ["--budget-tokens", "1"]
+
+
+def without(option: str, argv: list[str]) -> list[str]:
+    """The arguments of a command line but one that is no option of a run."""
+    return re.sub(option, "", " ".join(argv)).split()
 
 
 def each_page() -> pytest.MarkDecorator:
     return pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 
-def commands(page: Path) -> Iterator[str]:
-    """What a page shows to be typed: code in a line, and lines of a fence without their remarks."""
+def commands(page: Path) -> Iterator[tuple[str, bool]]:
+    """What a page shows to be typed, and whether it is a whole command, a line of a fence, or a mention in a sentence."""
     text = page.read_text("utf-8")
     for block in re.findall(r"^```\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
-        yield from (re.split(r"\s{2,}#", line)[0] for line in block.splitlines())
-    yield from re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+        yield from ((re.split(r"\s{2,}#", line)[0], True) for line in block.splitlines())
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    yield from ((mention, False) for mention in re.findall(r"`([^`\n]+)`", text))
 
 
 def test_the_readme_is_short() -> None:
@@ -52,7 +58,7 @@ def test_its_table_and_plots_are_those_of_the_results() -> None:
     )
     for theme in (front_page.LIGHT, front_page.DARK):
         drawn = (ROOT / "docs" / f"{theme.name}.svg").read_text("utf-8")
-        assert f'aria-label="{front_page.escape(front_page.description(pairs))}"' in drawn
+        assert f'aria-label="{escape(front_page.description(pairs))}"' in drawn
 
 
 def test_ratios_of_the_table_are_those_of_the_rates() -> None:
@@ -93,21 +99,22 @@ def test_modules_that_are_named_exist(page: Path) -> None:
 
 @each_page()
 def test_commands_parse(page: Path) -> None:
-    """With the values that they show; METHOD and the like stand for a name."""
-    for command in commands(page):
+    """With the values that they show. A mention may leave the budget out."""
+    for command, is_whole in commands(page):
         match = re.match(r"(?:fastkd |.*-m fastkd\.)(run|plan|compare|glue|prepare)\b(.*)", command)
         if match is None or not match[2].strip() or "--method NAME" in command:
             continue
-        PARSERS[match[1]](shlex.split(match[2]))
+        needs_budget = match[1] in ("run", "plan") and "--budget" not in command and not is_whole
+        PARSERS[match[1]]([*shlex.split(match[2]), *(ANY_BUDGET if needs_budget else [])])
 
 
 def test_the_python_of_the_readme_runs() -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), flags=re.DOTALL)
-    assert len(code.splitlines()) == 5
+    assert sum(map(bool, code.splitlines())) == 5
     names: dict[str, object] = {}
     exec(code.replace("30522", "1000").replace("512", "64"), names)  # the same in a moment
-    student, W_s = names["student"], names["W_s"]
-    assert student.grad.shape == (64, 384) and W_s.grad.shape == (1000, 384)  # type: ignore[attr-defined]
+    h_s, W_s = names["h_s"], names["W_s"]
+    assert h_s.grad.shape == (64, 384) and W_s.grad.shape == (1000, 384)  # type: ignore[attr-defined]
 
 
 def test_the_task_file_of_the_docs_is_one(tmp_path: Path) -> None:

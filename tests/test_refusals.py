@@ -108,11 +108,11 @@ def test_a_tokenizer_that_is_not_the_teachers(mlm_run: Path, small: list[str], t
 @pytest.mark.parametrize(
     "budget", [["--budget-tokens", "500"], ["--budget-flops", "1000"], ["--budget-gpu-hours", "1e-9"]]
 )
-def test_a_budget_under_one_step(budget: list[str], small: list[str], tmp_path: Path, capsys) -> None:
-    error = refused([*small, *budget, "--output-dir", str(tmp_path / "run")], capsys, code=3)
+def test_a_budget_under_one_step(budget: list[str], light: list[str], tmp_path: Path, capsys) -> None:
+    error = refused([*light, *budget, "--output-dir", str(tmp_path / "run")], capsys, code=3)
     assert "one step takes" in error and "--batch-tokens" in error
     assert not (tmp_path / "run").exists()
-    assert plan.main([*small, *budget]) == 3
+    assert plan.main([*light, *budget]) == 3
 
 
 def test_a_folder_that_cannot_be_written(small: list[str], tmp_path: Path, capsys) -> None:
@@ -176,7 +176,7 @@ def test_a_damaged_run_is_not_resumed(
     shutil.copytree(mlm_run, folder, ignore=shutil.ignore_patterns("final", name))
     (folder / name).mkdir() if content is None else (folder / name).write_bytes(content)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    options = [*small, "--method", "mlm", "--budget-tokens", "60000", "--output-dir", str(folder)]
+    options = [*small, "--method", "mlm", "--budget-tokens", "40000", "--output-dir", str(folder)]
     error = refused(options, capsys)
     assert words in error and str(folder) in error, error
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before

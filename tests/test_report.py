@@ -407,6 +407,11 @@ def test_the_model_card_is_one_the_hub_reads(tmp_path: Path, mlm_head: bool) -> 
     assert card.data.license == "unknown" and card.data.library_name == "transformers"
     assert card.data.pipeline_tag == ("fill-mask" if mlm_head else "feature-extraction")
     assert card.data.tags == ["fastkd", "knowledge-distillation", "minilmv2", "sentence-transformers"]
+    assert card.data.base_model == "sentence-transformers/all-MiniLM-L6-v2", (
+        "the packaged teacher, by its name on the hub"
+    )
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results or []}
+    assert results == {"loss": 2.9, "accuracy": 0.231}
     assert ("head was trained" in content) == mlm_head
     assert ("head was **not** trained" in content) != mlm_head
     for text in (
@@ -423,7 +428,9 @@ def test_the_model_card_is_one_the_hub_reads(tmp_path: Path, mlm_head: bool) -> 
 
 def test_the_model_card_of_scratch_training_names_no_teacher(tmp_path: Path) -> None:
     content = model_card(make_run(tmp_path / "run", plan=PLAN | {"method": "mlm", "teacher": None}), mlm_head=True)
-    assert ModelCard(content).data.tags == ["fastkd", "mlm", "sentence-transformers"] and "| teacher | none |" in content
+    assert (
+        ModelCard(content).data.tags == ["fastkd", "mlm", "sentence-transformers"] and "| teacher | none |" in content
+    )
     assert "energy" not in content
 
 

@@ -2,11 +2,10 @@
 
 import os
 import signal
-import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,12 +18,12 @@ from fastkd.jsonl import read_jsonl
 from fastkd.loop import Loop
 from fastkd.run_folder import read_run
 
-Command = Callable[..., list[str]]
-
 
 @pytest.fixture(scope="module")
-def options(small: list[str]) -> list[str]:
-    return [*small, "--method", "mlm", "--budget-tokens", "60000", "--checkpoint-minutes", "0.01", "--warmup", "0.3"]
+def options(from_scratch: list[str]) -> list[str]:
+    """A run of a hundred steps of a few milliseconds, saved every tenth or so."""
+    budget = ["--method", "mlm", "--budget-tokens", "120000", "--checkpoint-minutes", "0.002", "--warmup", "0.3"]
+    return [*from_scratch, *budget]
 
 
 @pytest.fixture(scope="module")
@@ -34,26 +33,26 @@ def uninterrupted(options: list[str], tmp_path_factory: pytest.TempPathFactory) 
     return load_file(folder / "final" / "model.safetensors")
 
 
-def stop_at(step: int, how: signal.Signals, argv: list[str], folder: Path) -> int:
+def stop_at(step: int, how: signal.Signals, options: list[str], folder: Path) -> int:
     """Start the run as a process, send it a signal once its ledger holds the step; the exit code."""
-    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None:
-            steps = [line for line in read_jsonl(folder / "ledger.jsonl") if "event" not in line]
-            if steps and steps[-1]["step"] >= step:
-                process.send_signal(how)
-                return process.wait(timeout=60)
-            time.sleep(0.005)  # between two looks at the file
-        return process.returncode
+    process = processes.Command("fastkd.run", *options)
+    while process.poll() is None:
+        steps = [line for line in read_jsonl(folder / "ledger.jsonl") if "event" not in line]
+        if steps and steps[-1]["step"] >= step:
+            process.send_signal(how)
+            break
+        time.sleep(0.005)  # between two looks at the file
+    return process.finish(timeout=60).returncode
 
 
-@pytest.mark.parametrize("step", [1, 17, 43])
+@pytest.mark.parametrize("step", [1, 37, 91])
 def test_kill_9_then_the_same_command(
-    step: int, options: list[str], uninterrupted: dict[str, torch.Tensor], command: Command, tmp_path: Path
+    step: int, options: list[str], uninterrupted: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    argv = command("run", *options, "--output-dir", folder)
+    argv = [*options, "--output-dir", str(folder)]
     assert stop_at(step, signal.SIGKILL, argv, folder) == -signal.SIGKILL
-    assert subprocess.run(argv, capture_output=True, timeout=300).returncode == 0
+    assert processes.run("fastkd.run", *argv).returncode == 0
     student = load_file(folder / "final" / "model.safetensors")
     assert all(torch.equal(student[key], uninterrupted[key]) for key in uninterrupted)
     steps = surviving_steps(folder / "ledger.jsonl")
@@ -65,29 +64,29 @@ def test_kill_9_then_the_same_command(
 
 
 def test_kill_9_twice_at_the_same_place(
-    options: list[str], uninterrupted: dict[str, torch.Tensor], command: Command, tmp_path: Path
+    options: list[str], uninterrupted: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    argv = command("run", *options, "--output-dir", folder)
-    for step in (10, 20):
+    argv = [*options, "--output-dir", str(folder)]
+    for step in (20, 40):
         assert stop_at(step, signal.SIGKILL, argv, folder) == -signal.SIGKILL
     with (folder / "ledger.jsonl").open("a") as ledger:
         ledger.write('{"step": 99, "torn')
-    assert subprocess.run(argv, capture_output=True, timeout=300).returncode == 0
+    assert processes.run("fastkd.run", *argv).returncode == 0
     student = load_file(folder / "final" / "model.safetensors")
     assert all(torch.equal(student[key], uninterrupted[key]) for key in uninterrupted)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_is_saved_and_resumed(
-    how: signal.Signals, options: list[str], uninterrupted: dict[str, torch.Tensor], command: Command, tmp_path: Path
+    how: signal.Signals, options: list[str], uninterrupted: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    argv = command("run", *options, "--checkpoint-minutes", 60, "--output-dir", folder)
+    argv = [*options, "--checkpoint-minutes", "60", "--output-dir", str(folder)]
     assert stop_at(5, how, argv, folder) == 75
     assert any((folder / "checkpoints").iterdir())
     assert not (folder / "final").exists()
-    result = subprocess.run(argv, capture_output=True, text=True, timeout=300)
+    result = processes.run("fastkd.run", *argv)
     assert result.returncode == 0, result.stderr
     student = load_file(folder / "final" / "model.safetensors")
     assert all(torch.equal(student[key], uninterrupted[key]) for key in uninterrupted)
@@ -115,13 +114,13 @@ def test_a_resumed_run_keeps_the_dtype_that_was_measured(tmp_path: Path) -> None
 
 
 def test_a_lost_folder_of_checkpoints_starts_over(
-    options: list[str], uninterrupted: dict[str, torch.Tensor], command: Command, tmp_path: Path
+    options: list[str], uninterrupted: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    argv = command("run", *options, "--checkpoint-minutes", 60, "--output-dir", folder)
+    argv = [*options, "--checkpoint-minutes", "60", "--output-dir", str(folder)]
     assert stop_at(8, signal.SIGKILL, argv, folder) == -signal.SIGKILL
     assert not os.path.exists(folder / "checkpoints")
-    assert subprocess.run(argv, capture_output=True, timeout=300).returncode == 0
+    assert processes.run("fastkd.run", *argv).returncode == 0
     student = load_file(folder / "final" / "model.safetensors")
     assert all(torch.equal(student[key], uninterrupted[key]) for key in uninterrupted)
 
@@ -152,10 +151,10 @@ def test_an_interrupt_in_the_last_validation_loses_nothing(
 
 
 def test_another_corpus_than_the_run_began_with_is_refused(
-    options: list[str], corpus_file: Path, tmp_path: Path, monkeypatch, capsys
+    options: list[str], made_corpus: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     corpus, folder = tmp_path / "corpus.txt", tmp_path / "run"
-    corpus.write_text(corpus_file.read_text())
+    corpus.write_text(made_corpus.read_text())
     argv = [*options, "--corpus", str(corpus), "--output-dir", str(folder)]
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "save_the_end", interrupted)
@@ -163,7 +162,7 @@ def test_another_corpus_than_the_run_began_with_is_refused(
     corpus.write_text(corpus.read_text() + "\n\nOne more document.\n")
     assert run.main(argv) == run.EXIT_CONFIGURATION
     assert "the corpus changed since the run in" in capsys.readouterr().err
-    corpus.write_text(corpus_file.read_text())
+    corpus.write_text(made_corpus.read_text())
     assert run.main(argv) == 0
 
 

@@ -2,22 +2,19 @@
 
 import pytest
 import torch
-from oracle import check, check_directional_derivative, value_and_gradients
+from oracle import check, check_directional_derivative, in_tiles, value_and_gradients
 
 from fastkd.kernels import score_mse as module
 from fastkd.kernels.score_mse import CASES, reference, score_mse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("blocked", "triton")
-LONGEST_INTERPRETED = 400  # tokens; the interpreter takes minutes beyond
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_value_and_gradients(case, backend: str) -> None:
-    if backend == "triton" and DEVICE == "cpu" and sum(case.lengths) > LONGEST_INTERPRETED + 150:
-        pytest.skip("too long for the interpreter")
-    check(score_mse, reference, case, backend, DEVICE)
+    check(score_mse, reference, in_tiles(case, backend, DEVICE), backend, DEVICE)
 
 
 @pytest.mark.gpu
@@ -28,7 +25,8 @@ def test_bench_shapes_on_a_gpu(case) -> None:
 
 @pytest.mark.parametrize("backend", ("reference", *BACKENDS))
 def test_a_student_that_is_the_teacher_has_no_loss_and_no_gradient(backend: str) -> None:
-    inputs = next(c for c in CASES if c.name == "peaked near").inputs(DEVICE)
+    case = next(c for c in CASES if c.name == "peaked near")
+    inputs = in_tiles(case, backend, DEVICE).inputs(DEVICE)
     inputs["teacher_query"] = inputs["student_query"].detach().clone()
     inputs["teacher_key"] = inputs["student_key"].detach().clone()
     loss, gradients = value_and_gradients(score_mse, inputs, backend=backend)
@@ -39,7 +37,7 @@ def test_a_student_that_is_the_teacher_has_no_loss_and_no_gradient(backend: str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_runs_give_the_same_bits(backend: str) -> None:
     for name in ("ragged", "long"):
-        case = next(c for c in CASES if c.name == name)
+        case = in_tiles(next(c for c in CASES if c.name == name), backend, DEVICE, longest=40)
         first, second = (value_and_gradients(score_mse, case.inputs(DEVICE), backend=backend) for _ in range(2))
         assert torch.equal(first[0], second[0])
         assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))

@@ -96,7 +96,10 @@ def model_folder(name: str, *, remedy: str, weights: bool = True) -> Path:
     Raises:
         ValueError: there is no such model, or neither hub nor cache have it; in one line.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    if constants.HF_HUB_OFFLINE and (cached := _cached(name)) is not None:
+        return cached
 
     def download() -> Path:
         info = HfApi().model_info(name, timeout=NO_ANSWER)

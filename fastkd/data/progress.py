@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Self
 
+from rich import get_console
 from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -34,15 +36,17 @@ class Shown(Progress):
     """Shows documents, tokens a second, the share of what is wanted, and the time that is left.
 
     Args:
-        console: where.
+        say: prints a line, where there is no terminal to draw a bar on.
         wanted: tokens after which building ends, if the corpus does not end before; None where all of it is read.
+        console: where a bar is drawn if it is a terminal; standard output by default.
     """
 
-    def __init__(self, console: Console, wanted: int | None) -> None:
-        self._console, self._wanted = console, wanted
+    def __init__(self, say: Callable[[str], object], wanted: int | None, console: Console | None = None) -> None:
+        self._say, self._wanted = say, wanted
         self._began = self._told = time.monotonic()
         self._first_share: float | None = None  # building may begin within a corpus
         self._done = 0.0
+        console = console or get_console()
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> Self:
@@ -66,7 +70,7 @@ class Shown(Progress):
             self._live.update(self._bar(now), refresh=True)
         elif now - self._told >= PLAIN_SECONDS:
             self._told = now
-            self._console.print(self._text(now), markup=False, soft_wrap=True)
+            self._say(self._text(now))
 
     def _text(self, now: float) -> str:
         seconds = max(now - self._began, 1e-9)

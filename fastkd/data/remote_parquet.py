@@ -133,9 +133,9 @@ class Window:
             yield from stored.batches(text_field)
             return
         batches = known.result() if known is not None else stored.column(text_field)
-        yield batches[0].slice(0, 1)  # who checks a corpus takes no more than one
+        yield from (batch.slice(0, 1) for batch in batches[:1])  # who checks a corpus takes no more than one
         self._begin(place + 1, text_field)
-        yield batches[0].slice(1)
+        yield from (batch.slice(1) for batch in batches[:1])
         yield from batches[1:]
 
     def _begin(self, place: int, text_field: str) -> None:

@@ -59,7 +59,7 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
         # transformers would make one up that knows nothing but special tokens
         raise ValueError(f"{model} holds no tokenizer (tokenizer.json, vocab.txt, …); save it beside the model")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # a damaged tokenizer.json raises whatever its reader does
         raise ValueError(f"{model} has no usable tokenizer ({first_line(error)})") from error
     if tokenizer.pad_token_id is None:
@@ -88,7 +88,7 @@ def encode(model: Path, splits: Mapping[str, Rows], max_length: int) -> EncodedT
 
 def require_encoder(model: Path) -> None:
     """Raises ValueError for a model that cannot classify padded batches of texts by position, such as T5 or GPT-2."""
-    config = AutoConfig.from_pretrained(model)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions < 1 or getattr(config, "pad_token_id", None) is None:
         raise ValueError(
@@ -98,7 +98,7 @@ def require_encoder(model: Path) -> None:
 
 
 def _max_length(model: Path, tokenizer: PreTrainedTokenizerBase, wanted: int) -> int:
-    config = AutoConfig.from_pretrained(model)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     positions = config.max_position_embeddings
     if config.model_type in OFFSET_FAMILIES:
         positions -= config.pad_token_id + 1

@@ -132,7 +132,7 @@ def load_classifier(folder: Path, task: Task) -> PreTrainedModel:
         with _quiet():
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 folder, num_labels=labels, problem_type=problem, dtype=torch.float32, output_loading_info=True,
-                ignore_mismatched_sizes=True,
+                ignore_mismatched_sizes=True, trust_remote_code=False,
             )  # fmt: skip
     except Exception as error:  # damaged weights raise whatever their reader does
         raise ValueError(f"{folder} cannot be loaded ({first_line(error)})") from error

@@ -1,0 +1,136 @@
+"""Processes of fastkd's commands that begin at once: forks of one that has imported everything.
+
+A fork is a process as any other: its signals, exit code, environment, threads and memory are its own. What it is spared
+is the five seconds in which a new one imports PyTorch and transformers. Tests of what a command does when it is killed,
+runs twice or has a second rank are about the process, not about its imports; other tests type the commands out. What a
+module reads when it is imported (HF_ENDPOINT, TRITON_INTERPRET, OMP_NUM_THREADS) is as the tests began with it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from importlib import import_module
+from multiprocessing import connection, reduction
+from typing import IO, Any
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["fastkd.run", "fastkd.compare", "fastkd.report", "fastkd.glue.finetune", "torch.distributed.run"]
+)
+
+
+class _Descriptor:
+    """A file descriptor that a process is given when it starts."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _received, (reduction.DupFd(self.number),)
+
+
+def _received(sent: Any) -> _Descriptor:
+    return _Descriptor(sent.detach())
+
+
+def _enter(
+    command: str, options: tuple[str, ...], environment: dict[str, str], out: _Descriptor, err: _Descriptor
+) -> None:
+    """In the fork: what ``python -m command options`` or ``python command options`` would do."""
+    os.environ.clear()
+    os.environ.update(environment)
+    for mine, given in ((1, out), (2, err)):
+        os.dup2(given.number, mine)
+        os.close(given.number)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    sys.argv = [command, *options]
+    if command.endswith(".py"):
+        runpy.run_path(command, run_name="__main__")
+    else:
+        sys.exit(import_module(command).main(list(options)))
+
+
+class Command:
+    """A command that runs: part of what ``subprocess.Popen`` offers. It prints into ``stdout``, or where ``output`` leads."""
+
+    def __init__(self, command: str, *options: object, output: int | None = None, **environment: str) -> None:
+        self.args = (command, *map(str, options))
+        reader, writer = os.pipe()
+        self.stdout: IO[str] = os.fdopen(reader)
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (read when the process has ended)
+        ends = (_Descriptor(writer if output is None else output), _Descriptor(self._errors.fileno()))
+        arguments = (command, self.args[1:], os.environ | environment, *ends)
+        self._process = FORKS.Process(target=_enter, args=arguments)
+        self._process.start()
+        os.close(writer)
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
+    def sentinel(self) -> int:
+        """Ready when the process has ended."""
+        return self._process.sentinel
+
+    def poll(self) -> int | None:
+        """The exit code, or None while it runs; −n for signal n."""
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self, timeout: float) -> int:
+        self._process.join(timeout)
+        code = self.poll()
+        if code is None:
+            self.kill()
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return code
+
+    def finish(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        """Read what it prints to its end; its exit code and texts."""
+        printed = self.stdout.read()
+        self.stdout.close()
+        code = self.wait(timeout)
+        with self._errors as errors:
+            errors.seek(0)
+            return subprocess.CompletedProcess(self.args, code, printed, errors.read())
+
+
+def run(command: str, *options: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command from its start to its end: a module of fastkd that has ``main``, or a script."""
+    return Command(command, *options, **environment).finish()
+
+
+def ranks(command: str, *options: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Two ranks of a job, as torchrun starts them; one that fails ends the other, and its code is the job's."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    numbered = [{"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    both = [Command(command, *options, **environment, **job, **number) for number in numbered]
+    running = {each.sentinel: each for each in both}
+    code = 0
+    while running:
+        for ended in connection.wait(list(running)):
+            failed = running.pop(int(ended)).wait(60)
+            if failed and not code:
+                code = failed
+                for other in running.values():
+                    other.send_signal(signal.SIGTERM)
+    done = [each.finish() for each in both]
+    texts = ("".join(each.stdout for each in done), "".join(each.stderr for each in done))
+    return subprocess.CompletedProcess(both[0].args, code, *texts)
