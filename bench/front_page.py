@@ -1,6 +1,6 @@
 """The README's table and plot of training speed and memory, made from the results of ``bench.throughput``.
 
-    python -m bench.front_page                    from results/amd-epyc: README.md's table, docs/speed.svg, docs/speed-dark.svg
+    python -m bench.front_page                    README.md's table and docs/speed*.svg from the device that the README names
     python -m bench.front_page --device NAME      from results/NAME
 
 Nothing is measured here. A pair is a method and a peer of `bench.throughput`; its speed is fastkd's tokens/s over the
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,9 @@ from fastkd import atomic
 from fastkd.plots import STYLE, to_svg
 
 ROOT = Path(__file__).parents[1]
-DEVICE, SIZE = "amd-epyc", "quickstart"
-BEGIN, END = "<!-- python -m bench.front_page writes this table -->", "<!-- end of the table -->"
+SIZE = "quickstart"
+BEGIN, END = "<!-- python -m bench.front_page --device {} -->", "<!-- end of what it writes -->"
+BLOCK = re.compile(f"{BEGIN.format('(.+)')}\n(.*?){END}", flags=re.DOTALL)
 PEERS = {
     "paper": "the paper's way",
     "trainer": "Hugging Face Trainer",
@@ -66,16 +68,13 @@ LIGHT = Theme("speed", "#1F2328", "#D9DEE4", ("#0072B2", "#8CC4E6"))
 DARK = Theme("speed-dark", "#E6EDF3", "#3D444D", ("#56B4E9", "#2B6C94"))
 
 
-def read(device: str = DEVICE, results: Path = RESULTS) -> list[Pair]:
+def read(device: str, results: Path = RESULTS) -> list[Pair]:
     """All pairs of the quickstart's size that a folder of results holds, those of the paper's way first.
 
     Raises:
         ValueError: there is no such folder, or a pair of the README's table was not measured.
     """
-    path = results / device / "throughput.json"
-    if not path.is_file():
-        raise ValueError(f"no {path}: measure with python -m bench.throughput, or name a folder of {results}")
-    groups = [group for group in json.loads(path.read_text("utf-8"))["groups"] if group["size"] == SIZE]
+    groups = _groups(device, results)
     ratios = {(group["method"], group["dtype"]): group["compared"] for group in groups}
     pairs = [
         Pair(method, peer, _by_dtype(ratios, method, "speedup", peer), _by_dtype(ratios, method, "memory", peer))
@@ -85,8 +84,15 @@ def read(device: str = DEVICE, results: Path = RESULTS) -> list[Pair]:
     found = [pair for pair in pairs if pair.speed]
     missing = [f"{method} beside {peer}" for method, peer in TABLE if (method, peer) not in map(_key, found)]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: measure with python -m bench.throughput")
-    return sorted(found, key=lambda pair: list(PEERS).index(pair.peer))
+        raise ValueError(f"{device} lacks {', '.join(missing)}: measure with python -m bench.throughput")
+    return found
+
+
+def _groups(device: str, results: Path) -> list[dict[str, Any]]:
+    path = results / device / "throughput.json"
+    if not path.is_file():
+        raise ValueError(f"no {path}: measure with python -m bench.throughput, or name a folder of {results}")
+    return [group for group in json.loads(path.read_text("utf-8"))["groups"] if group["size"] == SIZE]
 
 
 def _by_dtype(ratios: Mapping[tuple[str, str], Any], method: str, what: str, peer: str) -> dict[str, float]:
@@ -114,6 +120,46 @@ def table(pairs: Sequence[Pair]) -> str:
         memories = [f"{pair.memory[dtype]:.0%}" if dtype in pair.memory else "" for dtype in columns]
         rows.append([f"`{pair.method}`", PEERS[pair.peer], *speeds, *memories])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def caption(device: str, results: Path = RESULTS) -> str:
+    """What the table shows, where it was measured, and how much the rounds of a row differed."""
+    groups = _groups(device, results)
+    spreads = {
+        dtype: max(_spread(row) for group in groups if group["dtype"] == dtype for row in group["rows"].values())
+        for dtype in sorted({group["dtype"] for group in groups})
+    }
+    places = sorted({group["environment"]["device"] for group in groups})
+    days = sorted({group["environment"]["date"] for group in groups})
+    path = f"bench/results/{device}/throughput.json"
+    varied = " and ".join(f"{spread:.0%} in {dtype}" for dtype, spread in spreads.items())
+    return (
+        "fastkd's tokens/s over theirs, and its peak memory as a share of theirs: "
+        f"{', '.join(places)}, {', '.join(days)},\n[`{path}`]({path}),\nmade by `python -m bench.throughput`. "
+        f"Rates of a row varied between rounds by up to {varied}."
+    )
+
+
+def _spread(row: Mapping[str, Any]) -> float:
+    rates = row["tokens_per_s_rounds"]
+    return float((max(rates) - min(rates)) / row["tokens_per_s"])
+
+
+def block(device: str) -> str:
+    """What the README has between the two comments, and these."""
+    return f"{BEGIN.format(device)}\n\n{table(read(device))}\n\n{caption(device)}\n\n{END}"
+
+
+def device_shown(readme: Path) -> str:
+    """The folder of results that the README names.
+
+    Raises:
+        ValueError: it has no place for the table.
+    """
+    found = BLOCK.search(readme.read_text("utf-8"))
+    if found is None:
+        raise ValueError(f"{readme} lacks {BEGIN.format('NAME')!r} or {END!r}")
+    return found[1]
 
 
 def description(pairs: Sequence[Pair]) -> str:
@@ -178,19 +224,17 @@ def style(theme: Theme) -> dict[Any, Any]:
     return STYLE | colours | {"axes.facecolor": "none", "savefig.facecolor": "none", "svg.hashsalt": theme.name}
 
 
-def write(pairs: Sequence[Pair], root: Path = ROOT) -> list[Path]:
+def write(device: str | None = None, root: Path = ROOT) -> list[Path]:
     """Draw both plots and replace the README's table; returns the files.
 
     Raises:
-        ValueError: the README has no place for the table.
+        ValueError: the README has no place for the table, or the device was not measured.
     """
     readme = root / "README.md"
-    before, begin, rest = readme.read_text("utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{readme} lacks the line {END if begin else BEGIN!r}")
-    atomic.write(readme, f"{before}{BEGIN}\n\n{table(pairs)}\n\n{END}{after}")
-    files = [readme]
+    shown = device_shown(readme)
+    device = device or shown
+    pairs, new, files = read(device), block(device), [readme]
+    atomic.write(readme, BLOCK.sub(lambda _: new, readme.read_text("utf-8")))
     for theme in (LIGHT, DARK):
         with matplotlib.rc_context(style(theme)):
             files.append(root / "docs" / f"{theme.name}.svg")
@@ -201,10 +245,10 @@ def write(pairs: Sequence[Pair], root: Path = ROOT) -> list[Path]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write what the options name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default=DEVICE, help="a folder of bench/results")
+    parser.add_argument("--device", help="a folder of bench/results; default: the one that the README names")
     options = parser.parse_args(argv)
     try:
-        files = write(read(options.device))
+        files = write(options.device)
     except ValueError as error:
         parser.error(str(error))
     print("\n".join(map(str, files)))

@@ -18,9 +18,8 @@ from fastkd import checkpoint, profiler, schedule
 from fastkd.budget import Ledger, Meter, StepCost, Totals, replayed_progress, surviving_steps
 from fastkd.data.batches import Batch
 from fastkd.data.shards import BuildingFailed
-from fastkd.distributed import Decision, agree, any_rank, barrier, mean, node_devices
+from fastkd.distributed import Decision, agree, any_rank, barrier, node_devices
 from fastkd.jsonl import Record, read_jsonl
-from fastkd.methods import MethodLoss
 from fastkd.monitor import Monitor
 from fastkd.train import Trainer
 
@@ -224,18 +223,18 @@ class Loop:
         lr = schedule.learning_rate(progress, self.parts.lr, self.config.warmup)
         if self.config.dropout:
             torch.manual_seed(self.config.seed + number * self.world.size + self.world.rank)
-        loss, norm, last = self._step_within_memory(batches, lr)
+        loss, norm, parts = self._step_within_memory(batches, lr)
         host = torch.empty(2, dtype=torch.float32, pin_memory=loss.is_cuda)
-        host.copy_(torch.stack([loss.float(), trainer.skipped]), non_blocking=True)
+        host.copy_(torch.stack([loss, trainer.skipped]), non_blocking=True)
         trainer.clock.mark("other")
         epoch = self.parts.stream.epoch_of(number + 1)
         step = IssuedStep(self.parts.step_cost(number), progress, lr, epoch, trainer.clock.lap(), host[0], host[1])
         self.issued.append(step)
         self._unsaved = True
         if self.monitor.due(number + 1):
-            self._log(norm, last)
+            self._log(norm, parts)
 
-    def _step_within_memory(self, batches: list[Batch], lr: float) -> tuple[Tensor, Tensor, MethodLoss]:
+    def _step_within_memory(self, batches: list[Batch], lr: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         while True:
             try:
                 return self.trainer.step(batches, lr)
@@ -270,12 +269,11 @@ class Loop:
             joules = self.totals.joules = None
         return joules
 
-    def _log(self, norm: Tensor, last: MethodLoss) -> None:
+    def _log(self, norm: Tensor, parts: dict[str, Tensor]) -> None:
         """Write one line of metrics; the only place in the loop that waits for the device."""
         clocks = self.power.clocks()  # while the device still works on the step
         while self.issued:
             self._settle()
-        parts = mean(self.world, torch.stack([v.float() for v in last.parts.values()]).cpu()).tolist()
         if not self.world.is_main:
             return
         t, line = self.totals, self.ledger.recent[-1]
@@ -283,7 +281,7 @@ class Loop:
         taken = self.seconds - seconds
         self.monitor.step({
             "step": t.step, "progress": line["progress"], "charged_s": t.charged_s, "tokens": t.tokens["real"],
-            "loss": line["loss"], "parts": dict(zip(last.parts, parts, strict=True)), "lr": line["lr"],
+            "loss": line["loss"], "parts": {name: float(value) for name, value in parts.items()}, "lr": line["lr"],
             "grad_norm": float(norm), "tokens_per_s": (t.tokens["real"] - tokens) / taken,
             "watts": None if t.joules is None else (t.joules - joules) / taken, **asdict(clocks),
             "peak_memory_bytes": profiler.peak_memory_bytes(self.trainer.device),

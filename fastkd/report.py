@@ -67,6 +67,7 @@ def model_card(run_folder: Path, *, mlm_head: bool) -> str:
         held_out=next((line for line in reversed(run.validations) if line["loss"] is not None), None),
         status=status(run),
         mlm_head=mlm_head,
+        cosine=run.config.get("method_options", {}).get("cosine_weight", 0) > 0,
     )
 
 

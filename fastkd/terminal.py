@@ -59,9 +59,11 @@ class Stages(logging.Handler):
     """Prints what fastkd logs: what a set-up is about to do, after so many seconds of this process; and warnings."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """One line."""
-        sign = f"{time.monotonic() - STARTED:6.1f} s" if record.levelno < logging.WARNING else record.levelname.lower()
-        say(f"{sign:<17}{record.getMessage()}")
+        """One line; a warning goes to standard error."""
+        if record.levelno >= logging.WARNING:
+            say(f"warning: {record.getMessage()}", sys.stderr)
+        else:
+            say(f"{time.monotonic() - STARTED:6.1f} s         {record.getMessage()}")
 
 
 @contextlib.contextmanager

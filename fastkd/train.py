@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastkd import memory, optim, profiler, waiting
 from fastkd.data.batches import Batch
-from fastkd.distributed import any_rank, mean
+from fastkd.distributed import any_rank, average, mean
 from fastkd.methods import Method, MethodLoss
 from fastkd.models.encoder import Encoder, Outputs
 from fastkd.models.teacher import Teacher
@@ -82,19 +82,20 @@ class Trainer:
 
     # ---- one step -------------------------------------------------------------------------------------------
 
-    def step(self, batches: list[Batch], lr: float) -> tuple[Tensor, Tensor, MethodLoss]:
-        """One optimiser step over this rank's micro-batches. Returns the mean loss, the gradient's norm and the last
-        micro-batch's loss by part, all on the device."""
-        total = torch.zeros((), device=self.device)
+    def step(self, batches: list[Batch], lr: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """One optimiser step over this rank's micro-batches. Returns the loss, the gradient's norm and the loss by part,
+        all on the device; losses are means over the step, all ranks included."""
+        losses = []
         for number, batch in enumerate(batches, start=1):
             with self._no_sync(number < len(batches)):
                 out = self.micro_step(batch, 1 / len(batches))
-            total += out.loss.detach()
+            losses.append(torch.stack([x.detach().float() for x in (out.loss, *out.parts.values())]))
+        loss, *parts = average(self.world, torch.stack(losses).mean(0))
         norm = optim.clip(self.trained, self.parts.config.clip_norm)
         self.skipped = optim.step_if_finite(self.optimizer, norm, lr)
         self.optimizer.zero_grad(set_to_none=True)
         self.clock.mark("optimizer")
-        return total / len(batches), norm, out
+        return loss, norm, dict(zip(out.parts, parts, strict=True))
 
     def micro_step(self, batch: Batch, weight: float) -> MethodLoss:
         """Teacher forward, student forward, loss and backward of one micro-batch."""

@@ -81,11 +81,25 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 class _Head(NamedTuple):
-    """One model's side of the loss."""
+    """One model's side of the loss.
+
+    In full precision the mean row is taken from every row of the weight. The softmax does not see that, and Σ dz = 0 takes
+    it out of dx; but a float32 logit of 130 is known to 1e-5, and dz·W would cancel.
+    """
 
     hidden: Tensor  # [M, D]
     weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]
+    bias: Tensor | None  # [V]; not centred, since one entry of −1e10, which masks a word, would be all of a mean
+    centre: Tensor | None = None  # [D]: the mean row, which ``columns`` subtracts
+
+    def centred(self, dtype: torch.dtype) -> _Head:
+        """The head with the mean row of its weight as centre, unless ``dtype`` rounds to half precision."""
+        return self if dtype.itemsize < 4 else self._replace(centre=self.weight.to(dtype).mean(0))
+
+    def columns(self, chosen: slice | Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of the weight [C, D], which make columns of the logits, less the centre."""
+        weight = self.weight[chosen].to(dtype)
+        return weight if self.centre is None else weight - self.centre
 
     def rows(self, rows: slice | Tensor, dtype: torch.dtype | None = None) -> _Head:
         return self._replace(hidden=self.hidden[rows].to(dtype or self.hidden.dtype))
@@ -94,7 +108,7 @@ class _Head(NamedTuple):
         """Contiguous operands in ``dtype``, and a float32 bias for ``columns``, −∞ from V on and 0 if there was none."""
         bias = self.weight.new_full((columns,), -math.inf, dtype=torch.float32)
         bias[: len(self.weight)] = 0.0 if self.bias is None else self.bias
-        return _Head(self.hidden.to(dtype).contiguous(), self.weight.to(dtype).contiguous(), bias)
+        return _Head(self.hidden.to(dtype).contiguous(), self.columns(slice(None), dtype).contiguous(), bias)
 
 
 class _Terms(NamedTuple):
@@ -489,8 +503,8 @@ def _triton(
     vocabulary, x = len(student.weight), student.hidden
     tile, launch = _logits_tile(dtype, student, teacher), _gradient_tile(dtype, x.device)
     columns = -(-vocabulary // tile.block_n) * tile.block_n
-    student = student.cast(dtype, columns)
-    teacher = None if teacher is None else teacher.cast(dtype, columns)
+    student = student.centred(dtype).cast(dtype, columns)
+    teacher = None if teacher is None else teacher.centred(dtype).cast(dtype, columns)
     rows = min(chunk_rows, len(x))
     logits_s = _Logits.empty(student, rows, tile, terms.two_softmaxes)
     logits_t = None if teacher is None else _Logits.empty(student, rows, tile, False)
@@ -572,20 +586,22 @@ def _power_of_two(n: int) -> int:
 class _Softmax:
     """exp(z/τ) of a chunk's rows, each block of columns relative to its own row maxima."""
 
-    def __init__(self, exponentials: Tensor) -> None:
+    def __init__(self, exponentials: Tensor, temperature: float, exact: bool) -> None:
         self.exponentials = exponentials  # [R, V]
+        self.exponent = LOG2E / temperature
+        self.row_sums = _exact_sums if exact else _sums
         self.blocks: list[tuple[Tensor, Tensor]] = []
 
     def add(self, columns: slice, centred: Tensor, maximum: Tensor) -> Tensor:
         """Take a block of logits, given as its difference from its row maxima; return its exponentials."""
-        block = torch.mul(centred, LOG2E, out=self.exponentials[:, columns]).exp2_()  # a quarter of exp's time
-        self.blocks.append((maximum, block.sum(1)))
+        block = torch.mul(centred, self.exponent, out=self.exponentials[:, columns]).exp2_()  # a quarter of exp's time
+        self.blocks.append((maximum, self.row_sums(block)))
         return block
 
     def close(self) -> None:
         """Turn the blocks' statistics into each block's factor to a probability. In float64: R × blocks numbers."""
         maxima, sums = zip(*self.blocks, strict=True)
-        self.maxima, self.sums = torch.stack(maxima).double(), torch.stack(sums).double()
+        self.maxima, self.sums = torch.stack(maxima).double() * (self.exponent / LOG2E), torch.stack(sums).double()
         self.maximum = self.maxima.amax(0)
         factor = torch.exp(self.maxima - self.maximum)
         self.total = (factor * self.sums).sum(0)
@@ -612,11 +628,13 @@ class _Chunk:
         self.terms, self.labels, self.student, self.teacher = terms, labels, student, teacher
         self.valid = torch.ones_like(student.hidden[:, 0]).double() if labels is None else (labels != IGNORED).double()
         self.share = share * self.valid  # [R]
-        softmaxes = [_Softmax(buffer[: len(student.hidden)]) for buffer in buffers]
-        self.p = self.p_ce = softmaxes.pop()
-        self.q = softmaxes.pop() if teacher is not None else None
+        temperatures = (terms.temperature, terms.temperature, 1.0)  # of p, q and p_ce
+        exact = student.centre is not None
+        softmaxes = [_Softmax(b[: len(student.hidden)], t, exact) for b, t in zip(buffers, temperatures, strict=False)]
+        self.p = self.p_ce = softmaxes[0]
+        self.q = softmaxes[1] if teacher is not None else None
         if terms.two_softmaxes:
-            self.p_ce = softmaxes.pop()
+            self.p_ce = softmaxes[2]
         self.cross: list[Tensor] = []
 
     def read_logits(self) -> None:
@@ -625,20 +643,14 @@ class _Chunk:
             z_s, m_s = _centred_logits(self.student, columns)
             if self.p_ce is not self.p:
                 self.p_ce.add(columns, z_s, m_s)
-            z_s, m_s = self._tempered(z_s, m_s)
             self.p.add(columns, z_s, m_s)
             if self.teacher is not None and self.q is not None:
-                z_t, m_t = self._tempered(*_centred_logits(self.teacher, columns))
+                z_t, m_t = _centred_logits(self.teacher, columns)
                 q = self.q.add(columns, z_t, m_t)
                 self.cross.append(torch.linalg.vecdot(q, z_t.sub_(z_s)))
         for softmax in {self.p, self.p_ce, self.q}:
             if softmax is not None:
                 softmax.close()
-
-    def _tempered(self, centred: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
-        if self.terms.temperature == 1:
-            return centred, maximum
-        return centred.div_(self.terms.temperature), maximum / self.terms.temperature
 
     def kl(self) -> Tensor:
         """τ² Σ_rows KL(q‖p), from differences of logits, of maxima and a ratio of totals.
@@ -648,7 +660,7 @@ class _Chunk:
         if self.q is None:
             return self.valid.new_zeros(())
         offsets = (self.q.maxima - self.p.maxima) - (self.q.maximum - self.p.maximum)
-        cross = self.q.factor * (torch.stack(self.cross).double() + self.q.sums * offsets)
+        cross = self.q.factor * (torch.stack(self.cross).double() / self.terms.temperature + self.q.sums * offsets)
         rows = cross.sum(0) - torch.log(self.q.total / self.p.total)
         return self.terms.temperature**2 * (rows * self.valid).sum()
 
@@ -657,7 +669,7 @@ class _Chunk:
         if self.labels is None or not self.terms.ce_weight:
             return self.valid.new_zeros(())
         y = self.labels.clamp(min=0)
-        logit = torch.linalg.vecdot(self.student.hidden, self.student.weight[y].to(self.student.hidden.dtype)).double()
+        logit = torch.linalg.vecdot(self.student.hidden, self.student.columns(y, self.student.hidden.dtype)).double()
         if self.student.bias is not None:
             logit += self.student.bias[y]
         rows = self.p_ce.maximum - logit + torch.log(self.p_ce.total)
@@ -676,6 +688,21 @@ class _Chunk:
             yield columns, dz
 
 
+def _sums(block: Tensor) -> Tensor:
+    """Σ over the columns of [R, C]."""
+    return block.sum(1)
+
+
+def _exact_sums(block: Tensor) -> Tensor:
+    """The same in float64, from sums of C/32 numbers in their own dtype, in twice the time.
+
+    What a float32 sum of 1,024 numbers rounds off is 1e-8 of a divergence, however small that is.
+    """
+    whole = block.shape[1] // 32 * 32
+    lanes = block[:, :whole].unflatten(1, (-1, 32)).sum(1)
+    return lanes.sum(1, dtype=torch.float64) + block[:, whole:].sum(1)
+
+
 def _blocks(head: _Head) -> list[slice]:
     vocabulary = head.weight.shape[0]
     return [slice(start, min(start + _COLUMNS, vocabulary)) for start in range(0, vocabulary, _COLUMNS)]
@@ -685,7 +712,7 @@ def _centred_logits(head: _Head, columns: slice) -> tuple[Tensor, Tensor]:
     """Logits [R, C] minus their row maxima, and the maxima [R]."""
     dtype = head.hidden.dtype
     bias = None if head.bias is None else head.bias[columns].to(dtype)
-    z = _linear(head.hidden, head.weight[columns].to(dtype), bias)
+    z = _linear(head.hidden, head.columns(columns, dtype), bias)
     maximum = z.amax(1)
     return z.sub_(maximum[:, None]), maximum
 
@@ -713,6 +740,8 @@ def _blocked(
     """
     x = student.hidden
     wide = torch.promote_types(dtype, torch.float32)
+    student = student.centred(dtype)
+    teacher = None if teacher is None else teacher.centred(dtype)
     kept = torch.arange(len(x), device=x.device)
     if labels is not None and x.device.type == "cpu":
         kept = (labels != IGNORED).nonzero()[:, 0]
@@ -740,14 +769,14 @@ def _gradient_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 def _accumulate(chunk: _Chunk, rows: Tensor, dtype: torch.dtype, out: _Gradients) -> None:
     """Add a chunk's share of dx, dW and db."""
-    x, weight = chunk.student.hidden.to(dtype), chunk.student.weight
+    x, head = chunk.student.hidden.to(dtype), chunk.student
     dx = torch.zeros_like(chunk.student.hidden)
     for columns, dz in chunk.dz():
         if out.bias is not None:
             out.bias[columns] += dz.sum(0)
         dz = dz.to(dtype)
         if out.hidden is not None:
-            dx += _linear(dz, weight[columns].to(dtype).t())
+            dx += _linear(dz, head.columns(columns, dtype).t())
         if out.weight is not None:
             out.weight[columns] += _linear(dz.t(), x.t())
     if chunk.labels is not None and chunk.terms.ce_weight:
@@ -760,7 +789,7 @@ def _subtract_one_hot(chunk: _Chunk, dx: Tensor, out: _Gradients) -> None:
     """The label's part of dz, unrounded. Rows of one label are added in a fixed order, on a GPU too (index_add_ is not)."""
     assert chunk.labels is not None
     y, ce = chunk.labels.clamp(min=0), (chunk.terms.ce_weight * chunk.share).to(dx.dtype)
-    dx -= ce[:, None] * chunk.student.weight[y]
+    dx -= ce[:, None] * chunk.student.columns(y, dx.dtype)
     if out.weight is not None:
         out.weight.index_put_((y,), -ce[:, None] * chunk.student.hidden, accumulate=True)
     if out.bias is not None:
@@ -1043,7 +1072,8 @@ class Case:
     """Shapes, dtype and values of one call.
 
     ``spread`` is the standard deviation of the logits, 8 being a peaked softmax; ``gap`` that of the student's
-    difference from the teacher (None: unrelated models), which needs a teacher at least as wide.
+    difference from the teacher (None: unrelated models), which needs a teacher at least as wide. ``offset`` is added to
+    hidden states and weights: 1 makes logits near their width, all of whose common part the softmax does not see.
     """
 
     name: str
@@ -1054,6 +1084,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     spread: float = 2.0
     gap: float | None = None
+    offset: float = 0.0
     kl_weight: float = 1.0
     ce_weight: float = 0.0
     temperature: float = 1.0
@@ -1071,6 +1102,7 @@ class Case:
         m, v, d = self.rows, self.vocabulary, self.student_width
         draw = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
         tensors = {"student_hidden": draw(m, d), "student_weight": draw(v, d) * self.spread / math.sqrt(d)}
+        tensors = {name: x + self.offset for name, x in tensors.items()}
         if self.bias:
             tensors["student_bias"] = draw(v) / 2
         if self.teacher_width is not None:
@@ -1088,7 +1120,8 @@ class Case:
 
     def _teacher(self, student: dict[str, Tensor], width: int, draw: Callable[..., Tensor]) -> dict[str, Tensor]:
         weight = draw(self.vocabulary, width) / math.sqrt(width) * (self.spread if self.gap is None else self.gap)
-        hidden, d = draw(self.rows, width), self.student_width
+        hidden, d = draw(self.rows, width) + self.offset, self.student_width
+        weight += self.offset if self.gap is None else 0.0
         if self.gap is not None:  # the student's logits plus an independent difference
             hidden[:, :d] = student["student_hidden"]
             weight[:, :d] += student["student_weight"]
@@ -1115,6 +1148,7 @@ CASES = (
     Case("peaked", 60, 2000, 64, 96, spread=8.0, ce_weight=0.5),
     Case("near-equal", 60, 2000, 64, 96, spread=1.0, gap=0.1),
     Case("peaked-near-equal", 60, 2000, 64, 96, spread=8.0, gap=0.1),
+    Case("all-positive", 24, 300, 128, 96, spread=0.5, offset=1.0),
     Case("uncased", 9, 30522, 48, 64, spread=4.0, ce_weight=0.5, ignored=2),
     Case("modern", 4, 50368, 32, 48, spread=4.0, ce_weight=0.5),
     Case("half-kl-ce", 150, 1500, 40, 24, _half, kl_weight=0.5, ce_weight=0.7, temperature=2.0, ignored=11),

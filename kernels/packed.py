@@ -353,7 +353,7 @@ class Case:
     """Shapes, dtype and values of one call, for tests and benches.
 
     ``spread`` is the standard deviation of the scores, 8 being a peaked softmax; ``gap`` that of the student's
-    difference from the teacher (None: unrelated models), which needs equal widths.
+    difference from the teacher (None: unrelated models), which needs equal widths. ``offset`` is added to every value.
     """
 
     name: str
@@ -365,6 +365,7 @@ class Case:
     cross: bool = False
     spread: float = 1.0
     gap: float | None = None
+    offset: float = 0.0
 
     @property
     def tolerance(self) -> float:
@@ -399,7 +400,7 @@ class Case:
 
         def model(width: int) -> Tensor:
             centres, own = noise(7, width, self.spread**0.5), noise(len(tokens), width, self.spread**0.5)
-            return 0.9**0.5 * centres[tokens % 7] + 0.1**0.5 * own
+            return 0.9**0.5 * centres[tokens % 7] + 0.1**0.5 * own + self.offset
 
         teacher = model(self.teacher_width)
         if self.gap is None:

@@ -26,6 +26,11 @@ def texts(count: int = 300, seed: int = 0) -> list[str]:
     ]
 
 
+def scarce(documents: list[str]) -> str:
+    """A text half of which no tokenizer of these tests knows: packs have fewer ordinary tokens than are to be predicted."""
+    return "\n\n".join(f"{text}\n\n{'🦖 ' * len(text.split())}" for text in documents)
+
+
 def tokenizer(documents: list[str], size: int = 1000) -> PreTrainedTokenizerFast:
     """BERT's tokenizer with a vocabulary learnt from these documents; ``size`` is beyond what there is to learn.
 

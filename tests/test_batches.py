@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +73,8 @@ def digest(batches: Sequence[Batch]) -> str:
     sha256 = hashlib.sha256()
     for batch in batches:
         for field in fields(batch):
+            if field.name == "predicted_share":  # follows from the labels, and came later than the digest below
+                continue
             value = getattr(batch, field.name)
             sha256.update(value.numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode())
     return sha256.hexdigest()
@@ -163,6 +165,18 @@ def test_ranks_and_micro_batches_only_slice_the_batch(shards: Shards, world: int
         assert pairs == expected.pairs
         for batch in batches:
             assert batch.pairs_share == pytest.approx(batch.pairs * len(batches) / pairs, rel=1e-12)
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 2), (2, 1)])
+def test_a_micro_batch_knows_its_share_of_what_the_step_predicts(shards: Shards, world: int, micro: int) -> None:
+    """Where most ids are special, packs have too few ordinary tokens, each as many as it happens to."""
+    special = replace(SPECIAL, all_special=frozenset(range(60_000)))
+    sizes = {"batch_tokens": 8 * PACK, "micro_tokens": micro * PACK, "seed": 5, "device": "cpu", "world": world}
+    batches = [b for rank in range(world) for b in BatchStream(shards, special, rank=rank, **sizes).step(3)]
+    counts = [int((batch.labels >= 0).sum()) for batch in batches]
+    assert len(set(counts)) > 1
+    for batch, number in zip(batches, counts, strict=True):
+        assert batch.predicted_share == pytest.approx(number * len(counts) / sum(counts), rel=1e-12)
 
 
 def test_counts_of_a_step_are_those_of_its_batches(shards: Shards) -> None:
@@ -426,6 +440,28 @@ def test_a_corpus_smaller_than_a_pack_repeats_inside_it(tmp_path: Path, quicksta
     assert (batch.labels != -100).all()
     (held_out,) = validation_batches(shards, special, micro_tokens=PACK, device="cpu")
     assert held_out.real_tokens > PACK - 5
+
+
+def test_an_id_that_no_token_has_is_never_put_in(tmp_path: Path) -> None:
+    names = ("cls", "sep", "mask", "pad", "unk")
+    words = {f"[{name.upper()}]": i for i, name in enumerate(names)} | {f"w{i}": 10 * i for i in range(1, 40)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, **{f"{name}_token": f"[{name.upper()}]" for name in names}
+    )
+    special = SpecialIds.of(tokenizer)
+    assert special.absent == set(range(390)) - set(words.values())
+    texts = [" ".join(f"w{i % 39 + 1}" for i in range(first, 5_000)) for first in range(4)]
+    (tmp_path / "a.txt").write_text("\n\n".join(texts))
+    batches = BatchStream(
+        build_shards(str(tmp_path / "a.txt"), tokenizer, tmp_path / "shards"), special,
+        batch_tokens=4 * PACK, micro_tokens=4 * PACK, mask_rate=0.5, seed=1, device="cpu",
+    )  # fmt: skip
+    (batch,) = batches.step(0)
+    hidden, plain = batch.masked_ids[batch.predicted], batch.input_ids[batch.predicted]
+    other = set(hidden[(hidden != special.mask) & (hidden != plain)].tolist())
+    assert other == {10 * i for i in range(1, 40)}
 
 
 def test_the_special_ids_are_those_of_the_tokenizer(quickstart_teacher: Path) -> None:

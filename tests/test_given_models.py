@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from given_model import edit, pickled, rewrite, untie, vocabulary, write
+from huggingface_hub import constants
 from packed_text import RAGGED, VOCAB, pack
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -168,6 +169,19 @@ def test_a_linked_snapshot(tmp_path: Path) -> None:
         (tmp_path / "snapshot" / path.name).symlink_to(f"../blobs/{path.name}")
     assert difference(tmp_path / "snapshot") < 1e-12
     assert load(tmp_path / "snapshot").sha256 == load(tmp_path / "blobs").sha256
+
+
+def test_a_hub_model_is_told_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the hub's cache holds it, without a network; all files are of one commit."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--some--bert"
+    (repository / "refs").mkdir(parents=True)
+    for commit, eps in (("a" * 40, 1e-12), ("b" * 40, 1e-3)):
+        write(repository / "snapshots" / commit, layer_norm_eps=eps)
+        (repository / "refs" / "main").write_text(commit)
+        loaded = load("some/bert")
+        assert (loaded.revision, loaded.sha256, loaded.config.layer_norm_eps) == (commit, None, eps)
+        assert shape("some/bert")[0] == loaded.config
 
 
 def test_without_a_padding_id_no_row_is_zeroed(tmp_path: Path) -> None:

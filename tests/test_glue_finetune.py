@@ -165,8 +165,10 @@ def test_the_recipe(protocol: Protocol, tmp_path: Path) -> None:
         one = Job(tmp_path, TASKS["rte"], None, None, protocol, rate, size, 3)
         found = training_arguments(one, 2490, str(tmp_path))
         assert (found.learning_rate, found.train_batch_size, found.num_train_epochs) == (rate, size, 5)
-        assert (found.lr_scheduler_type, found.weight_decay, found.seed) == ("cosine", 0, 3)
-        assert found.warmup_steps == -(-5 * -(-2490 // size) // 10)
+        steps = 5 * -(-2490 // size)
+        recipe = ("polynomial", 0.01, 0) if protocol is PAPER else ("cosine", 0, -(-steps // 10))
+        assert (found.lr_scheduler_type, found.weight_decay, found.warmup_steps) == recipe and found.seed == 3
+        assert recipe[0] in protocol.description
     assert HEADLINE.grid == [(4e-5, 16)] and HEADLINE.seeds == 5 and len(HEADLINE.tasks) == 8
     assert {rate for rate, _ in PAPER.grid} == {1e-5, 3e-5, 5e-5, 8e-5} and len(PAPER.grid) == 8
     assert set(HEADLINE.tasks) - set(PAPER.tasks) == {"stsb"} and protocol.max_length == 128
@@ -196,7 +198,7 @@ def test_predictions_are_those_of_the_whole_model_in_file_order(
 
 
 def test_cut_embeddings_train_alike() -> None:
-    """Three steps of clipped AdamW on RoBERTa (padding id 1): the same losses and rows, cut or whole."""
+    """Three steps of clipped and decaying AdamW on RoBERTa (padding id 1): the same losses and rows, cut or whole."""
     config = RobertaConfig(
         vocab_size=500, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
         max_position_embeddings=40, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
@@ -210,7 +212,7 @@ def test_cut_embeddings_train_alike() -> None:
         model = RobertaForSequenceClassification(config)
         if cut:
             cut_embeddings(model, EncodedTask({}, used, 1))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
         for _ in range(3):
             loss = model(input_ids=ids if cut else used[ids], attention_mask=mask, labels=torch.tensor([0, 1, 1])).loss
             losses.append(loss.item())

@@ -257,7 +257,58 @@ def test_a_task_file_adds_a_task(tmp_path: Path) -> None:
     assert read_rows(task, task.dev[0]).texts == (['"Grr'],)
 
 
+STARS, MOODS, TRUTH = ("1", "2", "3"), ("sad", "glad", "mad"), ("false", "true")
+LABELS = [  # names, a JSON value of the label's column, its class id or None where it is refused
+    (STARS, 1, 0), (STARS, 3.0, 2), (STARS, "2", 1), (STARS, "2.0", 1), (STARS, " 2 ", 1), (STARS, "02", 1),
+    (STARS, 0, None), (STARS, "0", None), (STARS, 1.5, None), (STARS, True, None), (STARS, None, None),
+    (("01", "02"), 1, 0), (("01", "02"), "02", 1), (("01", "1"), "1", 1), (("01", "1"), "1.0", None),
+    (("-1", "1"), -1, 0), (("0.5", "1"), 0.5, 0), (("0", "other"), 1, None), (("0", "other"), "other", 1),
+    (MOODS, "glad", 1), (MOODS, 1, 1), (MOODS, 2.0, 2), (MOODS, "2", 2), (MOODS, 3, None), (MOODS, "Glad", None),
+    (MOODS, True, None), (MOODS, None, None), (MOODS, "1_0", None), (MOODS, [1], None),
+    (TRUTH, True, 1), (TRUTH, False, 0), (TRUTH, "true", 1), (TRUTH, None, None), (("No", "TRUE"), True, 1),
+    (("sad", "Sad"), "Sad", 1), (("sad", "Sad"), "SAD", None), (("true", "True"), True, None),
+    (("None", "some"), None, None), (("None", "some"), "None", 0), (("nan", "inf"), "nan", 0), (("nan", "inf"), "1", 1),
+    ((), 1, 1.0), ((), "2.50", 2.5), ((), True, None), ((), "nan", None), ((), "1_0", None), ((), "1e999", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("names", "value", "expected"), LABELS)
+def test_what_a_label_means(names: tuple[str, ...], value: object, expected: float | None, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(json.dumps({"said": "A", "mood": value}) + "\n")
+    labels = f"labels = {json.dumps(names)}\n" if names else ""
+    (tmp_path / "task.toml").write_text(
+        f'name = "mood"\ntexts = ["said"]\nlabel = "mood"\n{labels}metrics = ["{"accuracy" if names else "pearson"}"]\n'
+        'train = "train.jsonl"\ndev = "train.jsonl"\n'
+    )
+    task = load_task(tmp_path / "task.toml")
+    if expected is None:
+        with pytest.raises(ValueError, match=r"train\.jsonl:1: label .* is (not|neither)"):
+            read_rows(task, task.train)
+    else:
+        assert read_rows(task, task.train).labels == [expected]
+
+
+def test_stars_are_read_alike_from_every_format(tmp_path: Path) -> None:
+    """csv writes 1 where pandas, with a gap in the column, writes 1.0; parquet holds integers or floats."""
+    text = 'name = "stars"\ntexts = ["said"]\nlabel = "stars"\nlabels = ["1", "2"]\nmetrics = ["f1"]\n'
+    (tmp_path / "task.toml").write_text(text + 'train = "a.csv"\ndev = ["b.csv", "c.parquet", "d.parquet"]\n')
+    (tmp_path / "a.csv").write_text("said,stars\nA,1\nB,2\n")
+    (tmp_path / "b.csv").write_text("said,stars\nA,1.0\nB,2.0\n")
+    pyarrow.parquet.write_table(pyarrow.table({"said": ["A", "B"], "stars": [1, 2]}), tmp_path / "c.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"said": ["A", "B"], "stars": [1.0, 2.0]}), tmp_path / "d.parquet")
+    task = load_task(tmp_path / "task.toml")
+    assert {tuple(read_rows(task, split).labels) for split in (task.train, *task.dev)} == {(0, 1)}
+
+
+def test_a_long_cell_is_read(tmp_path: Path) -> None:
+    long = "word " * 60_000
+    folder = write(tmp_path / "own", {**CSV_TASK, "train.csv": f"said,mood\n{long},glad\n"}) / "own"
+    task = load_task(folder / "task.toml")
+    assert read_rows(task, task.train).texts == ([long],)
+
+
 BAD_TASKS = {
+    "a class twice": (CSV_TASK["task.toml"].replace("glad", "sad"), "labels names a class twice: sad, sad, mad"),
     "no TOML": ("name =", "not a readable TOML file"),
     "missing key": ('name = "x"', "lacks 'texts'"),
     "unknown key": (CSV_TASK["task.toml"] + 'metric = "f1"\n', "unknown key 'metric'"),

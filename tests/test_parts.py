@@ -478,7 +478,8 @@ def test_a_cache_that_is_no_absolute_path_counts_as_not_set(
 def test_progress_tells_documents_speed_share_and_time_left(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     written, clock = io.StringIO(), itertools.count(step=11.0)
     monkeypatch.setattr(time, "monotonic", clock.__next__)
-    with Shown(Console(file=written, force_terminal=terminal, width=140), wanted=4_000_000) as progress:
+    console = Console(file=written, force_terminal=terminal, width=140)
+    with Shown(written.write, 4_000_000, console) as progress:
         progress.advance(1_000, 1_000_000, share=0.1)
         progress.advance(500, 1_000_000, share=0.2)
     assert "1,500 documents, 2.0 M tokens, 0.09 M tokens/s, 50%, 22 s left" in written.getvalue()

@@ -52,19 +52,28 @@ def test_the_readme_is_short() -> None:
 
 def test_its_table_and_plots_are_those_of_the_results() -> None:
     """Made by ``python -m bench.front_page``; other results need the command again, or this fails."""
-    pairs = front_page.read()
-    assert f"{front_page.BEGIN}\n\n{front_page.table(pairs)}\n\n{front_page.END}" in (ROOT / "README.md").read_text(
-        "utf-8"
-    )
+    readme = ROOT / "README.md"
+    device = front_page.device_shown(readme)
+    assert front_page.block(device) in readme.read_text("utf-8")
     for theme in (front_page.LIGHT, front_page.DARK):
         drawn = (ROOT / "docs" / f"{theme.name}.svg").read_text("utf-8")
-        assert f'aria-label="{escape(front_page.description(pairs))}"' in drawn
+        assert f'aria-label="{escape(front_page.description(front_page.read(device)))}"' in drawn
+
+
+def test_the_command_makes_the_page_anew(tmp_path: Path) -> None:
+    device, text = front_page.device_shown(ROOT / "README.md"), (ROOT / "README.md").read_text("utf-8")
+    stale = front_page.BLOCK.sub(f"{front_page.BEGIN.format('abacus')}\nold\n{front_page.END}", text)
+    (tmp_path / "README.md").write_text(stale)
+    files = front_page.write(device, tmp_path)
+    assert files[0].read_text("utf-8") == text
+    assert [file.name for file in files[1:]] == ["speed.svg", "speed-dark.svg"] and all(map(Path.is_file, files))
 
 
 def test_ratios_of_the_table_are_those_of_the_rates() -> None:
-    path = front_page.RESULTS / front_page.DEVICE / "throughput.json"
+    device = front_page.device_shown(ROOT / "README.md")
+    path = front_page.RESULTS / device / "throughput.json"
     groups = {(group["method"], group["dtype"]): group["rows"] for group in json.loads(path.read_text())["groups"]}
-    for pair in front_page.read():
+    for pair in front_page.read(device):
         for dtype, speed in pair.speed.items():
             ours, theirs = (groups[pair.method, dtype][row] for row in ("fastkd", pair.peer))
             assert speed == pytest.approx(ours["tokens_per_s"] / theirs["tokens_per_s"])

@@ -86,7 +86,7 @@ WEIGHTS_REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "empty index": ("bin shards", lambda f: put(f, INDEX, "{}"), "index.json is no index of weights; download it again"),
     "list as index": ("bin shards", lambda f: put(f, INDEX, "[]"), "index.json is no index of weights; download it again"),
     "NaN": ("bert", poison(float("nan")), "1.output.dense.weight holds 1 numbers that are NaN or infinite; take"),
-    "infinity": ("bert", poison(float("-inf")), "holds 1 numbers that are NaN or infinite; take an undamaged"),
+    "infinity": ("bert", poison(float("-inf")), "holds 1 numbers that are NaN or infinite; take a sound"),
     "NaN in the head": ("bert", poison(float("nan"), "cls.predictions.bias"), "cls.predictions.bias holds 1 numbers that are NaN"),
     "half a head": ("bert", drop("cls.predictions.bias"), "lacks cls.predictions.bias and 0 more weights; download or"),
     "untied without decoder": (
@@ -107,7 +107,7 @@ CONFIG_REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "own code": ("bert", lambda f: edit(f, model_type="own", auto_map={"AutoConfig": "own.C"}), "model type 'own' is not"),
     "relu": ("bert", lambda f: edit(f, hidden_act="relu"), "activation 'relu' is not supported; use a checkpoint with"),
     "gelu_new": ("roberta", lambda f: edit(f, hidden_act="gelu_new"), "activation 'gelu_new' is not supported; use"),
-    "relative": ("bert", lambda f: edit(f, position_embedding_type="relative_key"), "not 'relative_key'; use another"),
+    "relative": ("bert", lambda f: edit(f, position_embedding_type="relative_key"), "'relative_key' are not supported; use"),
     "decoder": ("bert", lambda f: edit(f, is_decoder=True), "decoders .* are not supported; use an encoder"),
     "cross attention": ("bert", lambda f: edit(f, add_cross_attention=True), "decoders .* are not supported; use an"),
     "quantised": ("bert", lambda f: edit(f, quantization_config={"quant_method": "gptq", "bits": 4}), "use the checkpoint"),
@@ -124,7 +124,7 @@ TOKENIZER_REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "of another kind": ("bert", lambda f: put(f, "tokenizer.json", "{}"), "cannot load the tokenizer of"),
     "HTML": ("bert", lambda f: put(f, "tokenizer.json", HTML), "cannot load the tokenizer of"),
     "HTML as settings": ("bert", lambda f: put(f, "tokenizer_config.json", HTML), "cannot load the tokenizer of"),
-    "slow": ("bert", slow, "is a BertJapaneseTokenizer, which has no tokenizer.json; take a model that has one"),
+    "slow": ("bert", slow, "is a BertJapaneseTokenizer, which has no tokenizer.json; take another model"),
     "without mask": (
         "bert",
         lambda f: word_tokenizer(("pad", "unk", "cls", "sep")).save_pretrained(f),

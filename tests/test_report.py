@@ -426,6 +426,13 @@ def test_the_model_card_is_one_the_hub_reads(tmp_path: Path, mlm_head: bool) -> 
     assert all(line.count("|") == 3 for line in table)
 
 
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_the_model_card_says_which_tokens_the_cosine_takes(tmp_path: Path, weight: float) -> None:
+    folder = make_run(tmp_path / "run")
+    (folder / "config.toml").write_text(f'method = "logit_kd"\n[method_options]\ncosine_weight = {weight}\n')
+    assert ("that of the masked positions" in model_card(folder, mlm_head=True)) == (weight > 0)
+
+
 def test_the_model_card_of_scratch_training_names_no_teacher(tmp_path: Path) -> None:
     content = model_card(make_run(tmp_path / "run", plan=PLAN | {"method": "mlm", "teacher": None}), mlm_head=True)
     assert (

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from fastkd import run
@@ -37,9 +38,15 @@ def distilled(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
+def padding_and_truncation(folder: Path) -> tuple[object, object]:
+    """As a tokenizer.json has them, whatever fields its version leaves at their defaults."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return tokenizer.padding, tokenizer.truncation
+
+
 @pytest.mark.parametrize("method", RELATION_METHODS)
 def test_relation_methods_run_with_the_quickstart_teacher(
-    method: str, small: list[str], tmp_path: Path, request: pytest.FixtureRequest
+    method: str, small: list[str], tmp_path: Path, quickstart_teacher: Path, request: pytest.FixtureRequest
 ) -> None:
     if method == "minilmv2":
         folder = request.getfixturevalue("distilled")
@@ -60,12 +67,14 @@ def test_relation_methods_run_with_the_quickstart_teacher(
     last = read_jsonl(folder / "ledger.jsonl")[-3]
     assert last["flops"]["teacher"] > 0
     assert json.loads((folder / "final" / "config.json").read_text())["architectures"] == ["BertModel"]
+    assert padding_and_truncation(folder / "final") == padding_and_truncation(quickstart_teacher)
     assert "was **not** trained" in (folder / "final" / "README.md").read_text()
 
 
-def test_mlm_runs_without_a_teacher_and_exports_its_head(mlm_run: Path) -> None:
+def test_mlm_runs_without_a_teacher_and_exports_its_head(mlm_run: Path, quickstart_teacher: Path) -> None:
     steps = surviving_steps(mlm_run / "ledger.jsonl")
     assert steps[-1]["flops"]["teacher"] == 0
+    assert padding_and_truncation(mlm_run / "final") == padding_and_truncation(quickstart_teacher)
     assert "teacher" not in tomllib.loads((mlm_run / "config.toml").read_text())
     assert AutoModelForMaskedLM.from_pretrained(mlm_run / "final").config.num_hidden_layers == 2
     # Trained on sequences of 32 tokens: the position table is longer, what was trained of it is not.

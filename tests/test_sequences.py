@@ -22,7 +22,7 @@ def batch() -> Batch:
     pairs = sum(length**2 for length in RAGGED)
     return Batch(
         text.input_ids, text.input_ids, text.position_ids, text.cu_seqlens, text.predicted,
-        text.input_ids[text.predicted], text.max_seqlen, RAGGED, sum(RAGGED), pairs, 1.0,
+        text.input_ids[text.predicted], text.max_seqlen, RAGGED, sum(RAGGED), pairs, 1.0, 1.0,
     )  # fmt: skip
 
 

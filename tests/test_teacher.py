@@ -120,6 +120,16 @@ def test_never_trains(random_teacher: Loaded) -> None:
     assert not teacher.encoder.training and torch.equal(before, teacher(text.input_ids, text).hidden[3])
 
 
+def test_checking_a_tokenizer_leaves_it_as_it_is(quickstart_teacher: Path) -> None:
+    """Its padding and truncation, which a call would set, are exported with the student."""
+    backend = (tokenizer := AutoTokenizer.from_pretrained(quickstart_teacher)).backend_tokenizer
+    backend.enable_padding(length=64)
+    backend.enable_truncation(max_length=64)
+    before = backend.to_str()
+    tokenizer_hash(tokenizer)
+    assert tokenizer.backend_tokenizer.to_str() == before
+
+
 def test_one_tokenizer_one_hash(quickstart: Loaded, quickstart_teacher: Path, tmp_path: Path) -> None:
     mine = tokenizer_hash(quickstart.tokenizer)
     assert mine == tokenizer_hash(AutoTokenizer.from_pretrained(quickstart_teacher))

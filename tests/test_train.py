@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import made_model
 import pytest
 import torch
 
@@ -37,6 +38,32 @@ def parts_of(made_corpus: Path, made_teacher: Path) -> Callable[..., Parts]:
         return prepare(resolve(values), world)
 
     return make
+
+
+@pytest.mark.parametrize("method", methods.available())
+def test_a_step_is_the_same_in_micro_batches_of_any_size(
+    method: str, parts_of: Callable[..., Parts], tmp_path: Path
+) -> None:
+    """Loss and gradient are means over the step, though some micro-batches have more to predict than others."""
+    (tmp_path / "scarce.txt").write_text(made_model.scarce(made_model.texts(100)))
+    own = {"student": "2L-192H-12A", "cosine_weight": 1.0} if method == "logit_kd" else {}
+    sizes = {"seq_length": 32, "batch_tokens": 2048, "micro_batch": "2048", "mask_rate": 0.6}
+    parts = parts_of(method, World(), corpus=[str(tmp_path / "scarce.txt")], dtype="float32", **sizes, **own)
+    trainer = Trainer(parts)
+
+    def measured() -> tuple[float, torch.Tensor]:
+        batches = parts.stream.step(0)
+        losses = [trainer.micro_step(batch, 1 / len(batches)).loss.item() for batch in batches]
+        gradient = torch.cat([p.grad.flatten() for p in trainer.trained])
+        trainer.objective.zero_grad()
+        return sum(losses) / len(losses), gradient
+
+    loss, gradient = measured()
+    parts.set_micro_batch(512)
+    assert len({int((batch.labels >= 0).sum()) for batch in parts.stream.step(0)}) > 1
+    cut_loss, cut_gradient = measured()
+    assert cut_loss == pytest.approx(loss, rel=1e-6)
+    assert float((cut_gradient - gradient).norm()) <= 1e-5 * float(gradient.norm())
 
 
 def test_running_out_of_memory_in_the_loop_halves_once(

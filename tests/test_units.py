@@ -76,11 +76,11 @@ def test_what_is_wrong_in_a_block_is_named_by_the_line_of_the_file(tmp_path: Pat
     rows = [json.dumps({"text": f"row {i}"}) for i in range(100)]
     (tmp_path / "a.jsonl").write_text("\n".join([*rows, "{", *rows]))
     (tmp_path / "a.txt").write_bytes("\n".join(rows).encode() + b"\n\xe9\n")
-    (tmp_path / "b.txt").write_bytes(("\n".join(rows) + "\n\n").encode() + bytes(4096))
+    (tmp_path / "b.txt").write_bytes(("\n".join(rows * 3) + "\n\n").encode() + bytes(4096))
     for name, message in {
         "a.jsonl": r"a\.jsonl:101: not a JSON object",
         "a.txt": r"a\.txt:101: not UTF-8 \(byte 0xe9 at column 1\)",
-        "b.txt": r"b\.txt:102: holds zero bytes, as .* a download that broke off does: copy it again",
+        "b.txt": r"b\.txt:302: holds zero bytes, as .* a download that broke off does: copy it again",
     }.items():
         for block in (100, 2**20):
             with pytest.raises(ValueError, match=message):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,3 +107,25 @@ def test_how_threads_wait_changes_no_bit(two_threads: None) -> None:
     asleep = result()
     waiting.sleep(False)
     assert all(torch.equal(a, b) for a, b in zip(spinning, asleep, strict=True))
+
+
+@linux
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="threads of one core never spin long")
+def test_threads_use_no_core_while_they_wait_asleep(two_threads: None) -> None:
+    if "libgomp" not in Path("/proc/self/maps").read_text() or "OMP_WAIT_POLICY" in os.environ:
+        pytest.skip("the waiting of another OpenMP library, or one that was chosen")
+    waiting, numbers, never = Waiting(), torch.zeros(1 << 17), threading.Event()
+
+    def cpu_seconds() -> float:
+        began = time.process_time()
+        for _ in range(50):
+            numbers.add_(1)  # by two threads
+            never.wait(0.003)  # the gap before the next piece of work
+        return time.process_time() - began
+
+    cpu_seconds()
+    spinning = cpu_seconds()
+    waiting.sleep(True)
+    asleep = cpu_seconds()
+    waiting.sleep(False)
+    assert spinning > 5 * asleep, (spinning, asleep)

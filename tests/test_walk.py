@@ -140,14 +140,23 @@ def test_other_contents_under_a_name_of_text_are_named(tmp_path: Path) -> None:
         b"%PDF-1.7": r"is a PDF: extract its text",
         (tmp_path / "table").read_bytes(): r"is a parquet file: name it 'a\.parquet'",
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0": r"is a pointer of Git LFS: fetch it with `git lfs",
-        b"GIF89a" + bytes(64): r"a\.txt:1: holds zero bytes",
+        b"GIF89a" + bytes(range(32)) * 2: r"is not text, its first bytes are full of control characters",
+        b"a text whose download broke off\n" * 200 + bytes(4096): r"a\.txt:201: holds zero bytes",
+        "Съешь ещё этих мягких булок".encode("utf-16-le"): r"is UTF-16 text: convert it with `iconv -f UTF-16LE",
     }.items():
         for name in ("a.txt", "a.jsonl"):
+            if name == "a.jsonl" and b"broke off" in content:
+                continue  # its first line is no object
             (tmp_path / name).write_bytes(content)
             with pytest.raises(ValueError, match=words.replace(r"a\.txt", name.replace(".", r"\."))):
                 check(str(tmp_path / name))
+    (tmp_path / "a.txt").write_text("a\nb\nc\nd\ne\nf\n" * 20)
+    assert len(list(documents(str(tmp_path / "a.txt")))) == 1
     (tmp_path / "a.parquet").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0")
     with pytest.raises(ValueError, match=r"a\.parquet' is a pointer of Git LFS"):
+        check(str(tmp_path / "a.parquet"))
+    (tmp_path / "a.parquet").write_bytes(bytes(range(32)) * 9)
+    with pytest.raises(ValueError, match=r"a\.parquet' is not a readable parquet file: .*: copy it again"):
         check(str(tmp_path / "a.parquet"))
 
 

@@ -25,6 +25,7 @@ class SpecialIds:
     mask: int
     pad: int
     all_special: frozenset[int]
+    absent: frozenset[int] = frozenset()  # gaps: ids below the largest that are no token's
 
     @classmethod
     def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "SpecialIds":
@@ -33,7 +34,9 @@ class SpecialIds:
         missing = [name for name, token in ids.items() if token is None]
         if missing:
             raise ValueError(f"the tokenizer has no {', '.join(missing)} token: take that of a BERT or RoBERTa")
-        return cls(**ids, all_special=frozenset(tokenizer.all_special_ids))
+        used = frozenset(tokenizer.get_vocab().values()) | frozenset(tokenizer.all_special_ids)
+        absent = frozenset(range(max(used) + 1)) - used
+        return cls(**ids, all_special=frozenset(tokenizer.all_special_ids), absent=absent)
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Plain:
     real_tokens: int
     pairs: int
     pairs_share: float
+    predicted_share: float
 
     def pinned(self) -> "Plain":
         """The same in page-locked memory, which the device copies from without holding up the host."""
@@ -64,13 +68,14 @@ class Assembler:
     seed: int
     packs: int
 
-    def __call__(self, fragments: Fragments, first_pack: int, mean_pairs: float) -> Plain:
+    def __call__(self, fragments: Fragments, first_pack: int, mean_pairs: float, predicted_share: float) -> Plain:
         """Assemble one micro-batch.
 
         Args:
             fragments: of its packs.
             first_pack: where these begin in the endless row of packs.
             mean_pairs: Σ length² of an average micro-batch of the step.
+            predicted_share: of the step's predicted positions, as ``Batch`` has it.
         """
         size = self.packs * self.packer.pack_tokens
         length, is_filler = fragments.sizes(self.packs, self.packer.pack_tokens)
@@ -87,7 +92,21 @@ class Assembler:
             real_tokens=int(length[~is_filler].sum()),
             pairs=pairs,
             pairs_share=pairs / mean_pairs,
+            predicted_share=predicted_share,
         )
+
+    def predicted(self, fragments: Fragments, packs: int, masked: int) -> np.ndarray:
+        """Positions that are predicted in each pack, [packs] int64: ``masked``, or all ordinary tokens where they are fewer.
+
+        A micro-batch's loss is a mean over its own predicted positions; whoever wants that of the step must know all
+        ranks' counts. Reading the ids of the whole step here costs less than asking the other ranks.
+        """
+        length = fragments.length
+        within = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
+        ids = self.packer.ids(np.repeat(fragments.source, length) + within)
+        special = np.isin(ids, list(self.special.all_special), kind="table")
+        ordinary = np.bincount(np.repeat(fragments.pack, length), ~special, minlength=packs)
+        return np.minimum(ordinary, masked).astype(np.int64)
 
     def _ids(self, fragments: Fragments, begin: np.ndarray, size: int) -> np.ndarray:
         """[T] int64: [CLS] content [SEP] at each ``begin`` [F], [PAD] elsewhere."""

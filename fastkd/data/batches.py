@@ -43,6 +43,7 @@ class Batch:
     real_tokens: int  # all but fillers
     pairs: int  # Σ length², fillers included
     pairs_share: float  # pairs × micro-batches of the step over all ranks ÷ Σ pairs of the step: mean 1
+    predicted_share: float  # likewise, of the labels that are not −100
 
     @property
     def sequences(self) -> Tensor:
@@ -122,7 +123,8 @@ class BatchStream:
         self._packs_per_step, self._rank, self._world = batch_tokens // self._pack_tokens, rank, world
         self._masked_per_pack = round(mask_rate * self._pack_tokens)
         self._plain = Assembler(self._packer, special, seed, micro_tokens // self._pack_tokens)
-        self._mask = Masker(shards.vocab_size, special.all_special, special.mask, self._masked_per_pack, self._device)
+        never = special.all_special | special.absent
+        self._mask = Masker(shards.vocab_size, never, special.mask, self._masked_per_pack, self._device)
 
     @property
     def unique_tokens(self) -> int:
@@ -256,10 +258,13 @@ class BatchStream:
         length, _ = everything.sizes(self._packs_per_step, self._pack_tokens)
         packs, own = self._plain.packs, self._packs_per_step // self._world
         mean_pairs = float((length**2).sum()) * packs / self._packs_per_step
+        predicted = self._plain.predicted(everything, self._packs_per_step, self._masked_per_pack)
+        mean_predicted = max(float(predicted.sum()), 1.0) * packs / self._packs_per_step
         micros = []
         for first in range(self._rank * own, (self._rank + 1) * own, packs):
             fragments = everything.of(first, first + packs)
-            micros.append(self._plain(fragments, i * self._packs_per_step + first, mean_pairs))
+            share = float(predicted[first : first + packs].sum()) / mean_predicted
+            micros.append(self._plain(fragments, i * self._packs_per_step + first, mean_pairs, share))
         return [micro.pinned() for micro in micros] if self._device.type == "cuda" else micros
 
     def _batch(self, plain: Plain) -> Batch:
@@ -268,7 +273,7 @@ class BatchStream:
         masked_ids, predicted, labels = self._mask(ids.view(-1, self._pack_tokens), keys)
         return Batch(
             ids, masked_ids, position_ids, cu_seqlens, predicted, labels, self._seq_length,
-            plain.lengths, plain.real_tokens, plain.pairs, plain.pairs_share,
+            plain.lengths, plain.real_tokens, plain.pairs, plain.pairs_share, plain.predicted_share,
         )  # fmt: skip
 
 

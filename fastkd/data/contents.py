@@ -5,6 +5,8 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
+from fastkd.data.walk import kind_of
+
 HEAD = 4096  # bytes that are looked at
 ZERO_BYTES = "holds zero bytes, as a binary file or a download that broke off does: copy it again, or leave it out"
 ZEROS = bytes(16)  # no text has so many in a row: a broken-off download or a binary file has
@@ -33,11 +35,9 @@ _KINDS: tuple[tuple[bytes, str, Callable[[Path], str]], ...] = (
     (rb"%PDF-", "a PDF", lambda path: "extract its text, for instance with pdftotext"),
     (rb"PAR1", "a parquet file", lambda path: f"name it {path.stem + '.parquet'!r}"),
     (rb"version https://git-lfs\.github\.com", "a pointer of Git LFS", lambda path: "fetch it with `git lfs pull`"),
-    # No byte-order mark: the scripts of Europe leave every second byte zero, or three of four.
+    # No byte-order mark: three bytes of four are zero.
     (rb"(?s)(?:[^\0]\0\0\0){8}", "UTF-32 text", _converted("UTF-32LE")),
     (rb"(?s)(?:\0\0\0[^\0]){8}", "UTF-32 text", _converted("UTF-32BE")),
-    (rb"(?s)(?:[^\0]\0){8}", "UTF-16 text", _converted("UTF-16LE")),
-    (rb"(?s)(?:\0[^\0]){8}", "UTF-16 text", _converted("UTF-16BE")),
 )
 
 
@@ -51,8 +51,20 @@ def iconv(path: Path, encoding: str) -> str:
 
 
 def describe(head: bytes, path: Path) -> str | None:
-    """What the first bytes of a file show, with the remedy; None for what may be UTF-8 text."""
+    """What the first bytes of a file show, with the remedy; None for what may be UTF-8 text, or is of no known kind."""
     for pattern, kind, remedy in _KINDS:
         if re.match(pattern, head):
             return f"is {kind}: {remedy(path)}"
+    if kind_of(path) == ".parquet":
+        return None
+    for encoding, high, low in (("UTF-16LE", head[1::2], head[::2]), ("UTF-16BE", head[::2], head[1::2])):
+        if _controls(high) > 0.8 > 2 * _controls(low):  # no byte-order mark: the high bytes of most alphabets are small
+            return f"is UTF-16 text: {_converted(encoding)(path)}"
+    if _controls(head) > 0.1:
+        return "is not text, its first bytes are full of control characters: copy it again, or leave it out"
     return None
+
+
+def _controls(data: bytes) -> float:
+    """The share of control characters that no text has, of the first bytes of a file."""
+    return sum(byte < 32 and byte not in b"\t\n\v\f\r\b\x1b" for byte in data) / len(data) if len(data) >= 8 else 0.0

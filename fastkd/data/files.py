@@ -12,7 +12,6 @@ from fastkd.data.access import opened, readable
 from fastkd.data.lines import Block
 from fastkd.data.order import shuffled
 from fastkd.data.parquet import RowGroup, row_groups
-from fastkd.data.rows import text_of as text_of
 from fastkd.data.walk import kind_of
 
 BLOCK = 2**20  # bytes: so that few MB of a large text are many places of it

@@ -39,7 +39,7 @@ class RowGroup:
             columns = file.schema_arrow.names
             if text_field not in columns:
                 raise ValueError(f"{self.path}: no column {text_field!r}; it has {columns}: name one with --text-field")
-            for batch in file.iter_batches(ROWS, row_groups=[self.number], columns=[text_field]):
+            for batch in file.iter_batches(ROWS, row_groups=[self.number], columns=[text_field], use_threads=False):
                 for value in values(batch.column(0), f"{self.path}: column {text_field!r}", row):
                     if text := text_of({text_field: value}, text_field, self.path):
                         yield text
@@ -95,6 +95,8 @@ def values(column: Any, where: str, first: int) -> list[Any]:
 def _is_utf8(scalar: Any) -> bool:
     try:
         value = scalar.as_py()
-        return not isinstance(value, bytes) or bool(value.decode()) or True
+        if isinstance(value, bytes):
+            value.decode()
     except UnicodeDecodeError:
         return False
+    return True

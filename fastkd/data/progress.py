@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from typing import Self
 
+from rich import get_console
+from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -35,16 +36,18 @@ class Shown(Progress):
     """Shows documents, tokens a second, the share of what is wanted, and the time that is left.
 
     Args:
-        say: prints a line, where there is no terminal for a bar.
+        say: prints a line, where there is no terminal to draw a bar on.
         wanted: tokens after which building ends, if the corpus does not end before; None where all of it is read.
+        console: where a bar is drawn if it is a terminal; standard output by default.
     """
 
-    def __init__(self, say: Callable[[str], object], wanted: int | None) -> None:
+    def __init__(self, say: Callable[[str], object], wanted: int | None, console: Console | None = None) -> None:
         self._say, self._wanted = say, wanted
         self._began = self._told = time.monotonic()
         self._first_share: float | None = None  # building may begin within a corpus
         self._done = 0.0
-        self._live = Live(auto_refresh=False, transient=True) if sys.stdout.isatty() else None
+        console = console or get_console()
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> Self:
         if self._live is not None:

@@ -1,6 +1,6 @@
 """The text of a row, and the rows' joining into running text."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 JOINED_CHARACTERS = 100_000  # of a document of joined rows: long beside a sequence, short beside a part of the corpus
@@ -9,7 +9,7 @@ SHOWN_CHARACTERS = 120  # of a value in a message
 
 def text_of(row: Any, text_field: str, where: object) -> str:
     """A row's stripped text; null counts as blank. Raises ``ValueError`` that names ``where`` the row is."""
-    if not isinstance(row, Mapping):
+    if not isinstance(row, dict):
         raise ValueError(f"{where}: holds a JSON {type(row).__name__}, not an object with a field {text_field!r}")
     if text_field not in row:
         raise ValueError(f"{where}: no field {text_field!r}; it has {shown(sorted(row))}: name one with --text-field")

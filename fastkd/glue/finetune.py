@@ -205,8 +205,9 @@ def training_arguments(job: Job, rows: int, folder: str) -> TrainingArguments:
     steps = job.protocol.epochs * math.ceil(rows / job.batch_size)
     return TrainingArguments(
         folder, seed=job.seed, per_device_train_batch_size=job.batch_size, num_train_epochs=job.protocol.epochs,
-        learning_rate=job.learning_rate, lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(job.protocol.warmup * steps), weight_decay=0.0, optim="adamw_torch_fused",
+        learning_rate=job.learning_rate, lr_scheduler_type=job.protocol.schedule,
+        warmup_steps=math.ceil(job.protocol.warmup * steps), weight_decay=job.protocol.weight_decay,
+        optim="adamw_torch_fused",
         bf16=job.bf16, use_cpu=not torch.cuda.is_available(), save_strategy="no", logging_strategy="no",
         logging_nan_inf_filter=False, report_to="none", disable_tqdm=True,
     )  # fmt: skip

@@ -5,18 +5,19 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastkd.data import hub_requests
-from fastkd.glue.tasks import SCORE_RANGE, Task
+from fastkd.glue.labels import read_label
+from fastkd.glue.tasks import Task
 
 Record = Mapping[str, Any]
 Located = Iterator[tuple[int, Record]]  # line or row, counted from 1, and its values by column
 FORMATS = (".tsv", ".csv", ".jsonl", ".parquet")
+LONGEST_CELL = 2**31 - 1  # characters; csv's own limit is 131,072
 BROKEN_SHARE, BROKEN_ROWS = 0.001, 8  # of rows that broken_rows excuses: beyond both a file has another layout
 
 
@@ -155,6 +156,7 @@ def _fields(path: Path) -> Iterator[tuple[int, list[str]]]:
     if path.suffix == ".tsv":
         yield from ((number, line.split("\t")) for number, line in _lines(path))
         return
+    csv.field_size_limit(LONGEST_CELL)
     reader = csv.reader((line + "\n" for _, line in _lines(path)), strict=True)
     start = 1
     try:
@@ -248,7 +250,7 @@ def _collect(task: Task, split: str, source: str, records: Located) -> Rows:
         for column, name in zip(texts, names, strict=False):
             column.append(_text(record[name], name, source, number))
         if not _is_test(task, split):
-            labels.append(_label(task, record[names[-1]], source, number))
+            labels.append(read_label(task, record[names[-1]], f"{source}:{number}"))
     if broken > max(BROKEN_ROWS, BROKEN_SHARE * len(texts[0])):
         raise ValueError(f"{source}: {broken} rows have the wrong number of columns; download the file again")
     if not texts[0]:
@@ -272,23 +274,3 @@ def _text(value: object, name: str, source: str, number: int) -> str:
 def _is_unicode(text: str) -> bool:
     """Whether it holds no lone surrogate, which JSON can spell and no tokenizer takes."""
     return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
-
-
-def _label(task: Task, value: object, source: str, number: int) -> int | float:
-    """A class id from an id or a class name, or a finite score."""
-    try:
-        label = float(value) if isinstance(value, int | float | str) else math.nan
-    except (ValueError, OverflowError):
-        label = math.nan
-    if task.is_regression:
-        low, high = SCORE_RANGE if task.official else (-math.inf, math.inf)
-        if math.isfinite(label) and low <= label <= high:
-            return label
-        kind = f"a number from {low:g} to {high:g}" if task.official else "a number"
-        raise ValueError(f"{source}:{number}: label {value!r} is not {kind}; mend the row")
-    if str(value) in task.labels:
-        return task.labels.index(str(value))
-    if label in range(len(task.labels)):
-        return int(label)
-    names = ", ".join(task.labels)
-    raise ValueError(f"{source}:{number}: label {value!r} is neither one of {names} nor its index; mend the row")

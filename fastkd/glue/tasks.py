@@ -99,8 +99,9 @@ OPTIONAL = ("title", "label", "labels", "test", "hub", "config")
 def load_task(path: Path) -> Task:
     """A task from a TOML row.
 
-    ``name``, ``texts`` (one or two columns), ``labels`` (class names in the order of their ids; without it the label
-    is a number), ``label`` (its column), ``metrics``, and ``train``, ``dev``, ``test``: files beside the TOML (tsv,
+    ``name``, ``texts`` (one or two columns), ``labels`` (class names in the order of their ids, which files may hold
+    instead unless a name is a number; without it the label is a number), ``label`` (its column), ``metrics``, and
+    ``train``, ``dev``, ``test``: files beside the TOML (tsv,
     csv, jsonl, parquet), or split names where ``hub`` (and ``config``) name a data set.
 
     Raises:
@@ -125,6 +126,8 @@ def _task_from_row(path: Path, row: dict[str, Any]) -> Task:
     names = {key: _string(path, key, row[key]) for key in row if key not in lists}
     if not 1 <= len(lists["texts"]) <= 2:
         raise ValueError(f"{path}: texts names one or two columns, not {len(lists['texts'])}")
+    if len(set(lists["labels"])) < len(lists["labels"]):
+        raise ValueError(f"{path}: labels names a class twice: {', '.join(lists['labels'])}")
     if names["name"] in TASKS:
         raise ValueError(f"{path}: {names['name']!r} is a task of GLUE; give this one another name")
     if not re.fullmatch(r"[\w.-]+", names["name"]) or names["name"] in (".", "..", "average"):

@@ -28,6 +28,12 @@ class MethodLoss:
     loss: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
 
+    def __mul__(self, share: float) -> MethodLoss:
+        """Loss and parts times the share that a mean over few positions has in the mean over the whole step."""
+        if share == 1:  # nearly always: a text with ordinary tokens enough costs no product
+            return self
+        return MethodLoss(self.loss * share, {name: value * share for name, value in self.parts.items()})
+
 
 class Method(nn.Module):
     """A training objective. Holds the parameters that it trains beside the student's, if any."""
@@ -59,7 +65,11 @@ class Method(nn.Module):
         student_model: Encoder,
         teacher_model: Teacher | None,
     ) -> MethodLoss:
-        """The loss of one micro-batch: a mean, so that micro-batches of one size average to the whole."""
+        """The loss of one micro-batch, so that those of a step, over all ranks, average to the step's own mean.
+
+        A mean over tokens is one already, since micro-batches have as many; one over predicted positions takes
+        ``batch.predicted_share``, one over pairs of tokens ``batch.pairs_share``.
+        """
         raise NotImplementedError
 
     def loss_flops(self, *, tokens: int, pairs: int, predicted: int) -> int:

@@ -28,12 +28,13 @@ class Config:
     )
     teacher_layer: int | None = field(
         default=None,
-        metadata={"help": "teacher layer to distil, from 1; default 21 for BERT-large's 24 layers, else the last"},
+        metadata={"help": "teacher layer to distil, from 1; default 21 for a teacher of 24 layers, else the last"},
     )
     as_released: bool = field(
         default=False,
         metadata={
-            "help": "the paper's released objective: the teacher's attention heads as relation heads, masked text"
+            "help": "the paper's released objective: the teacher's attention heads as relation heads, its last layer, "
+            "masked text"
         },
     )
 
@@ -41,6 +42,11 @@ class Config:
 def default_relation_heads(teacher: EncoderConfig) -> int:
     """48 for BERT-base, 64 for BERT-large (MiniLMv2, section 4.1), elsewhere the teacher's attention heads."""
     return {(12, 768): 48, (24, 1024): 64}.get((teacher.num_layers, teacher.hidden_size), teacher.num_heads)
+
+
+def default_teacher_layer(teacher: EncoderConfig) -> int:
+    """21 for the 24 layers of the large models (MiniLMv2, section 4.1), elsewhere the last."""
+    return 21 if teacher.num_layers == 24 else teacher.num_layers
 
 
 class METHOD(Method):
@@ -54,8 +60,8 @@ class METHOD(Method):
         teacher = require_teacher(self.name, teacher)
         default = teacher.num_heads if config.as_released else default_relation_heads(teacher)
         self.relation_heads = default if config.relation_heads is None else config.relation_heads
-        last = 21 if teacher.num_layers == 24 else teacher.num_layers
-        self.layer = last if config.teacher_layer is None else config.teacher_layer
+        default = teacher.num_layers if config.as_released else default_teacher_layer(teacher)
+        self.layer = default if config.teacher_layer is None else config.teacher_layer
         self.reads_masked = config.as_released
         for who, width in (("student", student.hidden_size), ("teacher", teacher.hidden_size)):
             if self.relation_heads < 1 or width % self.relation_heads:

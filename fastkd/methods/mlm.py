@@ -51,7 +51,7 @@ class METHOD(Method):
             kl_weight=0.0,
             ce_weight=1.0,
         )
-        return MethodLoss(out.loss, {"ce": out.ce})
+        return MethodLoss(out.loss, {"ce": out.ce}) * batch.predicted_share
 
     def loss_flops(self, *, tokens: int, pairs: int, predicted: int) -> int:
         return flops.linear_kd_flops(predicted, self.student_config.vocab_size, self.student_config.hidden_size, 0)

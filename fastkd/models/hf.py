@@ -67,15 +67,14 @@ def load(source: str | Path, *, device: torch.device | str = "cpu", sha256: str 
     encoder has an MLM head only where the checkpoint holds one. Raises ValueError where the source cannot be
     read, is of another family, holds NaN, or, with ``sha256`` given, where its model.safetensors has another digest.
     """
-    where, hf_config, config = _described(source)
-    digest = weights.digest(Path(where), sha256) if Path(where).is_dir() else None
-    revision = None if digest else getattr(hf_config, "_commit_hash", None)
-    tokenizer = _tokenizer(where, hf_config)
+    where, revision, hf_config, config = _described(source)
+    digest = weights.digest(Path(where), sha256) if revision is None else None
+    tokenizer = _tokenizer(where)
     with _readable(source):
         # Neither class nor attention is left to config.json: no code out of a model folder runs, none is missing.
         model, found = CLASSES[config.family][1].from_pretrained(
-            where, config=hf_config, revision=revision or "main", dtype=torch.float32, attn_implementation="eager",
-            output_loading_info=True, ignore_mismatched_sizes=True,
+            where, config=hf_config, dtype=torch.float32, attn_implementation="eager", output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )  # fmt: skip
     mlm_head = weights.has_head(found, config, where)
     weights.check_finite(model.named_parameters(), where)
@@ -85,27 +84,27 @@ def load(source: str | Path, *, device: torch.device | str = "cpu", sha256: str 
 
 def shape(source: str | Path) -> tuple[EncoderConfig, PreTrainedTokenizerBase]:
     """The configuration and tokenizer of what ``load`` would load; weights are not read. Raises as ``load``."""
-    where, hf_config, config = _described(source, weights=False)
-    return config, _tokenizer(where, hf_config)
+    where, _, _, config = _described(source, weights=False)
+    return config, _tokenizer(where)
 
 
-def _described(source: str | Path, *, weights: bool = True) -> tuple[str, PreTrainedConfig, EncoderConfig]:
-    """Where a model is, its weights only if they are asked for, and what its config.json says."""
+def _described(source: str | Path, *, weights: bool = True) -> tuple[str, str | None, PreTrainedConfig, EncoderConfig]:
+    """Where a model is, its weights only if they are asked for; its commit on the hub; what its config.json says."""
     where = _resolve(source, weights=weights)
+    revision = None if Path(source).is_dir() else Path(where).name  # …/snapshots/COMMIT
     with _readable(source):
         found, _ = PreTrainedConfig.get_config_dict(where)
         named = found.get("model_type")
         hf_config = (CLASSES[named][0] if named in CLASSES else PreTrainedConfig).from_dict(found)
     try:
-        return where, hf_config, from_hf(hf_config)
+        return where, revision, hf_config, from_hf(hf_config)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _tokenizer(where: str, hf_config: PreTrainedConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of the same commit as the configuration."""
+def _tokenizer(where: str) -> PreTrainedTokenizerBase:
     with _quiet():
-        return tokenizers.load(where, revision=getattr(hf_config, "_commit_hash", None) or "main")
+        return tokenizers.load(where)
 
 
 @contextlib.contextmanager

@@ -152,9 +152,10 @@ def check_teacher(
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """sha256 over the vocabulary (token → id), the special tokens and the ids of a few probe texts, which
     show the normaliser: tokenizers with equal hashes give texts equal ids."""
+    probed = copy.deepcopy(tokenizer)  # a call sets its padding and truncation, which are exported
     content = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
         "special": [getattr(tokenizer, f"{name}_token_id") for name in ("cls", "sep", "mask", "pad")],
-        "probes": [tokenizer(text)["input_ids"] for text in PROBES],
+        "probes": [probed(text)["input_ids"] for text in PROBES],
     }
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -7,14 +7,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 REMEDY = "put the model's tokenizer.json beside its config.json"
 
 
-def load(where: str, **options: str | None) -> PreTrainedTokenizerBase:
+def load(where: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id; a vocab.txt or merges.txt is converted as transformers does.
 
     Raises:
         ValueError: it cannot be read, is none of Rust, or lacks a token that batches are made with.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     except Exception as error:  # a damaged file raises whatever its reader does
         raise ValueError(f"cannot load the tokenizer of {where!r} ({reason(error)}); {REMEDY}") from error
     check(tokenizer, where)
