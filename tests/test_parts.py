@@ -100,7 +100,7 @@ def test_parts_built_one_by_one_by_anyone_are_the_same_bytes(
 ) -> None:
     """Here, in a process of its own, and again after one was lost."""
     shards = build_shards(str(corpus), tokenizer, tmp_path, first_tokens=FIRST, tokens=1)
-    assert not shards.is_complete and shards.unique_tokens == pytest.approx(whole.unique_tokens, rel=0.3)
+    assert not shards.is_complete and shards.unique_tokens == pytest.approx(whole.unique_tokens, rel=0.15)
     with contextlib.closing(shards):
         shards.part(1)
     build_shards(str(corpus), tokenizer, tmp_path, first_tokens=FIRST, tokens=5 * FIRST, workers=1)
@@ -114,11 +114,12 @@ def test_a_stream_is_the_same_whatever_parts_are_there(
 ) -> None:
     """Read to the second epoch while parts are built, and resumed anywhere."""
     expected = stream(whole)
-    last = round(1.3 / expected.epoch_of(1))
+    assert expected.is_there(1_000), "all of it"
+    last = next(i for i in itertools.count() if expected.epoch_of(i) >= 1.3)
     shards = build_shards(str(corpus), tokenizer, tmp_path, first_tokens=FIRST, tokens=1)
     found = stream(shards)
     found.want(last)
-    assert found.epoch_of(last) == pytest.approx(1.3, rel=0.2), "an estimate"
+    assert found.epoch_of(last) == pytest.approx(1.3, rel=0.1), "an estimate"
     with contextlib.closing(shards), contextlib.closing(found.prefetch(0)) as ahead:
         for i in range(last):
             for batch, other in zip(next(ahead), expected.step(i), strict=True):
@@ -282,7 +283,7 @@ def test_an_epoch_of_any_parts_holds_every_token_once(
         length, _ = fragments.sizes(packs, size)
         assert length.sum() == packs * size
         assert max(len(packer.fragments(p, p + 1).sizes(1, size)[0]) for p in range(packs)) <= packer.max_sequences
-    assert packer.epochs(packs) == pytest.approx(1) and packer.unique(packs) == sum(counts)
+    assert packer.epochs(packs, sum(counts)) == pytest.approx(1) and packer.unique(packs) == sum(counts)
 
 
 @given(

@@ -236,7 +236,7 @@ class BatchStream:
 
     def epoch_of(self, i: int) -> float:
         """Epochs consumed before step ``i``."""
-        return self._packer.epochs(i * self._packs_per_step)
+        return self._packer.epochs(i * self._packs_per_step, self.unique_tokens)
 
     def unique_of(self, i: int) -> int:
         """Different corpus tokens consumed before step ``i``."""

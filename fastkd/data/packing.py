@@ -113,17 +113,18 @@ class Packer:
             )
             self._ends.append(end)
 
-    def epochs(self, packs: int) -> float:
+    def epochs(self, packs: int, tokens: int) -> float:
         """Epochs that a number of packs makes: one ends where the next is shuffled, short of its last tokens.
 
-        Within an epoch by the shares that its parts have of the corpus; beyond the parts that have been read, as if the
-        others were like them.
+        Within an epoch by the shares that its parts have of the corpus; beyond the parts that have been read, by the
+        ``tokens`` that the corpus has, about.
         """
         if self._copies > 1:
             return packs * self._span / _virtual(self._text(0))
         epoch, at = self._in_epoch(packs)
         if at >= self.packs:
-            return self._ends[-1].share * at / max(self.packs, 1)
+            end = self._ends[-1]
+            return end.share + (at - end.packs) * end.tokens / max(end.packs, 1) / tokens
         before, end = self._around(at)
         return epoch + before.share + (end.share - before.share) * (at - before.packs) / (end.packs - before.packs)
 

@@ -91,7 +91,8 @@ class Shards:
         """Tokens of the training split, special tokens not counted; estimated from part 0 until the last part is there."""
         if self.is_complete:
             return sum(part.tokens for part in self._there())
-        return round(self.first.tokens / self.first.share)
+        held_out = self.held_out_tokens  # of part 0, where they are up to a quarter: none of a later one
+        return round((self.first.tokens + held_out) / self.first.share) - held_out
 
     @property
     def held_out_tokens(self) -> int:
