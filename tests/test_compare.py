@@ -130,9 +130,9 @@ def test_a_row_that_fails_is_reported_and_the_others_go_on(light: list[str], tmp
     assert [row["status"] for row in results(folder)["rows"]] == ["ok", "ok"]
 
 
-def test_two_ranks_search_match_flops_and_agree(light: list[str], made_teacher: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "c"
-    methods = f"logit_kd@{made_teacher},mlm"  # the row that others are set against comes last: its search, too
+def test_two_ranks_search_match_flops_and_agree(light: list[str], seconds_matched: Path, tmp_path: Path) -> None:
+    folder, teacher = tmp_path / "c", next((seconds_matched / "rows").glob("mlm-*-seed0"))
+    methods = f"logit_kd@{teacher},mlm"  # the row that others are set against comes last: its search, too
     options = ["--methods", methods, "--match", "flops", "--budget-gpu-hours", "0.0007", "--tune", "2",
                "--epochs-cap", "10", "--validations", "0", "--output-dir", str(folder)]  # fmt: skip
     done = processes.ranks("fastkd.compare", *light, *options)
