@@ -175,9 +175,9 @@ def test_places_without_a_model(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"weights")
     refusal(tmp_path / "gpt2", "model type 'gpt2' is not supported; use one of bert, roberta, xlm-roberta, camembert")
     refusal(tmp_path / "empty", "holds no config.json and no finished run")
-    refusal(tmp_path / "absent", "cannot load")
-    refusal(tmp_path / "a.safetensors", "cannot load")
-    with pytest.raises(ValueError, match=r"cannot load 'no-such/model'.*--preset quickstart"):
+    refusal(tmp_path / "absent", "is no folder; name a hub id, a Hugging Face folder or a finished run")
+    refusal(tmp_path / "a.safetensors", "is no folder; name a hub id, a Hugging Face folder or a finished run")
+    with pytest.raises(ValueError, match=r"'no-such/model' .*--preset quickstart"):
         load("no-such/model")
 
 

@@ -120,6 +120,8 @@ def _readable(source: str | Path) -> Iterator[None]:
 def _resolve(source: str | Path, *, weights: bool) -> str:
     """The Hugging Face folder behind a source; that of a hub id is in the hub's cache."""
     folder = Path(source)
+    if not folder.is_dir() and (folder.exists() or folder.is_absolute() or len(folder.parts) > 2):
+        raise ValueError(f"{folder} is no folder; {REMEDY}")  # nor a hub id
     if not folder.is_dir():
         return str(hub_requests.model_folder(str(source), remedy=REMEDY, weights=weights))
     if (folder / "config.json").is_file():
