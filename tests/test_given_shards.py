@@ -124,8 +124,9 @@ def test_another_tokenizer_is_refused(
     capsys.readouterr()  # transformers' bars
     command = [str(other) if i and options[i - 1] == "--teacher" else part for i, part in enumerate(options)]
     assert run.main([*command, "--corpus", str(shards.folder), "--output-dir", str(tmp_path / "run")]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "were made by another tokenizer than the student's" in line and "--tokenizer" in line
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert "were made by another tokenizer than the student's" in lines[0] and "--tokenizer" in lines[0]
 
 
 def test_shards_stand_by_themselves(shards: Shards, made_corpus: Path) -> None:
