@@ -44,7 +44,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),
 }
 BFLOAT16_STREAM = "--residual bfloat16 needs --dtype bfloat16: the products of a float32 run would round their inputs"
-# Options that change what is shown or where it lies, not what is trained: no part of a run's name.
+# Options that change what is shown or where it is written, not what is trained: no part of a run's name.
 PRESENTATION = ("output_dir", "push_to_hub", "log_to", "log_every", "trace")
 BUDGETS = ("budget_gpu_hours", "budget_flops", "budget_tokens")
 FREE_TO_CHANGE = (*PRESENTATION, "checkpoint_minutes")  # when a run goes on
@@ -70,16 +70,17 @@ class RunConfig:
     student: str = option("3L-384H-12A", "layers, width, heads and optionally intermediate width: 6L-768H-12A[-3072I]")
     corpus: list[str] = option(
         ["quickstart"],
-        "hub datasets (id[:config[:split]]), or text, jsonl, parquet files and globs (.gz too), or one folder of shards; "
+        "hub datasets (id[@revision][:config[:split]]), text, jsonl and parquet files, folders and globs (.gz too), or one "
+        "folder of shards; "
         "+join at a name's end joins its rows into running text",
     )
-    unique_tokens: int | None = option(None, "use only so many tokens of the corpus, in whole documents")
+    unique_tokens: int | None = option(None, "use only this many tokens of the corpus")
     text_field: str = option("text", "field or column that holds a document in jsonl, parquet and hub datasets")
     budget_gpu_hours: float | None = option(None, "budget in GPU-hours, summed over devices")
     budget_flops: float | None = option(None, "budget in FLOPs of student, teacher and loss")
     budget_tokens: float | None = option(None, "budget in tokens read")
     charge: Charge = option(
-        "loop", "what costs GPU-seconds: loop (first to last step, all included), compute (steps alone), all"
+        "loop", "what costs GPU-seconds: loop (first to last step, all included), compute (only the steps), all"
     )
     seed: int = option(0, "seed of initialisation, data order and masks")
     output_dir: str | None = option(
@@ -106,7 +107,7 @@ class RunConfig:
     )
     residual: Literal["float32", "bfloat16"] = option(
         "float32",
-        "dtype of the student's residual stream; bfloat16 (of bfloat16 products alone) moves fewer bytes and rounds after "
+        "dtype of the student's residual stream; bfloat16 (only with bfloat16 products) moves fewer bytes and rounds after "
         "every layer",
     )
     teacher_dtype: Literal["auto", "float8"] = option(
@@ -130,7 +131,7 @@ class RunConfig:
     )
     log_to: list[str] = option([], "also log to tensorboard, wandb or trackio")
     log_every: int = option(10, "steps between lines of metrics.jsonl")
-    trace: int = option(0, "write a torch.profiler trace of so many steps")
+    trace: int = option(0, "write a torch.profiler trace of this many steps")
 
     @property
     def budget(self) -> Budget:
@@ -161,7 +162,7 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} must lie between {low:g} and {high:g}, got {value:g}")
+                raise ValueError(f"{flag} must be between {low:g} and {high:g}, got {value:g}")
         if self.residual == "bfloat16" and self.dtype == "float32":
             raise ValueError(BFLOAT16_STREAM)
         self._check_batch()
@@ -200,7 +201,7 @@ class ConfigFile:
 
     @property
     def folder(self) -> Path | None:
-        """The run folder that the file stands in, where a run wrote it."""
+        """The run folder that the file is in, where a run wrote it."""
         written = self.path.name == "config.toml" and (self.path.parent / "environment.json").is_file()
         return self.path.parent if written else None
 
@@ -264,7 +265,7 @@ class Resolved:
 
 
 class _Parser(HfArgumentParser):
-    """argparse says usage and error over many lines; a user's mistake here is one line. A switch alone means true."""
+    """argparse says usage and error over many lines; a user's mistake here is one line. A switch without a value means true."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -434,7 +435,7 @@ def split_options(argv: Sequence[str], own: Any, prog: str) -> tuple[Any, dict[s
 
 
 def _without_teacher(values: dict[str, Any], explicit: dict[str, Any]) -> dict[str, Any]:
-    """Scratch training reads no teacher but to start from it; the preset's lends its tokenizer alone."""
+    """Scratch training reads no teacher but to start from it; the preset's lends only its tokenizer."""
     if values.get("init_from_teacher"):
         return values
     if explicit.get("teacher"):
