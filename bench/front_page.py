@@ -4,7 +4,7 @@
     python -m bench.front_page --device NAME      from results/NAME
 
 Nothing is measured here. A pair is a method and a peer of `bench.throughput`; its speed is fastkd's tokens/s over the
-peer's, its memory fastkd's peak over the peer's. The table stands between two comments of the README and is replaced.
+peer's, its memory fastkd's peak over the peer's. The table is between two comments of the README and is replaced.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def plot(pairs: Sequence[Pair], theme: Theme) -> Figure:
 
 
 def _places(pairs: Sequence[Pair]) -> list[float]:
-    """Where on the vertical axis each pair stands: a little space between two peers."""
+    """Where on the vertical axis each pair is: a little space between two peers."""
     at = [0.0]
     for before, pair in itertools.pairwise(pairs):
         at.append(at[-1] + (1 if pair.peer == before.peer else 1.35))

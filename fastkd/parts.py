@@ -33,7 +33,7 @@ from fastkd.models.teacher import Teacher, check_teacher
 
 log = logging.getLogger(__name__)
 
-VALIDATION_STEPS = 8  # held-out text is read up to the tokens of so many steps
+VALIDATION_STEPS = 8  # held-out text is read up to the tokens of this many steps
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Parts:
         return pack_size(self.config.seq_length)
 
     def set_micro_batch(self, tokens: int) -> None:
-        """Cut the training batches into micro-batches of so many tokens; what a step holds does not depend on it."""
+        """Cut the training batches into micro-batches of ``tokens``; what a step holds does not depend on it."""
         config, world = self.config, self.world
         before, self.micro_tokens = self.micro_tokens, tokens
         if before:
@@ -110,7 +110,7 @@ class Parts:
         return self._counted[1]
 
     def activation_bytes(self, tokens: int) -> int:
-        """What a forward of so many tokens keeps for its backward."""
+        """What a forward of ``tokens`` keeps for its backward."""
         return memory.activation_bytes(
             self.student.config,
             self.method.student_needs,
@@ -226,7 +226,7 @@ def compute_dtype(name: str, world: World) -> torch.dtype:
 
 
 def model_folder(source: str) -> str | Path:
-    """Where a model lies: a hub id or folder as it is, and the packaged folder for the name ``quickstart``.
+    """Where a model is: a hub id or folder as it is, and the packaged folder for the name ``quickstart``.
 
     Raises:
         ValueError: the package is not installed.

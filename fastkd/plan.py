@@ -60,7 +60,7 @@ class Measurement:
 
 
 def measure(trainer: Trainer) -> Measurement:
-    """Time real steps, then put every parameter back; the optimiser starts anew.
+    """Time real steps, then put every parameter back; the optimiser starts again.
 
     Raises:
         BudgetTooSmall: the budget does not pay for one step.

@@ -69,7 +69,7 @@ def build(
     progress: Progress | None = None,
     trusted: int = 0,
 ) -> None:
-    """Build the parts that are missing, in order, until so many are there, or so many training tokens, or all of them.
+    """Build the parts that are missing, in order: up to ``parts`` of them, or ``tokens`` for training, or all.
 
     Of several processes one builds and the others wait. A part that is found damaged is built again; the digests of the
     first ``trusted`` parts are not compared.
