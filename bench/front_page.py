@@ -112,7 +112,12 @@ def dtypes(pairs: Sequence[Pair]) -> list[str]:
 def table(pairs: Sequence[Pair]) -> str:
     """The README's four rows."""
     columns = dtypes(pairs)
-    head = ["training", "compared with", *(f"speed, {dtype}" for dtype in columns), *(f"memory, {dtype}" for dtype in columns)]
+    head = [
+        "training",
+        "compared with",
+        *(f"speed, {dtype}" for dtype in columns),
+        *(f"memory, {dtype}" for dtype in columns),
+    ]
     rows = [head, ["---", "---", *["---:"] * (2 * len(columns))]]
     by_key = {_key(pair): pair for pair in pairs}
     for pair in (by_key[key] for key in TABLE):

@@ -149,12 +149,17 @@ class Builder:
         self._job = job
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
-        self._building = 0
+        self._building, self._closed = 0, False
         self._finalizer: finalize[..., Any] | None = None
 
     def ahead(self, number: int) -> None:
-        """Begin to build a part, unless a process is at work or has failed to build it: that is told when it is needed."""
+        """Begin to build a part, unless a process is at work or has failed to build it: that is told when it is needed.
+
+        Once closed it begins none: a thread that reads ahead may ask after the training has ended.
+        """
         with self._lock:
+            if self._closed:
+                return
             if self._process is not None and self._process.poll() is not None:
                 self._ended()
             if self._process is None and self._building != number:
@@ -182,6 +187,7 @@ class Builder:
     def close(self) -> None:
         """End the process, if one is at work."""
         with self._lock:
+            self._closed = True
             if self._finalizer is not None:
                 self._finalizer()
             self._process = None
