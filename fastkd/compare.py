@@ -22,13 +22,14 @@ from fastkd.budget import Budget
 from fastkd.command import EXIT_OK, EXIT_ROWS
 from fastkd.comparison import RESULTS, write_results
 from fastkd.comparison_report import build_comparison
-from fastkd.config import PRESENTATION, option, split_options
+from fastkd.config import split_options
 from fastkd.distributed import World, any_rank, joined, on_main
 from fastkd.jsonl import finite
 from fastkd.loop import Interrupted
 from fastkd.matching import Matching, release_memory
 from fastkd.references import References
 from fastkd.row import Row, base_row, circumstances, confounds, parse_row, results_row
+from fastkd.run_config import PRESENTATION, option
 from fastkd.scores import Scorer
 from fastkd.terminal import Console
 from fastkd.tuning import BUDGET_SHARE, Search, searched, tune

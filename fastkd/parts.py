@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastkd import flops, memory, methods, profiler, quickstart
 from fastkd.budget import StepCost
-from fastkd.config import BFLOAT16_STREAM, Resolved, RunConfig
+from fastkd.config import Resolved
 from fastkd.data import corpus
 from fastkd.data.batches import Batch, BatchStream, SpecialIds, pack_size, validation_batches
 from fastkd.data.progress import Progress, Shown
@@ -30,6 +30,7 @@ from fastkd.models import student as students
 from fastkd.models.attention import Setting
 from fastkd.models.encoder import Encoder, EncoderConfig, Needs
 from fastkd.models.teacher import Teacher, check_teacher
+from fastkd.run_config import BFLOAT16_STREAM, RunConfig
 
 log = logging.getLogger(__name__)
 

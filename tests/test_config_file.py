@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastkd import compare, config_file, run
-from fastkd.config import RunConfig, parse, resolve, split_options
+from fastkd.config import parse, resolve, split_options
+from fastkd.run_config import RunConfig
 
 BUDGET = ["--budget-gpu-hours", "1", "--preset", "quickstart"]
 SURROGATE = st.characters(categories=["Cs"])
