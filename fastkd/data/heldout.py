@@ -42,7 +42,7 @@ class HeldOut:
 
 
 def choose(chunks: list[Tokens], fraction: float, share: float) -> HeldOut:
-    """Hold out the pieces of the smallest hashes, until ``fraction`` of the corpus's tokens is reached as nearly as may be.
+    """Hold out the pieces of the smallest hashes, until ``fraction`` of the corpus's tokens is reached as nearly as possible.
 
     The choice depends on the documents, not on their order. A piece with so many copies that they would be more than half
     of it is passed over.
