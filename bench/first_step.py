@@ -2,9 +2,9 @@
 
     python -m bench.first_step --megabytes-per-second 20 --copies 1000
 
-A dataset of many parquet files is served on 127.0.0.1 at so many megabytes a second: Wikipedia's lead sections, so often that
-all of it could never be read in the time. ``fastkd.run`` reads it under its real name. Beside the wall clock stands the
-time of the processors, which another program's load does not change.
+A dataset of many parquet files is served on 127.0.0.1 at a limited rate: Wikipedia's lead sections, repeated so that
+all of it could never be read in the time. ``fastkd.run`` reads it under its real name. The time of the processors is
+printed too, which another program's load does not change.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     python -m bench.front_page --device NAME      from results/NAME
 
 Nothing is measured here. A pair is a method and a peer of `bench.throughput`; its speed is fastkd's tokens/s over the
-peer's, its memory fastkd's peak over the peer's. The table stands between two comments of the README and is replaced.
+peer's, its memory fastkd's peak over the peer's. The table is between two comments of the README and is replaced.
 """
 
 from __future__ import annotations
@@ -112,7 +112,12 @@ def dtypes(pairs: Sequence[Pair]) -> list[str]:
 def table(pairs: Sequence[Pair]) -> str:
     """The README's four rows."""
     columns = dtypes(pairs)
-    head = ["training", "beside", *(f"speed, {dtype}" for dtype in columns), *(f"memory, {dtype}" for dtype in columns)]
+    head = [
+        "training",
+        "compared with",
+        *(f"speed, {dtype}" for dtype in columns),
+        *(f"memory, {dtype}" for dtype in columns),
+    ]
     rows = [head, ["---", "---", *["---:"] * (2 * len(columns))]]
     by_key = {_key(pair): pair for pair in pairs}
     for pair in (by_key[key] for key in TABLE):
@@ -194,7 +199,7 @@ def plot(pairs: Sequence[Pair], theme: Theme) -> Figure:
 
 
 def _places(pairs: Sequence[Pair]) -> list[float]:
-    """Where on the vertical axis each pair stands: a little space between two peers."""
+    """Where on the vertical axis each pair is: a little space between two peers."""
     at = [0.0]
     for before, pair in itertools.pairwise(pairs):
         at.append(at[-1] + (1 if pair.peer == before.peer else 1.35))

@@ -3,8 +3,8 @@
     python -m bench.neighbour [--rounds 8] [--settings default,own,passive] [--neighbours 0,1,2] [options of a run]
 
 ``own`` is what fastkd does (``fastkd/waiting.py``); ``default``, ``passive`` and numbers of spins are libgomp's own settings.
-A process for each trains, and they take turns, a few steps each, alone and beside so many busy loops, which run in sessions
-of their own as a program from another window does. What else the machine does meets all alike; "alone" needs a machine
+A process for each trains, and they take turns, a few steps each, alone and beside busy loops, which run in sessions
+of their own as a program from another window does. Whatever else the machine does affects all of them; "alone" needs a machine
 with nothing else to do, and the result says what the load was before.
 """
 
@@ -53,7 +53,7 @@ class Worker:
         self.process = subprocess.Popen(argv, env=environment_of(setting), **pipes)
 
     def steps(self, count: int) -> list[float]:
-        """Wall-clock seconds of so many steps."""
+        """Wall-clock seconds of ``count`` steps."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(f"{count}\n")
         self.process.stdin.flush()
@@ -84,7 +84,7 @@ def work(setting: str, options: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def busy(neighbours: int) -> Iterator[None]:
-    """So many other programs that compute all the time."""
+    """Other programs that compute all the time."""
     argv = [sys.executable, "-c", "while True: pass"]
     with contextlib.ExitStack() as running:
         for _ in range(neighbours):

@@ -45,9 +45,9 @@ def hub_model(source: str | None) -> str | None:
     """The hub id of a model that a run names; None where it is not on the hub."""
     if source == quickstart.NAME:
         return QUICKSTART_MODEL
-    return (
-        source if source and source.count("/") <= 1 and not Path(source).exists() and source[0] not in "./~" else None
-    )
+    if not source or source.count("/") > 1 or source[0] in "./~" or Path(source).exists():
+        return None
+    return source
 
 
 def hub_datasets(run: Run) -> list[str]:

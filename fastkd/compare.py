@@ -3,7 +3,7 @@
 ``python -m fastkd.compare --budget-gpu-hours 1 --methods mlm,logit_kd,tinybert,minilmv2 --match gpu-seconds``
 
 A row is a run of ``fastkd.run`` in a folder of its own, so it is planned, charged, resumed and reported like any other;
-rows differ in their method alone, and whatever else differs is listed beside them.
+rows differ only in their method, and whatever else differs is listed beside them.
 """
 
 from __future__ import annotations
@@ -22,25 +22,21 @@ from fastkd.budget import Budget
 from fastkd.command import EXIT_OK, EXIT_ROWS
 from fastkd.comparison import RESULTS, write_results
 from fastkd.comparison_report import build_comparison
-from fastkd.config import PRESENTATION, option, split_options
+from fastkd.config import split_options
 from fastkd.distributed import World, any_rank, joined, on_main
 from fastkd.jsonl import finite
 from fastkd.loop import Interrupted
 from fastkd.matching import Matching, release_memory
 from fastkd.references import References
 from fastkd.row import Row, base_row, circumstances, confounds, parse_row, results_row
+from fastkd.run_config import PRESENTATION, option
 from fastkd.scores import Scorer
 from fastkd.terminal import Console
 from fastkd.tuning import BUDGET_SHARE, Search, searched, tune
 
 MOST_RATES = 20  # each is twice the one before
-FIXED = (
-    "method",
-    "charge",
-    "replay",
-    "budget_tokens",
-    "push_to_hub",
-)  # set by a comparison itself, or for one student only
+# Options of a run that a comparison sets itself, or that are for one student only.
+FIXED = ("method", "charge", "replay", "budget_tokens", "push_to_hub")
 
 
 @dataclass(frozen=True)
@@ -58,11 +54,12 @@ class CompareConfig:
     as_released: bool = option(False, "add a row with the paper's released objective for each method that has one")
     tune: int = option(0, "learning rates tried for each row on equal budgets of a tenth, charged separately")
     epochs_cap: float | None = option(
-        None, "cut the corpus down so that the scratch row passes over it so many times (the repeated-data experiment)"
+        None,
+        "cut the corpus down so that the scratch row passes over it this many times (the repeated-data experiment)",
     )
     glue: str | None = option(None, "folder of labelled data, or 'hub': fine-tune and score every row")
     glue_tasks: str | None = option(None, "tasks to score, separated by commas; default: all that the folder holds")
-    glue_train_rows: str | None = option(None, "at most so many training rows: 10000, or sst2=10000,mnli=50000")
+    glue_train_rows: str | None = option(None, "training rows at most: 10000, or sst2=10000,mnli=50000")
     glue_seeds: int = option(1, "fine-tunings of each task")
     output_dir: str | None = option(None, "folder; default runs/compare-…, the same for the same command")
     plan_only: bool = option(False, "print the plan of every row and stop")
@@ -90,7 +87,7 @@ class CompareConfig:
 
 
 class Comparison:
-    """The rows of a comparison, what they share, and where they lie."""
+    """The rows of a comparison, what they share, and where they are."""
 
     def __init__(self, own: CompareConfig, shared: dict[str, Any], argv: Sequence[str], world: World) -> None:
         own.check()
@@ -152,7 +149,7 @@ class Comparison:
         todo = [(row, budget, seed) for budget in budgets for seed in range(self.own.seeds) for row in self.rows]
         finished = on_main(self.world, lambda: [each for each in todo if (self.row_folder(*each) / "final").is_dir()])
         errors: dict[Path, str | None] = {}
-        # What is finished comes first: the report that lies there keeps their scores until all of them are read again.
+        # What is finished comes first: the report that is there keeps their scores until all of them are read again.
         for number, (row, budget, seed) in enumerate(sorted(todo, key=lambda each: each not in finished), start=1):
             folder = self.row_folder(row, budget, seed)
             self.console.print(f"\nrow {number} of {len(todo)}: {row.label}, seed {seed}, {folder}")
@@ -191,7 +188,7 @@ class Comparison:
         return tune(self.default_rate(row), self.own.tune, try_rate, self.tuning_folder(row, budget), self.world)
 
     def tuning_folder(self, row: Row, budget: dict[str, float]) -> Path:
-        """Where the search for a row's learning rate lies."""
+        """Where the search for a row's learning rate is."""
         return self.folder / "tuning" / f"{row.slug}-{next(iter(budget.values())):g}".replace("+", "")
 
     def default_rate(self, row: Row) -> float:
@@ -199,7 +196,7 @@ class Comparison:
         return float(self.shared.get("lr") or methods.load(row.method).METHOD.default_lr)
 
     def row_folder(self, row: Row, budget: dict[str, float], seed: int) -> Path:
-        """Where a row's run lies."""
+        """Where a row's run is."""
         amount = next(iter(budget.values()))
         return self.folder / "rows" / f"{row.slug}-{amount:g}-seed{seed}".replace("+", "")
 

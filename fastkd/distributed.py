@@ -1,6 +1,6 @@
 """Several GPUs: set-up under torchrun, rank 0's decisions, and what differs between one process and many.
 
-Every rank does the same steps in the same order because rank 0 alone reads clocks and decides; one small all-reduce on
+Every rank does the same steps in the same order because only rank 0 reads clocks and decides; one small all-reduce on
 the host a step carries its decisions out and everybody's interrupts in.
 """
 
@@ -55,7 +55,7 @@ def node_devices(world: World) -> list[torch.device]:
 
 
 def start(timeout: timedelta = TIMEOUT) -> World:
-    """Join the process group that torchrun describes, or be alone. Host collectives use gloo, device ones NCCL.
+    """Join the process group that torchrun describes, or be the only process. Host collectives use gloo, device ones NCCL.
 
     Ranks may be minutes late (``JOINING``); once all have met, whoever is missing in a collective for ``timeout`` ends
     the job. Torchrun ends it where a rank dies before that.

@@ -167,7 +167,7 @@ class Loop:
         return next(self._ahead)
 
     def _stop_reading(self) -> None:
-        """Forget what was read ahead: the next step is read anew, in micro-batches of the size that holds then."""
+        """Forget what was read ahead: the next step is read again, in micro-batches of the size that holds then."""
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None

@@ -22,7 +22,7 @@ from fastkd.jsonl import Record, cut_jsonl, to_line
 from fastkd.terminal import printable, say
 
 LOGGERS = ("tensorboard", "wandb", "trackio")
-PLAIN_INTERVAL_S = 5.0  # off a terminal: at most one line in so many seconds
+PLAIN_INTERVAL_S = 5.0  # off a terminal: seconds between two lines, at least
 REFRESH_INTERVAL_S = 0.25  # on a terminal
 
 
@@ -112,8 +112,8 @@ class Monitor:
         run_folder: holds metrics.jsonl; made where it is missing, on entering.
         total_budget: in `unit` ("gpu-seconds", "flops" or "tokens").
         log_to: names out of `LOGGERS`.
-        resume: keep the metrics that are there (then call `rewind`); else they start anew.
-        log_every: `due` is true for every so many steps.
+        resume: keep the metrics that are there (then call `rewind`); else they start again.
+        log_every: steps from one for which `due` is true to the next.
         stream: where the run is shown, standard output unless given.
 
     Raises:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastkd import flops, memory, methods, profiler, quickstart
 from fastkd.budget import StepCost
-from fastkd.config import BFLOAT16_STREAM, Resolved, RunConfig
+from fastkd.config import Resolved
 from fastkd.data import corpus
 from fastkd.data.batches import Batch, BatchStream, SpecialIds, pack_size, validation_batches
 from fastkd.data.progress import Progress, Shown
@@ -30,10 +30,11 @@ from fastkd.models import student as students
 from fastkd.models.attention import Setting
 from fastkd.models.encoder import Encoder, EncoderConfig, Needs
 from fastkd.models.teacher import Teacher, check_teacher
+from fastkd.run_config import BFLOAT16_STREAM, RunConfig
 
 log = logging.getLogger(__name__)
 
-VALIDATION_STEPS = 8  # held-out text is read up to the tokens of so many steps
+VALIDATION_STEPS = 8  # held-out text is read up to the tokens of this many steps
 
 
 @dataclass
@@ -70,7 +71,7 @@ class Parts:
         return pack_size(self.config.seq_length)
 
     def set_micro_batch(self, tokens: int) -> None:
-        """Cut the training batches into micro-batches of so many tokens; what a step holds does not depend on it."""
+        """Cut the training batches into micro-batches of ``tokens``; what a step holds does not depend on it."""
         config, world = self.config, self.world
         before, self.micro_tokens = self.micro_tokens, tokens
         if before:
@@ -110,7 +111,7 @@ class Parts:
         return self._counted[1]
 
     def activation_bytes(self, tokens: int) -> int:
-        """What a forward of so many tokens keeps for its backward."""
+        """What a forward of ``tokens`` keeps for its backward."""
         return memory.activation_bytes(
             self.student.config,
             self.method.student_needs,
@@ -226,7 +227,7 @@ def compute_dtype(name: str, world: World) -> torch.dtype:
 
 
 def model_folder(source: str) -> str | Path:
-    """Where a model lies: a hub id or folder as it is, and the packaged folder for the name ``quickstart``.
+    """Where a model is: a hub id or folder as it is, and the packaged folder for the name ``quickstart``.
 
     Raises:
         ValueError: the package is not installed.

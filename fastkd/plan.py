@@ -19,7 +19,7 @@ import torch
 
 from fastkd import command, environment, profiler, quantities, terminal, waiting
 from fastkd.budget import Budget, BudgetTooSmall, Meter, StepCost, Totals
-from fastkd.config import Resolved, option, parse_with
+from fastkd.config import Resolved, parse_with
 from fastkd.data.batches import Batch
 from fastkd.data.unknown import unknown_remark, unknown_share
 from fastkd.distributed import joined, mean, node_devices, on_main
@@ -27,6 +27,7 @@ from fastkd.jsonl import finite
 from fastkd.loop import VALIDATION_SHARE
 from fastkd.models.encoder import EncoderConfig
 from fastkd.parts import Parts, prepare
+from fastkd.run_config import option
 from fastkd.run_folder import ancestors
 from fastkd.terminal import Console
 from fastkd.train import Trainer
@@ -60,7 +61,7 @@ class Measurement:
 
 
 def measure(trainer: Trainer) -> Measurement:
-    """Time real steps, then put every parameter back; the optimiser starts anew.
+    """Time real steps, then put every parameter back; the optimiser starts again.
 
     Raises:
         BudgetTooSmall: the budget does not pay for one step.

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastkd import command, quantities, quickstart, terminal
-from fastkd.config import RunConfig, option, parse_with
+from fastkd.config import parse_with
 from fastkd.data import corpus
 from fastkd.data.progress import Shown
 from fastkd.data.shards import Shards
 from fastkd.models import hf
 from fastkd.parts import build_corpus, model_folder
+from fastkd.run_config import RunConfig, option
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from typing import Any
 
 from fastkd import methods
 from fastkd.comparison import row_from_run
-from fastkd.config import Resolved, RunConfig, resolve
+from fastkd.config import Resolved, resolve
 from fastkd.jsonl import Record
+from fastkd.run_config import RunConfig
 from fastkd.run_folder import Run, read_run
 
 # What a row may differ in without being marked: its method, and where and when it ran.

@@ -1,6 +1,6 @@
 """One run under one budget: ``python -m fastkd.run --budget-gpu-hours 24``. Plan, train, export, report.
 
-Issuing the same command again resumes an interrupted run, and tells where a finished one lies.
+Issuing the same command again resumes an interrupted run, and says where a finished one is.
 """
 
 from __future__ import annotations

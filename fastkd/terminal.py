@@ -22,7 +22,7 @@ def printable(text: str, stream: TextIO) -> str:
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print a line and see it off. It is never read as markup; that nobody listens any more ends no work."""
+    """Print a line at once. It is never read as markup; a closed pipe or terminal ends no work."""
     stream = stream or sys.stdout
     with contextlib.suppress(OSError):
         print(printable(text, stream), file=stream, flush=True)
@@ -38,9 +38,9 @@ def called(name: str) -> str:
     program = Path(sys.argv[0])
     if program.stem == "fastkd":
         return f"fastkd {name}"
-    return (
-        f"python -m fastkd {name}" if program == Path(__file__).with_name("__main__.py") else f"python -m fastkd.{name}"
-    )
+    if program == Path(__file__).with_name("__main__.py"):
+        return f"python -m fastkd {name}"
+    return f"python -m fastkd.{name}"
 
 
 class Console:
@@ -56,7 +56,7 @@ class Console:
 
 
 class Stages(logging.Handler):
-    """Prints what fastkd logs: what a set-up is about to do, after so many seconds of this process; and warnings."""
+    """Prints what fastkd logs: what a set-up is about to do, with the seconds since this process began; and warnings."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """One line; a warning goes to standard error."""
@@ -68,7 +68,7 @@ class Stages(logging.Handler):
 
 @contextlib.contextmanager
 def stages(quiet: bool = False) -> Iterator[None]:
-    """Show stages and warnings while a command works; a quiet one shows warnings alone, as Python does by itself."""
+    """Show stages and warnings while a command works; a quiet one shows only warnings, as Python does by itself."""
     log, handler = logging.getLogger("fastkd"), Stages()
     level = log.level
     if not quiet:

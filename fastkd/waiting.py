@@ -23,7 +23,7 @@ from fastkd import profiler
 QUEUE = Path("/proc/thread-self/schedstat")  # nanoseconds that this thread ran, and that it stood in a core's queue
 LOOK_SECONDS = 0.5
 BUSY_SHARE = 0.1  # of the time in the queue
-MANY_NUMBERS = 1 << 20  # enough for a team to be made for them
+GRAIN = 1 << 15  # numbers that ATen gives a thread, at least
 
 
 @functools.cache
@@ -73,7 +73,7 @@ class _IdleTeam:
         self._made.wait()
 
     def _hold(self) -> None:
-        torch.zeros(MANY_NUMBERS).add_(1)
+        torch.zeros(GRAIN * torch.get_num_threads()).add_(1)  # by a team of all threads
         self._made.set()
         self._ended.wait()
 

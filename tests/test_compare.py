@@ -9,10 +9,11 @@ import processes
 import pytest
 from test_report import Page
 
-from fastkd import compare
+from fastkd import compare, run
 from fastkd.comparison_report import build_comparison
 from fastkd.distributed import World
 from fastkd.jsonl import read_jsonl
+from fastkd.loop import Diverged
 from fastkd.row import ROW_OPTIONS, Row, base_row, circumstances, confounds, parse_row, teachers
 from fastkd.run_folder import read_run
 from fastkd.scores import Scorer
@@ -300,25 +301,18 @@ def test_what_ran_elsewhere_or_throttled_is_marked(tmp_path: Path) -> None:
     ]
 
 
-def test_a_search_is_done_once_and_takes_the_lowest_loss(from_scratch: list[str], tmp_path: Path) -> None:
-    from fastkd import run
+def train(options: list[str], rate: float, where: Path) -> int:
+    """A scratch run with a learning rate."""
+    more = ("--method", "mlm", "--lr", str(rate), "--budget-tokens", "9000", "--output-dir", str(where))
+    return run.main([*options, *more])
 
+
+def test_a_search_is_done_once_and_takes_the_lowest_loss(from_scratch: list[str], tmp_path: Path) -> None:
     tried: list[float] = []
 
     def try_rate(rate: float, where: Path) -> None:
         tried.append(rate)
-        options = [
-            *from_scratch,
-            "--method",
-            "mlm",
-            "--lr",
-            str(rate),
-            "--budget-tokens",
-            "9000",
-            "--output-dir",
-            str(where),
-        ]
-        assert run.main(options) == 0
+        assert train(from_scratch, rate, where) == 0
 
     found = tune(1e-3, 2, try_rate, tmp_path, World())
     assert (found.lr, tried) == (2e-3, [1e-3, 2e-3])  # so few steps reward the larger rate
@@ -328,22 +322,8 @@ def test_a_search_is_done_once_and_takes_the_lowest_loss(from_scratch: list[str]
 
 
 def test_a_rate_that_diverges_is_passed_over(from_scratch: list[str], tmp_path: Path) -> None:
-    from fastkd import run
-    from fastkd.loop import Diverged
-
     def try_rate(rate: float, where: Path) -> None:
-        options = [
-            *from_scratch,
-            "--method",
-            "mlm",
-            "--lr",
-            str(rate),
-            "--budget-tokens",
-            "9000",
-            "--output-dir",
-            str(where),
-        ]
-        assert run.main(options) == 0
+        assert train(from_scratch, rate, where) == 0
         if rate > 1e-3:
             raise Diverged("not finite")
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fastkd import config, methods
-from fastkd.config import RunConfig, parse, read_preset, resolve
+from fastkd import config, methods, run_config
+from fastkd.config import parse, read_preset, resolve
+from fastkd.run_config import RunConfig
 
 BUDGET = ["--budget-gpu-hours", "1"]
 
@@ -21,10 +22,13 @@ def test_every_option_has_help() -> None:
 
 
 def test_every_option_is_read() -> None:
-    sources = "\n".join(p.read_text() for p in Path(config.__file__).parent.rglob("*.py") if p.name != "config.py")
-    own = Path(config.__file__).read_text()
+    own = [Path(module.__file__) for module in (config, run_config)]
+    sources = "\n".join(p.read_text() for p in own[0].parent.rglob("*.py") if p not in own)
+    own_text = "\n".join(p.read_text() for p in own)
     for field in dataclasses.fields(RunConfig):
-        read = re.search(rf"(config|run)\.{field.name}\b", sources) or re.search(rf"self\.(run\.)?{field.name}\b", own)
+        read = re.search(rf"(config|run)\.{field.name}\b", sources) or re.search(
+            rf"self\.(run\.)?{field.name}\b", own_text
+        )
         assert read or field.name == "preset", field.name
 
 

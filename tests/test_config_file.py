@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastkd import compare, config_file, run
-from fastkd.config import RunConfig, parse, resolve, split_options
+from fastkd.config import parse, resolve, split_options
+from fastkd.run_config import RunConfig
 
 BUDGET = ["--budget-gpu-hours", "1", "--preset", "quickstart"]
 SURROGATE = st.characters(categories=["Cs"])
@@ -144,10 +145,10 @@ def test_a_few_options_by_hand_stand_above_the_preset(tmp_path: Path) -> None:
         ("[method_options]\nrelation_heads = 'many'", ("relation_heads takes a whole number, got 'many'",)),
         ("lr = 'fast'", ("lr takes a number, got 'fast'",)),
         ("lr = true", ("lr takes a number, got True",)),
-        ("lr = 20", ("--lr must lie between", "20")),
-        ("lr = nan", ("--lr must lie between", "nan")),
+        ("lr = 20", ("--lr must be between", "20")),
+        ("lr = nan", ("--lr must be between", "nan")),
         ("seed = 1.5", ("seed takes a whole number, got 1.5",)),
-        ("seed = -1", ("--seed must lie between", "-1")),
+        ("seed = -1", ("--seed must be between", "-1")),
         ("compile = 'yes'", ("compile takes true or false, got 'yes'",)),
         ("corpus = 'a.txt'", ("corpus takes a list of text in quotes, got 'a.txt'",)),
         ("corpus = [1]", ("corpus takes a list of text in quotes, got [1]",)),

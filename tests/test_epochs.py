@@ -94,6 +94,28 @@ def test_who_wants_an_epoch_that_a_pool_was_given_does_not_make_it() -> None:
     assert made == [(7, "ahead_0")]
 
 
+def test_an_epoch_whose_pool_closes_before_it_begins_is_made_by_the_next_who_wants_it() -> None:
+    """Such as the pool of a reader that is closed while it still has a part of the corpus read."""
+    busy, go = threading.Event(), threading.Event()
+    epochs, found = Epochs(lambda number: 10 * number), []
+
+    def work() -> None:
+        busy.set()
+        assert go.wait(WAIT)
+
+    pool = ThreadPoolExecutor(1)
+    pool.submit(work)
+    assert busy.wait(WAIT)
+    epochs.ahead(7, pool)
+    waiting = threading.Thread(target=lambda: found.append(epochs(7)), daemon=True)
+    waiting.start()
+    pool.shutdown(wait=False, cancel_futures=True)
+    waiting.join(WAIT)
+    go.set()
+    pool.shutdown()
+    assert found == [70] and epochs(7) == 70
+
+
 def test_two_epochs_are_held() -> None:
     class Made:
         def __init__(self, number: int) -> None:

@@ -129,8 +129,8 @@ def test_another_tokenizer_is_refused(
     assert "were made by another tokenizer than the student's" in lines[0] and "--tokenizer" in lines[0]
 
 
-def test_shards_stand_by_themselves(shards: Shards, made_corpus: Path) -> None:
-    with pytest.raises(ValueError, match="stand by themselves: give --corpus nothing beside it"):
+def test_shards_are_a_corpus_of_their_own(shards: Shards, made_corpus: Path) -> None:
+    with pytest.raises(ValueError, match="are a corpus of their own: give --corpus nothing beside it"):
         check([str(made_corpus), str(shards.folder)])
     check(str(shards.folder))
 

@@ -112,7 +112,8 @@ def test_configurations_splits_and_revisions_are_named(hub: test_hub.Hub) -> Non
         assert documents(spec) == ["one", "two"]
     for spec, line in {
         "some/data:big": r"corpus 'some/data': BuilderConfig 'big' not found. Available: \['small'\]",
-        "some/data::test": r"corpus 'some/data': Bad split: test. Available splits: \['train'\]",
+        "some/data::test": r"corpus 'some/data' has no split 'test': take train, or all of them as 'all'$",
+        "some/data::train[:1%]": r"corpus 'some/data' has no split 'train\[:1%\]'",
         "some/data@other": r"corpus 'some/data': the hub has no such revision: correct what follows the @",
         "no/data": r"corpus 'no/data' is neither here nor on the hub for you to read: correct the name, .*hf auth login",
     }.items():

@@ -60,7 +60,7 @@ def test_its_table_and_plots_are_those_of_the_results() -> None:
         assert f'aria-label="{escape(front_page.description(front_page.read(device)))}"' in drawn
 
 
-def test_the_command_makes_the_page_anew(tmp_path: Path) -> None:
+def test_the_command_makes_the_page_again(tmp_path: Path) -> None:
     device, text = front_page.device_shown(ROOT / "README.md"), (ROOT / "README.md").read_text("utf-8")
     stale = front_page.BLOCK.sub(f"{front_page.BEGIN.format('abacus')}\nold\n{front_page.END}", text)
     (tmp_path / "README.md").write_text(stale)

@@ -86,7 +86,7 @@ class BatchStream:
         seed: of order and masks.
         rank, world: this process and how many share a step; each takes a contiguous part.
         device: where the batches go.
-        max_unique_tokens: use only so many tokens of the split, of documents taken in a fixed random order.
+        max_unique_tokens: tokens of the split to use at most, of documents taken in a fixed random order.
         packing: ``documents``, or ``full-sentences``: documents run on in a sequence, a [SEP] between two.
 
     Raises:
@@ -158,7 +158,7 @@ class BatchStream:
 
         Another thread shuffles the next epoch, half an epoch before it is read. What the device does (copies, masks)
         is queued from the caller's thread and stream. An exception of the threads is raised here; closing the iterator
-        ends them, a shuffle that has begun as soon as it is done: nobody waits for it but the end of the process.
+        ends them, a shuffle that has begun as soon as it is done: only the end of the process waits for it.
         """
         assembling, shuffling = ThreadPoolExecutor(1, "batches"), ThreadPoolExecutor(1, "epochs")
 
@@ -293,7 +293,7 @@ def validation_batches(
     """This rank's part of the held-out split, with fixed masks whatever the training seed.
 
     The whole split but for less than a pack, or about ``max_tokens`` of it; to fill the last micro-batches it begins
-    anew, in another order.
+    again, in another order.
     """
     pack_tokens = pack_size(seq_length)
     texts = Texts(shards, special, "validation", seq_length, packing, None)

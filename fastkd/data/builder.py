@@ -69,7 +69,7 @@ def build(
     progress: Progress | None = None,
     trusted: int = 0,
 ) -> None:
-    """Build the parts that are missing, in order, until so many are there, or so many training tokens, or all of them.
+    """Build the parts that are missing, in order: up to ``parts`` of them, or ``tokens`` for training, or all.
 
     Of several processes one builds and the others wait. A part that is found damaged is built again; the digests of the
     first ``trusted`` parts are not compared.
@@ -149,12 +149,17 @@ class Builder:
         self._job = job
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
-        self._building = 0
+        self._building, self._closed = 0, False
         self._finalizer: finalize[..., Any] | None = None
 
     def ahead(self, number: int) -> None:
-        """Begin to build a part, unless a process is at work or has failed to build it: that is told when it is needed."""
+        """Begin to build a part, unless a process is at work or has failed to build it: that is told when it is needed.
+
+        Once closed it begins none: a thread that reads ahead may ask after the training has ended.
+        """
         with self._lock:
+            if self._closed:
+                return
             if self._process is not None and self._process.poll() is not None:
                 self._ended()
             if self._process is None and self._building != number:
@@ -182,6 +187,7 @@ class Builder:
     def close(self) -> None:
         """End the process, if one is at work."""
         with self._lock:
+            self._closed = True
             if self._finalizer is not None:
                 self._finalizer()
             self._process = None

@@ -9,7 +9,7 @@ from fastkd.data.walk import kind_of
 
 HEAD = 4096  # bytes that are looked at
 ZERO_BYTES = "holds zero bytes, as a binary file or a download that broke off does: copy it again, or leave it out"
-ZEROS = bytes(16)  # no text has so many in a row: a broken-off download or a binary file has
+ZEROS = bytes(16)  # more in a row than any text has; a broken-off download or a binary file has
 
 
 def _converted(encoding: str) -> Callable[[Path], str]:

@@ -1,6 +1,6 @@
 """From a corpus specification to documents: the quickstart package, local files, hub datasets, or several joined.
 
-A folder of shards can stand in a corpus's place: it was tokenised elsewhere, and there is no text to read.
+A folder of shards can be given in a corpus's place: it was tokenised elsewhere, and there is no text to read.
 """
 
 import hashlib
@@ -190,7 +190,9 @@ def shard_folder(spec: str | Sequence[str]) -> Path | None:
         folder for folder in folders if os.path.isfile(folder / "part-00000" / "index.json") and not walk(folder).files
     ]
     if given and len(specs) > 1:
-        raise ValueError(f"{str(given[0])!r} holds shards, which stand by themselves: give --corpus nothing beside it")
+        raise ValueError(
+            f"{str(given[0])!r} holds shards, which are a corpus of their own: give --corpus nothing beside it"
+        )
     return given[0] if given else None
 
 

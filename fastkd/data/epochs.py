@@ -5,7 +5,7 @@ An epoch of a corpus in parts is held a part at a time.
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from concurrent.futures import Executor, Future
+from concurrent.futures import CancelledError, Executor, Future
 from threading import Lock
 from typing import Generic, TypeVar
 
@@ -18,7 +18,7 @@ HELD = 2  # the epoch that is read and the next one: a step may lie in both
 class Epochs(Generic[K, T]):
     """Epochs by number; the two that were asked for last are held.
 
-    Threads that want an epoch which is being made wait for that one alone: the lock guards the table and is never held
+    Threads that want an epoch which is being made wait only for that one: the lock guards the table and is never held
     while an epoch is made, which takes seconds for a large corpus.
 
     Args:
@@ -32,16 +32,24 @@ class Epochs(Generic[K, T]):
 
     def __call__(self, number: K) -> T:
         """An epoch: made here unless it is held or being made. Raises what making it raised; the next call tries again."""
-        epoch, missing = self._slot(number)
-        if missing:
-            self._fill(number, epoch)
-        return epoch.result()
+        while True:
+            epoch, missing = self._slot(number)
+            if missing:
+                self._fill(number, epoch)
+            try:
+                return epoch.result()
+            except CancelledError:  # its pool was closed before it began
+                continue
 
     def ahead(self, number: K, pool: Executor) -> None:
-        """Have the pool make an epoch unless it is held or being made; whoever wants it from now on waits for the pool."""
+        """Have the pool make an epoch unless it is held or being made; whoever wants it from now on waits for the pool.
+
+        A pool that is closed before it begins leaves the epoch to the next who wants it.
+        """
         epoch, missing = self._slot(number)
         if missing:
-            pool.submit(self._fill, number, epoch)
+            job = pool.submit(self._fill, number, epoch)
+            job.add_done_callback(lambda job: self._forget(number, epoch) if job.cancelled() else None)
 
     def _slot(self, number: K) -> tuple[Future[T], bool]:
         """The place of an epoch, and whether nobody has begun to make it; it is the caller who must then."""
@@ -52,6 +60,12 @@ class Epochs(Generic[K, T]):
             while len(self._held) > HELD:
                 self._held.popitem(last=False)
         return epoch, missing
+
+    def _forget(self, number: K, epoch: Future[T]) -> None:
+        with self._lock:
+            if self._held.get(number) is epoch:
+                del self._held[number]
+        epoch.cancel()
 
     def _fill(self, number: K, epoch: Future[T]) -> None:
         try:

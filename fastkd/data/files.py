@@ -24,7 +24,7 @@ class LocalFile:
 
     path: Path
     lines: bool = False  # each line of a .txt is a document
-    probes: int | None = None  # hash so many places and the size in the place of all bytes, where that is less
+    probes: int | None = None  # places to hash, with the size, instead of all bytes, where that is less
     block: int = BLOCK
 
     @property
@@ -34,7 +34,7 @@ class LocalFile:
             return self.path.stat().st_size
 
     def identity(self) -> dict[str, str]:
-        """The sha256 of its content and how that is read, wherever the file lies."""
+        """The sha256 of its content and how that is read, wherever the file is."""
         with readable(self.path):
             stat = self.path.stat()
             probes = self.probes if self.probes and self.probes * PROBE < stat.st_size else None

@@ -12,7 +12,7 @@ from fastkd.data.tokenise import Tokens
 
 MOST_TOKENS = 2**20  # enough for a loss to three digits, few enough to evaluate often
 MOST_SHARE = 0.25  # of the part that the choice is made from
-PIECES = 4  # at least so many make up what is wanted: it is met to a share of it
+PIECES = 4  # that make up what is wanted, at least: it is met to a share of it
 SMALLEST, LARGEST = 32, 4096  # tokens of a piece
 
 Documents = tuple[np.ndarray, np.ndarray]  # ids [tokens] end to end, lengths [documents] int64
@@ -20,7 +20,7 @@ Documents = tuple[np.ndarray, np.ndarray]  # ids [tokens] end to end, lengths [d
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Pieces that are held out, by their hashes: equal pieces are on the same side, wherever they stand.
+    """Pieces that are held out, by their hashes: equal pieces are on the same side, wherever they are.
 
     Attributes:
         piece: tokens of a piece; a document of less than two of them is one piece.
@@ -42,7 +42,7 @@ class HeldOut:
 
 
 def choose(chunks: list[Tokens], fraction: float, share: float) -> HeldOut:
-    """Hold out the pieces of the smallest hashes, until ``fraction`` of the corpus's tokens is reached as nearly as may be.
+    """Hold out the pieces of the smallest hashes, until ``fraction`` of the corpus's tokens is reached as nearly as possible.
 
     The choice depends on the documents, not on their order. A piece with so many copies that they would be more than half
     of it is passed over.

@@ -99,9 +99,11 @@ class HubDataset:
     def _files(self) -> dict[str, int]:
         """The split's files by address, with their sizes in bytes; those that are not of the repository count as empty."""
         splits = self._builder.config.data_files
-        wanted = list(splits) if self.split == "all" else self.split.split("+")
-        if not set(wanted) <= set(splits):
-            raise ValueError(f"corpus {self.name!r}: Bad split: {self.split}. Available splits: {list(splits)}")
+        if self.split not in (*splits, "all"):
+            raise ValueError(
+                f"corpus {self.name!r} has no split {self.split!r}: take {', '.join(splits)}, or all of them as 'all'"
+            )
+        wanted = list(splits) if self.split == "all" else [self.split]
         addresses = [address for split in wanted for address in splits[split]]
         root = f"hf://datasets/{self.name}@{self.commit}/"
         sizes = self._sizes([address.removeprefix(root) for address in addresses if address.startswith(root)])

@@ -91,7 +91,7 @@ def resumed(items: Callable[[], Iterator[T]], ask: Callable[[Callable[[], Any]],
 def model_folder(name: str, *, remedy: str, weights: bool = True) -> Path:
     """A hub model's files in the hub's own cache, all of one commit. Pickled weights only where there are no others.
 
-    Where the hub cannot be asked, what the cache holds of it. The name stands there for a commit only once all of it came.
+    Where the hub cannot be asked, what the cache holds of it. There, the name means a commit only once all of it came.
 
     Raises:
         ValueError: there is no such model, or neither hub nor cache have it; in one line.
@@ -108,7 +108,7 @@ def model_folder(name: str, *, remedy: str, weights: bool = True) -> Path:
         missing = [file for file in wanted if not (folder / file).is_file()]
         if missing:  # it falls back to what the cache holds when the hub stops answering
             raise Incomplete(f"{missing[0]} did not arrive")
-        snapshot_download(name, allow_patterns=wanted)  # now the name stands for this commit
+        snapshot_download(name, allow_patterns=wanted)  # now the name means this commit
         return folder
 
     try:

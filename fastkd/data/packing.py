@@ -1,7 +1,7 @@
 """Documents to packs: every epoch's sequences, shuffled, end to end, in packs of exactly P tokens.
 
 An epoch is the parts of a corpus, one after the other. A part is one long virtual stream of sequences [CLS] content [SEP] in
-shuffled order. Pack j is what lies at the virtual positions [j·(P−2), (j+1)·(P−2)): a sequence that a pack's end cuts
+shuffled order. Pack j is what is at the virtual positions [j·(P−2), (j+1)·(P−2)): a sequence that a pack's end cuts
 becomes two proper sequences, and the [SEP] and the [CLS] which that adds are what the 2 spares. So a pack is found by
 arithmetic, none depends on the one before, every epoch has as many packs, and no token is lost or repeated, but for less
 than a pack at a part's end. The up to 4 tokens that stay free in a pack become one sequence of [PAD].
@@ -139,7 +139,7 @@ class Packer:
         return before.tokens + round((end.tokens - before.tokens) * min(passed, 1.0))
 
     def packs_of(self, tokens: int) -> float:
-        """How many packs so many tokens make, as the parts that have been read do."""
+        """How many packs a number of tokens makes, at the rate of the parts that have been read."""
         return self.packs * tokens / max(self._ends[-1].tokens, 1)
 
     def place(self, pack: int) -> tuple[int, int]:
@@ -222,9 +222,9 @@ class Packer:
         return self._ends[part - 1] if part else _End(), self._ends[part]
 
     def _fitting(self, part: int) -> Text:
-        """The text of a part. One of so short documents that too many fall in a pack has them run on, as all else fails.
+        """The text of a part. Where its documents are so short that too many fall in a pack, they run on in a sequence.
 
-        Nothing is lost so, and shapes stay what they are. It takes a part that is unlike part 0, which sets the bound.
+        So nothing is lost and shapes stay the same. This needs a part that is unlike part 0, which sets the bound.
         """
         text = self._read(part)
         if part == 0 or not len(text.length) or self._ordered(text, 0, part) is not None:

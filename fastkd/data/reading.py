@@ -53,7 +53,7 @@ class Reading:
         self._sizes: list[int] = []  # of the units, bytes
         self._origins: deque[tuple[int, int, int]] = deque()  # (unit, document, characters) of what is in no part yet
         self._place = replace(start)  # of the first of these
-        self._rest: deque[Tokens] = deque()  # the begin of these, tokenised
+        self._rest: deque[Tokens] = deque()  # the beginning of these, tokenised
         self._chunks = tokenise(self._documents(), tokenizer_json, workers=workers)
 
     def close(self) -> None:
@@ -81,9 +81,8 @@ class Reading:
         if not self._rest:
             return 1.0, None
         self._enter(self._origins[0][0])
-        share = (
-            self._share() if self._total else 1 - 0.5 ** (number + 1)
-        )  # size unknown: as if the next part were the last
+        # Of unknown size: as if the next part were the last.
+        share = self._share() if self._total else 1 - 0.5 ** (number + 1)
         return min(share, LARGEST_SHARE), replace(self._place)
 
     def _next(self) -> Tokens | None:
@@ -118,7 +117,7 @@ class Reading:
         return chunk
 
     def _enter(self, unit: int) -> None:
-        """Move the place to the begin of a unit, unless it is in it."""
+        """Move the place to the beginning of a unit, unless it is in it."""
         at = self._place
         if unit != at.unit:
             size = sum(self._sizes[at.unit : unit])
@@ -126,7 +125,7 @@ class Reading:
 
 
 def _cut(chunk: Tokens, tokens: int) -> tuple[Tokens, Tokens]:
-    """The first documents of a chunk, as many as it takes for so many tokens, and the others."""
+    """The first documents of a chunk, as many as it takes for ``tokens``, and the others."""
     ends = chunk.lengths.cumsum()
     documents = int(ends.searchsorted(tokens)) + 1
     at = int(ends[min(documents, len(ends)) - 1])

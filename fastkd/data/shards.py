@@ -241,7 +241,7 @@ def cache() -> Path:
 
 
 def _has(corpus: Path, tokens: int | None) -> bool:
-    """Whether so many training tokens of a corpus are there and whole."""
+    """Whether ``tokens`` for training, or all of a corpus, are there and whole."""
     held = 0
     for number in count():
         if (part := load(corpus, number)) is None:

@@ -72,7 +72,7 @@ class Text:
 
 
 def _chosen(offsets: np.ndarray, max_tokens: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """(begin, length) of the documents in use: all, or in a fixed random order so many as hold ``max_tokens``."""
+    """(begin, length) of the documents in use: all, or in a fixed random order as many as hold ``max_tokens``, the last one cut."""
     begin, length = offsets[:-1], np.diff(offsets)
     if max_tokens is None or max_tokens >= length.sum():
         return begin, length
@@ -99,7 +99,7 @@ def _cut_joined(length: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def shuffled(count: int, key: int) -> np.ndarray:
-    """A permutation of range(count), [count] int64, that depends on the key alone, not on NumPy's version."""
+    """A permutation of range(count), [count] int64, that depends only on the key, not on NumPy's version."""
     index = np.arange(count, dtype=np.uint64)
     low = np.uint64((1 << max(count - 1, 0).bit_length()) - 1)
     order = mix(index + np.uint64(key)) & ~low | index  # the index makes ties impossible

@@ -33,9 +33,8 @@ class Texts:
         if self.max_tokens is None:
             return self._text(part.documents(), None, share)
         left = self.max_tokens - before
-        if left - part.tokens < pack_size(
-            self.seq_length
-        ):  # what is left of the limit would fill no pack of the next part
+        over = left - part.tokens  # of the limit, for the next part
+        if over < pack_size(self.seq_length):  # it would fill no pack there
             return self._text(part.documents(), left, 1.0)
         return self._text(part.documents(), None, max(share, (before + part.tokens) / self.max_tokens))
 

@@ -1,6 +1,6 @@
 """Documents to token ids in parallel: threads of the tokenizer for little text, worker processes for much.
 
-A worker is this file run as a program that talks over its stdin and stdout. It imports NumPy and tokenizers alone:
+A worker is this file run as a program that talks over its stdin and stdout. It imports only NumPy and tokenizers:
 no CUDA context, no thread of torch and no ``__main__`` of the caller is forked into it or imported again, so it starts
 in a third of a second and works from a notebook, a script without a main guard, or a rank of torchrun.
 """
@@ -31,7 +31,7 @@ CHUNK_CHARACTERS = 2**21  # of text handed to a worker at once, about half a sec
 PIECE_CHARACTERS = 2**20  # a longer document is tokenised in pieces: an encoding takes 50 times its text's memory
 ROLES = ("cls_token", "sep_token", "mask_token", "pad_token", "unk_token")  # that a text cannot hold, only spell
 NO_TEXT = "\ufffe\uffff"  # no characters: what begins with them is in no text
-SMALL_CHUNKS = 8  # a corpus of at most so many chunks is not worth starting processes for
+SMALL_CHUNKS = 8  # a corpus of no more chunks than this is not worth starting processes for
 
 
 @dataclass(frozen=True)

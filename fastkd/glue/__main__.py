@@ -41,7 +41,7 @@ class GlueOptions:
         None, "comma-separated TOML files, each with another task (columns, labels, metrics, files)"
     )
     train_rows: str | None = option(
-        None, "at most so many training rows, a fixed random subset: 20000, or by task: sst2=20000,qqp=50000"
+        None, "training rows at most, a fixed random subset: 20000, or by task: sst2=20000,qqp=50000"
     )
     predict_test: bool = option(False, "also predict the test sets, in the submission format")
     jobs: int | None = option(None, "fine-tunings side by side; default: one a GPU")

@@ -113,7 +113,7 @@ def _split(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int) -> S
 def cut_embeddings(model: torch.nn.Module, encoded: EncodedTask) -> None:
     """Keep only the word embeddings that the task uses, in place.
 
-    Exact: a row that no text holds has a zero gradient, of which the gradient's norm does not know; AdamW's decay may move
+    Exact: a row that no text holds has a zero gradient, which adds nothing to the gradient's norm; AdamW's decay may move
     it, and no text reads it. What is cut need not be touched by any step: half of all of a small model.
     """
     table = model.get_input_embeddings()  # type: ignore[operator]

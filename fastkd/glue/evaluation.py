@@ -87,7 +87,7 @@ def evaluate(
     protocol: ``headline`` or ``paper``. seeds: how many, from 0; None: the protocol's.
     output_dir: where glue.json, glue.md and finished fine-tunings go; None: the run folder, or ``runs/glue-…``. A run's
     ledger and model card are kept up wherever that is.
-    train_rows: at most so many training rows, a fixed random subset, of all tasks or of those named.
+    train_rows: training rows at most, a fixed random subset, of all tasks or of those named.
     jobs: fine-tunings side by side; None: one a GPU.
 
     Returns ``scores`` (as glue.json: task → metric → mean, std, seeds, values, times 100), ``average`` (float or
