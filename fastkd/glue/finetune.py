@@ -16,7 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 from transformers import logging as hf_logging
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
@@ -130,9 +137,13 @@ def load_classifier(folder: Path, task: Task) -> PreTrainedModel:
     problem = "regression" if task.is_regression else "single_label_classification"
     try:
         with _quiet():
+            config = AutoConfig.from_pretrained(
+                folder, num_labels=labels, problem_type=problem, trust_remote_code=False
+            )
+            config._attn_implementation = None  # transformers' default: what config.json names may not be installed
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                folder, num_labels=labels, problem_type=problem, dtype=torch.float32, output_loading_info=True,
-                ignore_mismatched_sizes=True, trust_remote_code=False,
+                folder, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
+                trust_remote_code=False,
             )  # fmt: skip
     except Exception as error:  # damaged weights raise whatever their reader does
         raise ValueError(f"{folder} cannot be loaded ({first_line(error)})") from error
