@@ -35,7 +35,6 @@ from fastkd.glue.encoded import (
     collate,
     cut_embeddings,
     encode,
-    first_line,
     load_rows,
     load_tokenizer,
     require_encoder,
@@ -43,6 +42,7 @@ from fastkd.glue.encoded import (
 from fastkd.glue.metrics import score
 from fastkd.glue.protocol import Protocol
 from fastkd.glue.tasks import TASKS, Task
+from fastkd.models.tokenizer import reason
 
 EVAL_BATCH = 64
 QUIET_S = 60.0  # a longer fine-tuning says how far it is
@@ -146,7 +146,7 @@ def load_classifier(folder: Path, task: Task) -> PreTrainedModel:
                 trust_remote_code=False,
             )  # fmt: skip
     except Exception as error:  # damaged weights raise whatever their reader does
-        raise ValueError(f"{folder} cannot be loaded ({first_line(error)})") from error
+        raise ValueError(f"{folder} cannot be loaded ({reason(error)})") from error
     body = f"{model.base_model_prefix}."
     changed = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     missing = sorted(key for key in changed if key.startswith(body) and ".pooler." not in key)
