@@ -152,7 +152,7 @@ def prepare(resolved: Resolved, world: World) -> Parts:
     memory.require_room(student_config, world.device)
     if config.seq_length > student_config.max_length:
         raise ValueError(
-            f"--seq-length {config.seq_length} is beyond the model's {student_config.max_length} positions"
+            f"--seq-length {config.seq_length} is beyond the model's {student_config.max_length} positions; lower it"
         )
     method = methods.load(config.method).METHOD(resolved.method, student_config, loaded.config if loaded else None)
     if loaded is not None:

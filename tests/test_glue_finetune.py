@@ -278,6 +278,14 @@ def test_an_earlier_head_is_forgotten(student: Path, tmp_path: Path) -> None:
     assert not (heads[0] == 0.5).any() and not torch.equal(heads[0], heads[1]) and torch.equal(heads[0], heads[2])
 
 
+def test_an_attention_that_is_not_installed_is_not_needed(student: Path, tmp_path: Path) -> None:
+    """config.json keeps the name of what the model was trained with."""
+    shutil.copytree(student, tmp_path, dirs_exist_ok=True)
+    config = json.loads((student / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"_attn_implementation": "flash_attention_3"}))
+    check_model(tmp_path)
+
+
 def test_a_model_without_positions_or_padding_is_refused(student: Path, tmp_path: Path) -> None:
     GPT2ForSequenceClassification(GPT2Config(vocab_size=30522, n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(student).save_pretrained(tmp_path)

@@ -75,7 +75,7 @@ WEIGHTS_REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "cut safetensors": ("bert", lambda f: cut(f, WEIGHTS, 3000), r"cannot load .*\(SafetensorError"),
     "empty safetensors": ("bert", lambda f: cut(f, WEIGHTS, 0), "model.safetensors is missing or empty; download it"),
     "HTML as safetensors": ("bert", lambda f: put(f, WEIGHTS, HTML), r"cannot load .*\(SafetensorError"),
-    "HTML as bin": ("bin", lambda f: put(f, "pytorch_model.bin", HTML), r"cannot load .*\(UnpicklingError"),
+    "HTML as bin": ("bin", lambda f: put(f, "pytorch_model.bin", HTML), r"cannot load .*\(UnpicklingError[^.]*\); name a"),
     "cut bin": ("bin", lambda f: cut(f, "pytorch_model.bin", 3000), "cannot load"),
     "empty bin": ("bin", lambda f: cut(f, "pytorch_model.bin", 0), "pytorch_model.bin is missing or empty"),
     "strangers' bin": ("bin", of_strangers, "cannot load"),

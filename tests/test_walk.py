@@ -34,7 +34,9 @@ def folder(tmp_path: Path) -> Path:
     (folder / "sub" / "again.txt").symlink_to(folder / "a.txt")
     (folder / "sub" / "circle").symlink_to(folder)
     (outside / "circle").symlink_to(outside)
-    for hidden in (".ipynb_checkpoints/a-checkpoint.txt", "__MACOSX/._a.txt", "sub/._b.txt", ".git/x/y.txt"):
+    for hidden in (
+        ".ipynb_checkpoints/a-checkpoint.txt", "__MACOSX/._a.txt", "__MACOSX/a.txt", "sub/._b.txt", ".git/x/y.txt", ".DS_Store",
+    ):  # fmt: skip
         (folder / hidden).parent.mkdir(parents=True, exist_ok=True)
         (folder / hidden).write_bytes(b"\0\5\26\7\xff\0\2\0")
     (folder / "notes.md").write_text("no corpus")
@@ -48,6 +50,8 @@ def test_a_folder_and_every_pattern_of_it_read_the_same(folder: Path, monkeypatc
     for spec, expected in {
         "exp [a1]/*.txt": ["a"],
         "exp [a1]/[as]*": ["a", "b", "c", "d"],  # sub matches, and what is in it is read
+        "exp [a1]/[_as]*": ["a", "b", "c", "d"],  # __MACOSX matches too, but nobody means it
+        "exp [a1]/*/*.txt": ["a", "b", "c"],
         "exp [a1]/**/deep/*.txt": ["d"],
         "exp [a1]/**/deep": ["d"],
         "exp [a1]/sub/**/b.txt": ["b"],
@@ -55,8 +59,9 @@ def test_a_folder_and_every_pattern_of_it_read_the_same(folder: Path, monkeypatc
         "exp [a1]/.ipynb_checkpoints/../a.txt": ["a"],
     }.items():
         assert sorted(documents(spec)) == expected, spec
-    with pytest.raises(ValueError, match=r"'.*notes\.md' is of an unknown kind"):
-        check("exp [a1]/*")
+    for spec in ("exp [a1]/*", "exp [a1]/**"):
+        with pytest.raises(ValueError, match=r"'.*notes\.md' is of an unknown kind"):
+            check(spec)
     with pytest.raises(ValueError, match=r"matches no file"):
         check("exp [a1]/**/*.jsonl")
 

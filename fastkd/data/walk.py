@@ -18,7 +18,7 @@ class Found:
 
     files: list[Path] = field(default_factory=list)  # of the kinds that are read, in the order of names
     hidden: list[Path] = field(default_factory=list)  # files of those kinds, and folders, left out for their names
-    others: list[Path] = field(default_factory=list)  # files of other kinds
+    others: list[Path] = field(default_factory=list)  # files of other kinds, hidden ones not counted
 
 
 def kind_of(path: Path | str) -> str | None:
@@ -65,10 +65,10 @@ def walk(folder: Path) -> Found:
         found.hidden.extend(Path(where, name) for name in folders if _is_hidden(name))
         folders[:] = sorted(name for name in folders if not _is_hidden(name))
         for path in (Path(where, name) for name in sorted(names)):
-            if kind_of(path) is None:
-                found.others.append(path)
-            else:
+            if kind_of(path) is not None:
                 (found.hidden if _is_hidden(path.name) else found.files).append(path)
+            elif not _is_hidden(path.name):  # .DS_Store: nobody means it by a pattern
+                found.others.append(path)
     return Found(_once(found.files), found.hidden, found.others)
 
 
@@ -103,11 +103,17 @@ def _matching(path: Path) -> Found:
     """The files that match a pattern, and what a walk finds in the folders that match."""
     base, pattern = _literal(path)
     fixed = pattern.index("**") if "**" in pattern else len(pattern)
-    starts = [base / match for match in glob.glob(os.path.join(*pattern[:fixed]), root_dir=base)] if fixed else [base]
+    matches = glob.glob(os.path.join(*pattern[:fixed]), root_dir=base) if fixed else ["."]
+    starts = [base / match for match in matches if not _met_added(Path(match).parts, pattern)]
     named = _named([start for start in starts if not start.is_dir()] if fixed == len(pattern) else [])
     walks = [_below(start, pattern[fixed:]) for start in starts if start.is_dir()]
     found = (named, *walks)
     return Found(_once(chain(*(part.files for part in found))), [], [])
+
+
+def _met_added(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Whether a match leads through what archives and disks add, which the pattern does not call by its name."""
+    return any(name in ADDED and name != part for name, part in zip(names, pattern, strict=False))
 
 
 def _literal(path: Path) -> tuple[Path, tuple[str, ...]]:

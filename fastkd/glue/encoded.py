@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from fastkd.glue.rows import Rows, read_rows
 from fastkd.glue.tasks import Task
+from fastkd.models.tokenizer import reason
 
 ROW_SEED = 0  # of the subset that --train-rows keeps: the same for every model and seed
 POOL = 50  # batches that are sorted by length together: wider pools pad less and shuffle less
@@ -61,15 +62,10 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # a damaged tokenizer.json raises whatever its reader does
-        raise ValueError(f"{model} has no usable tokenizer ({first_line(error)})") from error
+        raise ValueError(f"{model} has no usable tokenizer ({reason(error)})") from error
     if tokenizer.pad_token_id is None:
         raise ValueError(f"{model}: the tokenizer has no padding token; set one and save it again")
     return tokenizer
-
-
-def first_line(error: Exception) -> str:
-    """The kind of an error and the first line of what it says."""
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
 def encode(model: Path, splits: Mapping[str, Rows], max_length: int) -> EncodedTask:

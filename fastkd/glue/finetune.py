@@ -16,7 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 from transformers import logging as hf_logging
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
@@ -28,7 +35,6 @@ from fastkd.glue.encoded import (
     collate,
     cut_embeddings,
     encode,
-    first_line,
     load_rows,
     load_tokenizer,
     require_encoder,
@@ -36,6 +42,7 @@ from fastkd.glue.encoded import (
 from fastkd.glue.metrics import score
 from fastkd.glue.protocol import Protocol
 from fastkd.glue.tasks import TASKS, Task
+from fastkd.models.tokenizer import reason
 
 EVAL_BATCH = 64
 QUIET_S = 60.0  # a longer fine-tuning says how far it is
@@ -130,12 +137,16 @@ def load_classifier(folder: Path, task: Task) -> PreTrainedModel:
     problem = "regression" if task.is_regression else "single_label_classification"
     try:
         with _quiet():
+            config = AutoConfig.from_pretrained(
+                folder, num_labels=labels, problem_type=problem, trust_remote_code=False
+            )
+            config._attn_implementation = None  # transformers' default: what config.json names may not be installed
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                folder, num_labels=labels, problem_type=problem, dtype=torch.float32, output_loading_info=True,
-                ignore_mismatched_sizes=True, trust_remote_code=False,
+                folder, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
+                trust_remote_code=False,
             )  # fmt: skip
     except Exception as error:  # damaged weights raise whatever their reader does
-        raise ValueError(f"{folder} cannot be loaded ({first_line(error)})") from error
+        raise ValueError(f"{folder} cannot be loaded ({reason(error)})") from error
     body = f"{model.base_model_prefix}."
     changed = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     missing = sorted(key for key in changed if key.startswith(body) and ".pooler." not in key)

@@ -47,5 +47,5 @@ def entries(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def reason(error: Exception) -> str:
-    """The kind of an error and the first line of what it says."""
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    """The kind of an error and the first sentence of what it says: torch's next one is to allow code out of a file."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0].partition(". ")[0]
