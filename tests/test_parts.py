@@ -465,6 +465,18 @@ def test_what_was_prepared_is_found_by_a_run(
     assert capsys.readouterr().err == "error: --tokens must be between 1 and 1e15, got 0\n"
 
 
+def test_a_corpus_is_prepared_as_far_as_the_budget_of_a_file_reads(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "FIRST_TOKENS", RUN_FIRST)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    given, path = options[: options.index("--budget-tokens")], tmp_path / "run.toml"
+    for budget, whole in (("budget_tokens = 20000", False), ("budget_gpu_hours = 1", True)):
+        path.write_text(f"{budget}\n")
+        assert prepare.main([*given, "--config", str(path)]) == 0
+        assert corpus_of(options).is_complete == whole
+
+
 @pytest.mark.parametrize("value", ["", "relative"])
 def test_a_cache_that_is_no_absolute_path_counts_as_not_set(
     value: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
