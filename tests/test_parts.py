@@ -6,8 +6,10 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -475,6 +477,28 @@ def test_a_corpus_is_prepared_as_far_as_the_budget_of_a_file_reads(
         path.write_text(f"{budget}\n")
         assert prepare.main([*given, "--config", str(path)]) == 0
         assert corpus_of(options).is_complete == whole
+
+
+def test_who_waits_for_another_build_says_so(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(parts, "FIRST_TOKENS", RUN_FIRST)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    given = options[: options.index("--budget-tokens")]
+    corpus = corpus_of(options).folder
+    shutil.rmtree(corpus)
+    other = FileLock(corpus.with_name(f"{corpus.name}.lock")).acquire().lock
+
+    class Ends(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "waiting for another process" in record.getMessage():
+                other.release()
+
+    builder = logging.getLogger("fastkd.data.builder")
+    builder.addHandler(ending := Ends())
+    assert prepare.main([*given, "--tokens", "1"]) == 0
+    builder.removeHandler(ending)
+    assert f"waiting for another process that tokenises this corpus into {corpus}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("value", ["", "relative"])

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from weakref import finalize
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 import fastkd
 from fastkd.data import heldout
@@ -79,7 +79,7 @@ def build(
     """
     corpus = Path(job.folder)
     progress = progress or Progress()
-    with _writable(corpus.parent), FileLock(corpus.with_name(f"{corpus.name}.lock")), contextlib.ExitStack() as stack:
+    with _writable(corpus.parent), _alone(corpus), contextlib.ExitStack() as stack:
         reading, number, held, before = None, 0, 0, None
         while (parts is None or number < parts) and (tokens is None or number == 0 or held < tokens):
             if (part := load(corpus, number, verify=number >= trusted)) is None:
@@ -140,6 +140,21 @@ def _writable(root: Path) -> Iterator[None]:
             f"cannot write shards to {str(root)!r} ({error.strerror or error}): free its disk or make it writable, "
             "or set XDG_CACHE_HOME to another folder"
         ) from error
+
+
+@contextlib.contextmanager
+def _alone(corpus: Path) -> Iterator[None]:
+    """One process builds; another that comes says that it waits, for that may take hours."""
+    lock = FileLock(corpus.with_name(f"{corpus.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("waiting for another process that tokenises this corpus into %s", corpus)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Builder:
