@@ -29,7 +29,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fastkd import parts, prepare, run
+from fastkd import parts, plan, prepare, run
+from fastkd.config import parse
 from fastkd.data.batches import BatchStream, SpecialIds, pack_size
 from fastkd.data.heldout import choose
 from fastkd.data.packing import Packer
@@ -37,8 +38,10 @@ from fastkd.data.progress import Shown
 from fastkd.data.shards import BuildingFailed, Shards, build_shards, cache
 from fastkd.data.text import Text
 from fastkd.data.tokenise import Tokens
+from fastkd.distributed import World
 from fastkd.models import hf
 from fastkd.run_folder import read_run
+from fastkd.train import Trainer
 
 SPECIAL = SpecialIds(cls=0, sep=1, mask=2, pad=3, all_special=frozenset({0, 1, 2, 3, 4}))
 WORDS, FIRST = 40_000, 3_000
@@ -392,6 +395,18 @@ def test_a_run_reads_several_parts_and_builds_no_more(finished: Path, options: l
     plan = json.loads((finished / "plan.json").read_text())["corpus"]
     assert not plan["is_complete"] and plan["held_out_tokens"] > 500
     assert 0.1 < read_run(finished).steps[-1]["epoch"] < 0.9
+
+
+def test_a_plan_times_the_steps_whose_text_is_there(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the building of a part takes is in no step's seconds; part 0 is some steps here, of 20 that would be timed."""
+    monkeypatch.setattr(parts, "FIRST_TOKENS", 5_000)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    trainer = Trainer(parts.prepare(parse(options), World()))
+    measured = plan.measure(trainer)
+    assert measured.phase_s["data"] < 0.1
+    assert trainer.parts.stream.is_there(5) and not trainer.parts.stream.is_there(20)
 
 
 def test_a_run_whose_text_cannot_be_written_is_saved_and_goes_on(
