@@ -34,6 +34,7 @@ from fastkd.data.tokenise import Tokens
 
 NICE = 10  # of the process: what it takes of a busy machine, training does not miss
 log = logging.getLogger(__name__)
+_damaged: set[Path] = set()  # parts of which this process has said so
 
 
 class BuildingFailed(OSError):
@@ -98,14 +99,18 @@ def build(
 
 
 def load(corpus: Path, number: int, *, verify: bool = True) -> Part | None:
-    """A part that is there and whole."""
-    if not part_folder(corpus, number).exists():
+    """A part that is there and whole; of one that is not, this process says once that it will be built again."""
+    if not (folder := part_folder(corpus, number)).exists():
         return None
     try:
-        return Part(corpus, number, verify=verify)
+        part = Part(corpus, number, remedy="it is built again", verify=verify)
     except ValueError as error:
-        log.warning("%s; building it again", error)
+        if folder not in _damaged:
+            log.warning("%s", error)
+        _damaged.add(folder)
         return None
+    _damaged.discard(folder)
+    return part
 
 
 def _reading(job: Job, start: Place, progress: Progress) -> Reading:
