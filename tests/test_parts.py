@@ -17,10 +17,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import hub as test_hub
 import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from hub_contents import parquet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_model import texts
@@ -466,6 +468,34 @@ def test_a_run_that_is_killed_in_a_later_part_goes_on_with_the_same_bits(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert run.main([*options, "--output-dir", str(folder)]) == 0
     assert_same_student(folder, finished)
+
+
+def test_a_run_goes_on_at_its_commit_of_the_hub_and_another_one_offline(
+    options: list[str], hub: test_hub.Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dataset's card is edited in the middle of a run: it ends as one that was left alone, in an untouched cache too."""
+    monkeypatch.setattr(parts, "FIRST_TOKENS", RUN_FIRST)
+    text = Path(options[options.index("--corpus") + 1]).read_text().split("\n\n")
+    hub.add("datasets", "parts/edited", {"train.parquet": parquet({"text": text})})
+    given = ["parts/edited" if option.endswith("text.txt") else option for option in options]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "whole"))
+    assert run.main([*given, "--output-dir", str(tmp_path / "alone")]) == 0
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert run.main([*given, "--output-dir", str(tmp_path / "offline")]) == 0
+    assert_same_student(tmp_path / "offline", tmp_path / "alone")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    argv = [*given, "--output-dir", str(tmp_path / "run")]
+    assert prepare.main([*given[: given.index("--budget-tokens")], "--tokens", "1"]) == 0
+    (corpus,) = (path for path in cache().iterdir() if path.is_dir())
+    obstacle = corpus / ".part-00001.building"
+    obstacle.touch()
+    assert run.main(argv) == run.EXIT_INTERRUPTED
+    obstacle.unlink()
+    hub.add("datasets", "parts/edited", {"README.md": "a card", "train-2.parquet": parquet({"text": ["more", "text"]})})
+    assert run.main(argv) == 0
+    assert_same_student(tmp_path / "run", tmp_path / "alone")
+    assert [path.name for path in cache().iterdir() if path.is_dir()] == [corpus.name]
 
 
 def test_what_was_prepared_is_found_by_a_run(

@@ -24,7 +24,7 @@ from weakref import finalize
 from filelock import FileLock, Timeout
 
 import fastkd
-from fastkd.data import heldout
+from fastkd.data import heldout, hub
 from fastkd.data.corpus import sources
 from fastkd.data.part import Part, part_folder, write_part
 from fastkd.data.progress import Progress
@@ -248,8 +248,9 @@ def main() -> int:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     job = Job(**order["job"])
     try:
-        _check_sources(job)
-        build(job, parts=order["number"] + 1, trusted=order["number"])
+        with hub.pinned(job.recipe["sources"]):
+            _check_sources(job)
+            build(job, parts=order["number"] + 1, trusted=order["number"])
     except Exception as error:  # whatever it is, the parent has one line to tell
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         print(f"{kind}{' '.join(str(error).split())}", flush=True)
@@ -258,16 +259,10 @@ def main() -> int:
 
 
 def _check_sources(job: Job) -> None:
-    """Refuse to go on with a dataset or a file that has changed since the corpus was begun: no part would fit another."""
+    """Refuse to go on with a file that has changed since the corpus was begun: no part would fit another."""
     begun, now = job.recipe["sources"], sources(job.spec)
-    known = [before for before in begun if before.get("commit") != ""]  # the hub could not be asked for the others
-    changed = [
-        before for before, source in zip(begun, now, strict=False) if before in known and source.identity() != before
-    ]
-    if changed and "hub" in changed[0]:
-        raise ValueError(
-            f"{changed[0]['hub']!r} changed on the hub since it was first read: name commit {changed[0]['commit']}"
-        )
+    known = [(before, source) for before, source in zip(begun, now, strict=False) if before.get("commit") != ""]
+    changed = any(source.identity() != before for before, source in known)  # the hub could not be asked for the others
     if changed or len(now) != len(begun):
         raise ValueError(
             f"a file of the corpus {' '.join(job.spec)!r} changed, came or went since it was first read: put all back as "
