@@ -148,6 +148,17 @@ def parse_with(own: Any, argv: Sequence[str], prog: str) -> tuple[Any, Resolved]
     return mine, resolve({k: v for k, v in explicit.items() if k not in names}, file)
 
 
+def gives_budget(argv: Sequence[str], prog: str) -> bool:
+    """Whether a command line has a budget, or the file that its --config names.
+
+    Raises:
+        ValueError: as ``read_config``.
+    """
+    given, _ = _namespace(_parser([RunConfig], prog, add_help=False), argv)
+    file = read_config(given.get("config"))
+    return any(name in given or (file is not None and name in file.run) for name in BUDGETS)
+
+
 def resolve(explicit: dict[str, Any], file: ConfigFile | None = None) -> Resolved:
     """The run that explicit options mean, on top of a file, their preset and the defaults.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from fastkd.budget import StepCost
 from fastkd.config import Resolved
 from fastkd.data import corpus
 from fastkd.data.batches import Batch, BatchStream, SpecialIds, pack_size, validation_batches
+from fastkd.data.hub_requests import HubUnreachable
 from fastkd.data.progress import Progress, Shown
 from fastkd.data.recipe import FIRST_TOKENS
 from fastkd.data.shards import Shards, build_shards, cache
@@ -139,7 +141,8 @@ def prepare(resolved: Resolved, world: World) -> Parts:
     dtype = compute_dtype(config.dtype, world)
     if config.residual == "bfloat16" and dtype == torch.float32:
         raise ValueError(BFLOAT16_STREAM)
-    corpus.check(config.corpus, text_field=config.text_field)
+    with suppress(HubUnreachable):  # what was prepared of it may do; if not, the shards say so
+        corpus.check(config.corpus, text_field=config.text_field)
     if config.teacher_dtype == "float8":
         float8.require(world.device)
     if config.teacher:

@@ -22,7 +22,7 @@ from fastkd.budget import Budget, BudgetTooSmall, Meter, StepCost, Totals
 from fastkd.config import Resolved, parse_with
 from fastkd.data.batches import Batch
 from fastkd.data.unknown import unknown_remark, unknown_share
-from fastkd.distributed import joined, mean, node_devices, on_main
+from fastkd.distributed import joined, mean, node_devices, on_main, smallest
 from fastkd.jsonl import finite
 from fastkd.loop import VALIDATION_SHARE
 from fastkd.models.encoder import EncoderConfig
@@ -71,12 +71,13 @@ def measure(trainer: Trainer) -> Measurement:
     saved = {name: value.clone() for name, value in trainer.objective.state_dict().items()}
     power = profiler.PowerMeter(node_devices(trainer.world) if trainer.world.is_main else [])
     with contextlib.closing(trainer.parts.stream.prefetch(0)) as stream:  # as a run reads them
-        first, *_ = warm_up = [_timed_step(trainer, stream) for _ in range(WARMUP_STEPS)]
+        first, *_ = warm_up = [_timed_step(trainer, stream, step) for step in range(WARMUP_STEPS)]
         estimate = sum(warm_up[-1].values())
-        count = int(mean(trainer.world, torch.tensor(MEASURED_SECONDS / estimate)).clamp(3, MEASURED_STEPS))
+        fitting = int(mean(trainer.world, torch.tensor(MEASURED_SECONDS / estimate)).clamp(3, MEASURED_STEPS))
+        count = _ready_steps(trainer, fitting)
         power.joules_since_last()
         began, queued = profiler.now(), waiting.queued_seconds()
-        laps = [_timed_step(trainer, stream) for _ in range(count)]
+        laps = [_timed_step(trainer, stream, WARMUP_STEPS + step) for step in range(count)]
         joules = power.joules_since_last()
         queued_share = (waiting.queued_seconds() - queued) / (profiler.now() - began)
     step_seconds = sum(sum(lap.values()) for lap in laps) / count
@@ -100,7 +101,14 @@ def measure(trainer: Trainer) -> Measurement:
     return on_main(trainer.world, lambda: mine)
 
 
-def _timed_step(trainer: Trainer, stream: Iterator[list[Batch]]) -> dict[str, float]:
+def _ready_steps(trainer: Trainer, most: int) -> int:
+    """How many steps to time: those whose text is there, but at least three."""
+    missing = (step for step in range(3, most) if not trainer.parts.stream.is_there(WARMUP_STEPS + step))
+    return int(smallest(trainer.world, next(missing, most)))
+
+
+def _timed_step(trainer: Trainer, stream: Iterator[list[Batch]], step: int) -> dict[str, float]:
+    trainer.parts.stream.wait(step)  # for text that is being tokenised, which a run does not charge either
     trainer.clock = profiler.PhaseClock(trainer.device)
     batches = next(stream)
     trainer.clock.mark("data")

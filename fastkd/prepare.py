@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastkd import command, quantities, quickstart, terminal
-from fastkd.config import parse_with
+from fastkd.config import gives_budget, parse_with
 from fastkd.data import corpus
 from fastkd.data.progress import Shown
 from fastkd.data.shards import Shards
@@ -62,10 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    budgeted = any(part.startswith("--budget-") for part in argv)  # what a run needs, and this command does not
-    own, resolved = parse_with(
-        PrepareOptions, argv if budgeted else [*argv, "--budget-tokens", "1"], terminal.called("prepare")
-    )
+    prog = terminal.called("prepare")
+    budgeted = gives_budget(argv, prog)  # what a run needs, and this command does not
+    own, resolved = parse_with(PrepareOptions, argv if budgeted else [*argv, "--budget-tokens", "1"], prog)
     if own.tokens is not None and not 1 <= own.tokens <= 1e15:
         raise ValueError(f"--tokens must be between 1 and 1e15, got {own.tokens:g}")
     tokens = own.tokens or (resolved.run.budget_tokens if budgeted else None)

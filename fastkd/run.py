@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from fastkd import atomic, command, environment, monitor, plan, profiler, terminal
 from fastkd.command import EXIT_BUDGET, EXIT_CONFIGURATION, EXIT_INTERRUPTED, EXIT_OK
 from fastkd.config import Resolved, parse
+from fastkd.data import hub
 from fastkd.distributed import World, barrier, joined, on_main
 from fastkd.loop import Loop
 from fastkd.models import hf
@@ -51,7 +52,8 @@ def run(resolved: Resolved, world: World, console: Console) -> Path:
         console.print(f"{folder} is finished already: {folder}/final, {folder}/report.html")
         return folder
     plan.announce(resolved, console)
-    parts = prepare(with_measured_dtype(resolved, began, world), world)
+    with hub.pinned(on_main(world, lambda: began.environment.get("corpus_sources", []) if began else [])):
+        parts = prepare(with_measured_dtype(resolved, began, world), world)
     check_inputs(began, parts)
     trainer = Trainer(parts)
     measured = plan.measure(trainer)
@@ -128,7 +130,7 @@ def pushed_to(resolved: Resolved, world: World) -> str | None:
         ValueError: a name that cannot be, or a token that may not write there.
     """
     name = resolved.run.push_to_hub
-    return on_main(world, lambda: destination(name)) if name else None
+    return None if name is None else on_main(world, lambda: destination(name))
 
 
 def push(folder: Path, repository: str | None, world: World, console: Console) -> None:
@@ -195,7 +197,8 @@ def open_folder(folder: Path, resolved: Resolved, parts: Parts, the_plan: dict[s
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot make {folder} ({error.strerror}): give another --output-dir") from error
-    facts = environment.describe() | {"command": resolved.command()} | parts.inputs
+    begun = {"command": resolved.command(), "corpus_sources": parts.shards.first.recipe["sources"]}
+    facts = environment.describe() | begun | parts.inputs
     atomic.write(folder / "environment.json", json.dumps(facts, indent=1) + "\n")
     atomic.write(folder / "plan.json", json.dumps(the_plan, indent=1) + "\n")
     atomic.write(folder / "config.toml", resolved.to_toml())

@@ -6,9 +6,11 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import os
 import random
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +18,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import hub as test_hub
 import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from hub_contents import parquet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_model import texts
@@ -28,7 +32,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fastkd import parts, prepare, run
+from fastkd import parts, plan, prepare, run
+from fastkd.config import parse
 from fastkd.data.batches import BatchStream, SpecialIds, pack_size
 from fastkd.data.heldout import choose
 from fastkd.data.packing import Packer
@@ -36,8 +41,10 @@ from fastkd.data.progress import Shown
 from fastkd.data.shards import BuildingFailed, Shards, build_shards, cache
 from fastkd.data.text import Text
 from fastkd.data.tokenise import Tokens
+from fastkd.distributed import World
 from fastkd.models import hf
 from fastkd.run_folder import read_run
+from fastkd.train import Trainer
 
 SPECIAL = SpecialIds(cls=0, sep=1, mask=2, pad=3, all_special=frozenset({0, 1, 2, 3, 4}))
 WORDS, FIRST = 40_000, 3_000
@@ -395,6 +402,18 @@ def test_a_run_reads_several_parts_and_builds_no_more(finished: Path, options: l
     assert 0.1 < read_run(finished).steps[-1]["epoch"] < 0.9
 
 
+def test_a_plan_times_the_steps_whose_text_is_there(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the building of a part takes is in no step's seconds; part 0 is some steps here, of 20 that would be timed."""
+    monkeypatch.setattr(parts, "FIRST_TOKENS", 5_000)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    trainer = Trainer(parts.prepare(parse(options), World()))
+    measured = plan.measure(trainer)
+    assert measured.phase_s["data"] < 0.1
+    assert trainer.parts.stream.is_there(5) and not trainer.parts.stream.is_there(20)
+
+
 def test_a_run_whose_text_cannot_be_written_is_saved_and_goes_on(
     finished: Path,
     options: list[str],
@@ -454,6 +473,34 @@ def test_a_run_that_is_killed_in_a_later_part_goes_on_with_the_same_bits(
     assert_same_student(folder, finished)
 
 
+def test_a_run_goes_on_at_its_commit_of_the_hub_and_another_one_offline(
+    options: list[str], hub: test_hub.Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dataset's card is edited in the middle of a run: it ends as one that was left alone, in an untouched cache too."""
+    monkeypatch.setattr(parts, "FIRST_TOKENS", RUN_FIRST)
+    text = Path(options[options.index("--corpus") + 1]).read_text().split("\n\n")
+    hub.add("datasets", "parts/edited", {"train.parquet": parquet({"text": text})})
+    given = ["parts/edited" if option.endswith("text.txt") else option for option in options]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "whole"))
+    assert run.main([*given, "--output-dir", str(tmp_path / "alone")]) == 0
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert run.main([*given, "--output-dir", str(tmp_path / "offline")]) == 0
+    assert_same_student(tmp_path / "offline", tmp_path / "alone")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    argv = [*given, "--output-dir", str(tmp_path / "run")]
+    assert prepare.main([*given[: given.index("--budget-tokens")], "--tokens", "1"]) == 0
+    (corpus,) = (path for path in cache().iterdir() if path.is_dir())
+    obstacle = corpus / ".part-00001.building"
+    obstacle.touch()
+    assert run.main(argv) == run.EXIT_INTERRUPTED
+    obstacle.unlink()
+    hub.add("datasets", "parts/edited", {"README.md": "a card", "train-2.parquet": parquet({"text": ["more", "text"]})})
+    assert run.main(argv) == 0
+    assert_same_student(tmp_path / "run", tmp_path / "alone")
+    assert [path.name for path in cache().iterdir() if path.is_dir()] == [corpus.name]
+
+
 def test_what_was_prepared_is_found_by_a_run(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -466,6 +513,40 @@ def test_what_was_prepared_is_found_by_a_run(
     assert str(shards.folder) in said and len(list(shards.folder.glob("part-*"))) == 2
     assert prepare.main([*given, "--tokens", "0"]) == 2
     assert capsys.readouterr().err == "error: --tokens must be between 1 and 1e15, got 0\n"
+
+
+def test_a_corpus_is_prepared_as_far_as_the_budget_of_a_file_reads(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "FIRST_TOKENS", RUN_FIRST)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    given, path = options[: options.index("--budget-tokens")], tmp_path / "run.toml"
+    for budget, whole in (("budget_tokens = 20000", False), ("budget_gpu_hours = 1", True)):
+        path.write_text(f"{budget}\n")
+        assert prepare.main([*given, "--config", str(path)]) == 0
+        assert corpus_of(options).is_complete == whole
+
+
+def test_who_waits_for_another_build_says_so(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(parts, "FIRST_TOKENS", RUN_FIRST)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    given = options[: options.index("--budget-tokens")]
+    corpus = corpus_of(options).folder
+    shutil.rmtree(corpus)
+    other = FileLock(corpus.with_name(f"{corpus.name}.lock")).acquire().lock
+
+    class Ends(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "waiting for another process" in record.getMessage():
+                other.release()
+
+    builder = logging.getLogger("fastkd.data.builder")
+    builder.addHandler(ending := Ends())
+    assert prepare.main([*given, "--tokens", "1"]) == 0
+    builder.removeHandler(ending)
+    assert f"waiting for another process that tokenises this corpus into {corpus}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("value", ["", "relative"])

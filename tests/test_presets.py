@@ -119,6 +119,7 @@ def test_paper_12l_runs_and_a_push_that_failed_is_done_by_the_same_command(
         ("hf_unknown", "student", "status 401, it refuses the token"),
         (None, "student", "needs a token: log in with `hf auth login`"),
         ("hf_writer", "a/b/c", "is no name for a repository"),
+        ("hf_writer", "", "is no name for a repository"),
     ],
 )
 def test_a_push_that_cannot_be_is_refused_before_anything_is_spent(

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 from weakref import finalize
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 import fastkd
-from fastkd.data import heldout
+from fastkd.data import heldout, hub
 from fastkd.data.corpus import sources
 from fastkd.data.part import Part, part_folder, write_part
 from fastkd.data.progress import Progress
@@ -34,6 +34,7 @@ from fastkd.data.tokenise import Tokens
 
 NICE = 10  # of the process: what it takes of a busy machine, training does not miss
 log = logging.getLogger(__name__)
+_damaged: set[Path] = set()  # parts of which this process has said so
 
 
 class BuildingFailed(OSError):
@@ -79,7 +80,7 @@ def build(
     """
     corpus = Path(job.folder)
     progress = progress or Progress()
-    with _writable(corpus.parent), FileLock(corpus.with_name(f"{corpus.name}.lock")), contextlib.ExitStack() as stack:
+    with _writable(corpus.parent), _alone(corpus), contextlib.ExitStack() as stack:
         reading, number, held, before = None, 0, 0, None
         while (parts is None or number < parts) and (tokens is None or number == 0 or held < tokens):
             if (part := load(corpus, number, verify=number >= trusted)) is None:
@@ -98,14 +99,18 @@ def build(
 
 
 def load(corpus: Path, number: int, *, verify: bool = True) -> Part | None:
-    """A part that is there and whole."""
-    if not part_folder(corpus, number).exists():
+    """A part that is there and whole; of one that is not, this process says once that it will be built again."""
+    if not (folder := part_folder(corpus, number)).exists():
         return None
     try:
-        return Part(corpus, number, verify=verify)
+        part = Part(corpus, number, remedy="it is built again", verify=verify)
     except ValueError as error:
-        log.warning("%s; building it again", error)
+        if folder not in _damaged:
+            log.warning("%s", error)
+        _damaged.add(folder)
         return None
+    _damaged.discard(folder)
+    return part
 
 
 def _reading(job: Job, start: Place, progress: Progress) -> Reading:
@@ -140,6 +145,21 @@ def _writable(root: Path) -> Iterator[None]:
             f"cannot write shards to {str(root)!r} ({error.strerror or error}): free its disk or make it writable, "
             "or set XDG_CACHE_HOME to another folder"
         ) from error
+
+
+@contextlib.contextmanager
+def _alone(corpus: Path) -> Iterator[None]:
+    """One process builds; another that comes says that it waits, for that may take hours."""
+    lock = FileLock(corpus.with_name(f"{corpus.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("waiting for another process that tokenises this corpus into %s", corpus)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Builder:
@@ -234,8 +254,9 @@ def main() -> int:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     job = Job(**order["job"])
     try:
-        _check_sources(job)
-        build(job, parts=order["number"] + 1, trusted=order["number"])
+        with hub.pinned(job.recipe["sources"]):
+            _check_sources(job)
+            build(job, parts=order["number"] + 1, trusted=order["number"])
     except Exception as error:  # whatever it is, the parent has one line to tell
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         print(f"{kind}{' '.join(str(error).split())}", flush=True)
@@ -244,16 +265,10 @@ def main() -> int:
 
 
 def _check_sources(job: Job) -> None:
-    """Refuse to go on with a dataset or a file that has changed since the corpus was begun: no part would fit another."""
+    """Refuse to go on with a file that has changed since the corpus was begun: no part would fit another."""
     begun, now = job.recipe["sources"], sources(job.spec)
-    known = [before for before in begun if before.get("commit") != ""]  # the hub could not be asked for the others
-    changed = [
-        before for before, source in zip(begun, now, strict=False) if before in known and source.identity() != before
-    ]
-    if changed and "hub" in changed[0]:
-        raise ValueError(
-            f"{changed[0]['hub']!r} changed on the hub since it was first read: name commit {changed[0]['commit']}"
-        )
+    known = [(before, source) for before, source in zip(begun, now, strict=False) if before.get("commit") != ""]
+    changed = any(source.identity() != before for before, source in known)  # the hub could not be asked for the others
     if changed or len(now) != len(begun):
         raise ValueError(
             f"a file of the corpus {' '.join(job.spec)!r} changed, came or went since it was first read: put all back as "

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -26,6 +27,21 @@ ROWS = 1024  # that are decoded at once
 _SPEC = re.compile(
     r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?(:(?P<config>[\w.-]*)(:(?P<split>[\w.\[\]%:-]+))?)?"
 )
+
+
+_pinned: dict[tuple[str, str | None], str] = {}  # (name, revision): commit
+
+
+@contextmanager
+def pinned(sources: Sequence[dict[str, str]]) -> Iterator[None]:
+    """Read datasets at the commits of these identities: a corpus goes on as it was begun, whatever the hub has today."""
+    before = dict(_pinned)
+    _pinned.update({(one["hub"], one["revision"] or None): one["commit"] for one in sources if one.get("commit")})
+    try:
+        yield
+    finally:
+        _pinned.clear()
+        _pinned.update(before)
 
 
 @dataclass(frozen=True)
@@ -47,9 +63,11 @@ class HubDataset:
 
     @cached_property
     def commit(self) -> str:
-        """The commit that the revision stands for today. Raises ``ValueError`` where the hub is out of reach."""
+        """The commit of the revision, today's or what it is pinned to. Raises ``ValueError`` where the hub is out of reach."""
         from huggingface_hub import HfApi
 
+        if (begun := _pinned.get((self.name, self.revision))) is not None:
+            return begun
         info = self._ask(
             lambda: HfApi().dataset_info(self.name, revision=self.revision, timeout=hub_requests.NO_ANSWER)
         )
