@@ -24,7 +24,7 @@ from fastkd.data.hub_requests import HubUnreachable
 from fastkd.data.progress import Progress, Shown
 from fastkd.data.recipe import FIRST_TOKENS
 from fastkd.data.shards import Shards, build_shards, cache
-from fastkd.data.unknown import unknown_remark, unknown_share
+from fastkd.data.unknown import require_ordinary, unknown_remark, unknown_share
 from fastkd.distributed import World, any_rank, barrier, on_main, smallest
 from fastkd.methods import Method
 from fastkd.models import float8, hf
@@ -265,7 +265,9 @@ def build_corpus(
         first_tokens=FIRST_TOKENS,
     )  # fmt: skip
     first = build(tokens=1)
-    unknown_remark(unknown_share(first.first.documents()[0], tokenizer.unk_token_id))  # before more is tokenised
+    ids, _ = first.first.documents()
+    unknown_remark(unknown_share(ids, tokenizer.unk_token_id))  # before more is tokenised
+    require_ordinary(ids, tokenizer.all_special_ids)
     return first if tokens == 1 else build(tokens=tokens)
 
 

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fastkd.data.tokenise import CHUNK_CHARACTERS, ROLES, encode, load, serialise, tokenise
-from fastkd.data.unknown import unknown_remark, unknown_share
+from fastkd.data.unknown import require_ordinary, unknown_remark, unknown_share
 
 PLAIN = ["the [E1] capital [/E1] of[E1]France", "[e1] [E2]", "  two  spaces, naïve 東京 🙂", "[E1][E1]", ""]
 ENTITIES = ["[E1]", "[/E1]"]
@@ -116,3 +116,13 @@ def test_the_share_of_unknown_tokens_is_told_or_refused(quickstart_teacher: Path
         unknown_remark(shares[0])
     assert unknown_remark(shares[1]) == "16.7% of the corpus's tokens are unknown to the tokenizer and teach nothing"
     assert unknown_remark(shares[2]) is None and unknown_share(found, None) == 0
+
+
+def test_a_text_of_markers_only_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Nothing of it is predicted: the loss would be 0 to the end."""
+    found = encode(load(serialise(tokenizer)), ["[E1][/E1]" * 9, PLAIN[0]]).ids
+    require_ordinary(found, tokenizer.all_special_ids)
+    with pytest.raises(
+        ValueError, match=r"^100\.0% of the corpus's tokens are special tokens, .* name another --corpus"
+    ):
+        require_ordinary(found[:18], tokenizer.all_special_ids)

@@ -1,4 +1,6 @@
-"""How much of a corpus its tokenizer does not know: a model cannot learn from text that is all [UNK]."""
+"""How much of a corpus its tokenizer does not know: a model cannot learn from text that is all [UNK], or all [E1]."""
+
+from collections.abc import Collection
 
 import numpy as np
 
@@ -25,3 +27,17 @@ def unknown_remark(share: float) -> str | None:
     if share > MUCH:
         return f"{share:.1%} of the corpus's tokens are unknown to the tokenizer and teach nothing"
     return None
+
+
+def require_ordinary(ids: np.ndarray, special: Collection[int]) -> None:
+    """Refuse token ids [N] that are nearly all special, as added markers of a text can be: none of them is predicted.
+
+    Raises:
+        ValueError: with their share.
+    """
+    share = float(np.isin(ids, list(special), kind="table").mean()) if len(ids) else 0.0
+    if share > MOST:
+        raise ValueError(
+            f"{share:.1%} of the corpus's tokens are special tokens, which are never predicted: name another --corpus, or "
+            "take them off the tokenizer's additional special tokens"
+        )
