@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,8 +16,6 @@ from fastkd.data import hub_requests
 from fastkd.data.order import shuffled
 from fastkd.data.remote_parquet import RowGroup, row_groups
 from fastkd.data.rows import text_of
-
-log = logging.getLogger(__name__)
 
 REMEDY = "take --preset quickstart, which needs no hub, or a local path (.txt .jsonl .parquet, .gz too)"
 NAMED_AT_ONCE = 500  # files in one question for sizes
@@ -77,8 +74,7 @@ class HubDataset:
         """Name, revision, configuration, split, and the commit: empty where the hub cannot be asked for it."""
         try:
             commit = self.commit
-        except hub_requests.HubUnreachable as error:
-            log.warning("%s", error)
+        except hub_requests.HubUnreachable:
             commit = ""
         asked = {"revision": self.revision or "", "config": self.config or "", "split": self.split}
         return {"hub": self.name, **asked, "commit": commit}

@@ -6,6 +6,7 @@ Its parts (``part.py``) are a pure function of these, so that building can stop 
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from fastkd.data.tokenise import backend, serialise
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
 POLL_SECONDS = 0.2  # between two looks for a part that is being built
 __all__ = ["BuildingFailed", "Shards", "build_shards", "cache", "tokenizer_hash"]
 
@@ -276,5 +278,8 @@ def _built_before(root: Path, recipe: Recipe) -> Path | None:
     for path in sorted(root.glob("*/part-00000"), key=lambda path: path.stat().st_mtime, reverse=True):
         found = Part(path.parent, 0, verify=False)
         if recipes.canonical(found.recipe, without="commit") == wanted:
+            log.warning(
+                "the hub cannot be asked for its commit of today: going on with what was prepared in %s", path.parent
+            )
             return path.parent
     return None
