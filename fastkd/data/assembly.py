@@ -101,23 +101,25 @@ class Assembler:
         A micro-batch's loss is a mean over its own predicted positions; whoever wants that of the step must know all
         ranks' counts. Reading the ids of the whole step here costs less than asking the other ranks.
         """
-        length = fragments.length
-        within = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
-        ids = self.packer.ids(np.repeat(fragments.source, length) + within)
+        _, ids = self._content(fragments)
         special = np.isin(ids, list(self.special.all_special), kind="table")
-        ordinary = np.bincount(np.repeat(fragments.pack, length), ~special, minlength=packs)
+        ordinary = np.bincount(np.repeat(fragments.pack, fragments.length), ~special, minlength=packs)
         return np.minimum(ordinary, masked).astype(np.int64)
 
     def _ids(self, fragments: Fragments, begin: np.ndarray, size: int) -> np.ndarray:
         """[T] int64: [CLS] content [SEP] at each ``begin`` [F], [PAD] elsewhere."""
-        length = fragments.length
-        within = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
+        within, content = self._content(fragments)
         ids = np.full(size, self.special.pad, np.int64)
         ids[begin] = self.special.cls
-        ids[begin + length + 1] = self.special.sep
-        content = self.packer.ids(np.repeat(fragments.source, length) + within)
-        ids[np.repeat(begin + 1, length) + within] = content
+        ids[begin + fragments.length + 1] = self.special.sep
+        ids[np.repeat(begin + 1, fragments.length) + within] = content
         return ids
+
+    def _content(self, fragments: Fragments) -> tuple[np.ndarray, np.ndarray]:
+        """(place within its sequence, id) of every corpus token of the fragments, [n] int64 each."""
+        length = fragments.length
+        within = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
+        return within, self.packer.ids(np.repeat(fragments.source, length) + within)
 
     def _keys(self, first_pack: int) -> np.ndarray:
         """[packs] int64: the hash of (seed, epoch, pack of the epoch)."""
