@@ -53,6 +53,7 @@ class Routes(BaseHTTPRequestHandler):
     def go_wrong(self, fault: Fault) -> None:
         """Refuse, or wait; ``cut`` and ``html`` go wrong in the answer."""
         if fault.kind == "slow":
+            self.hub.stalls()
             self.hub.stopped.wait(fault.seconds)
         if isinstance(fault.kind, int):
             code = {403: "GatedRepo", 404: "EntryNotFound"}.get(fault.kind, "")

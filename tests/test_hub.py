@@ -4,6 +4,10 @@ import csv
 import gzip
 import io
 import json
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
@@ -189,6 +193,45 @@ def test_a_row_group_that_is_too_large_to_hold_is_read_in_pieces(
         f"file {file} row {row}" for file in range(2) for row in range(9)
     )
     assert hub.faults[0].times == 0 and waits
+
+
+READ = """
+import signal, sys
+from fastkd.data import hub, hub_requests, remote_parquet
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts in the background
+kind, remote_parquet.AHEAD_BYTES = sys.argv[1], int(sys.argv[2])
+if kind == "model":
+    hub_requests.model_folder("ends/model", remedy="")
+for unit in hub.HubDataset.parse("ends/" + kind).units():
+    list(unit.documents("text"))
+"""
+STALLED = {  # what is read, bytes that are read ahead, which request gets no answer
+    "footers": ("wiki", 1 << 20, "parquet.*bytes", 3),
+    "row groups": ("wiki", 1 << 20, "parquet.*bytes", 45),
+    "a large row group": ("wiki", 0, "parquet.*bytes", 45),
+    "lines": ("lines", 0, "jsonl", 3),
+    "model": ("model", 0, "resolve", 2),
+}
+
+
+@pytest.mark.parametrize("name", STALLED)
+def test_an_interrupt_does_not_wait_for_a_hub_that_does_not_answer(hub: test_hub.Hub, name: str) -> None:
+    kind, ahead, where, skip = STALLED[name]
+    hub.large = 1 << 30
+    hub.add("datasets", "ends/wiki", files(40))
+    hub.add("datasets", "ends/lines", {f"train-{number}.jsonl": '{"text": "some"}\n' for number in range(9)})
+    hub.add("models", "ends/model", {f"{name}.json": "{}" for name in ("config", "tokenizer", "vocab")})
+    hub.faults = [test_hub.Fault(where, "slow", skip=skip, seconds=1e3)]
+    stalled = threading.Event()
+    hub.stalls = stalled.set
+    with subprocess.Popen([sys.executable, "-c", READ, kind, str(ahead)], stderr=subprocess.PIPE, text=True) as reading:
+        try:
+            assert stalled.wait(60)
+            reading.send_signal(signal.SIGINT)
+            _, said = reading.communicate(timeout=15)  # an answer is waited for four times as long
+        finally:
+            reading.kill()
+    assert reading.returncode == -signal.SIGINT and said.endswith("KeyboardInterrupt\n")
 
 
 LASTING = {

@@ -96,7 +96,7 @@ def model_folder(name: str, *, remedy: str, weights: bool = True) -> Path:
     Raises:
         ValueError: there is no such model, or neither hub nor cache have it; in one line.
     """
-    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 
     if constants.HF_HUB_OFFLINE and (cached := _cached(name)) is not None:
         return cached
@@ -104,6 +104,8 @@ def model_folder(name: str, *, remedy: str, weights: bool = True) -> Path:
     def download() -> Path:
         info = HfApi().model_info(name, timeout=NO_ANSWER)
         wanted = _wanted([sibling.rfilename for sibling in info.siblings or ()], weights)
+        for file in wanted:  # one by one: the library's threads for many hold up a Ctrl-C until the hub answers
+            hf_hub_download(name, file, revision=info.sha)
         folder = Path(snapshot_download(name, revision=info.sha, allow_patterns=wanted))
         missing = [file for file in wanted if not (folder / file).is_file()]
         if missing:  # it falls back to what the cache holds when the hub stops answering

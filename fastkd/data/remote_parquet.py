@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import islice
 from typing import Any
 
 from fastkd.data import hub_requests
+from fastkd.data.background import begin
 from fastkd.data.order import shuffled
 from fastkd.data.parquet import values
 from fastkd.data.rows import text_of
@@ -26,6 +28,7 @@ AHEAD = 8  # row groups that are read while one is tokenised: an answer takes it
 AHEAD_BYTES = 64 << 20  # of these, at most; a larger one is read by itself, piece by piece
 
 Ask = Callable[[Callable[[], Any]], Any]
+Pieces = dict[tuple[int, int], bytes]  # of a file: what is from a byte to before another
 
 
 def row_groups(files: Sequence[tuple[str, int]], dataset: str, ask: Ask) -> Iterator[RowGroup]:
@@ -35,9 +38,9 @@ def row_groups(files: Sequence[tuple[str, int]], dataset: str, ask: Ask) -> Iter
     """
     for first in range(0, len(files), POOL):
         some = files[first : first + POOL]
-        footers = [ask(partial(_footer, *some[0]))]  # the library asks for the commit once, unless many threads begin
-        with ThreadPoolExecutor(POOL) as pool:
-            footers += pool.map(lambda file: ask(lambda: _footer(*file)), some[1:])
+        questions = [partial(ask, partial(_footer, *file)) for file in some]
+        footers = [questions[0]()]  # the library asks for the commit once, unless many threads begin
+        footers += [future.result() for future in [begin(question) for question in questions[1:]]]
         groups = [
             group for file, footer in zip(some, footers, strict=True) for group in _of(*file, footer, dataset, ask)
         ]
@@ -66,20 +69,38 @@ class Stored:
         group = self.footer.row_group(self.number)
         return sum(group.column(number).total_compressed_size for number in range(group.num_columns))
 
-    def column(self, text_field: str) -> Any:
-        """The text's column, as Arrow, by one request."""
-        return self.ask(lambda: list(self._batches(text_field, whole=True)))
+    def column(self, text_field: str) -> Pieces:
+        """The text's column as stored, by one request."""
+        return self.ask(lambda: self._column(text_field))
+
+    def _column(self, text_field: str) -> Pieces:
+        group = self.footer.row_group(self.number)
+        chunks = [group.column(number) for number in range(group.num_columns)]
+        pieces = {}
+        with _opened(self.path, self.file_size, cache_type="none") as file:
+            for chunk in chunks:
+                if chunk.path_in_schema.split(".")[0] == text_field:
+                    first = min(chunk.dictionary_page_offset or chunk.data_page_offset, chunk.data_page_offset)
+                    file.seek(first)
+                    last = first + chunk.total_compressed_size
+                    pieces[first, last] = bytes(file.read(last - first))
+        return pieces
+
+    def decoded(self, pieces: Pieces, text_field: str) -> Iterator[Any]:
+        """What ``column`` returned, as Arrow."""
+        return self._batches(text_field, cache_type="parts", cache_options={"data": dict(pieces)})
 
     def batches(self, text_field: str) -> Iterator[Any]:
-        """The text's column, as Arrow, in pieces of the file."""
-        return hub_requests.resumed(lambda: self._batches(text_field, whole=False), self.ask)
+        """The text's column, as Arrow, read in pieces of the file."""
+        return hub_requests.resumed(lambda: self._batches(text_field, cache_type="readahead"), self.ask)
 
-    def _batches(self, text_field: str, *, whole: bool) -> Iterator[Any]:
+    def _batches(self, text_field: str, **cache: Any) -> Iterator[Any]:
         import pyarrow.parquet
 
-        with _opened(self.path, self.file_size, cache_type="none" if whole else "readahead") as file:
-            reader = pyarrow.parquet.ParquetFile(file, metadata=self.footer, pre_buffer=whole)
-            for batch in reader.iter_batches(ROWS, row_groups=[self.number], columns=[text_field]):
+        with _opened(self.path, self.file_size, **cache) as file:
+            # No thread of Arrow's reads: the caller's does, which Ctrl-C reaches.
+            reader = pyarrow.parquet.ParquetFile(file, metadata=self.footer, pre_buffer=False)
+            for batch in reader.iter_batches(ROWS, row_groups=[self.number], columns=[text_field], use_threads=False):
                 yield batch.column(0)
 
 
@@ -120,8 +141,7 @@ class Window:
 
     def __init__(self, order: Sequence[Stored]) -> None:
         self._order = order
-        self._pool = ThreadPoolExecutor(AHEAD)  # its threads end when the window is forgotten
-        self._columns: dict[tuple[int, str], Future[list[Any]]] = {}
+        self._columns: dict[tuple[int, str], Future[Pieces]] = {}
         self._lock = threading.Lock()
 
     def read(self, place: int, text_field: str) -> Iterator[Any]:
@@ -132,11 +152,13 @@ class Window:
         if known is None and stored.bytes > AHEAD_BYTES:
             yield from stored.batches(text_field)
             return
-        batches = known.result() if known is not None else stored.column(text_field)
-        yield from (batch.slice(0, 1) for batch in batches[:1])  # who checks a corpus takes no more than one
-        self._begin(place + 1, text_field)
-        yield from (batch.slice(1) for batch in batches[:1])
-        yield from batches[1:]
+        known = known or begin(partial(stored.column, text_field))
+        batches = stored.decoded(known.result(), text_field)
+        for batch in islice(batches, 1):
+            yield batch.slice(0, 1)  # who checks a corpus takes no more than one
+            self._begin(place + 1, text_field)
+            yield batch.slice(1)
+        yield from batches
 
     def _begin(self, place: int, text_field: str) -> None:
         """Have the next row groups read, as many as there is room for."""
@@ -147,8 +169,8 @@ class Window:
                 return
             with self._lock:
                 if (following, text_field) not in self._columns:
-                    job = self._pool.submit(self._order[following].column, text_field)
-                    self._columns[following, text_field] = job
+                    work = partial(self._order[following].column, text_field)
+                    self._columns[following, text_field] = begin(work)
 
 
 def _footer(path: str, size: int) -> Any:
@@ -177,10 +199,10 @@ def _of(path: str, size: int, footer: Any, dataset: str, ask: Ask) -> Iterator[S
         row += footer.row_group(number).num_rows
 
 
-def _opened(path: str, size: int, *, cache_type: str) -> AbstractContextManager[Any]:
-    """A file that is read by ranges."""
+def _opened(path: str, size: int, **cache: Any) -> AbstractContextManager[Any]:
+    """A file that is read by ranges, with a cache of fsspec's."""
     known = {"size": size} if size else {}
-    return _files(path.partition("://")[0]).open(path, "rb", cache_type=cache_type, **known)
+    return _files(path.partition("://")[0]).open(path, "rb", **cache, **known)
 
 
 @cache
