@@ -20,6 +20,7 @@ from pathlib import Path
 
 import hub as test_hub
 import numpy as np
+import processes
 import pytest
 import torch
 from filelock import FileLock
@@ -436,7 +437,7 @@ def test_a_run_whose_text_cannot_be_written_is_saved_and_goes_on(
     assert_same_student(tmp_path / "run", finished)
 
 
-KILLED = """
+RUN = """
 import sys
 from fastkd import parts
 parts.FIRST_TOKENS = int(sys.argv[1])
@@ -453,7 +454,7 @@ def test_a_run_that_is_killed_in_a_later_part_goes_on_with_the_same_bits(
     command = [
         sys.executable,
         "-c",
-        KILLED,
+        RUN,
         str(RUN_FIRST),
         *options,
         "--output-dir",
@@ -471,6 +472,25 @@ def test_a_run_that_is_killed_in_a_later_part_goes_on_with_the_same_bits(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert run.main([*options, "--output-dir", str(folder)]) == 0
     assert_same_student(folder, finished)
+
+
+def test_ranks_read_the_same_parts_as_one_process(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each run tokenises its corpus itself; the ranks wait for a part together."""
+    monkeypatch.setattr(parts, "FIRST_TOKENS", RUN_FIRST)
+    (tmp_path / "run.py").write_text(RUN)
+    same = [*options, "--batch-tokens", "1024"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache-1"))
+    assert run.main([*same, "--output-dir", str(tmp_path / "1")]) == 0
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache-2"))
+    job = processes.ranks(str(tmp_path / "run.py"), RUN_FIRST, *same, "--output-dir", tmp_path / "2")
+    assert job.returncode == 0, job.stderr
+    (corpus,) = (tmp_path / "cache-2").glob("fastkd/*/")
+    assert [path.name for path in sorted(corpus.glob("part-*"))] == ["part-00000", "part-00001"]
+    one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in "12")
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) <= 1e-5
+    assert read_run(tmp_path / "1").steps[-1]["epoch"] == read_run(tmp_path / "2").steps[-1]["epoch"]
 
 
 def test_a_run_goes_on_at_its_commit_of_the_hub_and_another_one_offline(
