@@ -14,6 +14,7 @@ from itertools import islice
 import hub as test_hub
 import hub_contents
 import pyarrow
+import pyarrow.parquet
 import pytest
 
 from fastkd.data import hub_requests, remote_parquet
@@ -193,6 +194,47 @@ def test_a_row_group_that_is_too_large_to_hold_is_read_in_pieces(
         f"file {file} row {row}" for file in range(2) for row in range(9)
     )
     assert hub.faults[0].times == 0 and waits
+
+
+@pytest.mark.parametrize("ahead", [remote_parquet.AHEAD_BYTES, 0])
+def test_a_column_s_name_may_have_a_dot(hub: test_hub.Hub, monkeypatch: pytest.MonkeyPatch, ahead: int) -> None:
+    monkeypatch.setattr(remote_parquet, "AHEAD_BYTES", ahead)
+    columns = {"page": ["a", "b"], "page.text": ["one", "two"], "page.text.more": ["c", "d"]}
+    hub.add("datasets", f"units/dots-{ahead}", {"train-0.parquet": hub_contents.parquet(columns)})
+    (unit,) = dataset(f"units/dots-{ahead}").units()
+    assert list(unit.documents("page.text")) == ["one", "two"]
+
+
+@pytest.mark.parametrize("ahead", [remote_parquet.AHEAD_BYTES, 0])
+def test_a_damaged_row_group_is_one_line_that_names_the_corpus(
+    hub: test_hub.Hub, monkeypatch: pytest.MonkeyPatch, ahead: int
+) -> None:
+    monkeypatch.setattr(remote_parquet, "AHEAD_BYTES", ahead)
+    content = parquet([f"row {row}" for row in range(9)])
+    start = pyarrow.parquet.read_metadata(io.BytesIO(content)).row_group(1).column(1).dictionary_page_offset
+    damaged = content[:start] + b"\xff" * 40 + content[start + 40 :]
+    hub.add("datasets", f"units/damaged-{ahead}", {"train-0.parquet": damaged})
+    with pytest.raises(ValueError, match=rf"^cannot read corpus 'units/damaged-{ahead}' .*--preset quickstart.*$"):
+        documents(f"units/damaged-{ahead}")
+
+
+def test_threads_of_the_hub_call_no_pyarrow(hub: test_hub.Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of the process, when it finds a daemon thread there, aborts."""
+    hub.add("datasets", "units/threads", files(4))
+    callers = []
+
+    def called(name: str, function: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object, **options: object) -> object:
+            callers.append((name, threading.current_thread()))
+            return function(*arguments, **options)
+
+        return call
+
+    for name in ("read_metadata", "ParquetFile"):
+        monkeypatch.setattr(pyarrow.parquet, name, called(name, getattr(pyarrow.parquet, name)))
+    assert len(documents("units/threads")) == 36
+    assert {name for name, _ in callers} == {"read_metadata", "ParquetFile"}
+    assert {thread for _, thread in callers} == {threading.current_thread()}
 
 
 READ = """

@@ -38,9 +38,10 @@ def row_groups(files: Sequence[tuple[str, int]], dataset: str, ask: Ask) -> Iter
     """
     for first in range(0, len(files), POOL):
         some = files[first : first + POOL]
-        questions = [partial(ask, partial(_footer, *file)) for file in some]
-        footers = [questions[0]()]  # the library asks for the commit once, unless many threads begin
-        footers += [future.result() for future in [begin(question) for question in questions[1:]]]
+        questions = [partial(ask, partial(_tail, *file)) for file in some]
+        tails = [questions[0]()]  # the library asks for the commit once, unless many threads begin
+        tails += [future.result() for future in [begin(question) for question in questions[1:]]]
+        footers = [ask(partial(_footer, tail)) for tail in tails]
         groups = [
             group for file, footer in zip(some, footers, strict=True) for group in _of(*file, footer, dataset, ask)
         ]
@@ -79,7 +80,7 @@ class Stored:
         pieces = {}
         with _opened(self.path, self.file_size, cache_type="none") as file:
             for chunk in chunks:
-                if chunk.path_in_schema.split(".")[0] == text_field:
+                if f"{chunk.path_in_schema}.".startswith(f"{text_field}."):  # a name may hold dots itself
                     first = min(chunk.dictionary_page_offset or chunk.data_page_offset, chunk.data_page_offset)
                     file.seek(first)
                     last = first + chunk.total_compressed_size
@@ -88,7 +89,11 @@ class Stored:
 
     def decoded(self, pieces: Pieces, text_field: str) -> Iterator[Any]:
         """What ``column`` returned, as Arrow."""
-        return self._batches(text_field, cache_type="parts", cache_options={"data": dict(pieces)})
+
+        def batches() -> Iterator[Any]:
+            return self._batches(text_field, cache_type="parts", cache_options={"data": dict(pieces)})
+
+        return hub_requests.resumed(batches, self.ask)
 
     def batches(self, text_field: str) -> Iterator[Any]:
         """The text's column, as Arrow, read in pieces of the file."""
@@ -173,15 +178,20 @@ class Window:
                     self._columns[following, text_field] = begin(work)
 
 
-def _footer(path: str, size: int) -> Any:
-    """A file's footer."""
-    import pyarrow.parquet
-
+def _tail(path: str, size: int) -> bytes:
+    """A file's end, with all of its footer."""
     with _opened(path, size, cache_type="none") as file:
         tail = _end(file, min(TAIL, size))
         length = int.from_bytes(tail[-8:-4], "little") + 8
         if len(tail) < length <= size:
             tail = _end(file, length)
+    return tail
+
+
+def _footer(tail: bytes) -> Any:
+    """The footer, by pyarrow: not in a thread of ``begin``, which the end of the process may find there."""
+    import pyarrow.parquet
+
     return pyarrow.parquet.read_metadata(pyarrow.BufferReader(tail))
 
 
