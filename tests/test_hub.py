@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
+import fsspec
 import hub as test_hub
 import hub_contents
 import pyarrow
@@ -235,6 +236,22 @@ def test_threads_of_the_hub_call_no_pyarrow(hub: test_hub.Hub, monkeypatch: pyte
     assert len(documents("units/threads")) == 36
     assert {name for name, _ in callers} == {"read_metadata", "ParquetFile"}
     assert {thread for _, thread in callers} == {threading.current_thread()}
+
+
+@pytest.mark.parametrize("ahead", [remote_parquet.AHEAD_BYTES, 0])
+def test_pyarrow_runs_no_python_that_loses_an_interrupt(
+    hub: test_hub.Hub, monkeypatch: pytest.MonkeyPatch, ahead: int
+) -> None:
+    """One that comes while a file says whether it is closed becomes a ValueError: the file is closed."""
+    monkeypatch.setattr(remote_parquet, "AHEAD_BYTES", ahead)
+    hub.add("datasets", f"units/interrupt-{ahead}", files(1))
+
+    def closed(file: object) -> bool:
+        assert "pyarrow" not in sys._getframe(1).f_code.co_filename
+        return False
+
+    monkeypatch.setattr(fsspec.spec.AbstractBufferedFile, "closed", property(closed, lambda file, value: None))
+    assert len(documents(f"units/interrupt-{ahead}")) == 9
 
 
 READ = """

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
 from fastkd.data import hub_requests
@@ -104,7 +105,7 @@ class Stored:
 
         with _opened(self.path, self.file_size, **cache) as file:
             # No thread of Arrow's reads: the caller's does, which Ctrl-C reaches.
-            reader = pyarrow.parquet.ParquetFile(file, metadata=self.footer, pre_buffer=False)
+            reader = pyarrow.parquet.ParquetFile(_plain(file), metadata=self.footer, pre_buffer=False)
             for batch in reader.iter_batches(ROWS, row_groups=[self.number], columns=[text_field], use_threads=False):
                 yield batch.column(0)
 
@@ -213,6 +214,11 @@ def _opened(path: str, size: int, **cache: Any) -> AbstractContextManager[Any]:
     """A file that is read by ranges, with a cache of fsspec's."""
     known = {"size": size} if size else {}
     return _files(path.partition("://")[0]).open(path, "rb", **cache, **known)
+
+
+def _plain(file: Any) -> Any:
+    """A file for pyarrow, which loses a Ctrl-C that comes while Python code says whether the file is closed."""
+    return SimpleNamespace(closed=False, mode="rb", read=file.read, seek=file.seek, tell=file.tell)
 
 
 @cache
