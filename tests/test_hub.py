@@ -254,6 +254,19 @@ def test_pyarrow_runs_no_python_that_loses_an_interrupt(
     assert len(documents(f"units/interrupt-{ahead}")) == 9
 
 
+def test_the_end_of_a_process_does_not_close_connections_that_threads_use() -> None:
+    """What is registered first is called last."""
+    script = """
+import atexit
+atexit.register(lambda: print(session.is_closed))
+from huggingface_hub import get_session
+from fastkd.data import hub_requests
+session = hub_requests.ask("nothing", get_session, remedy="")
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert (ended.stdout, ended.stderr) == ("False\n", "")
+
+
 READ = """
 import signal, sys
 from fastkd.data import hub, hub_requests, remote_parquet

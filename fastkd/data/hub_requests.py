@@ -5,6 +5,7 @@ Everything that fastkd reads from the hub or sends to it goes through ``ask``.
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import re
@@ -52,11 +53,12 @@ def ask(what: str, call: Callable[[], T], *, remedy: str, verb: str = "read") ->
         NotOnHub: no such repository, or not for this user.
         HubUnreachable: anything else; in one line with the remedy.
     """
-    from huggingface_hub import get_session
+    from huggingface_hub import close_session, get_session
 
     for wait in (*WAITS, None):
         session = get_session()
         if _limit not in session.event_hooks["request"]:
+            atexit.unregister(close_session)  # threads that still ask then would log that their connection is gone
             session.event_hooks = {**session.event_hooks, "request": [*session.event_hooks["request"], _limit]}
         try:
             return call()
