@@ -123,12 +123,14 @@ class Hub:
         self.server.daemon_threads = True
         self.address = f"http://127.0.0.1:{self.server.server_port}"
         self.store = f"http://localhost:{self.server.server_port}"  # large files: another host, as of the real hub
+        self.repositories: dict[tuple[str, str], Repository] = {}
+        self.past: set[str] = set()  # names of repositories of earlier tests
         self.reset()
 
     def reset(self) -> None:
         """An empty hub with a fast line."""
-        self.past = getattr(self, "past", set()) | {name for _, name in getattr(self, "repositories", {})}
-        self.repositories: dict[tuple[str, str], Repository] = {}
+        self.past |= {name for _, name in self.repositories}
+        self.repositories = {}
         self.blobs: dict[str, Blob] = {}  # large files that were pointed to, by sha256
         self.listings: dict[tuple[str, str, bool], dict[str, dict[str, object]]] = {}
         self.uploads: dict[str, bytes] = {}
@@ -187,8 +189,7 @@ class Hub:
 
     def fault(self, request: str) -> Fault | None:
         """The fault of a request, if it has one. What threads of an earlier test still ask does not use one up."""
-        past = self.past - {name for _, name in self.repositories}
-        if any(re.search(rf"/{re.escape(name)}(?![\w.-])", request) for name in past):
+        if self.is_of_the_past(request):
             return None
         for fault in self.faults:
             if fault.times == 0 or not re.search(fault.where, request):
@@ -200,6 +201,13 @@ class Hub:
                 fault.times -= 1
             return fault
         return None
+
+    def is_of_the_past(self, request: str) -> bool:
+        """Whether a request is for what only an earlier test had."""
+        if (blob := re.match(r"GET /blobs/(\w+)", request)) is not None:
+            return blob[1] not in self.blobs
+        past = self.past - {name for _, name in self.repositories}
+        return any(re.search(rf"/{re.escape(name)}(?![\w.-])", request) for name in past)
 
     def wait(self, size: int) -> None:
         """Take the time that ``size`` bytes need on the line, which all connections share."""

@@ -1,8 +1,8 @@
 """Work in threads that nothing has to wait for: Ctrl-C ends the wait for one, and the process ends without it.
 
 A pool of ``concurrent.futures`` holds up the end of the process until its last job is done, which for a question to a hub
-that does not answer is minutes. Such work is plain Python: a thread that the end of the process finds in a C++ library
-which calls Python would take the process with it.
+that does not answer is minutes. The work is plain Python: the end of the process aborts where such a thread is inside a
+C++ library, such as pyarrow.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from fastkd.data.rows import text_of
 POOL = 16  # files whose row groups are shuffled together: their footers are read before the first row, and held
 TAIL = 1 << 18  # bytes of a file's end that hold most footers
 ROWS = 1024  # that are decoded at once
+UNCOUNTED = 100  # bytes after a column that may be its own: writers of 2013 did not count a header
 AHEAD = 8  # row groups that are read while one is tokenised: an answer takes its time, however fast the line
 AHEAD_BYTES = 64 << 20  # of these, at most; a larger one is read by itself, piece by piece
 
@@ -84,15 +85,15 @@ class Stored:
                 if f"{chunk.path_in_schema}.".startswith(f"{text_field}."):  # a name may hold dots itself
                     first = min(chunk.dictionary_page_offset or chunk.data_page_offset, chunk.data_page_offset)
                     file.seek(first)
-                    last = first + chunk.total_compressed_size
-                    pieces[first, last] = bytes(file.read(last - first))
+                    piece = bytes(file.read(chunk.total_compressed_size + UNCOUNTED))
+                    pieces[first, first + len(piece)] = piece
         return pieces
 
     def decoded(self, pieces: Pieces, text_field: str) -> Iterator[Any]:
         """What ``column`` returned, as Arrow."""
 
         def batches() -> Iterator[Any]:
-            return self._batches(text_field, cache_type="parts", cache_options={"data": dict(pieces)})
+            return self._batches(text_field, cache_type="parts", cache_options={"data": dict(pieces), "strict": True})
 
         return hub_requests.resumed(batches, self.ask)
 
