@@ -45,7 +45,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     argv = [sys.executable, "-c", build, str(folder)]
     result = subprocess.run(argv, cwd=folder / "source", capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    assert "would be ignored" not in result.stdout + result.stderr, "a folder of data that setuptools takes for a package"
+    assert "would be ignored" not in result.stdout + result.stderr, "data that setuptools takes for a package"
     return next(folder.glob("*.whl"))
 
 
