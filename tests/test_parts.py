@@ -374,6 +374,19 @@ def options(made_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
     ]
 
 
+@pytest.fixture
+def unbudgeted(options: list[str]) -> list[str]:
+    """The same run before its budget is named: what ``prepare`` takes."""
+    return options[: options.index("--budget-tokens")]
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Runs of this process begin a corpus with a small part, in a cache of the test's own."""
+    monkeypatch.setattr(parts, "FIRST_TOKENS", RUN_FIRST)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 def corpus_of(options: list[str]) -> Shards:
     return build_shards(
         options[options.index("--corpus") + 1], hf.shape(options[options.index("--tokenizer") + 1])[1], cache(),
@@ -415,15 +428,10 @@ def test_a_plan_times_the_steps_whose_text_is_there(
     assert trainer.parts.stream.is_there(5) and not trainer.parts.stream.is_there(20)
 
 
+@pytest.mark.usefixtures("small_parts")
 def test_a_run_whose_text_cannot_be_written_is_saved_and_goes_on(
-    finished: Path,
-    options: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    finished: Path, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(parts, "FIRST_TOKENS", RUN_FIRST)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     shards = corpus_of(options)
     obstacle = shards.folder / ".part-00001.building"  # stands for a full disk
     obstacle.touch()
@@ -446,11 +454,11 @@ raise SystemExit(main(sys.argv[2:]))
 """
 
 
+@pytest.mark.usefixtures("small_parts")
 def test_a_run_that_is_killed_in_a_later_part_goes_on_with_the_same_bits(
-    finished: Path, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, options: list[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    cached = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     command = [
         sys.executable,
         "-c",
@@ -462,26 +470,23 @@ def test_a_run_that_is_killed_in_a_later_part_goes_on_with_the_same_bits(
         "--checkpoint-minutes",
         "0",
     ]
-    process = subprocess.Popen(command, env=cached, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     ledger = folder / "ledger.jsonl"
     while not ledger.exists() or ledger.read_text().count('"lr"') < 30:
         assert process.poll() is None
     process.kill()
     process.wait()
-    monkeypatch.setattr(parts, "FIRST_TOKENS", RUN_FIRST)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert run.main([*options, "--output-dir", str(folder)]) == 0
     assert_same_student(folder, finished)
 
 
+@pytest.mark.usefixtures("small_parts")
 def test_ranks_read_the_same_parts_as_one_process(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each run tokenises its corpus itself; the ranks wait for a part together."""
-    monkeypatch.setattr(parts, "FIRST_TOKENS", RUN_FIRST)
     (tmp_path / "run.py").write_text(RUN)
     same = [*options, "--batch-tokens", "1024"]
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache-1"))
     assert run.main([*same, "--output-dir", str(tmp_path / "1")]) == 0
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache-2"))
     job = processes.ranks(str(tmp_path / "run.py"), RUN_FIRST, *same, "--output-dir", tmp_path / "2")
@@ -493,11 +498,11 @@ def test_ranks_read_the_same_parts_as_one_process(
     assert read_run(tmp_path / "1").steps[-1]["epoch"] == read_run(tmp_path / "2").steps[-1]["epoch"]
 
 
+@pytest.mark.usefixtures("small_parts")
 def test_a_run_goes_on_at_its_commit_of_the_hub_and_another_one_offline(
     options: list[str], hub: test_hub.Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A dataset's card is edited in the middle of a run: it ends as one that was left alone, in an untouched cache too."""
-    monkeypatch.setattr(parts, "FIRST_TOKENS", RUN_FIRST)
     text = Path(options[options.index("--corpus") + 1]).read_text().split("\n\n")
     hub.add("datasets", "parts/edited", {"train.parquet": parquet({"text": text})})
     given = ["parts/edited" if option.endswith("text.txt") else option for option in options]
@@ -521,38 +526,33 @@ def test_a_run_goes_on_at_its_commit_of_the_hub_and_another_one_offline(
     assert [path.name for path in cache().iterdir() if path.is_dir()] == [corpus.name]
 
 
+@pytest.mark.usefixtures("small_parts")
 def test_what_was_prepared_is_found_by_a_run(
-    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    options: list[str], unbudgeted: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(parts, "FIRST_TOKENS", RUN_FIRST)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    given = options[: options.index("--budget-tokens")]
-    assert prepare.main([*given, "--tokens", "20000"]) == 0
+    assert prepare.main([*unbudgeted, "--tokens", "20000"]) == 0
     said = capsys.readouterr().out
     shards = corpus_of(options)
     assert str(shards.folder) in said and len(list(shards.folder.glob("part-*"))) == 2
-    assert prepare.main([*given, "--tokens", "0"]) == 2
+    assert prepare.main([*unbudgeted, "--tokens", "0"]) == 2
     assert capsys.readouterr().err == "error: --tokens must be between 1 and 1e15, got 0\n"
 
 
+@pytest.mark.usefixtures("small_parts")
 def test_a_corpus_is_prepared_as_far_as_the_budget_of_a_file_reads(
-    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: list[str], unbudgeted: list[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(parts, "FIRST_TOKENS", RUN_FIRST)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    given, path = options[: options.index("--budget-tokens")], tmp_path / "run.toml"
+    path = tmp_path / "run.toml"
     for budget, whole in (("budget_tokens = 20000", False), ("budget_gpu_hours = 1", True)):
         path.write_text(f"{budget}\n")
-        assert prepare.main([*given, "--config", str(path)]) == 0
+        assert prepare.main([*unbudgeted, "--config", str(path)]) == 0
         assert corpus_of(options).is_complete == whole
 
 
+@pytest.mark.usefixtures("small_parts")
 def test_who_waits_for_another_build_says_so(
-    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    options: list[str], unbudgeted: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(parts, "FIRST_TOKENS", RUN_FIRST)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    given = options[: options.index("--budget-tokens")]
     corpus = corpus_of(options).folder
     shutil.rmtree(corpus)
     other = FileLock(corpus.with_name(f"{corpus.name}.lock")).acquire().lock
@@ -564,7 +564,7 @@ def test_who_waits_for_another_build_says_so(
 
     builder = logging.getLogger("fastkd.data.builder")
     builder.addHandler(ending := Ends())
-    assert prepare.main([*given, "--tokens", "1"]) == 0
+    assert prepare.main([*unbudgeted, "--tokens", "1"]) == 0
     builder.removeHandler(ending)
     assert f"waiting for another process that tokenises this corpus into {corpus}" in capsys.readouterr().out
 

@@ -36,10 +36,6 @@ class NotOnHub(ValueError):
     """The hub has no such repository, or not for this user."""
 
 
-class Incomplete(OSError):
-    """The hub stopped in the middle of what it sent."""
-
-
 def ask(what: str, call: Callable[[], T], *, remedy: str, verb: str = "read") -> T:
     """Call what asks the hub, again where it fails for a moment: no answer, a cut-off one, too many requests, an error of
     the hub's. Each wait is logged.
@@ -109,9 +105,6 @@ def model_folder(name: str, *, remedy: str, weights: bool = True) -> Path:
         for file in wanted:  # one by one: the library's threads for many hold up a Ctrl-C until the hub answers
             hf_hub_download(name, file, revision=info.sha)
         folder = Path(snapshot_download(name, revision=info.sha, allow_patterns=wanted))
-        missing = [file for file in wanted if not (folder / file).is_file()]
-        if missing:  # it falls back to what the cache holds when the hub stops answering
-            raise Incomplete(f"{missing[0]} did not arrive")
         snapshot_download(name, allow_patterns=wanted)  # now the name means this commit
         return folder
 
@@ -172,7 +165,7 @@ def _is_transient(error: BaseException) -> bool:
     causes = list(_chain(error))
     if any(_is_a(cause, "ConnectError") for cause in causes):
         return False  # no network, which seconds do not mend
-    cut = any(isinstance(cause, Incomplete) or "Consistency check failed" in str(cause) for cause in causes)
+    cut = any("Consistency check failed" in str(cause) for cause in causes)
     return cut or any(_is_a(cause, "TransportError", "TimeoutError") for cause in causes)
 
 
