@@ -95,7 +95,7 @@ def _aligned(x: Any) -> bool:
 
 def launch_compiled(arch: int) -> None:
     """From now on the Triton backend of every kernel file takes CPU tensors, and runs as it would on ``arch``."""
-    for name in KERNELS:
+    for name in (*KERNELS, "scaling"):
         module = importlib.import_module(f"fastkd.kernels.{name}")
         for attribute, kernel in list(vars(module).items()):
             if attribute.endswith("_kernel"):

@@ -3,7 +3,7 @@
     loss = 1/(T·D) Σ_{i, j} (s_ij − t_ij)²,   ds = 2 (s − t)/(T·D)
 
 Written as ``(s.float() − t.float()).square().mean()`` it keeps a float32 difference for the backward, which reads and writes
-such matrices again. Here both inputs are read once and the difference is written once, in the student's dtype; the
+such matrices again. Here both inputs are read once and the gradient is written once, in the student's dtype; the
 backward only scales it.
 
 Source: TinyBERT (Jiao et al. 2020, arXiv 1909.10351, eq. 8); where the widths differ, its W is applied before.
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.kernels import packed, tiling
+from fastkd.kernels import scaling, tiling
 from fastkd.kernels.tiling import Build, jit
 
 try:
@@ -40,44 +40,44 @@ def reference(student: Tensor, teacher: Tensor) -> Tensor:
 @jit
 def _difference_kernel(  # type: ignore[no-untyped-def]
     s_ptr, t_ptr,  # [T·D]
-    ds_ptr,  # [T·D]: s − t
+    ds_ptr,  # [T·D]: (s − t) · scale
     loss_ptr,  # [programs]: Σ (s − t)² of a block
-    size, BLOCK_N: tl.constexpr,
+    scale, size, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program (block): its entries, wherever rows begin."""
     entry = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = entry < size
     student = tl.load(s_ptr + entry, mask=inside, other=0.0).to(tl.float32)
     d = student - tl.load(t_ptr + entry, mask=inside, other=0.0).to(tl.float32)
-    tl.store(ds_ptr + entry, d.to(ds_ptr.dtype.element_ty), mask=inside)
+    tl.store(ds_ptr + entry, (d * scale).to(ds_ptr.dtype.element_ty), mask=inside)
     tl.store(loss_ptr + tl.program_id(0), tl.sum(d * d))
 
 
 def _triton(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ (s − t)², and s − t."""
+    """Σ (s − t)², and s − t times the first of ``_factors``."""
     student, teacher = student.contiguous(), teacher.contiguous()
-    difference = torch.empty_like(student)
-    size = student.numel()
+    gradient = torch.empty_like(student)
+    size, (scale, _) = student.numel(), _factors(student)
     tile = tiling.tile("hidden_mse", width=student.shape[1], arch=tiling.architecture(student.device))
     programs = -(-size // tile.block_n)
     loss = student.new_empty(programs, dtype=torch.float32)
     if programs:
         with torch.cuda.device_of(student):
             _difference_kernel[(programs,)](
-                student, teacher, difference, loss, size, BLOCK_N=tile.block_n, **tile.options
+                student, teacher, gradient, loss, scale, size, BLOCK_N=tile.block_n, **tile.options
             )
-    return loss.sum(), difference
+    return loss.sum(), gradient
 
 
 # ---- blocked PyTorch ------------------------------------------------------------------------------------------
 
 
 def _blocked(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ (s − t)², and s − t: without a float32 copy of either."""
+    """The same, without a float32 copy of either."""
     dtype = _accumulator(student, teacher)
     difference = torch.sub(student, teacher) if student.dtype == dtype else student.to(dtype).sub_(teacher)
     total = torch.linalg.vector_norm(difference, dim=1).double().square().sum()
-    return total, difference.to(student.dtype).contiguous()
+    return total, difference.mul_(_factors(student)[0]).to(student.dtype).contiguous()
 
 
 def _accumulator(student: Tensor, teacher: Tensor) -> torch.dtype:
@@ -85,14 +85,23 @@ def _accumulator(student: Tensor, teacher: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
 
 
+def _factors(student: Tensor) -> tuple[float, float]:
+    """What the forward and the backward multiply s − t with: 2/(T·D), and nothing more.
+
+    In float16 it is the backward, since all of a gradient would be below the smallest number.
+    """
+    factor = 2 / max(student.numel(), 1)
+    return (1.0, factor) if student.dtype == torch.float16 else (factor, 1.0)
+
+
 # ---- the operator ---------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("fastkd::hidden_mse", mutates_args=())
 def _hidden_mse(student: Tensor, teacher: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """The loss; its gradient without the factor 2/(T·D)."""
-    total, difference = (_triton if backend == "triton" else _blocked)(student, teacher)
-    return (total / max(student.numel(), 1)).to(_accumulator(student, teacher)), difference
+    """The loss; s − t times the first of ``_factors``."""
+    total, gradient = (_triton if backend == "triton" else _blocked)(student, teacher)
+    return (total / max(student.numel(), 1)).to(_accumulator(student, teacher)), gradient
 
 
 @_hidden_mse.register_fake
@@ -104,13 +113,16 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1])
+    ctx.backend = inputs[-1]
 
 
 def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     if torch.is_grad_enabled():
         raise RuntimeError("hidden_mse has no second derivative: call backward without create_graph=True")
-    (difference,) = ctx.saved_tensors
-    return packed.scaled(difference, grad_loss * (2 / max(difference.numel(), 1))), None, None
+    (gradient,) = ctx.saved_tensors
+    _, late = _factors(gradient)
+    factor = grad_loss if late == 1 else grad_loss * late
+    return scaling.scaled(gradient, factor, backend=ctx.backend), None, None
 
 
 _hidden_mse.register_autograd(_backward, setup_context=_setup_context)
@@ -195,7 +207,8 @@ AUDIT = tuple(
         name=f"hidden_mse {student}/{teacher}",
         kernel=_difference_kernel,
         signature={
-            "s_ptr": f"*{student}", "t_ptr": f"*{teacher}", "ds_ptr": f"*{student}", "loss_ptr": "*fp32", "size": "i32"
+            "s_ptr": f"*{student}", "t_ptr": f"*{teacher}", "ds_ptr": f"*{student}", "loss_ptr": "*fp32", "scale": "fp32",
+            "size": "i32",
         },
         constants={},
         tile="hidden_mse",

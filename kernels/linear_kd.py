@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.kernels import packed, tiling
+from fastkd.kernels import scaling, tiling
 
 try:
     import triton.language as tl
@@ -903,7 +903,7 @@ def _fake(
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, kl, ce, *gradients = output
-    ctx.needed = inputs[-3:]
+    ctx.backend, ctx.needed = inputs[-5], inputs[-3:]
     ctx.dtypes = [None if x is None else x.dtype for x in (inputs[0], inputs[1], inputs[3])]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(kl, ce, *gradients)
@@ -918,7 +918,7 @@ def _scale_gradients(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tens
     if grad_loss is None:
         return (None,) * 16
     dx, dw, db = (
-        packed.scaled(x, grad_loss, dtype) if needed else None
+        scaling.scaled(x, grad_loss, dtype, backend=ctx.backend) if needed else None
         for x, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needed, strict=True)
     )
     return dx, dw, None, db, *[None] * 12

@@ -84,14 +84,6 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """x · factor in ``dtype`` (default: x's), rounded once, as it is written: on a GPU one pass, without a float32 copy.
-
-    ``factor`` is a scalar. It is viewed as a vector, since PyTorch would round a scalar to x's dtype before the product.
-    """
-    return torch.mul(x, factor.view(1), out=torch.empty_like(x, dtype=dtype))
-
-
 def padded(cu_seqlens: Tensor, bound: int) -> Group:
     """All sequences as one group, padded to ``bound``, without reading ``cu_seqlens`` on the host."""
     return Group(*padded_rows(cu_seqlens, bound), padded=True)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.kernels import packed, tiling
+from fastkd.kernels import packed, scaling, tiling
 from fastkd.kernels.packed import Case, build, load_tile, row_block, store_tile
 from fastkd.kernels.tiling import jit
 
@@ -220,7 +220,7 @@ def _short_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr,  # [T, Ds]; k_ptr is q_ptr in a self-relation
     qt_ptr, kt_ptr,  # [T, Dt]
     cu_ptr,  # [B+1]
-    dq_ptr, dk_ptr,  # [T, Ds], without 1/(A·T)
+    dq_ptr, dk_ptr,  # [T, Ds], times the first of ``_factors``
     loss_ptr,  # [B, A]: KL in bits, summed over the rows of a sequence
     q_stride, k_stride, qt_stride, kt_stride, width, alpha, scale_s, scale_t,
     WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
@@ -490,7 +490,7 @@ def _triton(
     num_heads: int,
     max_seqlen: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ KL, and dq, dk without their factor 1/(A·T)."""
+    """Σ KL, and dq, dk times the first of ``_factors``."""
     cross = key_s is not None
     key_s, key_t = _centred(key_s), _centred(key_t)
     query_s, query_t = packed.unit_stride(query_s), packed.unit_stride(query_t)
@@ -522,6 +522,7 @@ class _Launch:
         width_s, width_t = (x.shape[1] // num_heads for x in (query_s, query_t))
         self.alpha = 1 / math.sqrt(width_s)
         self.scales = {"scale_s": self.alpha / LN2, "scale_t": 1 / (math.sqrt(width_t) * LN2)}
+        self.alpha *= _factors(query_s, num_heads)[0]  # of the gradients
         pads = {"PAD_S": packed.pad_width(width_s), "PAD_T": packed.pad_width(width_t)}
         self.constants = {"WIDTH_S": width_s, "WIDTH_T": width_t, **pads}
         self.constants["DOT"] = packed.dot_dtype(query_s.dtype)
@@ -590,7 +591,7 @@ def _blocked(
     num_heads: int,
     max_seqlen: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Blocks of whole score rows in reused buffers: Σ KL, and dq, dk without their factor 1/(A·T)."""
+    """Blocks of whole score rows in reused buffers: Σ KL, and dq, dk times the first of ``_factors``."""
     cross = key_s is not None
     key_s, key_t = _centred(key_s), _centred(key_t)
     key_s, key_t = query_s if key_s is None else key_s, query_t if key_t is None else key_t
@@ -599,6 +600,7 @@ def _blocked(
     dk = torch.zeros(key_s.shape if cross else 0, dtype=key_s.dtype, device=key_s.device)
     buffers = packed.Buffers(query_s)
     alpha_s, alpha_t = (1 / math.sqrt(x.shape[1] / num_heads) for x in (query_s, query_t))
+    alpha = alpha_s * _factors(query_s, num_heads)[0]  # of the gradients
     width = query_s.shape[1] // num_heads
     near = query_s.dtype != torch.bfloat16 and query_s.shape == query_t.shape
     with packed.exact_products(query_s, key_s, query_t, key_t):
@@ -616,8 +618,8 @@ def _blocked(
                     d -= y
                 z = buffers.take(2, y.shape)
                 total += _kl_and_difference(y, d, z)
-                grad_q[pair, row].baddbmm_(z, ks[pair][..., :width], alpha=alpha_s)
-                grad_k[pair].baddbmm_(z.transpose(1, 2), qs[pair, row][..., :width], alpha=alpha_s)
+                grad_q[pair, row].baddbmm_(z, ks[pair][..., :width], alpha=alpha)
+                grad_k[pair].baddbmm_(z.transpose(1, 2), qs[pair, row][..., :width], alpha=alpha)
             group.scatter(dq, grad_q)
             if cross:
                 group.scatter(dk, grad_k)
@@ -640,6 +642,15 @@ def _kl_and_difference(y: Tensor, d: Tensor, g: Tensor) -> Tensor:
     return LN2 * rows.sum(dtype=torch.float64)
 
 
+def _factors(query: Tensor, num_heads: int) -> tuple[float, float]:
+    """What the forward and the backward multiply the gradients with: 1/(A·T), and nothing more.
+
+    In float16 it is the backward, since most of a gradient would be below the smallest number.
+    """
+    mean = 1 / (num_heads * max(len(query), 1))
+    return (1.0, mean) if query.dtype == torch.float16 else (mean, 1.0)
+
+
 # ---- the operator ---------------------------------------------------------------------------------------------
 
 
@@ -654,7 +665,7 @@ def _relation_kl(
     max_seqlen: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss; dq, and dk in a cross relation, without their factor 1/(A·T)."""
+    """The loss; dq, and dk in a cross relation, times the first of ``_factors``."""
     path = _triton if backend == "triton" else _blocked
     total, dq, dk = path(student, student_key, teacher, teacher_key, cu_seqlens, num_heads, max_seqlen)
     return (total / (num_heads * max(len(student), 1))).to(packed.accumulator(student.dtype)), dq, dk
@@ -677,7 +688,7 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _student, student_key, *_, num_heads, _max_seqlen, _backend = inputs
+    _student, student_key, *_, num_heads, _max_seqlen, ctx.backend = inputs
     _, dq, dk = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(dq, dk)
@@ -689,8 +700,10 @@ def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     if torch.is_grad_enabled():
         raise RuntimeError("relation_kl has no second derivative: call backward without create_graph=True")
     dq, dk = ctx.saved_tensors
-    factor = grad_loss / (ctx.heads * max(len(dq), 1))
-    return packed.scaled(dq, factor), packed.scaled(dk, factor) if ctx.cross else None, *[None] * 6
+    _, late = _factors(dq, ctx.heads)
+    factor = grad_loss if late == 1 else grad_loss * late
+    dq, dk = (scaling.scaled(x, factor, backend=ctx.backend) for x in (dq, dk))
+    return dq, dk if ctx.cross else None, *[None] * 6
 
 
 _relation_kl.register_autograd(_backward, setup_context=_setup_context)

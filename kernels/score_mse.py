@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.kernels import packed, tiling
+from fastkd.kernels import packed, scaling, tiling
 from fastkd.kernels.packed import build, load_tile, row_block, store_tile
 from fastkd.kernels.tiling import jit
 
@@ -301,14 +301,16 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
-    ctx.dtype = inputs[0].dtype
+    ctx.dtype, ctx.backend = inputs[0].dtype, inputs[-1]
 
 
 def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     if torch.is_grad_enabled():
         raise RuntimeError("score_mse has no second derivative: call backward without create_graph=True")
     dq, dk, factor = ctx.saved_tensors
-    return *(packed.scaled(x, grad_loss * factor, ctx.dtype) for x in (dq, dk)), *[None] * 6
+    factor = grad_loss * factor
+    dq, dk = (scaling.scaled(x, factor, ctx.dtype, backend=ctx.backend) for x in (dq, dk))
+    return dq, dk, *[None] * 6
 
 
 _score_mse.register_autograd(_backward, setup_context=_setup_context)

@@ -153,7 +153,10 @@ RELATION: Table = {
 # ---- hidden_mse -----------------------------------------------------------------------------------------------
 HIDDEN_MSE: Table = {"hidden_mse": {"any": (Row(Tile(0, 4096, 0, 8, 1)),)}}
 
-TABLE: Table = {**LINEAR_KD, **RELATION, **HIDDEN_MSE}
+# ---- the backward of all of them ------------------------------------------------------------------------------
+SCALING: Table = {"scaling": {"any": (Row(Tile(0, 8192, 0, 8, 1)),)}}
+
+TABLE: Table = {**LINEAR_KD, **RELATION, **HIDDEN_MSE, **SCALING}
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from fastkd.train import Objective
 
 SECONDS = 100
 ROOT = Path(__file__).parents[2]
-FILES = ("linear_kd", "relation_kl", "score_mse", "hidden_mse", "packed", "tiling", "attention", "profiler")
+FILES = ("linear_kd", "relation_kl", "score_mse", "hidden_mse", "scaling", "packed", "tiling", "attention", "profiler")
 WORKERS = 10
 FAILURES = 40  # that become rows
 DTYPES = (torch.float32, torch.bfloat16)
