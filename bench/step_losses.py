@@ -24,17 +24,16 @@ CHUNK_ROWS = 4096  # of linear_kd
 
 
 def scaling(kernel: str, case: Any) -> list[Step]:
-    """What a loss's backward does, where a floor takes it for free: it scales the gradients in one pass.
+    """The passes that a floor takes for free, with a loss whose own gradient is 1: nothing is scaled then.
 
-    linear_kd's dx and dW are read in float32 and written in the operands' dtype; the others' keep that dtype.
+    linear_kd reads dx in float32 and writes it in the operands' dtype, where that is another, and copies half-precision
+    weights whose rows products cannot take as they are; score_mse's dq and dk still lack the factor 2/(A·Σ n²).
     """
     size = case.dtype.itemsize
-    if kernel == "linear_kd":
-        return [Step(0, (4 + size) * case.student_width * (case.rows + case.vocabulary))]
-    if kernel not in ("relation_kl", "score_mse"):
-        return []
-    gradients = 2 if kernel == "score_mse" else 1 + case.cross
-    return [Step(0, 2 * size * gradients * sum(case.lengths) * case.student_width)]
+    if kernel == "linear_kd" and size < 4:
+        copied = 2 * size * case.vocabulary if case.vocabulary % 64 else 0
+        return [Step(0, case.student_width * ((4 + size) * case.rows + copied))]
+    return [Step(0, 4 * size * sum(case.lengths) * case.student_width)] if kernel == "score_mse" else []
 
 
 def parts(method: Any, work: Work) -> dict[str, list[Step]]:
@@ -62,7 +61,7 @@ def host_operations(method: Any, work: Work) -> int:
 
 
 def fused(kernel: str, case: Any) -> list[Step]:
-    """The launches of one call, and the scaling of its gradients."""
+    """The launches of one call, and what its gradients and weights take beside."""
     return roofline.STEPS[kernel](case) + scaling(kernel, case)
 
 

@@ -104,11 +104,21 @@ class _Head(NamedTuple):
     def rows(self, rows: slice | Tensor, dtype: torch.dtype | None = None) -> _Head:
         return self._replace(hidden=self.hidden[rows].to(dtype or self.hidden.dtype))
 
-    def cast(self, dtype: torch.dtype, columns: int) -> _Head:
-        """Contiguous operands in ``dtype``, and a float32 bias for ``columns``, −∞ from V on and 0 if there was none."""
+    def cast(self, dtype: torch.dtype, columns: int, rows: int) -> _Head:
+        """Contiguous operands in ``dtype``: the weight with zeros from V up to ``rows``, and a float32 bias for ``columns``,
+        −∞ from V on and 0 if there was none."""
+        vocabulary = len(self.weight)
         bias = self.weight.new_full((columns,), -math.inf, dtype=torch.float32)
-        bias[: len(self.weight)] = 0.0 if self.bias is None else self.bias
-        return _Head(self.hidden.to(dtype).contiguous(), self.columns(slice(None), dtype).contiguous(), bias)
+        bias[:vocabulary] = 0.0 if self.bias is None else self.bias
+        if rows == vocabulary:
+            return _Head(self.hidden.to(dtype).contiguous(), self.columns(slice(None), dtype).contiguous(), bias)
+        weight = self.weight.new_empty((rows, self.weight.shape[1]), dtype=dtype)
+        if self.centre is None:
+            weight[:vocabulary] = self.weight  # cast as it is copied
+        else:
+            torch.sub(self.weight.to(dtype), self.centre, out=weight[:vocabulary])
+        weight[vocabulary:] = 0.0
+        return _Head(self.hidden.to(dtype).contiguous(), weight, bias)
 
 
 class _Terms(NamedTuple):
@@ -123,10 +133,10 @@ class _Terms(NamedTuple):
 
 
 class _Gradients(NamedTuple):
-    """The gradients, in float32 (float64 for float64); one that is not wanted is None."""
+    """The gradients, in float32 (float64 for float64) but for ``_weight_dtype``; one that is not wanted is None."""
 
     hidden: Tensor | None
-    weight: Tensor | None
+    weight: Tensor | None  # [V, D], on the Triton path with rows up to a multiple of _ALIGNED
     bias: Tensor | None
 
     @property
@@ -150,9 +160,14 @@ class _Sums(NamedTuple):
 #   2. _offsets_kernel: those statistics → what each tile's centred logits lack to log-probabilities; CE [R]
 #   3. _gradient_kernel: both models' tiles and offsets → dz in place of the student's logits; per block of rows, in
 #      float32, Σ dz over the rows, and KL
-#   4. the vendor's GEMM: dz, W → dx; dzᵀ, x → dW in float32, which later chunks add to
+#   4. the vendor's GEMM: dz, W → dx; dzᵀ, x → dW, in float32 if later chunks add to it
 # Logits and dz have whole tiles of columns: what lies past V is −∞ and 0, rows are aligned, and accesses 16 bytes wide.
+# Products take V up to a multiple of 64 as if it were the vocabulary: with 30,522, no multiple of 8, cuBLAS 13 takes kernels of
+# an older GPU on an H100, which need 787 µs for the dx and 410 µs for the dW of 4,096 rows, 192 GFLOP each. There W has rows of
+# zeros, and dW rows that nobody reads.
 
+
+_ALIGNED = 64  # what divides the vocabulary of a product
 
 _IGNORED = tiling.constant(IGNORED)
 _LOG2_E = tiling.constant(LOG2E)
@@ -502,14 +517,17 @@ def _triton(
     """The four steps for each chunk of rows."""
     vocabulary, x = len(student.weight), student.hidden
     tile, launch = _logits_tile(dtype, student, teacher), _gradient_tile(dtype, x.device)
-    columns = -(-vocabulary // tile.block_n) * tile.block_n
-    student = student.centred(dtype).cast(dtype, columns)
-    teacher = None if teacher is None else teacher.centred(dtype).cast(dtype, columns)
+    columns, aligned = _up(vocabulary, tile.block_n), _up(vocabulary, _ALIGNED)
+    student = student.centred(dtype).cast(dtype, columns, aligned)
+    teacher = None if teacher is None else teacher.centred(dtype).cast(dtype, columns, vocabulary)
     rows = min(chunk_rows, len(x))
     logits_s = _Logits.empty(student, rows, tile, terms.two_softmaxes)
     logits_t = None if teacher is None else _Logits.empty(student, rows, tile, False)
     ce, partial = x.new_zeros(len(x), dtype=torch.float32), _Partial.zeros(logits_s, rows, launch, out.bias is not None)
     write = bool(out.wanted)
+    final = out.weight
+    if final is not None and final.dtype != torch.float32 and len(x) > rows:
+        out = out._replace(weight=torch.empty_like(final, dtype=torch.float32))  # the sum over chunks
     for start in range(0, len(x), chunk_rows):
         part = slice(start, start + chunk_rows)
         y, head = None if labels is None else labels[part], student.rows(part)
@@ -521,7 +539,9 @@ def _triton(
             _offsets(head, logits_s, logits_t, y, ce[part], terms)
             if write or logits_t is not None:
                 _gradient(r, logits_s, logits_t, y, share, partial, terms, launch, write)
-        _products(logits_s.centred[:r, :vocabulary], head, start, out)
+        _products(logits_s.centred[:r, :aligned], head, start, out)
+    if final is not None and out.weight is not None and out.weight is not final:
+        final.copy_(out.weight)
     if out.bias is not None and partial.db is not None:
         torch.sum(partial.db[:, :vocabulary], 0, out=out.bias)
     return _Sums(terms.temperature**2 * partial.kl.sum(), ce.sum())
@@ -554,20 +574,27 @@ def _products(dz: Tensor, student: _Head, start: int, out: _Gradients) -> None:
     A row of dz starts at a multiple of its tile's columns, so at 16 bytes; cuBLAS wants its leading dimension aligned.
     """
     if out.hidden is not None:
-        _wide_product(dz, student.weight, out.hidden[start : start + len(dz)])
+        _product(dz, student.weight, out.hidden[start : start + len(dz)])
     if out.weight is not None:
-        _wide_product(dz.t(), student.hidden, out.weight, add=start > 0)
+        _product(dz.t(), student.hidden, out.weight, add=start > 0)
 
 
-def _wide_product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
-    """out = a b, or out += a b, of half-precision matrices and in the float32 that they are accumulated in."""
-    options: dict[str, Any] = {"out_dtype": torch.float32} if a.is_cuda and a.dtype != torch.float32 else {}
-    if not options:
-        a, b = a.float(), b.float()
+def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    """out = a b, or out += a b, in float32, rounded to the dtype of ``out`` as it is written."""
+    if not a.is_cuda:  # no out_dtype there
+        product = a.float() @ b.float()
+        out.copy_(out + product if add else product)
+        return
+    options: dict[str, Any] = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
     if add:
         torch.addmm(out, a, b, out=out, **options)
     else:
         torch.mm(a, b, out=out, **options)
+
+
+def _up(n: int, multiple: int) -> int:
+    """The smallest multiple from ``n`` on."""
+    return -(-n // multiple) * multiple
 
 
 def _power_of_two(n: int) -> int:
@@ -825,19 +852,23 @@ def _operator(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, ...]:
-    """The values and the gradients, which are empty where they are not needed."""
+    """The values and the gradients, which are empty where they are not needed.
+
+    The weight's may be the first rows of a few more.
+    """
     teacher = None
     if teacher_hidden is not None and teacher_weight is not None:
         teacher = _Head(teacher_hidden, teacher_weight, teacher_bias)
     student = _Head(student_hidden, student_weight, student_bias)
     terms = _Terms(kl_weight, ce_weight, temperature if teacher is not None else 1.0)
-    outputs = _empty_outputs(student_hidden, student_weight, dtype, need_hidden, need_weight, need_bias)
-    needed = (need_hidden, need_weight, need_bias)
+    needed, vocabulary = (need_hidden, need_weight, need_bias), len(student_weight)
+    aligned = _up(vocabulary, _ALIGNED) if backend == "triton" else vocabulary
+    outputs = _empty_outputs(student_hidden, student_weight, dtype, backend, *needed, aligned)
     out = _Gradients(*(x if need else None for x, need in zip(outputs[3:], needed, strict=True)))
     path = _triton if backend == "triton" and len(student_hidden) else _blocked
     rows = chunk_rows or _default_chunk(student_hidden, student_weight, teacher is not None, backend)
     if labels is not None:
-        _check_labels(labels, len(student_weight))
+        _check_labels(labels, vocabulary)
     share = _share(student_hidden, labels)
     # dz/N is below float16's smallest number where a softmax is small and N large: there the result is divided.
     early = share if dtype != torch.float16 else torch.ones_like(share)
@@ -848,7 +879,7 @@ def _operator(
     kl, ce = sums.kl * share, sums.ce * share
     for x, value in zip(outputs, (kl_weight * kl + ce_weight * ce, kl, ce), strict=False):
         x.copy_(value)
-    return outputs
+    return *outputs[:4], outputs[4][:vocabulary], outputs[5]
 
 
 def _check_labels(labels: Tensor, vocabulary: int) -> None:
@@ -871,12 +902,28 @@ def _share(hidden: Tensor, labels: Tensor | None) -> Tensor:
 
 
 def _empty_outputs(
-    hidden: Tensor, weight: Tensor, dtype: torch.dtype, need_hidden: bool, need_weight: bool, need_bias: bool
+    hidden: Tensor,
+    weight: Tensor,
+    dtype: torch.dtype,
+    backend: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    weight_rows: int,
 ) -> tuple[Tensor, ...]:
     wide = torch.promote_types(dtype, torch.float32)
-    shapes = (hidden.shape if need_hidden else (0,), weight.shape if need_weight else (0,))
-    bias_shape = weight.shape[:1] if need_bias else (0,)
-    return tuple(hidden.new_empty(shape, dtype=wide) for shape in ((), (), (), *shapes, bias_shape))
+    loss, kl, ce = (hidden.new_empty((), dtype=wide) for _ in range(3))
+    dx = hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=wide)
+    shape = (weight_rows, weight.shape[1]) if need_weight else (0,)
+    dw = weight.new_empty(shape, dtype=_weight_dtype(weight, dtype, backend))
+    return loss, kl, ce, dx, dw, hidden.new_empty(weight.shape[:1] if need_bias else (0,), dtype=wide)
+
+
+def _weight_dtype(weight: Tensor, dtype: torch.dtype, backend: str) -> torch.dtype:
+    """Of the dW that the operator returns: bfloat16 for bfloat16 parameters on the Triton path, where the last product or
+    sum rounds as it writes, and the backward seldom has to scale; else float32, or float64."""
+    final = backend == "triton" and weight.dtype == dtype == torch.bfloat16
+    return dtype if final else torch.promote_types(dtype, torch.float32)
 
 
 @_operator.register_fake
@@ -898,7 +945,8 @@ def _fake(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, ...]:
-    return _empty_outputs(student_hidden, student_weight, dtype, need_hidden, need_weight, need_bias)
+    needed = (need_hidden, need_weight, need_bias)
+    return _empty_outputs(student_hidden, student_weight, dtype, backend, *needed, len(student_weight))
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
