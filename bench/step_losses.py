@@ -52,7 +52,7 @@ def host_operations(method: Any, work: Work) -> int:
     chunks = -(-work.predicted // CHUNK_ROWS)
     of_teacher = 3 * chunks * (method.teacher_needs is not None)
     counts = {
-        "linear_kd": 20 + 7 * chunks + of_teacher,
+        "linear_kd": 14 + 7 * chunks + of_teacher,
         "relation_kl": 30,
         "score_mse": 18 * len(getattr(method, "score_pairs", ())),
         "hidden states": 6 * len(getattr(method, "hidden_pairs", ())),

@@ -140,7 +140,8 @@ _SIMPLE: dict[str, Callable[..., Any]] = {
     "tt.load": lambda pointer, *rest: pointer.load(*rest),
     "tt.store": lambda pointer, *rest: pointer.store(*rest),
 }
-_CASTS = ("arith.extsi", "arith.trunci", "arith.extf", "arith.truncf", "arith.sitofp")
+# extui: of i1, for nothing else is unsigned.
+_CASTS = ("arith.extsi", "arith.trunci", "arith.extf", "arith.truncf", "arith.sitofp", "arith.extui")
 _ENDS = ("scf.yield", "tt.reduce.return", "tt.return")
 
 

@@ -145,7 +145,7 @@ class _Gradients(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """Sums over the rows that are not ignored."""
+    """Sums over the rows that are not ignored; from the Triton path what adds up to them, the divergence's without τ²."""
 
     kl: Tensor
     ce: Tensor
@@ -161,6 +161,8 @@ class _Sums(NamedTuple):
 #   3. _gradient_kernel: both models' tiles and offsets → dz in place of the student's logits; per block of rows, in
 #      float32, Σ dz over the rows, and KL
 #   4. the vendor's GEMM: dz, W → dx; dzᵀ, x → dW, in float32 if later chunks add to it
+# Before and after all chunks, in one program and launch each instead of ten: _labels_kernel, labels → 1/N; _values_kernel,
+# parts of the sums → loss, KL, CE.
 # Logits and dz have whole tiles of columns: what lies past V is −∞ and 0, rows are aligned, and accesses 16 bytes wide.
 # Products take V up to a multiple of 64 as if it were the vocabulary: with 30,522, no multiple of 8, cuBLAS 13 takes kernels of
 # an older GPU on an H100, which need 787 µs for the dx and 410 µs for the dW of 4,096 rows, 192 GFLOP each. There W has rows of
@@ -368,6 +370,61 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
         tl.store(db_ptr, tl.load(db_ptr) + tl.sum(db_RC, 0))
 
 
+@tiling.jit
+def _labels_kernel(  # type: ignore[no-untyped-def]
+    labels_ptr,  # [M]
+    share_ptr,  # []: 1/N
+    right_ptr,  # []: whether every label is a word's or ignored
+    rows,
+    vocabulary,
+    BLOCK_N: tl.constexpr,
+):
+    counts = tl.zeros((BLOCK_N,), tl.int32)
+    wrong = tl.zeros((BLOCK_N,), tl.int32)
+    for start in range(0, rows, BLOCK_N):
+        row = start + tl.arange(0, BLOCK_N)
+        label = tl.load(labels_ptr + row, mask=row < rows, other=_IGNORED)
+        counts += tl.where(label != _IGNORED, 1, 0)
+        outside = tl.where(label < 0, 1, 0) + tl.where(label >= vocabulary, 1, 0)
+        wrong += tl.where(label != _IGNORED, outside, 0)
+    tl.store(share_ptr, 1.0 / tl.maximum(tl.sum(counts, 0), 1).to(tl.float64))
+    tl.store(right_ptr, tl.where(tl.sum(wrong, 0) == 0, 1, 0))
+
+
+@tiling.jit
+def _values_kernel(  # type: ignore[no-untyped-def]
+    kl_ptr,  # [kl_size]: parts of Σ q (log q − log p)
+    ce_ptr,  # [ce_size]: parts of Σ −log p_y
+    share_ptr,  # []: 1/N
+    loss_out_ptr,  # []
+    kl_out_ptr,  # []
+    ce_out_ptr,  # []
+    kl_size,
+    ce_size,
+    kl_factor,  # τ²
+    kl_weight,
+    ce_weight,
+    HAS_TEACHER: tl.constexpr,
+    HAS_CE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    kl_N = tl.zeros((BLOCK_N,), tl.float64)
+    ce_N = tl.zeros((BLOCK_N,), tl.float64)
+    if HAS_TEACHER:
+        for start in range(0, kl_size, BLOCK_N):
+            entry = start + tl.arange(0, BLOCK_N)
+            kl_N += tl.load(kl_ptr + entry, mask=entry < kl_size, other=0.0).to(tl.float64)
+    if HAS_CE:
+        for start in range(0, ce_size, BLOCK_N):
+            entry = start + tl.arange(0, BLOCK_N)
+            ce_N += tl.load(ce_ptr + entry, mask=entry < ce_size, other=0.0).to(tl.float64)
+    share = tl.load(share_ptr)
+    kl, ce = tl.sum(kl_N, 0) * kl_factor * share, tl.sum(ce_N, 0) * share
+    tl.store(loss_out_ptr, (kl * kl_weight + ce * ce_weight).to(tl.float32))
+    tl.store(kl_out_ptr, kl.to(tl.float32))
+    tl.store(ce_out_ptr, ce.to(tl.float32))
+
+
 class _Logits(NamedTuple):
     """Centred logits of a chunk and their tiles' statistics, reused by every chunk."""
 
@@ -544,7 +601,42 @@ def _triton(
         final.copy_(out.weight)
     if out.bias is not None and partial.db is not None:
         torch.sum(partial.db[:, :vocabulary], 0, out=out.bias)
-    return _Sums(terms.temperature**2 * partial.kl.sum(), ce.sum())
+    return _Sums(partial.kl, ce)
+
+
+def _triton_share(labels: Tensor, vocabulary: int) -> Tensor:
+    """1/N in float64, on the device; labels are checked as in ``_check_labels``."""
+    launch = tiling.tile("linear_kd.sums", width=0, arch=tiling.architecture(labels.device))
+    share, right = labels.new_empty((), dtype=torch.float64), labels.new_empty((), dtype=torch.int32)
+    labels = labels.contiguous()
+    with torch.cuda.device_of(labels):
+        _labels_kernel[(1,)](labels, share, right, len(labels), vocabulary, BLOCK_N=launch.block_n, **launch.options)
+    if labels.device.type != "cpu":
+        torch._assert_async(right)
+    elif not right:
+        _check_labels(labels, vocabulary)
+    return share
+
+
+def _triton_values(sums: _Sums, share: Tensor, terms: _Terms, with_teacher: bool, out: tuple[Tensor, ...]) -> None:
+    """Fill the loss, KL and CE."""
+    launch = tiling.tile("linear_kd.sums", width=0, arch=tiling.architecture(share.device))
+    with torch.cuda.device_of(share):
+        _values_kernel[(1,)](
+            sums.kl,
+            sums.ce,
+            share,
+            *out,
+            sums.kl.numel(),
+            sums.ce.numel(),
+            float(terms.temperature**2),
+            float(terms.kl_weight),
+            float(terms.ce_weight),
+            HAS_TEACHER=with_teacher,
+            HAS_CE=terms.ce_weight != 0,
+            BLOCK_N=launch.block_n,
+            **launch.options,
+        )
 
 
 def _logits_tile(dtype: torch.dtype, student: _Head, teacher: _Head | None) -> tiling.Tile:
@@ -865,20 +957,22 @@ def _operator(
     aligned = _up(vocabulary, _ALIGNED) if backend == "triton" else vocabulary
     outputs = _empty_outputs(student_hidden, student_weight, dtype, backend, *needed, aligned)
     out = _Gradients(*(x if need else None for x, need in zip(outputs[3:], needed, strict=True)))
-    path = _triton if backend == "triton" and len(student_hidden) else _blocked
+    compiled = backend == "triton" and len(student_hidden) > 0
     rows = chunk_rows or _default_chunk(student_hidden, student_weight, teacher is not None, backend)
-    if labels is not None:
-        _check_labels(labels, vocabulary)
-    share = _share(student_hidden, labels)
+    share = _share(student_hidden, labels, vocabulary, backend)
     # dz/N is below float16's smallest number where a softmax is small and N large: there the result is divided.
     early = share if dtype != torch.float16 else torch.ones_like(share)
     with torch.autocast(student_hidden.device.type, enabled=False):
+        path = _triton if compiled else _blocked
         sums = path(student, teacher, labels, terms, rows, dtype, early, out)
     for x in out.wanted if dtype == torch.float16 else ():
         x.mul_(share)
-    kl, ce = sums.kl * share, sums.ce * share
-    for x, value in zip(outputs, (kl_weight * kl + ce_weight * ce, kl, ce), strict=False):
-        x.copy_(value)
+    if compiled:
+        _triton_values(sums, share, terms, teacher is not None, outputs[:3])
+    else:
+        kl, ce = sums.kl * share, sums.ce * share
+        for x, value in zip(outputs, (kl_weight * kl + ce_weight * ce, kl, ce), strict=False):
+            x.copy_(value)
     return *outputs[:4], outputs[4][:vocabulary], outputs[5]
 
 
@@ -894,10 +988,13 @@ def _check_labels(labels: Tensor, vocabulary: int) -> None:
         )
 
 
-def _share(hidden: Tensor, labels: Tensor | None) -> Tensor:
-    """1/N in float64, a tensor on the device: the host does not wait for the count."""
+def _share(hidden: Tensor, labels: Tensor | None, vocabulary: int, backend: str) -> Tensor:
+    """1/N in float64, a tensor on the device: the host does not wait for the count. Labels are checked."""
     if labels is None:
         return hidden.new_full((), 1 / max(1, len(hidden)), dtype=torch.float64)
+    if backend == "triton" and len(labels):
+        return _triton_share(labels, vocabulary)
+    _check_labels(labels, vocabulary)
     return (labels != IGNORED).sum().clamp(min=1).double().reciprocal()
 
 
@@ -1314,7 +1411,39 @@ def _gradient_build(
     )
 
 
+def _labels_build() -> tiling.Build:
+    pointers = {"labels_ptr": "*i64", "share_ptr": "*fp64", "right_ptr": "*i32"}
+    return tiling.Build(
+        name="linear_kd.labels",
+        kernel=_labels_kernel,
+        signature=pointers | {"rows": "i32", "vocabulary": "i32"},
+        constants={},
+        tile="linear_kd.sums",
+        width=0,
+        blocks=("BLOCK_N",),
+        matrix=False,
+    )
+
+
+def _values_build(terms: str) -> tiling.Build:
+    pointers = dict.fromkeys(("kl_ptr", "ce_ptr", "loss_out_ptr", "kl_out_ptr", "ce_out_ptr"), "*fp32")
+    numbers = {"kl_size": "i32", "ce_size": "i32", "kl_factor": "fp32", "kl_weight": "fp32", "ce_weight": "fp32"}
+    signature, constants = _variant(_TERMS[terms], pointers | {"share_ptr": "*fp64"} | numbers, "HAS_TEACHER", "HAS_CE")
+    return tiling.Build(
+        name=f"linear_kd.values {terms}",
+        kernel=_values_kernel,
+        signature=signature,
+        constants=constants,
+        tile="linear_kd.sums",
+        width=0,
+        blocks=("BLOCK_N",),
+        matrix=False,
+    )
+
+
 AUDIT = (
+    _labels_build(),
+    *(_values_build(terms) for terms in ("KL", "CE", "KL+CE")),
     *(_logits_build(torch.bfloat16, width) for width in (312, 384, 768, 1024)),
     *(_logits_build(torch.bfloat16, 768, terms) for terms in ("KL", "CE")),
     _logits_build(torch.float16, 768),

@@ -110,6 +110,7 @@ LINEAR_KD: Table = {
         "gfx942": (Row(Tile(128, 128, 64, 8, 2)),),
     },
     "linear_kd.logits_float32": {"any": (Row(Tile(64, 64, 32, 4, 2)),)},
+    "linear_kd.sums": {"any": (Row(Tile(0, 4096, 0, 8, 1)),)},  # one program, block_n numbers at a time
     "linear_kd.offsets": {"any": (Row(Tile(0, 0, 0, 4, 1)),)},  # a row a program
     # block_m rows a program, block_n logits a step: of as many rows as fit, each a whole tile of columns
     "linear_kd.gradient": {"any": (Row(Tile(64, 2048, 0, 8, 1)),)},

@@ -194,6 +194,22 @@ def test_ignored_rows_count_nowhere(device: str, backend: str) -> None:
 
 
 @on_every_backend
+def test_more_rows_than_are_counted_at_a_time(device: str, backend: str) -> None:
+    """Labels and parts of the sums, here 16 at a time."""
+    inputs = SMALL.inputs(device)
+    expected = evaluate(kernel.reference, in_float64(inputs))
+    with tiling.using("linear_kd.sums", tiling.Tile(0, 16, 0, 1, 1)):
+        result = evaluate(linear_kd, inputs, backend=backend)
+        wrong = inputs["labels"].clone()
+        wrong[-1] = 300
+        if device == "cpu":  # a GPU would stop there for good
+            with pytest.raises(ValueError, match="label 300 lies outside"):
+                linear_kd(**{**inputs, "labels": wrong}, backend=backend)
+    for name in expected:
+        assert error(result[name], expected[name]) <= 1e-5, name
+
+
+@on_every_backend
 def test_all_rows_ignored_is_a_loss_of_zero(device: str, backend: str) -> None:
     inputs = SMALL.inputs(device)
     inputs["labels"] = torch.full_like(inputs["labels"], IGNORED)
