@@ -113,7 +113,8 @@ LINEAR_KD: Table = {
     "linear_kd.sums": {"any": (Row(Tile(0, 4096, 0, 8, 1)),)},  # one program, block_n numbers at a time
     "linear_kd.offsets": {"any": (Row(Tile(0, 0, 0, 4, 1)),)},  # a row a program
     # block_m rows a program, block_n logits a step: of as many rows as fit, each a whole tile of columns
-    "linear_kd.gradient": {"any": (Row(Tile(64, 2048, 0, 8, 1)),)},
+    # (measured on sm_90: a call of "kl 384/768" takes 16 µs less with 128 rows, half as many partial sums of the bias)
+    "linear_kd.gradient": {"any": (Row(Tile(64, 2048, 0, 8, 1)),), 90: (Row(Tile(128, 2048, 0, 8, 1)),)},
     "linear_kd.gradient_float32": {"any": (Row(Tile(64, 1024, 0, 4, 1)),)},
 }
 
