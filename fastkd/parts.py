@@ -150,7 +150,7 @@ def prepare(resolved: Resolved, world: World) -> Parts:
     loaded = load_model(config.teacher) if config.teacher else None
     like, tokenizer = _tokenizer(config, loaded)
     student_config = students.student_config(config.student, like, tokenizer)
-    setting = Setting.on(world.device, dtype, student_config.head_width, config.dropout)
+    setting = Setting.on(world.device, dtype, student_config.head_width, config.dropout, config.seq_length)
     attention = setting.choose(config.attention)
     memory.require_room(student_config, world.device)
     if config.seq_length > student_config.max_length:
@@ -173,8 +173,8 @@ def prepare(resolved: Resolved, world: World) -> Parts:
     teacher = None
     if loaded is not None and method.teacher_needs is not None:
         teacher = Teacher(
-            loaded, method.teacher_needs, device=world.device, dtype=dtype, attention=config.attention, compile=use_compile,
-            float8=config.teacher_dtype == "float8",
+            loaded, method.teacher_needs, device=world.device, dtype=dtype, longest=config.seq_length,
+            attention=config.attention, compile=use_compile, float8=config.teacher_dtype == "float8",
         )  # fmt: skip
     shards = _shards(config, tokenizer, world)
     student, method = student.to(world.device), method.to(world.device)
@@ -214,7 +214,8 @@ def _loss_of_teacher(parts: Parts, loaded: hf.Loaded, name: str) -> float:
     device, batch, method, student = parts.world.device, parts.validation[0], parts.method, parts.student
     dtype = torch.float32 if name == "float32" else torch.bfloat16
     assert method.teacher_needs is not None
-    teacher = Teacher(loaded, method.teacher_needs, device=device, dtype=dtype, float8=name == "float8")
+    longest, float8 = parts.config.seq_length, name == "float8"
+    teacher = Teacher(loaded, method.teacher_needs, device=device, dtype=dtype, longest=longest, float8=float8)
     taught = teacher(method.text(batch), batch)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=parts.dtype != torch.float32):
         out = student(method.text(batch), batch, method.student_needs)

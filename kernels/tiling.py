@@ -160,7 +160,27 @@ HIDDEN_MSE: Table = {"hidden_mse": {"any": (Row(Tile(0, 4096, 0, 8, 1)),)}}
 # ---- the backward of all of them ------------------------------------------------------------------------------
 SCALING: Table = {"scaling": {"any": (Row(Tile(0, 8192, 0, 8, 1)),)}}
 
-TABLE: Table = {**LINEAR_KD, **RELATION, **HIDDEN_MSE, **SCALING}
+# ---- packed_attention -----------------------------------------------------------------------------------------
+# block_m rows hold a whole sequence; the backward takes block_n of its keys at a time.
+# On sm_90 128 registers let two programs of 128 tokens share a multiprocessor; on others the same limit spills.
+_ATTENTION = (Row(Tile(64, 0, 0, 4, 1), 64, 64), Row(Tile(128, 0, 0, 8, 1), 64))
+_ATTENTION_BACKWARD = (Row(Tile(64, 64, 0, 4, 1), 64, 64), Row(Tile(128, 64, 0, 8, 1), 64))
+PACKED_ATTENTION: Table = {
+    "packed_attention.forward": {
+        "any": _ATTENTION,
+        90: (Row(Tile(64, 0, 0, 4, 2, 128), 64, 64), Row(Tile(128, 0, 0, 8, 1, 128), 64)),
+        100: _ATTENTION,
+    },
+    "packed_attention.backward": {
+        "any": _ATTENTION_BACKWARD,
+        90: (_ATTENTION_BACKWARD[0], Row(Tile(128, 32, 0, 8, 1, 128), 64)),
+        100: _ATTENTION_BACKWARD,
+        120: (Row(Tile(64, 32, 0, 4, 1), 64, 64), Row(Tile(128, 64, 0, 8, 1), 32), Row(Tile(128, 32, 0, 8, 1), 64)),
+        "gfx942": (_ATTENTION_BACKWARD[0], Row(Tile(128, 64, 0, 4, 1), 64)),
+    },
+}
+
+TABLE: Table = {**LINEAR_KD, **RELATION, **HIDDEN_MSE, **SCALING, **PACKED_ATTENTION}
 
 
 @contextmanager

@@ -162,19 +162,28 @@ def test_two_runs_give_identical_bits() -> None:
 
 
 def test_the_cpu_takes_sdpa_and_refuses_the_rest() -> None:
-    assert choose_backend("cpu", torch.bfloat16, 32) == "sdpa" == choose_backend("cpu", torch.float32, 26, 0.1, "sdpa")
+    assert choose_backend("cpu", torch.bfloat16, 32, 0.0, 128) == "sdpa"
+    assert choose_backend("cpu", torch.float32, 26, 0.1, 128, "sdpa") == "sdpa"
     assert available_backends()[-1] == "sdpa"
-    with pytest.raises(ValueError, match="'flash' is unknown; take one of flash_attn, varlen_attn, sdpa"):
-        choose_backend("cpu", torch.bfloat16, 32, override="flash")
-    for backend in BACKENDS[:2]:
+    with pytest.raises(ValueError, match="'flash' is unknown; take one of triton, flash_attn, varlen_attn, sdpa"):
+        choose_backend("cpu", torch.bfloat16, 32, 0.0, 128, "flash")
+    for backend in BACKENDS[:3]:
         with pytest.raises(ValueError, match=f"--attention {backend} .*use --attention sdpa"):
-            choose_backend("cpu", torch.bfloat16, 32, override=backend)
+            choose_backend("cpu", torch.bfloat16, 32, 0.0, 128, backend)
         with pytest.raises(ValueError, match=f"--attention {backend}"):
             varlen_attention(*inputs((3,), (3,)), boundaries((3,)), boundaries((3,)), 3, 3, backend=backend)
 
 
-H100 = {"device": "cuda", "capability": (9, 0), "dtype": torch.bfloat16, "head_width": 64, "dropout": 0.0}
-WITHOUT_PACKAGE = ("varlen_attn", "sdpa")
+H100 = {
+    "device": "cuda",
+    "capability": (9, 0),
+    "dtype": torch.bfloat16,
+    "head_width": 64,
+    "dropout": 0.0,
+    "longest": 512,
+}
+WITHOUT_PACKAGE = ("triton", "varlen_attn", "sdpa")
+SHORT = {"longest": 128}
 
 
 @pytest.mark.parametrize(
@@ -196,6 +205,16 @@ WITHOUT_PACKAGE = ("varlen_attn", "sdpa")
         ({"dropout": 0.1}, "flash_attn", None),
         ({"dropout": 0.1, "available": WITHOUT_PACKAGE}, "sdpa", "dropout 0.1: varlen_attn cannot drop"),
         ({"device": "cpu", "capability": None}, "sdpa", None),
+        (SHORT, "triton", None),
+        ({"longest": 129}, "flash_attn", None),
+        ({**SHORT, "head_width": 26}, "triton", None),
+        ({**SHORT, "head_width": 72}, "flash_attn", None),
+        ({**SHORT, "dropout": 0.1}, "flash_attn", None),
+        ({**SHORT, "dropout": 0.1, "available": WITHOUT_PACKAGE}, "sdpa", "dropout 0.1: varlen_attn cannot drop"),
+        ({**SHORT, "dtype": torch.float32}, "sdpa", "float32: FlashAttention takes 16 bits"),
+        ({**SHORT, "capability": (7, 5)}, "sdpa", "FlashAttention needs compute capability 8.0"),
+        ({**SHORT, "available": ("varlen_attn", "sdpa")}, "varlen_attn", None),
+        ({**SHORT, "device": "cpu", "capability": None}, "sdpa", None),
     ],
     ids=str,
 )
@@ -214,8 +233,14 @@ def test_a_refusal_names_what_is_missing_and_what_works() -> None:
     with pytest.raises(ValueError) as refusal:
         setting.choose("flash_attn")
     assert str(refusal.value) == (
-        "--attention flash_attn cannot be taken (flash_attn_varlen_func cannot be imported: pip install 'fastkd[flash]'); "
-        "use --attention sdpa, or leave it out"
+        "--attention flash_attn cannot be taken (flash_attn.flash_attn_varlen_func cannot be imported: pip install "
+        "'fastkd[flash]'); use --attention sdpa, or leave it out"
+    )
+    with pytest.raises(ValueError) as refusal:
+        setting.choose("triton")
+    assert str(refusal.value) == (
+        "--attention triton cannot be taken (sequences of 512 tokens: the kernel takes up to 128); use --attention sdpa, or "
+        "leave it out"
     )
 
 
@@ -243,13 +268,16 @@ def test_a_package_counts_if_it_has_the_function(
 
 @pytest.mark.gpu
 def test_gpu_backends_agree() -> None:
-    lengths_q, lengths_k = (2, 1, 30, 0), (90, 16, 300, 7)
-    for sizes in ((lengths_q, lengths_k), (lengths_k, lengths_k)):
+    lengths_q, short, long = (2, 1, 30, 0), (90, 16, 128, 7), (90, 16, 300, 7)
+    for sizes in itertools.product((lengths_q, None), (short, long)):
+        sizes = (sizes[0] or sizes[1], sizes[1])
         tensors = [x.cuda() for x in inputs(*sizes, torch.bfloat16)]
         exact = [x.double() for x in tensors]
         true = with_gradients(lambda q, k, v, n=sizes: written_out(q, k, v, *n), exact)
         cu, longest = [boundaries(n).cuda() for n in sizes], [max(n) for n in sizes]
         for backend in available_backends():
+            if backend == "triton" and max(longest) > 128:
+                continue
             function = lambda q, k, v: varlen_attention(q, k, v, *cu, *longest, backend=backend)  # noqa: B023, E731
             for mine, theirs in zip(with_gradients(function, tensors), true, strict=True):
                 assert float((mine - theirs).norm() / theirs.norm()) < 1e-2, backend
@@ -257,11 +285,14 @@ def test_gpu_backends_agree() -> None:
 
 @pytest.mark.gpu
 def test_gpu_takes_the_fastest_and_refuses_dropout_where_it_cannot() -> None:
-    fastest = available_backends()[0]
-    assert choose_backend("cuda", torch.bfloat16, 64) == fastest != "sdpa"
-    assert choose_backend("cuda", torch.float32, 64) == choose_backend("cuda", torch.bfloat16, 26) == "sdpa"
-    with pytest.raises(ValueError, match="cannot drop attention weights"):
-        choose_backend("cuda", torch.bfloat16, 64, 0.1, "varlen_attn")
+    fastest, fastest_of_long = available_backends()[:2]
+    assert choose_backend("cuda", torch.bfloat16, 64, 0.0, 128) == fastest == "triton"
+    assert choose_backend("cuda", torch.bfloat16, 64, 0.0, 512) == fastest_of_long != "sdpa"
+    assert choose_backend("cuda", torch.float32, 64, 0.0, 128) == "sdpa"
+    assert choose_backend("cuda", torch.bfloat16, 26, 0.0, 512) == "sdpa"
+    for backend in ("triton", "varlen_attn"):
+        with pytest.raises(ValueError, match="cannot drop attention weights"):
+            choose_backend("cuda", torch.bfloat16, 64, 0.1, 128, backend)
     for dropout, backend in itertools.product((0.0, 0.1), available_backends()):
-        if not (dropout and backend == "varlen_attn"):
-            assert choose_backend("cuda", torch.bfloat16, 64, dropout, backend) == backend
+        if not (dropout and backend in ("triton", "varlen_attn")):
+            assert choose_backend("cuda", torch.bfloat16, 64, dropout, 128, backend) == backend

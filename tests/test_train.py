@@ -145,8 +145,8 @@ def test_a_compiled_teacher_teaches_the_same(parts_of: Callable[..., Parts], mad
     parts = parts_of("tinybert")
     assert parts.teacher is not None
     compiled = Teacher(
-        load_model(str(made_teacher)), parts.teacher.needs, device=GPU.device, dtype=torch.bfloat16, attention=parts.attention,
-        compile=True,
+        load_model(str(made_teacher)), parts.teacher.needs, device=GPU.device, dtype=torch.bfloat16,
+        longest=parts.config.seq_length, attention=parts.attention, compile=True,
     )  # fmt: skip
     for step in range(3):
         batch = parts.stream.step(step)[0]

@@ -37,7 +37,18 @@ from fastkd.train import Objective
 
 SECONDS = 100
 ROOT = Path(__file__).parents[2]
-FILES = ("linear_kd", "relation_kl", "score_mse", "hidden_mse", "scaling", "packed", "tiling", "attention", "profiler")
+FILES = (
+    "linear_kd",
+    "relation_kl",
+    "score_mse",
+    "hidden_mse",
+    "packed_attention",
+    "scaling",
+    "packed",
+    "tiling",
+    "attention",
+    "profiler",
+)
 WORKERS = 10
 FAILURES = 40  # that become rows
 DTYPES = (torch.float32, torch.bfloat16)
@@ -175,7 +186,7 @@ def _step(parts: Parts, model: hf.Loaded, batch: Batch, device: torch.device, dt
     student, method = copy.deepcopy(parts.student).to(device, wide), copy.deepcopy(parts.method).to(device, wide)
     student.attention, teacher = None, None  # the fastest that takes this dtype
     if method.teacher_needs is not None:
-        teacher = Teacher(model, method.teacher_needs, device=device, dtype=dtype)
+        teacher = Teacher(model, method.teacher_needs, device=device, dtype=dtype, longest=batch.max_seqlen)
         if dtype == torch.float64:
             teacher.encoder.double()
     objective, batch = Objective(student, method, teacher, 0.0), batch.to(device)

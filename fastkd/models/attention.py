@@ -15,14 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastkd.kernels.packed_attention import MAX_LENGTH, MAX_WIDTH, packed_attention
 from fastkd.models.attention_cpu import cpu_attention
 
-BACKENDS = ("flash_attn", "varlen_attn", "sdpa")  # fastest first
+BACKENDS = ("triton", "flash_attn", "varlen_attn", "sdpa")  # fastest first
 FUNCTIONS = {
+    "triton": ("triton", "jit"),
     "flash_attn": ("flash_attn", "flash_attn_varlen_func"),
     "varlen_attn": ("torch.nn.attention.varlen", "varlen_attn"),
 }
-LEAST_CAPABILITY = (8, 0)  # of a GPU, for FlashAttention
+REMEDIES = {
+    "triton": "pip install triton",
+    "flash_attn": "pip install 'fastkd[flash]'",
+    "varlen_attn": "it came with torch 2.11",
+}
+LEAST_CAPABILITY = (8, 0)  # of a GPU, for FlashAttention and for products in bfloat16
 HEAD_STEP, WIDEST_HEAD = 8, 256  # FlashAttention's head widths: "head_size must be a multiple of 8", at most 256
 
 
@@ -51,14 +58,17 @@ class Setting:
     dtype: torch.dtype
     head_width: int
     dropout: float
+    longest: int  # tokens of a sequence, at most
     available: tuple[str, ...] = BACKENDS
 
     @classmethod
-    def on(cls, device: torch.device | str, dtype: torch.dtype, head_width: int, dropout: float) -> Setting:
+    def on(
+        cls, device: torch.device | str, dtype: torch.dtype, head_width: int, dropout: float, longest: int
+    ) -> Setting:
         """On a device of this machine."""
         device = torch.device(device)
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-        return cls(device.type, capability, dtype, head_width, dropout, available_backends())
+        return cls(device.type, capability, dtype, head_width, dropout, longest, available_backends())
 
     def refusal(self, name: str) -> str | None:
         """Why the backend cannot be taken, or None: only ``sdpa`` can do everything everywhere."""
@@ -67,16 +77,23 @@ class Setting:
         if self.device != "cuda":
             return f"it needs a CUDA device, not a {self.device}"
         if name not in self.available:
-            remedy = "pip install 'fastkd[flash]'" if name == "flash_attn" else "it came with torch 2.11"
-            return f"{FUNCTIONS[name][1]} cannot be imported: {remedy}"
+            return f"{'.'.join(FUNCTIONS[name])} cannot be imported: {REMEDIES[name]}"
+        kernel = "the kernel" if name == "triton" else "FlashAttention"
         if self.capability is not None and self.capability < LEAST_CAPABILITY:
-            return "FlashAttention needs compute capability 8.0"
+            return f"{kernel} needs compute capability 8.0"
         if self.dtype not in (torch.float16, torch.bfloat16):
-            return f"{str(self.dtype).removeprefix('torch.')}: FlashAttention takes 16 bits"
-        if self.head_width % HEAD_STEP or self.head_width > WIDEST_HEAD:
+            return f"{str(self.dtype).removeprefix('torch.')}: {kernel} takes 16 bits"
+        if self.dropout and name != "flash_attn":
+            return f"dropout {self.dropout:g}: {name} cannot drop attention weights"
+        return self._too_wide_or_long(name)
+
+    def _too_wide_or_long(self, name: str) -> str | None:
+        if name != "triton" and (self.head_width % HEAD_STEP or self.head_width > WIDEST_HEAD):
             return f"head width {self.head_width}: FlashAttention takes multiples of {HEAD_STEP} up to {WIDEST_HEAD}"
-        if self.dropout and name == "varlen_attn":
-            return f"dropout {self.dropout:g}: varlen_attn cannot drop attention weights"
+        if name == "triton" and self.head_width > MAX_WIDTH:
+            return f"head width {self.head_width}: the kernel takes up to {MAX_WIDTH}"
+        if name == "triton" and self.longest > MAX_LENGTH:
+            return f"sequences of {self.longest} tokens: the kernel takes up to {MAX_LENGTH}"
         return None
 
     def choose(self, override: str | None = None) -> str:
@@ -107,15 +124,17 @@ def choose_backend(
     device: torch.device | str,
     dtype: torch.dtype,
     head_width: int,
-    dropout: float = 0.0,
+    dropout: float,
+    longest: int,
     override: str | None = None,
 ) -> str:
     """The backend for heads of ``head_width`` in ``dtype`` on ``device``: the fastest that can do it, or ``override``.
 
-    Raises ValueError where ``override`` is unknown, not installed, or cannot do what is asked: only ``sdpa`` takes
-    float32, heads of any width, or runs off CUDA, and ``varlen_attn`` cannot drop attention weights.
+    ``longest`` bounds the tokens of a sequence. Raises ValueError where ``override`` is unknown, not installed, or cannot do
+    what is asked: only ``sdpa`` takes float32, heads of any width, or runs off CUDA, ``triton`` takes sequences of at most 128
+    tokens, and neither that nor ``varlen_attn`` can drop attention weights.
     """
-    return Setting.on(device, dtype, head_width, dropout).choose(override)
+    return Setting.on(device, dtype, head_width, dropout, longest).choose(override)
 
 
 def varlen_attention(
@@ -136,7 +155,9 @@ def varlen_attention(
     probability of dropping an attention weight; ``backend`` as in `choose_backend`, which refuses with ValueError.
     """
     if backend is None or not torch.compiler.is_compiling():  # the encoder has chosen before a graph is traced
-        backend = choose_backend(q.device, q.dtype, q.shape[-1], dropout, backend)
+        backend = choose_backend(q.device, q.dtype, q.shape[-1], dropout, max(max_q, max_k), backend)
+    if backend == "triton":
+        return packed_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max(max_q, max_k))
     if backend == "flash_attn":
         from flash_attn import flash_attn_varlen_func
 

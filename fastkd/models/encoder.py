@@ -214,7 +214,7 @@ class Encoder(nn.Module):
         # A graph sees the batch's tensors alone: what else differs from step to step, such as the lengths, would be
         # compiled into it.
         tensors = (ids, batch.position_ids, batch.cu_seqlens, batch.predicted)
-        backend = self._backend(ids.device, dropout)
+        backend = self._backend(ids.device, dropout, batch.max_seqlen)
         return self._graph(self, *tensors, batch.max_seqlen, needs, dropout, backend)
 
     def _run(
@@ -258,7 +258,7 @@ class Encoder(nn.Module):
             out.head_rows = self.head(rows)
         return out
 
-    def _backend(self, device: torch.device, dropout: float) -> str:
+    def _backend(self, device: torch.device, dropout: float, longest: int) -> str:
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else self.word_embeddings.weight.dtype
-        return choose_backend(device, dtype, self.config.head_width, dropout, self.attention)
+        return choose_backend(device, dtype, self.config.head_width, dropout, longest, self.attention)

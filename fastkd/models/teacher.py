@@ -28,8 +28,9 @@ class Teacher:
     and the residual stream stay float32, as under autocast. With ``float8`` the layers' products run in that. Layers
     above the deepest one read, and the MLM head where no logits are, are dropped from memory. It is no nn.Module:
     nothing can put it into training mode or hand its parameters to an optimiser. ``attention`` names a backend (None:
-    the fastest that takes its head width). With ``compile`` its forward is compiled and, on CUDA, forwards of the first
-    one's shapes are one CUDA graph, whose outputs the next overwrites.
+    the fastest that takes its head width and sequences of ``longest`` tokens, by default as many as it has positions).
+    With ``compile`` its forward is compiled and, on CUDA, forwards of the first one's shapes are one CUDA graph, whose
+    outputs the next overwrites.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Teacher:
         *,
         device: torch.device | str,
         dtype: torch.dtype,
+        longest: int | None = None,
         attention: str | None = None,
         compile: bool = False,
         float8: bool = False,
@@ -47,7 +49,7 @@ class Teacher:
         self.encoder = _cast(_cut(loaded.encoder, needs).to(device), dtype)
         if float8:
             quantise(self.encoder.layers)
-        setting = Setting.on(device, dtype, self.config.head_width, 0.0)
+        setting = Setting.on(device, dtype, self.config.head_width, 0.0, longest or self.config.max_length)
         self.attention = self.encoder.attention = setting.choose(attention)
         self.attention_remark = setting.remark(self.attention)
         if compile:
