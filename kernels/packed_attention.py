@@ -1,14 +1,14 @@
-"""Attention over packed sequences of at most 128 queries: the fused kernels of short texts.
+"""Attention over packed sequences of at most 128 tokens.
 
 Per sequence and head, with S = α q kᵀ, α = 1/√d, P = softmax_row(S) and o = P v:
 
     dv = Pᵀ do,   dS = P ∘ (do vᵀ − Δ),   Δ_i = Σ_c o_ic do_ic,   dq = α dS k,   dk = α dSᵀ q
 
 Kernels for long sequences take 128 × 128 scores at a time, add up dq in float32 through memory, and read o and do once more
-for Δ. Here a tile is as short as its sequence, one program has all queries of a sequence and head, and the backward reads
-each tensor once and writes each gradient once: no atomics, no buffers in float32, the same bits every time.
+for Δ. Here a tile has 64 rows where they hold the sequence, one program has all queries of a sequence and head, and the
+backward reads each tensor once and writes each gradient once: no atomics, no buffers in float32, the same bits every time.
 
-Sources: FlashAttention-2 (Dao 2023, arXiv 2307.08691, algorithms 1 and 2), of which the backward's loops are exchanged.
+Source: FlashAttention-2 (Dao 2023, arXiv 2307.08691, section 3.1), whose statistics of a row, one number, are kept here too.
 
 Shapes: Tq query rows, Tk key rows, B sequences, H heads, d head width, n length of a sequence.
 """
@@ -197,9 +197,9 @@ def _packed_attention_backward(
     cu_seqlens_k: Tensor,
     longest: int,
 ) -> list[Tensor]:
-    """[dq, dk and dv side by side] of as many queries as keys, else [dq, dk and dv side by side].
+    """With as many queries as keys one tensor [T, 3·H·d], dq beside dk beside dv; else dq, and dk beside dv.
 
-    A projection is cut into q, k and v, and its gradient is these side by side: Inductor then has nothing to copy.
+    Queries, keys and values are cut from a projection, whose gradient then is there without a copy.
     """
     _, heads, width = q.shape
     buffers = [torch.empty(shape, dtype=q.dtype, device=q.device) for shape in _gradient_shapes(q, k)]
