@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from bench.roofline import cases
 from fastkd.kernels import linear_kd, packed
 
+ZERO = 1e-12  # norm of a float64 result that would be 0 without rounding
 Inputs = dict[str, Any]  # keyword arguments of a kernel
 Loss = Callable[[Inputs], Tensor]  # → a scalar
 
@@ -279,7 +280,14 @@ def gradient_error(
     }
     _, gradients = step(loss or contender.make(), inputs)()
     _, expected = step(definition(kernel), exact)()
-    return max(float((g.double() - e).norm() / e.norm()) for g, e in zip(gradients, expected, strict=True))
+    return max(relative_error(g, e) for g, e in zip(gradients, expected, strict=True))
+
+
+def relative_error(out: Tensor, expected: Tensor) -> float:
+    """‖out − ref‖/‖ref‖; where the reference is 0 but for float64's rounding, ‖out‖ itself."""
+    out, expected = out.detach().double(), expected.detach().double()
+    size = float(expected.norm())
+    return float((out - expected).norm()) / (size if size > ZERO else 1.0)
 
 
 def first_rows(case: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.contenders import definition, step
+from bench.contenders import definition, relative_error, step
 from bench.device import part, train_step
 from bench.device.part import Context, Row, Rows
 from fastkd import methods
@@ -110,8 +110,7 @@ def _product(device: torch.device, add: bool) -> str | None:
 
 def _within(bound: float, out: Tensor, expected: Tensor) -> str:
     """The relative error in words. Raises AssertionError where it is beyond the bound, or no number."""
-    out, expected = out.detach().double(), expected.detach()
-    error = float((out - expected).norm() / expected.norm().clamp(min=1e-30))
+    error = relative_error(out, expected)
     if not error <= bound:
         raise AssertionError(f"error {error:.1e}, allowed are {bound:.0e}")
     return f"error {error:.1e}"

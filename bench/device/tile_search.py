@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.contenders import Inputs, Loss, step
+from bench.contenders import Inputs, Loss, relative_error, step
 from bench.device import part, worker
 from bench.device.part import Row
 from bench.device.timer import Timer
@@ -170,9 +170,7 @@ def timed(search: Search, inputs: Inputs, device: str) -> Iterator[Row]:
 
 def _difference(found: Outputs, expected: Outputs) -> float:
     """The worst ‖x − y‖/‖y‖ of the value and the gradients; inf for what is not finite."""
-    worst = max(
-        float((x.double() - y.double()).norm() / y.double().norm()) for x, y in zip(found, expected, strict=True)
-    )
+    worst = max(relative_error(x, y) for x, y in zip(found, expected, strict=True))
     return worst if worst == worst else float("inf")
 
 
