@@ -28,8 +28,6 @@ settings.load_profile("fastkd")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import made_model  # noqa: E402  (its imports decorate kernels)
-
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -71,12 +69,16 @@ def quickstart_teacher() -> Path:
 @pytest.fixture(scope="session")
 def made_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small teacher with an MLM head that no package carries."""
+    import made_model  # here: tests of kernels start without transformers
+
     return made_model.write_teacher(tmp_path_factory.mktemp("made") / "teacher", made_model.texts())
 
 
 @pytest.fixture(scope="session")
 def made_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The text that the made teacher's tokenizer comes from, as a file."""
+    import made_model
+
     path = tmp_path_factory.mktemp("made") / "corpus.txt"
     path.write_text("\n\n".join(made_model.texts()))
     return path

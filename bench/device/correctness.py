@@ -1,23 +1,23 @@
 """Whether what is fast is right: the tests of kernels and attention, and one step of every method, on this device.
 
-The tests run side by side, since most of their time is Triton's compiler; the shapes of the benches run alone, since
-their float64 definitions take some 15 GB each. Steps are those of training: loss and gradient of all parameters in
-bfloat16 and float32 against the same step in float64 on the CPU, with weights and text of the same numbers. What a CPU
-makes of the same step in the same dtype is what rounding costs (its path is tested without a GPU); a device may be
-twice as far off.
+Tests run side by side in processes of a kernel or a share of its tests, since most of their time is Triton's compiler; the
+shapes of the benches come last and one at a time, since their float64 definitions take some 15 GB each. Beside them, steps
+are those of training: loss and gradient of all parameters in bfloat16 and float32 against the same step in float64 on the
+CPU, with weights and text of the same numbers. What a CPU makes of the same step in the same dtype is what rounding costs
+(its path is tested without a GPU); a device may be twice as far off.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 import os
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.contenders import relative_error
 from bench.device import part, train_step
 from bench.device.part import Context, Row, Rows
 from fastkd import methods, plots, profiler
@@ -37,19 +38,18 @@ from fastkd.train import Objective
 
 SECONDS = 100
 ROOT = Path(__file__).parents[2]
-FILES = (
-    "linear_kd",
-    "relation_kl",
-    "score_mse",
-    "hidden_mse",
-    "packed_attention",
-    "scaling",
-    "packed",
-    "tiling",
-    "attention",
-    "profiler",
-)
-WORKERS = 10
+# Files of tests by what they test, and in how many processes: each of these takes seconds of a compiler for every case.
+FILES = {
+    "linear_kd": (("linear_kd",), 3),
+    "relation_kl": (("relation_kl",), 2),
+    "score_mse": (("score_mse",), 1),
+    "attention": (("attention", "packed_attention"), 2),
+    "hidden_mse and packing": (("hidden_mse", "scaling", "packed", "tiling"), 1),
+    "profiler": (("profiler",), 1),
+}
+BENCHED = ("linear_kd", "relation_kl", "score_mse", "hidden_mse")
+WORKERS = 8
+BENCH_BYTES = 30 << 30  # of a GPU's memory that must be free for the shapes of the benches
 FAILURES = 40  # that become rows
 DTYPES = (torch.float32, torch.bfloat16)
 FACTOR = 2.0  # over the error that a CPU makes in the same dtype
@@ -62,23 +62,25 @@ TINY: dict[str, Any] = {"teacher": "2L-48H-4A", "student": "1L-48H-4A", "seq_len
 
 @dataclass(frozen=True)
 class Selection:
-    """Tests to run together, and the share of the part's seconds that they may take."""
+    """Tests that run together in a process."""
 
     name: str
     files: tuple[str, ...]
-    expression: str  # of pytest's -k
-    workers: int
-    share: float
+    expression: str = ""  # of pytest's -k
+    share: str = "1/1"
 
 
 def run(context: Context, rows: Rows) -> None:
-    """The tests, those of the largest shapes, then the steps; a rehearsal, for which pytest is long, the other way round."""
-    if context.tiny:
+    """Tests in as many processes as there are cores for; the steps beside them, in this one."""
+    with ThreadPoolExecutor(_workers()) as pool:
+        running = [pool.submit(_test, selection, context, rows) for selection in _selections(context)]
         _steps(context, rows)
-    for selection in _selections(context):
-        _test(selection, context, rows)
-    if not context.tiny:
-        _steps(context, rows)
+        for each in running:
+            each.result()
+
+
+def _workers() -> int:
+    return max(1, min(WORKERS, (os.cpu_count() or 1) // 2))
 
 
 def _steps(context: Context, rows: Rows) -> None:
@@ -99,35 +101,38 @@ def _steps(context: Context, rows: Rows) -> None:
 
 def _selections(context: Context) -> tuple[Selection, ...]:
     if context.tiny:
-        return (Selection("one test file", ("tests/test_packed.py",), "", 0, 0.6),)
-    paths = (f"tests/test_{name}.py" for name in FILES)
-    files = tuple(path for path in paths if (ROOT / path).exists())
-    workers = min(WORKERS, max(1, (os.cpu_count() or 1) - 2))
-    return (
-        Selection("kernels and attention", files, "not interpreted and not bench_shapes", workers, 0.65),
-        Selection("shapes of the benches", files, "bench_shapes", 0, 0.15),
-    )
+        return (Selection("packing", ("tests/test_packed.py",)),)
+    found = []
+    for name, (stems, processes) in FILES.items():
+        files = tuple(f"tests/test_{stem}.py" for stem in stems)
+        for number in range(1, processes + 1):
+            share = f"{number}/{processes}"
+            found.append(Selection(name, files, "not interpreted and not bench_shapes", share))
+    benched = tuple(f"tests/test_{stem}.py" for stem in BENCHED)
+    return (*found, Selection("shapes of the benches", benched, "bench_shapes"))
 
 
 def _test(selection: Selection, context: Context, rows: Rows) -> None:
-    """Run a selection; a row that sums it up, then one for each failure."""
-    outcomes = Path(context.scratch or context.out) / "outcomes.jsonl"
+    """Run a selection; a row that sums it up, then one for each failure. What is cut off has told of the tests before."""
+    number, of = selection.share.split("/")
+    names: Row = {"what": "tests", "selection": selection.name + (f", part {number} of {of}" if of != "1" else "")}
+    outcomes = Path(context.scratch or context.out) / f"outcomes-{selection.name.replace(' ', '-')}-{number}.jsonl"
     outcomes.unlink(missing_ok=True)
-    started, seconds = time.monotonic(), min(selection.share * context.seconds, rows.left)
-    status: int | None = None
-    threads = {"OMP_NUM_THREADS": "1"} if selection.workers > 1 else {}
+    started, seconds, status = time.monotonic(), rows.left - 1, None
+    if reason := _refusal(selection, seconds):
+        rows.add(**names, skipped=reason)
+        return
     try:
         status = subprocess.run(
-            _command(selection, outcomes), cwd=ROOT, env={**os.environ, **threads}, timeout=seconds, check=False
+            _command(selection, outcomes), cwd=ROOT, env={**os.environ, **ENVIRONMENT}, timeout=seconds, check=False
         ).returncode
     except subprocess.TimeoutExpired:
-        print(f"cut off after {seconds:.0f} s", flush=True)
+        print(f"{names['selection']}: cut off after {seconds:.0f} s", flush=True)
     found = part.read(outcomes)
     count = {kind: sum(row["outcome"] == kind for row in found) for kind in ("passed", "failed", "error", "skipped")}
     row: Row = {
-        "what": "tests", "selection": selection.name, "passed": count["passed"], "failed": count["failed"],
-        "errors": count["error"], "skipped_tests": count["skipped"], "workers": selection.workers,
-        "seconds": time.monotonic() - started, "complete": status in (0, 1),
+        **names, "passed": count["passed"], "failed": count["failed"], "errors": count["error"],
+        "skipped_tests": count["skipped"], "seconds": time.monotonic() - started, "complete": status in (0, 1),
     }  # fmt: skip
     if not found:
         row["error"] = "pytest told of no test" if status is None else f"pytest ended with status {status}"
@@ -136,25 +141,28 @@ def _test(selection: Selection, context: Context, rows: Rows) -> None:
         rows.add(what="failure", test=failure["test"], message=failure["message"])
 
 
+def _refusal(selection: Selection, seconds: float) -> str:
+    """Why a selection is not begun, or ""."""
+    if seconds < 5:
+        return "no time was left"
+    if selection.expression == "bench_shapes" and torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        if free < BENCH_BYTES:
+            return f"{free / 2**30:.0f} GiB of the GPU's memory are free, {BENCH_BYTES >> 30} are needed"
+    return ""
+
+
+# Plugins that are installed for others take seconds to load; a thread each, for many run side by side.
+ENVIRONMENT = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"}
+
+
 def _command(selection: Selection, outcomes: Path) -> list[str]:
     """Warnings are no errors here: Inductor's advice about TF32 is one on this device."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "--no-header",
-        "--tb=short",
-        "-o",
-        "filterwarnings=",
-        "-W",
-        "default",
-    ]
-    command += ["-p", "no:cacheprovider", "-p", "bench.device.outcomes", "--outcomes", str(outcomes), *selection.files]
-    command += ["-k", selection.expression] if selection.expression else []
-    if selection.workers > 1 and importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(selection.workers), "--dist", "load"]
-    return command
+    return [
+        sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short", "-o", "filterwarnings=", "-W", "default",
+        "-p", "no:cacheprovider", "-p", "bench.device.outcomes", "--outcomes", str(outcomes), "--share", selection.share,
+        *(["-k", selection.expression] if selection.expression else []), *selection.files,
+    ]  # fmt: skip
 
 
 # ---- steps ----------------------------------------------------------------------------------------------------
@@ -211,10 +219,9 @@ def _compared(method: str, dtype: torch.dtype, exact: Step, on_cpu: Step, step: 
 
 
 def _errors(step: Step, exact: Step) -> tuple[float, float]:
-    """|loss − ref|/|ref|, and ‖g − ref‖/‖ref‖ over all parameters together."""
-    difference = sum(float((a - b).square().sum()) for a, b in zip(step[1], exact[1], strict=True))
-    size = sum(float(b.square().sum()) for b in exact[1])
-    return float((step[0] - exact[0]).abs() / exact[0].abs()), (difference / max(size, 1e-300)) ** 0.5
+    """The relative errors of the loss, and of the gradient of all parameters together."""
+    whole, expected = (torch.cat([gradient.flatten() for gradient in found]) for found in (step[1], exact[1]))
+    return relative_error(step[0], exact[0]), relative_error(whole, expected)
 
 
 # ---- table and picture ----------------------------------------------------------------------------------------
@@ -239,6 +246,8 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _test_cells(row: Row) -> tuple[Any, ...]:
+    if "skipped" in row:
+        return (row["selection"], *[""] * 5, row["skipped"])
     counts = [numeric(name, row[name], str(row[name])) for name in ("passed", "failed", "errors", "skipped_tests")]
     remark = row.get("error") or ("" if row["complete"] else "cut off before the end")
     return (row["selection"], *counts, numeric("seconds", row["seconds"], f"{row['seconds']:.0f}"), remark)

@@ -171,7 +171,8 @@ def _tests(results: Results) -> Finding | None:
         return None
     passed, failed = sum(row["passed"] for row in rows), sum(row["failed"] + row["errors"] for row in rows)
     cut = [row["selection"] for row in rows if not row["complete"]]
-    text = f"{passed} passed, {failed} failed" + (f"; cut off: {', '.join(cut)}" if cut else "")
+    cut += [row["selection"] for row in results.all("correctness", "tests", everything=True) if "skipped" in row]
+    text = f"{passed} passed, {failed} failed" + (f"; not or not all of: {', '.join(cut)}" if cut else "")
     return Finding(text, results.verdict("correctness", passed > 0 and failed == 0, missing=bool(cut)))
 
 

@@ -1,6 +1,7 @@
 """A plugin of pytest that writes each test's outcome down as soon as it is known, so that a run that is cut off has told.
 
 pytest -p bench.device.outcomes --outcomes FILE tests        a line of JSON a test; with xdist, of all workers
+    … --share 2/3                                            the second of three shares of the tests
 """
 
 from __future__ import annotations
@@ -15,6 +16,14 @@ from fastkd import jsonl
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--outcomes", type=Path, help="file for the outcomes")
+    parser.addoption("--share", default="1/1", help="run only this share of the tests, as 2/3")
+
+
+@pytest.hookimpl(trylast=True)  # of what -k and -m leave
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Every n-th test: neighbours often differ in their data only, so each share has of every kind."""
+    number, of = map(int, config.getoption("--share").split("/"))
+    items[:] = items[number - 1 :: of]
 
 
 def pytest_configure(config: pytest.Config) -> None:
