@@ -1,7 +1,8 @@
 """Fused losses and their peers, value and gradient together: ``python -m bench.device.timed_kernels JSON``, for ``kernels``.
 
-All contenders of a case are ready before the first is timed, and take turns. On a GPU a call is timed on the device
-alone (``timer``): as a CUDA graph, or by events where a peer cannot be captured. On a CPU, in tiny sizes, by the wall clock.
+In each case fastkd and its definition take turns; once all cases have had them, the others take turns among themselves. On
+a GPU a call is timed on the device alone (``timer``): as a CUDA graph, or by events where a peer cannot be captured. On a
+CPU, in tiny sizes, by the wall clock.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -42,8 +43,9 @@ WANTED = (
     ("relation_kl", "8×1024, 768, A=48"),
 )
 COMPILED, PEERED = {CE, A48, SCORE}, {A48, KL, KL_CE}
+OURS, OTHERS = "fastkd", "others"  # whose turn it is
 ROUNDS, ROUND_MS = 3, 10  # of each contender
-FIRST_S, COMPILE_S = 12.0, 20.0  # of a case, until one was timed, and of torch.compile
+FIRST_S, COMPILE_S = 8.0, 12.0  # of a case, until one was timed, and of torch.compile
 # Which steps of bench.roofline a Triton kernel does, by a word of its name.
 STEPS: dict[str, dict[str, slice]] = {
     "linear_kd": {"logits": slice(0, -3), "gradient": slice(-3, -2)},
@@ -81,7 +83,7 @@ class Ready(NamedTuple):
 
 @dataclass
 class Bench:
-    """What every case needs to know. ``skip``: cases that are done."""
+    """What every case needs to know. ``skip``: rounds of cases that are done."""
 
     out: str
     device: str
@@ -93,27 +95,30 @@ class Bench:
         self.timer, self.compiling = Timer(self.device), 0.0  # seconds, of the present case
 
     def rows(self) -> Iterator[Row]:
-        """The rows of every case that the time allows; before each case a row of kind "case"."""
-        started, longest = time.monotonic(), 0.0
-        for kernel, case in chosen(self.tiny)[self.skip :]:
+        """The rows that the time allows, of fastkd and its definition in all cases, then of the others; before the rows
+        of a case one of kind "case"."""
+        started, longest = time.monotonic(), {OURS: FIRST_S, OTHERS: FIRST_S}
+        cases = chosen(self.tiny)
+        rounds = [(whose, *case) for whose in (OURS, OTHERS) for case in cases if list(self.contenders(whose, *case))]
+        for whose, kernel, case in rounds[self.skip :]:
             name = f"{case.name} in miniature" if self.tiny else case.name
             names = {"kernel": kernel, "case": name, "dtype": str(case.dtype)[6:]}
             left = self.seconds - (time.monotonic() - started)
-            needed = 0.0 if self.tiny else longest or FIRST_S
+            needed = 0.0 if self.tiny else longest[whose]
             if left < needed:
                 why = f"takes about {needed:.0f} s, {left:.0f} s were left"
-                yield {"what": "kernel", **names, "contender": "fastkd", "skipped": why}
+                yield {"what": "kernel", **names, "contender": whose, "skipped": why}
                 continue
             began, self.compiling = time.monotonic(), 0.0
-            yield {"what": "case", **names}
-            for row in self.case(kernel, case, left):
+            yield {"what": "case", **names, "contender": whose}
+            for row in self.case(whose, kernel, case, left):
                 yield {"what": "kernel", **names, **row}
-            longest = max(longest, time.monotonic() - began - self.compiling)  # most cases compile nothing
+            longest[whose] = time.monotonic() - began - self.compiling  # most cases compile nothing
 
-    def case(self, kernel: str, case: Any, left: float) -> Iterator[Row]:
+    def case(self, whose: str, kernel: str, case: Any, left: float) -> Iterator[Row]:
         """One case: what could not be run, then every contender's measurement, then the launches of fastkd's call."""
         inputs, ready = case.inputs(self.device), list[Ready]()
-        for contender in self.contenders(kernel, case):
+        for contender in self.contenders(whose, kernel, case):
             if reason := self.refusal(contender, case, left):
                 yield {"contender": contender.name, "skipped": reason}
                 continue
@@ -159,14 +164,18 @@ class Bench:
             found["error"] = _survivable(error)
         return found
 
-    def contenders(self, kernel: str, case: Any) -> Iterable[Contender]:
+    def contenders(self, whose: str, kernel: str, case: Any) -> Iterator[Contender]:
         """fastkd and its definition in every case, the others in some."""
         mine = (kernel, case.name)
         for contender in contenders(kernel):
-            compiled = contender.name == "reference compiled" and mine in COMPILED and not self.tiny
-            # chunks that torch.compile makes ready for a minute: pytest bench has them
-            peer = contender.name not in ("reference compiled", "liger chunked jsd") and mine in PEERED
-            if contender.name in ("fastkd", "reference") or compiled or peer:
+            compiled = contender.name == "reference compiled"
+            if whose == OURS or contender.name in (OURS, "reference"):
+                wanted = whose == OURS and contender.name in (OURS, "reference")
+            elif compiled:
+                wanted = mine in COMPILED and not self.tiny
+            else:  # chunks that torch.compile makes ready for a minute: pytest bench has them
+                wanted = mine in PEERED and contender.name != "liger chunked jsd"
+            if wanted:
                 yield contender
 
     def of_roofline(self, kernel: str, case: Any, timed: Row) -> Row:
@@ -186,7 +195,7 @@ class Bench:
 
     def launches(self, kernel: str, case: Any, run: Callable[[], Any]) -> Iterator[Row]:
         """Seconds of each kernel of a call, the longest first, those of Triton against their own floor."""
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+        with profile(activities=[ProfilerActivity.CUDA]) as recorded:
             run()
             torch.cuda.synchronize()
         device, which = self.ceilings()
