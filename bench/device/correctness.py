@@ -56,8 +56,8 @@ FACTOR = 2.0  # over the error that a CPU makes in the same dtype
 # Errors of a loss and of a gradient below which a CPU's luck does not count.
 LOSSES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 FLOORS = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
-FULL: dict[str, Any] = {"teacher": "2L-768H-12A", "student": "2L-384H-12A", "seq_length": 128, "batch_tokens": 2048}
-TINY: dict[str, Any] = {"teacher": "2L-48H-4A", "student": "1L-48H-4A", "seq_length": 16, "batch_tokens": 256}
+FULL: dict[str, Any] = {"teacher": "2L-384H-12A", "student": "2L-192H-12A", "seq_length": 128, "batch_tokens": 2048}
+TINY: dict[str, Any] = {"teacher": "2L-48H-4A", "student": "1L-24H-4A", "seq_length": 16, "batch_tokens": 256}
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def _step(parts: Parts, model: hf.Loaded, batch: Batch, device: torch.device, dt
     """Loss and gradients of a copy of the student, with a teacher, in this dtype on this device."""
     wide = torch.promote_types(dtype, torch.float32)
     student, method = copy.deepcopy(parts.student).to(device, wide), copy.deepcopy(parts.method).to(device, wide)
-    student.attention, teacher = None, None  # the fastest that takes this dtype
+    student.attention, student.residual, teacher = None, wide, None  # the fastest attention that takes this dtype
     if method.teacher_needs is not None:
         teacher = Teacher(model, method.teacher_needs, device=device, dtype=dtype, longest=batch.max_seqlen)
         if dtype == torch.float64:
