@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,7 @@ class Spec:
     seq_length: int
     warmup: int  # steps before the clock starts
     steps: int
+    options: dict[str, Any] = field(default_factory=dict)  # of fastkd.run, beside those above
 
 
 class Clock:
@@ -127,7 +128,7 @@ def fastkd_parts(spec: Spec) -> Parts:
     options = {
         "preset": "quickstart", "method": spec.method, teacher: spec.teacher, "student": spec.student,
         "corpus": spec.corpus, "seq_length": spec.seq_length, "batch_tokens": spec.sequences * spec.seq_length,
-        "dtype": spec.dtype, "budget_tokens": 1e15,
+        "dtype": spec.dtype, "budget_tokens": 1e15, **spec.options,
     }  # fmt: skip
     return prepare(resolve(options), World(device=torch.device(spec.device)))
 

@@ -286,3 +286,18 @@ def test_outcomes_of_tests_are_written_one_by_one(workers: list[str], tmp_path: 
     assert rows["test_bad"]["message"].startswith("test_trial.py:5: AssertionError: not equal")
     assert rows["test_without"]["message"] == "test_trial.py:3: OSError: no disk"
     assert next(row for name, row in rows.items() if "syntax" in name)["outcome"] == "error"
+
+
+def test_shares_of_tests_are_all_of_them(tmp_path: Path) -> None:
+    (tmp_path / "test_trial.py").write_text("def test_a(): pass\ndef test_b(): pass\ndef test_c(): pass\n")
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    found = []
+    for share in ("1/2", "2/2"):
+        file = tmp_path / "outcomes.jsonl"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.device.outcomes", "--outcomes", str(file)]
+        command += ["--share", share, "--rootdir", str(tmp_path), str(tmp_path)]
+        subprocess.run(
+            command, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.DEVNULL, check=True, timeout=120
+        )
+        found.append([row["test"].split("::")[-1] for row in part.read(file)])
+    assert found == [["test_a", "test_c"], ["test_b"]]

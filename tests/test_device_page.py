@@ -56,12 +56,19 @@ def test_goals_are_met_by_the_worst_case(write_page: Callable[..., dict[str, str
 
 
 def test_training_goals(write_page: Callable[..., dict[str, str]]) -> None:
-    rate = {"what": "method", "size": "paper-6l", "dtype": "bfloat16", "mfu": 0.4, "peak_memory_bytes": 5}
+    full = {"size": "paper-6l", "packing": "full-sentences"}
+    rate, tax = (
+        full | {"what": "method", "dtype": "bfloat16", "mfu": 0.4, "peak_memory_bytes": 5},
+        full | {"what": "tax"},
+    )
     rows = [
         rate | {"method": "mlm", "tokens_per_s": 1.6e6},
-        {"what": "tax", "method": "minilmv2", "size": "paper-6l", "tax": 1.7, "bound": 1.5, "over": 1.13},
-        {"what": "tax", "method": "minilmv2", "size": "paper-12l", "tax": 1.9, "bound": 1.5, "over": 1.26},
-        {"what": "tax", "method": "tinybert", "size": "paper-6l", "tax": 2.1, "bound": 1.7, "over": 1.24},
+        rate | {"method": "mlm", "tokens_per_s": 1.0e6, "packing": "documents"},
+        tax | {"method": "minilmv2", "tax": 1.7, "bound": 1.5, "over": 1.13},
+        tax | {"method": "minilmv2", "size": "paper-12l", "tax": 1.9, "bound": 1.5, "over": 1.26},
+        tax | {"method": "minilmv2", "packing": "documents", "tax": 1.9, "bound": 1.5, "over": 1.26},
+        tax | {"method": "tinybert", "tax": 2.1, "bound": 1.7, "over": 1.24},
+        full | {"what": "residual", "method": "mlm", "tokens_per_s": 1.7e6},
     ]
     found = write_page("cuda", training=rows)
     assert verdicts(found, "scratch") == {"met"} == verdicts(found, "minilmv2: the teacher")

@@ -31,19 +31,20 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench import unpacking
-from bench.device import page, process
+from bench.device import alone, page, process
 from bench.device.part import Context
 from fastkd import environment, jsonl
 from fastkd.digest import file_sha256
 
 PLAN = ("environment", "smoke", "full_step", "correctness", "training", "kernels", "blocks", "comparison")
 ROOT = Path(__file__).parents[2]  # of the checkout
+UNTIMED = {"smoke", "correctness"}  # a run of these alone may go on beside another one, which waits with what it times
 LOG_BYTES = 1 << 20  # of each log's end that goes into the archive
 
 
@@ -145,7 +146,8 @@ class Run:
     def run(self) -> int:
         """Run the parts and write the page. 0: all ran; 4: some did not."""
         outcomes, begun = set[str](), list[Context]()
-        with _interruptible():
+        quiet = alone.beside_others() if self._waiting.keys() <= UNTIMED else nullcontext()
+        with _interruptible(), quiet:
             try:
                 while self._waiting and "interrupted" not in outcomes:
                     context, limit = self._next()

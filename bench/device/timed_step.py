@@ -1,7 +1,9 @@
-"""One method's real train step, timed in a process of its own: ``python -m bench.device.timed_step SPEC PROFILE``.
+"""One method's real train step, timed in a process of its own: ``python -m bench.device.timed_step``.
 
-SPEC is a ``bench.variants.Spec`` as JSON; PROFILE a file for the longest kernels of one step, or "". Steps are issued as
-the training loop does, at most two ahead of the device, so that the clock is the device's.
+It reads two lines: a ``bench.variants.Spec`` as JSON, with ``profile``, a file for the longest kernels of one step, or "";
+then, once it has compiled its graphs and said that it is ready, one that lets it go on. So several may import and compile
+side by side, and each is timed alone. Steps are issued as the training loop does, at most two ahead of the device, so that
+the clock is the device's.
 """
 
 from __future__ import annotations
@@ -39,7 +41,11 @@ Stream = Iterator[list[Batch]]
 def measure(spec: Spec, profile_path: Path | None) -> Iterator[Row]:
     """Rows of kind "method" and, with a path, "profile"."""
     torch.manual_seed(0)
-    trainer = Trainer(fastkd_parts(spec))
+    trainer = Trainer(fastkd_parts(spec))  # rehearses a micro-step, and so compiles all graphs
+    if trainer.device.type == "cuda":
+        torch.cuda.empty_cache()  # others compile now
+    worker.say_ready()
+    sys.stdin.readline()
     with contextlib.closing(trainer.parts.stream.prefetch(0)) as stream:
         first, *_ = _steps(trainer, stream, spec.warmup)[0]
         _start_counting_memory(trainer.device)
@@ -56,7 +62,7 @@ def measure(spec: Spec, profile_path: Path | None) -> Iterator[Row]:
             "batch_tokens": trainer.parts.config.batch_tokens, "micro_tokens": trainer.parts.micro_tokens,
             "attention": trainer.parts.attention, "compile": trainer.parts.compile,
             "compile_s": max(0.0, compiling) if trainer.parts.compile else 0.0,
-            "warmup": spec.warmup, "steps": spec.steps,
+            "warmup": spec.warmup, "steps": spec.steps, "mean_length": _mean_length(trainer.parts, spec),
             "step_s": statistics.median(step_s), "step_iqr_s": _iqr(step_s), "steps_s": step_s,
             "tokens_per_s": text / seconds, "host_s": statistics.median(issue), "hosts_s": issue,
             "phases": {name: statistics.median(lap[name] for lap in laps) for name in profiler.PHASES},
@@ -130,6 +136,12 @@ def _text_tokens(parts: Parts, spec: Spec) -> int:
     return sum(parts.stream.tokens_of(number).real for number in _timed_steps(spec))
 
 
+def _mean_length(parts: Parts, spec: Spec) -> float:
+    """Tokens of a sequence, in the first step that is timed."""
+    sequences = sum(len(batch.lengths) for batch in parts.stream.step(spec.warmup))
+    return parts.stream.tokens_of(spec.warmup).real / sequences
+
+
 def _arithmetic(trainer: Trainer, spec: Spec, text: int, seconds: float) -> Row:
     """FLOPs a token as run, and with layers that ran in part counted whole; MFU by either, of the datasheet's peak."""
     parts, peak = trainer.parts, profiler.peak_flops(trainer.device)
@@ -166,8 +178,8 @@ def _whole(needs: Needs, layers: int) -> Needs:
 def _profile(trainer: Trainer, stream: Stream, path: Path) -> list[dict[str, Any]]:
     """The longest kernels (on a CPU: operators) of one step, also as text in ``path``."""
     gpu, batches = trainer.device.type == "cuda", next(stream)
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
-    with profile(activities=activities) as recorded:
+    activity = ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU  # both together take seconds more
+    with profile(activities=[activity]) as recorded:
         trainer.step(batches, LEARNING_RATE)
         _wait(trainer.device)
     kernels = [
@@ -194,8 +206,9 @@ def _microseconds(event: Any, gpu: bool) -> float:
 
 def main() -> None:
     """Print the rows."""
-    spec, path = Spec(**json.loads(sys.argv[1])), sys.argv[2]
-    for row in measure(spec, Path(path) if path else None):
+    fields = json.loads(sys.stdin.readline())
+    path = fields.pop("profile")
+    for row in measure(Spec(**fields), Path(path) if path else None):
         worker.hand_over(row)
 
 
