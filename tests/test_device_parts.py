@@ -3,12 +3,16 @@
 import importlib
 import json
 import math
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from bench.contenders import relative_error
 from bench.device import (
+    alone,
     blocks,
     comparison,
     kernels,
@@ -110,6 +114,31 @@ def test_a_bundle_gives_its_teacher_and_its_text(tmp_path: Path) -> None:
     assert material.text(given) == "bundle"
 
 
+# ---- whose turn it is -----------------------------------------------------------------------------------------
+
+
+def test_what_is_timed_waits_until_nobody_else_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with alone.beside_others(), alone.beside_others():
+        assert not alone.is_free()
+        with alone.alone(0.0) as quiet:
+            assert not quiet
+    with alone.alone(60.0) as quiet:
+        assert quiet and not alone.is_free()
+    assert alone.is_free()
+
+
+def test_a_worker_says_that_it_is_ready_and_is_told_to_go_on(tmp_path: Path) -> None:
+    (tmp_path / "waits.py").write_text(
+        "import sys\nfrom bench.device import worker\nworker.say_ready()\nworker.hand_over({'told': sys.stdin.readline()})\n"
+    )
+    found: list[Row] = []
+    process = worker.Worker(["waits"], found.append, {"PYTHONPATH": f"{tmp_path}{os.pathsep}{worker.ROOT}"})
+    assert process.is_ready(60.0) and found == []
+    process.tell("go on")
+    assert process.wait(60.0) == "" and found == [{"told": "go on\n"}]
+
+
 # ---- training -------------------------------------------------------------------------------------------------
 
 
@@ -149,12 +178,16 @@ def test_rows_come_in_the_order_of_their_worth_and_one_that_fails_costs_no_other
     every = {(size, method) for size in ("paper-6l", "quickstart", "paper-12l") for method in methods.available()}
     assert {(entry.size, entry.method) for entry in entries if entry.variant == "fastkd"} == every
     assert {(entry.size, entry.method) for entry in entries[:5]} == {("paper-6l", name) for name in methods.available()}
-    assert [entry.method for entry in entries[:2]] == ["mlm", "minilmv2"] and len(set(entries)) == len(entries) == 17
+    assert [entry.method for entry in entries[:2]] == ["mlm", "minilmv2"] and len(set(entries)) == len(entries) == 20
+    groups = training.groups(entries)
+    assert [entry for group in groups for entry in group] == entries
+    assert all(len(group) == 1 for group in groups if group[0].variant != "fastkd")
+    assert {len(group) for group in groups} == {1, training.TOGETHER}
     monkeypatch.setattr(train_step, "files", lambda *_: (_ for _ in ()).throw(OSError("no disk")))
     given = Context("training", str(tmp_path), DEVICE, 300.0, False, None, str(scratch))
     training.run(given, Rows(given))
     rows = part.read(tmp_path / "training.jsonl")
-    assert len(rows) == 17 and all(row["error"] == "OSError: no disk" for row in rows)
+    assert len(rows) == 20 and all(row["error"] == "OSError: no disk" for row in rows)
 
 
 def test_whole_flops_run_the_last_layer_at_every_row(scratch: Path, tmp_path: Path) -> None:
@@ -182,6 +215,12 @@ def test_kernels(tmp_path: Path, scratch: Path) -> None:
     measured = {row["contender"] for row in rows}
     assert {"orda-kernel", "liger fused_linear_jsd"} <= measured  # measured, or a row that says why not
     assert "| linear_kd | ce 768 in miniature bfloat16 | fastkd |" in kernels.markdown(rows)
+
+
+def test_an_error_beside_an_expected_zero_is_the_result_itself() -> None:
+    assert relative_error(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 4.0])) == 0.75
+    assert relative_error(torch.tensor([3e-9, 4e-9]), torch.zeros(2)) == pytest.approx(5e-9)
+    assert relative_error(torch.ones(4), torch.full((4,), 1e-17)) == 2.0
 
 
 @pytest.mark.gpu
@@ -246,15 +285,21 @@ def test_a_proposed_row_can_be_pasted_and_gives_the_fastest_right_tile(
 
 def test_comparison_and_its_resumption(tmp_path: Path, scratch: Path) -> None:
     first = rows_of("comparison", tmp_path, scratch)
-    scratch_row, distilled, by_flops = first
-    assert [row["label"] for row in first] == ["mlm", "minilmv2", "minilmv2"]
-    assert all(row["charged_s"] <= 1.2 * row["budget_s"] for row in (scratch_row, distilled))
-    assert scratch_row["mlm_loss"] > 0 and distilled["mlm_loss"] is None
-    assert by_flops["budget"] == scratch_row["flops"] and by_flops["flops"] <= scratch_row["flops"]
-    assert "| minilmv2 | flops |" in comparison.markdown(first)
+    lanes = [row for row in first if row["match"] == "flops"]
+    assert sorted((row["label"], row["seed"]) for row in lanes) == [
+        (name, n) for name in ("minilmv2", "mlm") for n in (0, 1)
+    ]
+    assert len({row["budget"] for row in lanes}) == 1 and all(0 < row["flops"] <= row["budget"] for row in lanes)
+    assert all((row["mlm_loss"] is None) == (row["label"] == "minilmv2") for row in lanes)
+    (by_time,) = (row for row in first if row["match"] == "gpu-seconds")
+    assert by_time["charged_s"] <= 1.2 * by_time["budget_s"] and by_time["mlm_loss"] > 0
+    lines = comparison.markdown(first).splitlines()
+    (averaged,) = (line for line in lines if line.startswith("| mlm | flops |"))
+    assert "| 2 |" in averaged and " ± " in averaged
     again = rows_of("comparison", tmp_path, scratch)
-    taken = ("label", "match", "flops", "tokens", "charged_s", "loss_last")
-    assert [[row[name] for name in taken] for row in again] == [[row[name] for name in taken] for row in first]
+    taken = ("match", "label", "seed", "flops", "tokens", "charged_s", "loss_last")
+    found, before = (sorted([row[name] for name in taken] for row in each) for each in (again, first))
+    assert found == before
 
 
 def test_modules_of_parts_need_no_gpu_to_be_shown() -> None:

@@ -1,8 +1,7 @@
 """Runs under equal budgets, one after the other: ``python -m bench.device.compared_runs JSON``, for ``comparison``.
 
 Each is a run of ``fastkd.run`` in a folder of its own, with the options that ``fastkd.compare`` gives a row. ``compare``
-itself plans every row before the first one trains, which measures each twice: a minute has no room for that. So here the
-FLOPs that a scratch run of this comparison spent are the budget of those rows that are matched by FLOPs.
+itself plans every row before the first one trains, which measures each twice: a minute has no room for that.
 """
 
 from __future__ import annotations
@@ -20,60 +19,65 @@ import torch
 from bench.device import part, worker
 from bench.device.part import Row
 from fastkd import run
-from fastkd.config import resolve
 from fastkd.distributed import World
 from fastkd.loop import Interrupted
 from fastkd.matching import release_memory
 from fastkd.models import hf
+from fastkd.parts import prepare
 from fastkd.plan import BudgetTooSmall
 from fastkd.row import parse_row
 from fastkd.run_folder import read_run
 from fastkd.terminal import Console
 
 GPU_SECONDS, FLOPS = "gpu-seconds", "flops"
-TEACHER_RATE = 3e-4  # to go on from a teacher's weights with a new head
-OVERHEAD_S = 14.0  # of a run beside its budget, until one was timed
-LARGER = "larger"  # in a row's place of a teacher: the one with an MLM head
+ROWS = ("mlm", "minilmv2", "logit_kd", "tinybert", "minilm", "logit_kd+as-released")  # the worthiest first
+SEEDS = 3  # of runs matched by FLOPs
+FIRST_S = 25.0  # of a process's first run at least
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A run: its row as in --methods, what it is matched by, its share of the budget, its seed."""
+    """A run: its row as in --methods, what it is matched by, its seed."""
 
     row: str
-    match: str = GPU_SECONDS
-    share: float = 1.0
+    match: str
     seed: int = 0
 
-    @property
-    def needs_head(self) -> bool:
-        """Whether its teacher must have an MLM head."""
-        return "@" in self.row
+
+def lanes(tiny: bool) -> list[list[Entry]]:
+    """The runs matched by FLOPs, a process a row: its seeds share what the first one compiled."""
+    rows, seeds = (ROWS[:2], 2) if tiny else (ROWS, SEEDS)
+    return [[Entry(row, FLOPS, seed) for seed in range(seeds)] for row in rows]
 
 
-def entries(tiny: bool) -> list[Entry]:
-    """All runs, the worthiest first."""
-    rows = ["mlm", "minilmv2", f"logit_kd@{LARGER}", "tinybert", f"logit_kd+as-released@{LARGER}", "minilm"]
-    if tiny:
-        return [*(Entry(row) for row in rows[:2]), Entry("minilmv2", FLOPS)]
-    points = [(GPU_SECONDS, 1.0, 0), (FLOPS, 1.0, 0), (GPU_SECONDS, 3.0, 0), (GPU_SECONDS, 1.0, 1), (FLOPS, 3.0, 0)]
-    return [Entry(row, *point) for point in points for row in rows if row != "mlm" or point[0] == GPU_SECONDS]
+def timed(tiny: bool) -> list[Entry]:
+    """The runs matched by GPU-seconds."""
+    return [Entry(row, GPU_SECONDS) for row in (ROWS[:1] if tiny else ROWS)]
+
+
+def flops_of(options: dict[str, Any], tokens: float) -> float:
+    """What training from scratch on so many tokens takes, by the lengths of its first steps."""
+    shared = options | {"dtype": "float32", "compile": False}
+    parts = prepare(parse_row("mlm").resolved(shared, budget_tokens=1e15), World(device=torch.device("cpu")))
+    costs = [parts.step_cost(number) for number in range(8)]
+    return tokens * sum(sum(cost.flops.values()) for cost in costs) / sum(cost.real for cost in costs)
 
 
 @dataclass
 class Comparison:
-    """What all runs share. ``budget_s``: GPU-seconds of a share of 1."""
+    """What some runs share, and which they are: the fields of `Entry`, a list a run."""
 
     folder: str
     device: str
     tiny: bool
     seconds: float
     budget_s: float
+    budget_flops: float
     options: dict[str, Any]
+    runs: list[list[Any]]
 
     def __post_init__(self) -> None:
-        self.started, self.overhead = time.monotonic(), 0.0 if self.tiny else OVERHEAD_S
-        self.larger: str | None = None
+        self.started, self.last = time.monotonic(), 0.0 if self.tiny else FIRST_S
 
     @property
     def left(self) -> float:
@@ -82,13 +86,11 @@ class Comparison:
 
     def rows(self) -> Iterator[Row]:
         """A row a run, or why there is none."""
-        for entry in entries(self.tiny):
-            label = parse_row(entry.row).label
-            names: Row = {"what": "run", "label": label, "method": parse_row(entry.row).method, "match": entry.match}
-            names |= {"share": entry.share, "seed": entry.seed}
+        for entry in (Entry(*fields) for fields in self.runs):
+            row = parse_row(entry.row)
+            names: Row = {"what": "run", "label": row.label, "method": row.method}
+            names |= {"match": entry.match, "seed": entry.seed}
             try:
-                if entry.needs_head and self.larger is None:
-                    yield from self.train_larger()
                 yield {**names, **self.run(entry)}
             except Interrupted:
                 raise
@@ -97,71 +99,29 @@ class Comparison:
             except Exception as error:
                 yield {**names, "error": part.in_one_line(error)}
 
-    def train_larger(self) -> Iterator[Row]:
-        """A teacher with an MLM head: the given one with a new head, trained on for a share of 1."""
-        given = hf.load(self.options["teacher"])
-        if given.encoder.head is not None:
-            self.larger = self.options["teacher"]
-            return
-        config = given.config
-        student = f"{config.num_layers}L-{config.hidden_size}H-{config.num_heads}A-{config.intermediate_size}I"
-        options = self.options | {"method": "mlm", "init_from_teacher": True, "student": student, "lr": TEACHER_RATE}
-        self.require(self.budget_s)
-        self.larger = str(Path(self.folder) / f"teacher-{self.budget_s:g}")
-        names = {
-            "what": "run",
-            "label": "teacher with an MLM head",
-            "method": "mlm",
-            "match": GPU_SECONDS,
-            "share": 1.0,
-        }
-        yield {**names, "seed": 0, **self.train(options | self.seconds_of(1.0), self.larger)}
-
     def run(self, entry: Entry) -> Row:
-        """Train one row under its budget."""
-        row = parse_row(entry.row.replace(f"@{LARGER}", f"@{self.larger}"))
-        self.require(self.budget_s * entry.share)
-        budget = self.seconds_of(entry.share) if entry.match == GPU_SECONDS else self.flops_of(entry)
-        options = row.run_options(self.options) | {"seed": entry.seed} | budget
-        return self.train(options, str(self.place(entry)))
-
-    def train(self, options: dict[str, Any], folder: str) -> Row:
-        """One run, or what is left of it, and what came of it."""
+        """Train one row under its budget, or what is left of it, and say what came of it."""
+        if not self.tiny and self.last > self.left:
+            raise Skipped(f"takes about {self.last:.0f} s, {self.left:.0f} s were left")
+        row = parse_row(entry.row)
+        if row.method == "logit_kd" and not self.teacher_has_head():
+            raise Skipped("the teacher has no MLM head")
         began = time.monotonic()
         release_memory()
         if self.options["compile"]:
             torch.compiler.reset()  # the graphs of earlier models would count against the limit of recompilations
-        resolved = resolve(options | {"charge": "compute", "output_dir": folder})
+        by_time = entry.match == GPU_SECONDS
+        budget = {"budget_gpu_hours": self.budget_s / 3600} if by_time else {"budget_flops": self.budget_flops}
+        folder = Path(self.folder) / f"{row.slug}-{entry.match}-{next(iter(budget.values())):.6g}-seed{entry.seed}"
+        resolved = row.resolved(self.options, **budget, seed=entry.seed, output_dir=str(folder))
         run.run(resolved, World(device=torch.device(self.device)), Console(quiet=True))
-        found = summary(Path(folder))
-        wall = time.monotonic() - began
         if not self.tiny:
-            self.overhead = max(4.0, 1.2 * (wall - (found["charged_s"] or 0.0)))
-        return {**found, "exit": 0, "seconds": wall, "wall_s": wall}
+            self.last = time.monotonic() - began
+        return {**summary(folder), "seconds": time.monotonic() - began}
 
-    def require(self, budget_s: float) -> None:
-        """Raises Skipped where a run would not end in time."""
-        needed = self.overhead + budget_s
-        if not self.tiny and needed > self.left:
-            raise Skipped(f"takes about {needed:.0f} s, {self.left:.0f} s were left")
-
-    def seconds_of(self, share: float) -> dict[str, float]:
-        """The budget option."""
-        return {"budget_gpu_hours": share * self.budget_s / 3600}
-
-    def flops_of(self, entry: Entry) -> dict[str, float]:
-        """What the scratch run of the same share and seed spent."""
-        scratch = self.place(Entry("mlm", GPU_SECONDS, entry.share, entry.seed))
-        if not (scratch / "final").is_dir():
-            raise Skipped("there is no scratch run whose FLOPs it could have")
-        last = read_run(scratch).last
-        assert last is not None
-        return {"budget_flops": float(sum(last["flops"].values()))}
-
-    def place(self, entry: Entry) -> Path:
-        """The run's folder: the same for the same run, which is then taken up again."""
-        name = f"{parse_row(entry.row).slug}-{entry.match}-{entry.share * self.budget_s:g}s-seed{entry.seed}"
-        return Path(self.folder) / name
+    def teacher_has_head(self) -> bool:
+        """Whether the teacher has logits to teach."""
+        return hf.load(self.options["teacher"]).encoder.head is not None
 
 
 class Skipped(Exception):
