@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from bench.device import part, worker
+from bench.device.alone import beside_others
 from bench.device.part import Row
 from fastkd import run
 from fastkd.distributed import World
@@ -146,9 +148,12 @@ def summary(folder: Path) -> Row:
 
 
 def main() -> None:
-    """Print the rows."""
-    for row in Comparison(**json.loads(sys.argv[1])).rows():
-        worker.hand_over(row)
+    """Print the rows. Runs matched by FLOPs go on beside others; those matched by seconds are kept alone by who starts them."""
+    comparison = Comparison(**json.loads(sys.argv[1]))
+    timed = any(Entry(*fields).match == GPU_SECONDS for fields in comparison.runs)
+    with nullcontext() if timed else beside_others():
+        for row in comparison.rows():
+            worker.hand_over(row)
 
 
 if __name__ == "__main__":

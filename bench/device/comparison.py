@@ -18,7 +18,7 @@ from dataclasses import astuple
 from pathlib import Path
 
 from bench.device import compared_runs, material, train_step, worker
-from bench.device.alone import alone, beside_others
+from bench.device.alone import alone
 from bench.device.compared_runs import FLOPS, GPU_SECONDS, Entry
 from bench.device.part import Context, Row, Rows
 
@@ -51,7 +51,7 @@ def run(context: Context, rows: Rows) -> None:
                 what="run", label=f"{entries[0].row}: the rest", method="", match=entries[0].match, seed=0, error=error
             )
 
-    with beside_others(), ThreadPoolExecutor(len(lanes)) as pool:
+    with ThreadPoolExecutor(len(lanes)) as pool:
         for lane in lanes:
             pool.submit(worked, lane, until, env)
     entries = compared_runs.timed(context.tiny)

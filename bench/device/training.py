@@ -91,6 +91,7 @@ class Training:
     def __init__(self, context: Context, rows: Rows) -> None:
         self.context, self.rows = context, rows
         self.measured: dict[Entry, Row] = {}
+        self.begun = False
         self.standing: dict[Entry, worker.Worker] = {}  # that have begun to import
         self.about: Row = {"teacher": "random", "text": material.text(context)}
 
@@ -122,7 +123,7 @@ class Training:
         """Seconds that rows may take."""
         if not self.is_ours(group):
             return PEER_S
-        return LATER_S if self.measured else FIRST_S
+        return LATER_S if self.begun else FIRST_S
 
     def is_ours(self, group: Sequence[Entry]) -> bool:
         """Whether rows are fastkd's, which compile before they are timed."""
@@ -140,7 +141,7 @@ class Training:
 
     def ready(self, group: Sequence[Entry], following: Sequence[Sequence[Entry]]) -> list[Entry]:
         """Have these rows compile side by side, while those that follow import; those that are ready in time."""
-        begun = [entry for entry in group if self.begin(entry)]
+        self.begun, begun = True, [entry for entry in group if self.begin(entry)]
         if following and self.is_ours(following[0]):
             self.stand_by(following[0])
         until = time.monotonic() + self.rows.left - 2 - TIMING_S * len(group)
