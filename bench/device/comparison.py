@@ -22,7 +22,7 @@ from bench.device.alone import alone
 from bench.device.compared_runs import FLOPS, GPU_SECONDS, Entry
 from bench.device.part import Context, Row, Rows
 
-SECONDS = 40
+SECONDS = 110
 TOKENS = 8e6  # of the scratch runs that the others have the FLOPs of
 BUDGET_S = 8.0  # of the runs matched by GPU-seconds
 SIDE_BY_SIDE = 0.7  # of the time at most
