@@ -40,6 +40,13 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("scratch")
 
 
+@pytest.fixture(autouse=True)
+def own_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock of the test's own: what runs on this machine otherwise is not waited for."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+
+
 def context(name: str, out: Path, scratch: Path) -> Context:
     return Context(name, str(out), DEVICE, 300.0, True, None, str(scratch))
 
@@ -117,8 +124,7 @@ def test_a_bundle_gives_its_teacher_and_its_text(tmp_path: Path) -> None:
 # ---- whose turn it is -----------------------------------------------------------------------------------------
 
 
-def test_what_is_timed_waits_until_nobody_else_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_what_is_timed_waits_until_nobody_else_computes() -> None:
     with alone.beside_others(), alone.beside_others():
         assert not alone.is_free()
         with alone.alone(0.0) as quiet:
