@@ -41,7 +41,7 @@ def run(context: Context, rows: Rows) -> None:
     lanes = compared_runs.lanes(context.tiny)
     cores = max(1, (os.cpu_count() or 1) // len(lanes))
     env = {"OMP_NUM_THREADS": str(cores), "TORCHINDUCTOR_COMPILE_THREADS": str(cores)}
-    until = rows.left if context.tiny else SIDE_BY_SIDE * rows.left
+    until = SIDE_BY_SIDE * rows.left
 
     def worked(entries: Sequence[Entry], seconds: float, env: dict[str, str]) -> None:
         given = spec | {"seconds": seconds - 2, "runs": [astuple(entry) for entry in entries]}
