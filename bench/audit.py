@@ -88,7 +88,8 @@ def audit(build: tiling.Build, arch: Architecture) -> Report:
     compiled = _compile(build, tile, arch)
     registers, spilled = _amd_usage(compiled) if arch.backend == "hip" else _nvidia_usage(compiled)
     shared = compiled.metadata.shared
-    matrix = len(re.findall(arch.matrix, compiled.asm[arch.assembly]))
+    small = arch.backend == "cuda" and 0 < tile.block_m < 64  # rows, the least of wgmma and tcgen05
+    matrix = len(re.findall(r"\bmma\.sync" if small else arch.matrix, compiled.asm[arch.assembly]))
     loads, stores = accesses(compiled.asm["ptx"]) if arch.backend == "cuda" else ((), ())
     programs = resident(arch, registers, shared, tile.num_warps)
     problems = []

@@ -28,6 +28,7 @@ except ImportError:
 
 MASKED = -1e30  # score of a padded key: finite, so that the difference of two of them is 0 and not NaN
 MAX_HEAD_WIDTH = 128  # of the Triton kernels, which hold a head's whole width
+_PROGRAMS = 8192  # of a launch over whole sequences: 20 times as many as an H100 holds at once
 # Entries of a score tile. Fewer, and the calls of a block cost more than its arithmetic; more, and it leaves the cache.
 _ENTRIES_PER_THREAD, _MAX_ENTRIES = 1 << 19, 1 << 23
 # Lengths of groups are multiples of it and their sizes powers of two: oneDNN builds and keeps a kernel of about a
@@ -158,6 +159,25 @@ def fits_one_tile(kernel: str, *, width: int, length: int, device: torch.device)
     return length <= tiling.tile(kernel, width=width, length=length, arch=tiling.architecture(device)).block_m
 
 
+def tiles_by_length(kernel: str, *, width: int, length: int, device: torch.device) -> list[tuple[tiling.Tile, int]]:
+    """Tiles of ``kernel`` that together hold sequences of up to ``length`` tokens, the shortest first.
+
+    Beside each is the length of the tile before it: its launch takes the sequences that are longer. A short sequence then
+    costs a small tile, and fewer registers and warps, whatever the longest is; nobody asks the device for lengths.
+    """
+    arch, found, shorter = tiling.architecture(device), list[tuple[tiling.Tile, int]](), 0
+    while shorter < length:
+        tile = tiling.tile(kernel, width=width, length=shorter + 1, arch=arch)
+        found.append((tile, shorter))
+        shorter = tile.block_m
+    return found
+
+
+def one_tile_grid(num_heads: int, sequences: int) -> tuple[int, int]:
+    """Programs (head, i), of which i takes every so many-th sequence: passing one over costs less than a program."""
+    return num_heads, min(sequences, -(-_PROGRAMS // num_heads))
+
+
 def dot_dtype(dtype: torch.dtype) -> Any:
     """The dtype of the kernels' matrix operands. The interpreter multiplies bfloat16 wrongly: float32 there."""
     if tiling.INTERPRETED or dtype == torch.float32:
@@ -185,7 +205,7 @@ def build(
     for name in () if tl is None else kernel.arg_names:
         if name.endswith("_ptr"):
             signature[name] = pointers.get(name, "*bf16" if half else "*fp32")
-        elif name.endswith("_stride") or name in ("total", "width"):
+        elif name.endswith("_stride") or name in ("total", "width", "sequences", "shorter"):
             signature[name] = "i32"
         elif name.startswith(("alpha", "scale")):
             signature[name] = "fp32"

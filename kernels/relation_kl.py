@@ -17,6 +17,7 @@ Shapes: T packed tokens, B sequences, A relation heads, D width (s student, t te
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -33,7 +34,6 @@ except ImportError:
     tl = None
 
 LN2 = math.log(2)
-_INTERPRETED = tiling.constant(tiling.INTERPRETED)
 
 
 def reference(
@@ -71,7 +71,8 @@ def _centred(key: Tensor | None) -> Tensor | None:
 
 # ---- Triton ---------------------------------------------------------------------------------------------------
 #
-# Sequences of one tile's length: one launch, a program makes G of a sequence and head, 64 rows of scores at a time.
+# Sequences of one tile's length: one launch for each tile, the programs of which make G of a sequence and head, at most 64 rows
+# of scores at a time, and pass over sequences that another tile fits.
 # Longer ones: _stats_kernel streams columns → row maxima and sums of exponentials, [4, A, T];
 #              _self_kernel or _cross_kernel streams them again → loss and gradient of a block of rows.
 # Exponentials are powers of two, with 1/ln 2 in the scale of the scores. A padded row loads as zeros, so Q = P and
@@ -108,71 +109,38 @@ def _from_maxima(z, y, max_t, NEAR: tl.constexpr):  # type: ignore[no-untyped-de
 
 
 @jit
-def _larger(y, z, other_y, other_z):  # type: ignore[no-untyped-def]
-    return tl.maximum(y, other_y), tl.maximum(z, other_z)
-
-
-@jit
-def _added(p, e, d, other_p, other_e, other_d):  # type: ignore[no-untyped-def]
-    return p + other_p, e + other_e, d + other_d
-
-
-@jit
-def _row_maxima(y, z):  # type: ignore[no-untyped-def]
-    """Row maxima of both tiles in one fold, so that warps exchange them once. The interpreter would take minutes for it."""
-    if _INTERPRETED:
-        return tl.max(y, 1), tl.max(z, 1)
-    return tl.reduce((y, z), 1, _larger)
-
-
-@jit
-def _row_sums(p, e, d):  # type: ignore[no-untyped-def]
-    """Row sums of three tiles, likewise."""
-    if _INTERPRETED:
-        return tl.sum(p, 1), tl.sum(e, 1), tl.sum(d, 1)
-    return tl.reduce((p, e, d), 1, _added)
-
-
-@jit
 def _short_scores(  # type: ignore[no-untyped-def]
-    q, k, qt, kt, count, scale_s, scale_t, NEAR: tl.constexpr, ROWS: tl.constexpr, LENGTH: tl.constexpr
+    q, k, qt, kt, count, scale_s, scale_t, NEAR: tl.constexpr, LENGTH: tl.constexpr
 ):
     """Y and Z of some rows, base 2 and less their rows' maxima."""
-    y = tl.zeros([ROWS, LENGTH], tl.float32)
-    z = y
-    # A loop of one pass. Where one product follows another, Triton splits only rows between the warps: of eight, four would
-    # repeat the 64 rows of the other four. It does not look past the end of a loop, and so splits the columns, too.
-    for _ in tl.range(0, tl.minimum(count, 1), num_stages=1):
-        y = tl.dot(qt, tl.trans(kt), y, input_precision="ieee")
-        if NEAR:
-            z = tl.dot(q - qt, tl.trans(k), z, input_precision="ieee")
-            z = tl.dot(qt, tl.trans(k - kt), z, input_precision="ieee")
-        else:
-            z = tl.dot(q, tl.trans(k), z, input_precision="ieee")
     inside = (tl.arange(0, LENGTH) < count)[None, :]
-    y = tl.where(inside, y, -1e30)
+    y = tl.where(inside, tl.dot(qt, tl.trans(kt), input_precision="ieee"), -1e30)
     if NEAR:
-        y *= scale_t
-        y -= tl.max(y, 1)[:, None]
-        z = y + tl.where(inside, z, 0.0) * scale_s
+        d = tl.dot(q - qt, tl.trans(k), input_precision="ieee")
+        d = tl.where(inside, tl.dot(qt, tl.trans(k - kt), d, input_precision="ieee"), 0.0)
+        # The difference first: it is exact, and its product is rounded once. Else a row of one token would not be zero.
+        y = (y - tl.max(y, 1)[:, None]) * scale_t
+        z = y + d * scale_s
         z -= tl.max(z, 1)[:, None]
     else:
-        max_t, max_s = _row_maxima(y, tl.where(inside, z, -1e30))
+        z = tl.where(inside, tl.dot(q, tl.trans(k), input_precision="ieee"), -1e30)
+        max_t, max_s = tl.max(y, 1), tl.max(z, 1)
         y = y * scale_t - (max_t * scale_t)[:, None]
-        z = tl.where(inside, z, -1e30) * scale_s - (max_s * scale_s)[:, None]
+        z = z * scale_s - (max_s * scale_s)[:, None]
     return y, z
 
 
 @jit
 def _short_rows(  # type: ignore[no-untyped-def]
-    q, k, qt, kt, count, scale_s, scale_t,
-    DOT: tl.constexpr, NEAR: tl.constexpr, ROWS: tl.constexpr, LENGTH: tl.constexpr,
-):  # fmt: skip
-    """G and the KL of some rows of a sequence against all of its columns."""
-    y, z = _short_scores(q, k, qt, kt, count, scale_s, scale_t, NEAR, ROWS, LENGTH)
+    q, k, qt, kt, count, scale_s, scale_t, DOT: tl.constexpr, NEAR: tl.constexpr, LENGTH: tl.constexpr
+):
+    """G of some rows of a sequence against all of its columns, and their KL."""
+    y, z = _short_scores(q, k, qt, kt, count, scale_s, scale_t, NEAR, LENGTH)
     p = tl.exp2(y)
     e = tl.exp2(z)
-    sum_t, sum_s, kl = _row_sums(p, e, p * (y - z))
+    sum_t = tl.sum(p, 1)
+    sum_s = tl.sum(e, 1)
+    kl = tl.sum(p * (y - z), 1)
     g = e * (1 / sum_s)[:, None] - p * (1 / sum_t)[:, None]
     return g.to(DOT), kl / sum_t + tl.log2(sum_s / sum_t)
 
@@ -181,70 +149,94 @@ def _short_rows(  # type: ignore[no-untyped-def]
 def _short_tile(  # type: ignore[no-untyped-def]
     sources, dq_ptr, dk_ptr, start, count, head, width, alpha, scale_s, scale_t,
     WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
-    DOT: tl.constexpr, NEAR: tl.constexpr, CROSS: tl.constexpr, ROWS: tl.constexpr, LENGTH: tl.constexpr,
+    DOT: tl.constexpr, NEAR: tl.constexpr, CROSS: tl.constexpr, LENGTH: tl.constexpr,
 ):  # fmt: skip
-    """Loss and gradient of a sequence and head: all rows at once, or two halves, between which only G is kept."""
+    """Loss and gradient of a sequence and head, all rows at once."""
     query_s, key_s, query_t, key_t = sources
     kt = load_tile(key_t, start, count, head, WIDTH_T, LENGTH, PAD_T, DOT)
     k = load_tile(key_s, start, count, head, WIDTH_S, LENGTH, PAD_S, DOT)
-    loss = tl.zeros([ROWS], tl.float32)
-    # Two zeros, not one with two names: the compiler would not see that the loop changes ``upper``, and keep its zeros.
-    # Addresses and masks are made anew for each half (no LICM): kept from the first, they do not fit the registers.
-    upper = tl.zeros([ROWS, LENGTH], DOT)
-    lower = tl.zeros([ROWS, LENGTH], DOT)
-    for i in tl.range(0, LENGTH, ROWS, num_stages=1, disable_licm=True):
-        qt = kt
-        q = k
-        if CROSS or ROWS < LENGTH:
-            qt = load_tile(query_t, start + i, count - i, head, WIDTH_T, ROWS, PAD_T, DOT)
-            q = load_tile(query_s, start + i, count - i, head, WIDTH_S, ROWS, PAD_S, DOT)
-        upper = lower
-        lower, kl = _short_rows(q, k, qt, kt, count, scale_s, scale_t, DOT, NEAR, ROWS, LENGTH)
-        loss += kl
-    g = lower
-    if ROWS < LENGTH:
-        g = tl.reshape(tl.permute(tl.join(upper, lower), (2, 0, 1)), (LENGTH, LENGTH))
-    dq = tl.dot(g, k, input_precision="ieee")
-    if not CROSS:
-        dq = tl.dot(tl.trans(g), k, dq, input_precision="ieee")
-    store_tile(dq_ptr, width, start, count, head, dq * alpha, WIDTH_S, LENGTH, PAD_S)
+    qt = kt
+    q = k
     if CROSS:
+        qt = load_tile(query_t, start, count, head, WIDTH_T, LENGTH, PAD_T, DOT)
         q = load_tile(query_s, start, count, head, WIDTH_S, LENGTH, PAD_S, DOT)
+    g, kl = _short_rows(q, k, qt, kt, count, scale_s, scale_t, DOT, NEAR, LENGTH)
+    dq = tl.dot(g, k, input_precision="ieee")
+    if CROSS:
         dk = tl.dot(tl.trans(g), q, input_precision="ieee") * alpha
         store_tile(dk_ptr, width, start, count, head, dk, WIDTH_S, LENGTH, PAD_S)
-    return tl.sum(loss)
+    else:
+        dq = tl.dot(tl.trans(g), k, dq, input_precision="ieee")
+    store_tile(dq_ptr, width, start, count, head, dq * alpha, WIDTH_S, LENGTH, PAD_S)
+    return tl.sum(kl)
 
 
 @jit
+def _short_halves(  # type: ignore[no-untyped-def]
+    sources, dq_ptr, dk_ptr, start, count, head, width, alpha, scale_s, scale_t,
+    WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
+    DOT: tl.constexpr, NEAR: tl.constexpr, CROSS: tl.constexpr, LENGTH: tl.constexpr,
+):  # fmt: skip
+    """The same in two halves of the rows: all scores at once would not fit the registers."""
+    query_s, key_s, query_t, key_t = sources
+    HALF: tl.constexpr = LENGTH // 2
+    kt = load_tile(key_t, start, count, head, WIDTH_T, LENGTH, PAD_T, DOT)
+    k = load_tile(key_s, start, count, head, WIDTH_S, LENGTH, PAD_S, DOT)
+    loss = tl.zeros([HALF], tl.float32)
+    # Two zeros, not one with two names: the compiler would not see that the loop changes ``upper``, and keep its zeros.
+    # Addresses and masks are made anew for each half (no LICM): kept from the first, they do not fit the registers.
+    upper = tl.zeros([HALF, LENGTH], DOT)
+    lower = tl.zeros([HALF, LENGTH], DOT)
+    for i in tl.range(0, LENGTH, HALF, num_stages=1, disable_licm=True):
+        qt = load_tile(query_t, start + i, count - i, head, WIDTH_T, HALF, PAD_T, DOT)
+        q = load_tile(query_s, start + i, count - i, head, WIDTH_S, HALF, PAD_S, DOT)
+        upper = lower
+        lower, kl = _short_rows(q, k, qt, kt, count, scale_s, scale_t, DOT, NEAR, LENGTH)
+        loss += kl
+    q = load_tile(query_s, start, count, head, WIDTH_S, HALF, PAD_S, DOT)
+    dk = tl.dot(tl.trans(upper), q, input_precision="ieee")
+    q = load_tile(query_s, start + HALF, count - HALF, head, WIDTH_S, HALF, PAD_S, DOT)
+    dk = tl.dot(tl.trans(lower), q, dk, input_precision="ieee")
+    halves = tl.join(tl.dot(upper, k, input_precision="ieee"), tl.dot(lower, k, input_precision="ieee"))
+    dq = tl.reshape(tl.permute(halves, (2, 0, 1)), (LENGTH, PAD_S))
+    if CROSS:
+        store_tile(dk_ptr, width, start, count, head, dk * alpha, WIDTH_S, LENGTH, PAD_S)
+    else:
+        dq += dk
+    store_tile(dq_ptr, width, start, count, head, dq * alpha, WIDTH_S, LENGTH, PAD_S)
+    return tl.sum(loss)
+
+
+@functools.partial(jit, do_not_specialize=("sequences",))
 def _short_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr,  # [T, Ds]; k_ptr is q_ptr in a self-relation
     qt_ptr, kt_ptr,  # [T, Dt]
     cu_ptr,  # [B+1]
     dq_ptr, dk_ptr,  # [T, Ds], times the first of ``_factors``
     loss_ptr,  # [B, A]: KL in bits, summed over the rows of a sequence
-    q_stride, k_stride, qt_stride, kt_stride, width, alpha, scale_s, scale_t,
+    q_stride, k_stride, qt_stride, kt_stride, sequences, shorter, width, alpha, scale_s, scale_t,
     WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
     DOT: tl.constexpr, NEAR: tl.constexpr, CROSS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Program (head, sequence), at most BLOCK_M tokens; a tile half as long serves sequences half as long."""
-    head, sequence = tl.program_id(0), tl.program_id(1)
-    start = tl.load(cu_ptr + sequence)
-    count = tl.load(cu_ptr + sequence + 1) - start
+    """Program (head, i): sequences i, i + programs, … of ``shorter`` < n ≤ BLOCK_M tokens."""
+    head = tl.program_id(0)
     sources = ((q_ptr, q_stride), (k_ptr, k_stride), (qt_ptr, qt_stride), (kt_ptr, kt_stride))
-    FULL: tl.constexpr = min(BLOCK_M, 64)  # rows of scores at a time: 128 would take every register
-    HALF: tl.constexpr = min(BLOCK_M // 2, 64)
-    loss = 0.0
-    if count > BLOCK_M // 2:
-        loss = _short_tile(
-            sources, dq_ptr, dk_ptr, start, count, head, width, alpha, scale_s, scale_t,
-            WIDTH_S, WIDTH_T, PAD_S, PAD_T, DOT, NEAR, CROSS, FULL, BLOCK_M,
-        )  # fmt: skip
-    elif count > 0:
-        loss = _short_tile(
-            sources, dq_ptr, dk_ptr, start, count, head, width, alpha, scale_s, scale_t,
-            WIDTH_S, WIDTH_T, PAD_S, PAD_T, DOT, NEAR, CROSS, HALF, BLOCK_M // 2,
-        )  # fmt: skip
-    tl.store(loss_ptr + sequence * tl.num_programs(0) + head, loss)
+    # Without LICM: addresses that are kept from one sequence to the next take the registers of another program.
+    for sequence in tl.range(tl.program_id(1), sequences, tl.num_programs(1), num_stages=1, disable_licm=True):
+        start = tl.load(cu_ptr + sequence)
+        count = tl.load(cu_ptr + sequence + 1) - start
+        if (count > shorter) & (count <= BLOCK_M):
+            if BLOCK_M > 64:
+                loss = _short_halves(
+                    sources, dq_ptr, dk_ptr, start, count, head, width, alpha, scale_s, scale_t,
+                    WIDTH_S, WIDTH_T, PAD_S, PAD_T, DOT, NEAR, CROSS, BLOCK_M,
+                )  # fmt: skip
+            else:
+                loss = _short_tile(
+                    sources, dq_ptr, dk_ptr, start, count, head, width, alpha, scale_s, scale_t,
+                    WIDTH_S, WIDTH_T, PAD_S, PAD_T, DOT, NEAR, CROSS, BLOCK_M,
+                )  # fmt: skip
+            tl.store(loss_ptr + sequence * tl.num_programs(0) + head, loss)
 
 
 @jit
@@ -544,12 +536,14 @@ class _Launch:
         return packed.fits_one_tile(key, width=self.width, length=self.length, device=query.device)
 
     def short(self, dq: Tensor, dk: Tensor, cross: bool) -> Tensor:
-        tile = self.tile("relation_kl.short")
-        loss = dq.new_empty((self.sequences, self.heads), dtype=torch.float32)
-        _short_kernel[(self.heads, self.sequences)](
-            *self.tensors, self.cu_seqlens, dq, dk if cross else dq, loss, **self.strides(), width=dq.shape[1],
-            alpha=self.alpha, **self.scales, CROSS=cross, **self.constants, BLOCK_M=tile.block_m, **tile.options,
-        )  # fmt: skip
+        loss = dq.new_zeros((self.sequences, self.heads), dtype=torch.float32)
+        key = packed.table_key("relation_kl.short", dq.dtype)
+        for tile, shorter in packed.tiles_by_length(key, width=self.width, length=self.length, device=dq.device):
+            _short_kernel[packed.one_tile_grid(self.heads, self.sequences)](
+                *self.tensors, self.cu_seqlens, dq, dk if cross else dq, loss, **self.strides(),
+                sequences=self.sequences, shorter=shorter, width=dq.shape[1], alpha=self.alpha, **self.scales,
+                CROSS=cross, **self.constants, BLOCK_M=tile.block_m, **tile.options,
+            )  # fmt: skip
         return loss
 
     def long(self, dq: Tensor, dk: Tensor, cross: bool) -> Tensor:
@@ -805,7 +799,8 @@ _LONG_KERNELS = (
 AUDIT = (
     *(
         build(_short_kernel, "relation_kl.short", widths=widths, length=n, constants={"NEAR": False, "CROSS": cross})
-        for widths, n in (((64, 64), 128), ((16, 16), 128), ((24, 64), 128), ((64, 64), 64), ((64, 64), 32))
+        for widths in ((64, 64), (16, 16), (24, 64))
+        for n in (128, 64, 32)
         for cross in (False, True)
     ),
     *(

@@ -18,6 +18,7 @@ Shapes: T packed tokens, B sequences, A heads, D width (s student, t teacher), n
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +60,8 @@ def reference(
 
 # ---- Triton ---------------------------------------------------------------------------------------------------
 #
-# Sequences of one tile's length: one launch, a program holds R of a sequence and head.
+# Sequences of one tile's length: one launch for each tile, the programs of which hold R of a sequence and head, at most 64 rows
+# at a time, and pass over sequences that another tile fits.
 # Longer ones: _rows_kernel streams R of a block of tokens, as queries for the loss and dq, then as keys for dk.
 # Rows past a sequence's end load as zeros, so R is 0 there: nothing needs a mask.
 
@@ -72,44 +74,83 @@ def _residual(q, k, qt, kt, alpha_s, alpha_t):  # type: ignore[no-untyped-def]
 
 
 @jit
+def _short_tile(  # type: ignore[no-untyped-def]
+    sources, dq_ptr, dk_ptr, start, count, head, width, alpha_s, alpha_t,
+    WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
+    DOT: tl.constexpr, LENGTH: tl.constexpr,
+):  # fmt: skip
+    """Loss and gradients of a sequence and head, all rows at once."""
+    query_s, key_s, query_t, key_t = sources
+    qt = load_tile(query_t, start, count, head, WIDTH_T, LENGTH, PAD_T, DOT)
+    q = load_tile(query_s, start, count, head, WIDTH_S, LENGTH, PAD_S, DOT)
+    kt = load_tile(key_t, start, count, head, WIDTH_T, LENGTH, PAD_T, DOT)
+    k = load_tile(key_s, start, count, head, WIDTH_S, LENGTH, PAD_S, DOT)
+    r = _residual(q, k, qt, kt, alpha_s, alpha_t)
+    squares = tl.sum(r * r, 1)
+    r = r.to(DOT)
+    dk = tl.dot(tl.trans(r), q, input_precision="ieee") * alpha_s
+    store_tile(dk_ptr, width, start, count, head, dk, WIDTH_S, LENGTH, PAD_S)
+    dq = tl.dot(r, k, input_precision="ieee") * alpha_s
+    store_tile(dq_ptr, width, start, count, head, dq, WIDTH_S, LENGTH, PAD_S)
+    return tl.sum(squares)
+
+
+@jit
+def _short_halves(  # type: ignore[no-untyped-def]
+    sources, dq_ptr, dk_ptr, start, count, head, width, alpha_s, alpha_t,
+    WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
+    DOT: tl.constexpr, LENGTH: tl.constexpr,
+):  # fmt: skip
+    """The same in two halves of the rows: all of R at once would not fit the registers."""
+    query_s, key_s, query_t, key_t = sources
+    HALF: tl.constexpr = LENGTH // 2
+    kt = load_tile(key_t, start, count, head, WIDTH_T, LENGTH, PAD_T, DOT)
+    k = load_tile(key_s, start, count, head, WIDTH_S, LENGTH, PAD_S, DOT)
+    squares = tl.zeros([HALF], tl.float32)
+    dk = tl.zeros([LENGTH, PAD_S], tl.float32)
+    for i in tl.range(0, LENGTH, HALF, num_stages=1, disable_licm=True):
+        qt = load_tile(query_t, start + i, count - i, head, WIDTH_T, HALF, PAD_T, DOT)
+        q = load_tile(query_s, start + i, count - i, head, WIDTH_S, HALF, PAD_S, DOT)
+        r = _residual(q, k, qt, kt, alpha_s, alpha_t)
+        squares += tl.sum(r * r, 1)
+        rounded = r.to(DOT)
+        dk = tl.dot(tl.trans(rounded), q, dk, input_precision="ieee")
+        dq = tl.dot(rounded, k, input_precision="ieee") * alpha_s
+        store_tile(dq_ptr, width, start + i, count - i, head, dq, WIDTH_S, HALF, PAD_S)
+    store_tile(dk_ptr, width, start, count, head, dk * alpha_s, WIDTH_S, LENGTH, PAD_S)
+    return tl.sum(squares)
+
+
+@functools.partial(jit, do_not_specialize=("sequences",))
 def _short_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr,  # [T, Ds]
     qt_ptr, kt_ptr,  # [T, Dt]
     cu_ptr,  # [B+1]
     dq_ptr, dk_ptr,  # [T, Ds], without 2/(A·Σ n²)
     loss_ptr,  # [B, A]: Σ R² of a sequence
-    q_stride, k_stride, qt_stride, kt_stride, width, alpha_s, alpha_t,
+    q_stride, k_stride, qt_stride, kt_stride, sequences, shorter, width, alpha_s, alpha_t,
     WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
     DOT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Program (head, sequence), at most BLOCK_M tokens: R in two halves of its columns, of which it keeps the operand's dtype."""
-    head, sequence = tl.program_id(0), tl.program_id(1)
-    start = tl.load(cu_ptr + sequence)
-    count = tl.load(cu_ptr + sequence + 1) - start
-    COLUMNS: tl.constexpr = BLOCK_M // 2
-    loss = 0.0
-    if count > 0:
-        qt = load_tile((qt_ptr, qt_stride), start, count, head, WIDTH_T, BLOCK_M, PAD_T, DOT)
-        q = load_tile((q_ptr, q_stride), start, count, head, WIDTH_S, BLOCK_M, PAD_S, DOT)
-        squares = tl.zeros([BLOCK_M], tl.float32)
-        # Two zeros, not one with two names: the compiler would not see that the loop changes ``left``, and keep its zeros.
-        left = tl.zeros([BLOCK_M, COLUMNS], DOT)
-        right = tl.zeros([BLOCK_M, COLUMNS], DOT)
-        for j in tl.range(0, BLOCK_M, COLUMNS, num_stages=1):
-            kt = load_tile((kt_ptr, kt_stride), start + j, count - j, head, WIDTH_T, COLUMNS, PAD_T, DOT)
-            k = load_tile((k_ptr, k_stride), start + j, count - j, head, WIDTH_S, COLUMNS, PAD_S, DOT)
-            r = _residual(q, k, qt, kt, alpha_s, alpha_t)
-            squares += tl.sum(r * r, 1)
-            left = right
-            right = r.to(DOT)
-        loss = tl.sum(squares)
-        r = tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (BLOCK_M, BLOCK_M))
-        dk = tl.dot(tl.trans(r), q, input_precision="ieee") * alpha_s
-        store_tile(dk_ptr, width, start, count, head, dk, WIDTH_S, BLOCK_M, PAD_S)
-        k = load_tile((k_ptr, k_stride), start, count, head, WIDTH_S, BLOCK_M, PAD_S, DOT)
-        dq = tl.dot(r, k, input_precision="ieee") * alpha_s
-        store_tile(dq_ptr, width, start, count, head, dq, WIDTH_S, BLOCK_M, PAD_S)
-    tl.store(loss_ptr + sequence * tl.num_programs(0) + head, loss)
+    """Program (head, i): sequences i, i + programs, … of ``shorter`` < n ≤ BLOCK_M tokens."""
+    head = tl.program_id(0)
+    sources = ((q_ptr, q_stride), (k_ptr, k_stride), (qt_ptr, qt_stride), (kt_ptr, kt_stride))
+    # Without LICM: addresses that are kept from one sequence to the next take the registers of another program.
+    for sequence in tl.range(tl.program_id(1), sequences, tl.num_programs(1), num_stages=1, disable_licm=True):
+        start = tl.load(cu_ptr + sequence)
+        count = tl.load(cu_ptr + sequence + 1) - start
+        if (count > shorter) & (count <= BLOCK_M):
+            if BLOCK_M > 64:
+                loss = _short_halves(
+                    sources, dq_ptr, dk_ptr, start, count, head, width, alpha_s, alpha_t,
+                    WIDTH_S, WIDTH_T, PAD_S, PAD_T, DOT, BLOCK_M,
+                )  # fmt: skip
+            else:
+                loss = _short_tile(
+                    sources, dq_ptr, dk_ptr, start, count, head, width, alpha_s, alpha_t,
+                    WIDTH_S, WIDTH_T, PAD_S, PAD_T, DOT, BLOCK_M,
+                )  # fmt: skip
+            tl.store(loss_ptr + sequence * tl.num_programs(0) + head, loss)
 
 
 @jit
@@ -176,17 +217,29 @@ def _triton(
     width_s, width_t = (x.shape[1] // num_heads for x in (query_s, query_t))
     pads, sequences = [packed.pad_width(width) for width in (width_s, width_t)], len(cu_seqlens) - 1
     device, where = query_s.device, {"width": max(pads), "length": max_seqlen}
-    short = packed.fits_one_tile(packed.table_key("score_mse.short", query_s.dtype), device=device, **where)
-    key = packed.table_key("score_mse.short" if short else "score_mse.rows", query_s.dtype)
-    tile = tiling.tile(key, arch=tiling.architecture(device), **where)
-    blocks = {"BLOCK_M": tile.block_m} if short else {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
-    grid = (num_heads, sequences) if short else (num_heads, -(-max_seqlen // tile.block_m), sequences)
+    strides = [x.stride(0) for x in tensors]
+    rest: dict[str, Any] = {
+        "width": dq.shape[1], "alpha_s": 1 / math.sqrt(width_s), "alpha_t": 1 / math.sqrt(width_t),
+        "WIDTH_S": width_s, "WIDTH_T": width_t, "PAD_S": pads[0], "PAD_T": pads[1],
+        "DOT": packed.dot_dtype(query_s.dtype),
+    }  # fmt: skip
+    key = packed.table_key("score_mse.short", query_s.dtype)
+    if packed.fits_one_tile(key, device=device, **where):
+        loss = dq.new_zeros((sequences, num_heads), dtype=torch.float32)
+        with torch.cuda.device_of(query_s):
+            for tile, shorter in packed.tiles_by_length(key, device=device, **where):
+                _short_kernel[packed.one_tile_grid(num_heads, sequences)](
+                    *tensors, cu_seqlens, dq, dk, loss, *strides, sequences=sequences, shorter=shorter,
+                    BLOCK_M=tile.block_m, **rest, **tile.options,
+                )  # fmt: skip
+        return loss.sum(), dq, dk
+    tile = tiling.tile(packed.table_key("score_mse.rows", query_s.dtype), arch=tiling.architecture(device), **where)
+    grid = (num_heads, -(-max_seqlen // tile.block_m), sequences)
     loss = dq.new_empty(grid, dtype=torch.float32)
     with torch.cuda.device_of(query_s):
-        (_short_kernel if short else _rows_kernel)[grid](
-            *tensors, cu_seqlens, dq, dk, loss, *(x.stride(0) for x in tensors), width=dq.shape[1],
-            alpha_s=1 / math.sqrt(width_s), alpha_t=1 / math.sqrt(width_t), WIDTH_S=width_s, WIDTH_T=width_t,
-            PAD_S=pads[0], PAD_T=pads[1], DOT=packed.dot_dtype(query_s.dtype), **blocks, **tile.options,
+        _rows_kernel[grid](
+            *tensors, cu_seqlens, dq, dk, loss, *strides,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **rest, **tile.options,
         )  # fmt: skip
     return loss.sum(), dq, dk
 
@@ -395,8 +448,7 @@ BENCHES = (
 
 _WIDTHS = ((64, 64), (16, 16), (24, 64))
 AUDIT = (
-    *(build(_short_kernel, "score_mse.short", widths=widths, length=128) for widths in _WIDTHS),
-    *(build(_short_kernel, "score_mse.short", widths=(64, 64), length=n) for n in (32, 64)),
+    *(build(_short_kernel, "score_mse.short", widths=widths, length=n) for widths in _WIDTHS for n in (128, 64, 32)),
     *(build(_rows_kernel, "score_mse.rows", widths=widths) for widths in (*_WIDTHS, (128, 128))),
     build(_short_kernel, "score_mse.short_float32", widths=(64, 64), length=32, dtype=torch.float32),
     *(build(_rows_kernel, "score_mse.rows_float32", widths=(d, d), dtype=torch.float32) for d in (64, 128)),
