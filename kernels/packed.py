@@ -28,7 +28,7 @@ except ImportError:
 
 MASKED = -1e30  # score of a padded key: finite, so that the difference of two of them is 0 and not NaN
 MAX_HEAD_WIDTH = 128  # of the Triton kernels, which hold a head's whole width
-_PROGRAMS = 8192  # of a launch over whole sequences: 20 times as many as an H100 holds at once
+PROGRAMS = 8192  # of a launch over whole sequences: 20 times as many as an H100 holds at once
 # Entries of a score tile. Fewer, and the calls of a block cost more than its arithmetic; more, and it leaves the cache.
 _ENTRIES_PER_THREAD, _MAX_ENTRIES = 1 << 19, 1 << 23
 # Lengths of groups are multiples of it and their sizes powers of two: oneDNN builds and keeps a kernel of about a
@@ -175,7 +175,7 @@ def tiles_by_length(kernel: str, *, width: int, length: int, device: torch.devic
 
 def one_tile_grid(num_heads: int, sequences: int) -> tuple[int, int]:
     """Programs (head, i), of which i takes every so many-th sequence: passing one over costs less than a program."""
-    return num_heads, min(sequences, -(-_PROGRAMS // num_heads))
+    return num_heads, min(sequences, -(-PROGRAMS // num_heads))
 
 
 def dot_dtype(dtype: torch.dtype) -> Any:

@@ -67,6 +67,28 @@ def test_cu_seqlens_may_be_a_slice_of_more_slots(name: str, backend: str) -> Non
     assert all(torch.equal(a, b) for a, b in zip(out[1], whole[1], strict=True))
 
 
+@pytest.mark.parametrize(("name", "cross"), [("relation_kl", False), ("relation_kl", True), ("score_mse", False)])
+def test_a_launch_takes_the_lengths_between_two_tiles(name: str, cross: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once each, at the borders too, whether a program has one sequence or goes through all of them."""
+    lengths = (32, 33, 0, 64, 128, 65, 1, 31, 63, 0)
+    kind = packed.Case if name == "relation_kl" else score_mse.Case
+    case = kind("", lengths, 2, 32, 32, torch.bfloat16, cross=cross)
+    function, reference = LOSSES[name]
+    given = case.inputs()
+    expected, exact_gradients = value_and_gradients(reference, exact(given))
+    outs = []
+    for programs in (packed.PROGRAMS, 2):
+        monkeypatch.setattr(packed, "PROGRAMS", programs)
+        outs.append(value_and_gradients(function, given, backend="triton"))
+    (loss, gradients), (again, same) = outs
+    assert error(loss, expected) <= case.tolerance
+    for out, ref in zip(gradients, exact_gradients, strict=True):
+        for rows in torch.arange(len(out)).split(lengths):
+            assert not len(rows) or error(out[rows], ref[rows]) <= case.tolerance or len(rows) == 1
+    assert torch.equal(loss, again)
+    assert all(torch.equal(x, y) for x, y in zip(gradients, same, strict=True))
+
+
 @each_loss
 def test_no_rows_at_all_is_a_loss_of_zero(name: str) -> None:
     loss, gradients = value_and_gradients(LOSSES[name][0], inputs(name, (0, 0)), backend="blocked")
