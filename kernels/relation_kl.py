@@ -754,6 +754,7 @@ def relation_kl(
 # ---- for tests, benches and the audit -------------------------------------------------------------------------
 
 _RAGGED = (128, 1, 17, 64, 65, 127, 2, 0, 0)  # trailing zeros: static shapes hold empty sequences
+_TEXT = (8, 60, 20, 38, 110, 14, 31, 77, 25, 47)  # tokens of ten passages, 43 on average
 CASES: tuple[Case, ...] = (
     Case("one token", (1, 1, 1), 2, 16, 16),
     Case("ragged", _RAGGED, 3, 36, 24),
@@ -787,6 +788,9 @@ BENCHES: tuple[Case, ...] = (
     Case("32×128, 384, A=12", (128,) * 32, 12, 384, 384, torch.bfloat16, gap=0.3),
     Case("256×128, 768, A=12", (128,) * 256, 12, 768, 768, torch.bfloat16, gap=0.3),
     Case("256×128, 768, A=48", (128,) * 256, 48, 768, 768, torch.bfloat16, gap=0.3),
+    Case("512×64, 768, A=48", (64,) * 512, 48, 768, 768, torch.bfloat16, gap=0.3),
+    Case("1024×32, 768, A=48", (32,) * 1024, 48, 768, 768, torch.bfloat16, gap=0.3),
+    Case("text, 760×43, 768, A=48", _TEXT * 76, 48, 768, 768, torch.bfloat16, gap=0.3),
     Case("256×128, 768, A=12 cross", (128,) * 256, 12, 768, 768, torch.bfloat16, cross=True, gap=0.3),
     Case("ragged 256, 384/768, A=12", (128, 90, 55, 20) * 64, 12, 384, 768, torch.bfloat16),
     Case("8×1024, 768, A=48", (1024,) * 8, 48, 768, 768, torch.bfloat16, gap=0.3),

@@ -235,15 +235,16 @@ def architecture(device: torch.device) -> int | str:
 
 
 def tile(kernel: str, *, width: int, length: int | None = None, arch: int | str) -> Tile:
-    """The tile of ``kernel`` for rows of ``width`` in sequences of ``length`` on ``arch``.
+    """The tile of ``kernel`` for rows of ``width`` in sequences of ``length`` on ``arch``."""
+    return next(row.tile for row in rows(kernel, arch) if row.serves(width, length))
 
-    An NVIDIA architecture without a column takes the closest older one, an AMD one takes gfx942's.
-    """
+
+def rows(kernel: str, arch: int | str) -> tuple[Row, ...]:
+    """The column of ``kernel`` for ``arch``: of the closest older NVIDIA architecture, or gfx942, where it has none."""
     columns = TABLE[kernel]
     if isinstance(arch, str):
-        rows = columns.get(arch) or columns.get("gfx942")
+        found = columns.get(arch) or columns.get("gfx942")
     else:
         older = [column for column in columns if isinstance(column, int) and column <= arch]
-        rows = columns[max(older)] if older else None
-    rows = rows or columns["any"]
-    return next(row.tile for row in rows if row.serves(width, length))
+        found = columns[max(older)] if older else None
+    return found or columns["any"]

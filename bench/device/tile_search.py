@@ -45,12 +45,8 @@ class Search:
 
     def serving(self, arch: int | str) -> tuple[tuple[tiling.Row, ...], int]:
         """The table's rows for an architecture, and which of them serves this case."""
-        now = tiling.tile(self.kernel, width=self.width, length=self.length, arch=arch)
-        for rows in tiling.TABLE[self.kernel].values():
-            for number, row in enumerate(rows):
-                if row.tile is now:
-                    return rows, number
-        raise AssertionError(f"no row of {self.kernel} holds {now}")
+        rows = tiling.rows(self.kernel, arch)
+        return rows, next(number for number, row in enumerate(rows) if row.serves(self.width, self.length))
 
     def tiles(self, arch: int | str) -> list[Tile]:
         """Today's tile, then the candidates."""
@@ -86,6 +82,8 @@ def searches(tiny: bool) -> list[Search]:
         _linear("linear_kd.logits", "ce 768", _LOGITS),
         _linear("linear_kd.gradient", "kl 384/768", _GRADIENT),
         _packed("relation_kl.short", "256×128, 768, A=48", _SHORT),
+        _packed("relation_kl.short", "512×64, 768, A=48", _UP_TO_64),
+        _packed("relation_kl.short", "1024×32, 768, A=48", _UP_TO_32),
         _packed("score_mse.short", "256×128, 768/768, A=12", _SHORT),
         _packed("relation_kl.short", "256×128, 768, A=12", _SHORT),
         _hidden("hidden_mse", "131072×768", _HIDDEN),
@@ -105,10 +103,12 @@ _GRADIENT = (
     Tile(64, 2048, 0, 8, 1), Tile(64, 1024, 0, 4, 1), Tile(32, 2048, 0, 8, 1), Tile(128, 2048, 0, 8, 1),
     Tile(64, 4096, 0, 16, 1), Tile(64, 2048, 0, 4, 1),
 )  # fmt: skip
-# The last number: the registers of a thread, so that two programs share a multiprocessor. Other warps spill.
-_SHORT = (Tile(128, 0, 0, 8, 1, 128), Tile(128, 0, 0, 8, 1), Tile(128, 0, 0, 8, 2))
+# The last number: the registers of a thread, so that more programs share a multiprocessor, at a few spilled bytes if need be.
+_SHORT = (Tile(128, 0, 0, 4, 1, 168), Tile(128, 0, 0, 8, 1), Tile(128, 0, 0, 8, 1, 128))
+_UP_TO_64 = (Tile(64, 0, 0, 4, 1, 80), Tile(64, 0, 0, 4, 1, 128), Tile(64, 0, 0, 8, 1))
+_UP_TO_32 = (Tile(32, 0, 0, 1, 1), Tile(32, 0, 0, 4, 1), Tile(64, 0, 0, 4, 1))
 _HIDDEN = tuple(Tile(0, block, 0, warps, 1) for block in (2048, 4096, 8192) for warps in (4, 8))
-_SELF = (Tile(64, 32, 0, 8, 2), Tile(128, 32, 0, 8, 2), Tile(64, 64, 0, 8, 2), Tile(64, 32, 0, 4, 1))
+_SELF = (Tile(64, 32, 0, 4, 1), Tile(64, 32, 0, 4, 2), Tile(64, 64, 0, 4, 1))
 _STATS = (Tile(64, 64, 0, 4, 2), Tile(128, 64, 0, 8, 2))
 
 

@@ -34,6 +34,7 @@ A48, SCORE = ("relation_kl", "256×128, 768, A=48"), ("score_mse", "256×128, 76
 WANTED = (
     CE,
     A48,
+    ("relation_kl", "text, 760×43, 768, A=48"),
     KL,
     SCORE,
     ("relation_kl", "256×128, 768, A=12"),
