@@ -25,6 +25,7 @@ from fastkd.train import Trainer
 
 STEPS_AHEAD = 2  # of the device: so its clock is the one that counts, and no step waits for the host
 VALIDATION_SHARE = 0.02  # of what is charged: validations that would cost more are left out
+ENERGY_S = 1.0  # between readings of the energy while steps follow one another
 SKIPS_TOLERATED = 20  # steps in a row without a finite gradient
 
 
@@ -263,8 +264,11 @@ class Loop:
             raise Diverged(f"the gradient was not finite in {SKIPS_TOLERATED} steps in a row: give a smaller --lr")
 
     def _joules(self) -> float | None:
-        """Joules since the last reading; None for good once one is missing, for a part of a total is none."""
-        joules = self.power.joules_since_last()
+        """Joules since the last reading; None for good once one is missing, for a part of a total is none.
+
+        Read about once a second, and with the last step before anything else happens: what an event draws is not a step's.
+        """
+        joules = self.power.joules_since_last(ENERGY_S if self.issued else 0.0)
         if joules is None or (self.totals.step > 0 and self.totals.joules is None):
             joules = self.totals.joules = None
         return joules

@@ -192,11 +192,17 @@ class PowerMeter:
                 names = [f"GPU-{torch.cuda.get_device_properties(device).uuid}" for device in devices]
                 self._handles = [pynvml.nvmlDeviceGetHandleByUUID(name) for name in names]
                 self._nvml = pynvml
-        self._last = self._joules()
+        self._last, self._read_at = self._joules(), now()
 
-    def joules_since_last(self) -> float | None:
-        """Joules of all GPUs since the last call (or the start); None where one of them does not count."""
-        joules = self._joules()
+    def joules_since_last(self, rest_s: float = 0.0) -> float | None:
+        """Joules of all GPUs since the last reading (or the start); None where one of them does not count.
+
+        NVML takes some 3 ms a reading, as long as a step of a small student: within ``rest_s`` seconds of the last one nothing
+        is read, and the answer is 0; the next reading has it all.
+        """
+        if self._last is not None and now() - self._read_at < rest_s:
+            return 0.0
+        joules, self._read_at = self._joules(), now()
         spent = None if joules is None or self._last is None else joules - self._last
         self._last = joules
         return spent

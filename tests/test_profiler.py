@@ -58,6 +58,27 @@ def test_what_a_cpu_does_not_tell_is_blank() -> None:
         assert meter.clocks() == profiler.ClockReading(None, None)
 
 
+class _Counter(profiler.PowerMeter):
+    """Instead of a GPU: one joule more each time it is read."""
+
+    def __init__(self) -> None:
+        self.readings = 0
+        super().__init__([])
+
+    def _joules(self) -> float:
+        self.readings += 1
+        return float(self.readings)
+
+
+def test_energy_is_read_now_and_then_and_none_of_it_is_lost(monkeypatch) -> None:
+    clock = iter([0.0, 0.1, 0.2, 1.5, 1.5, 1.6, 1.7, 1.7])
+    monkeypatch.setattr(profiler, "now", lambda: next(clock))
+    meter = _Counter()
+    assert [meter.joules_since_last(1.0) for _ in range(3)] == [0.0, 0.0, 1.0]
+    assert meter.readings == 2
+    assert [meter.joules_since_last(1.0), meter.joules_since_last()] == [0.0, 1.0]  # an event reads at once
+
+
 def test_a_peak_is_that_of_the_whole_name() -> None:
     assert profiler.PEAK_BF16_FLOPS["NVIDIA H100 PCIe"] < profiler.PEAK_BF16_FLOPS["NVIDIA H100 80GB HBM3"]
     for name in ("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GB200"):
