@@ -118,16 +118,16 @@ def layer_products(c: EncoderConfig, extent: str, work: Work) -> list[Step]:
 
 
 def attention(c: EncoderConfig, rows: int, work: Work) -> tuple[Step, Step]:
-    """FlashAttention-2 forward and backward for the queries of so many rows, keys and values of all.
+    """``packed_attention`` forward and backward for the queries of so many rows, keys and values of all.
 
-    Forward: reads q, k, v, writes the output. Backward: reads these and the output's gradient, writes dq, dk, dv, and
-    clears, fills and converts a float32 sum for dq. Five products instead of two.
+    Forward: reads q, k, v, writes the output. Backward: reads these and the output's gradient, writes dq, dk, dv. Five
+    products instead of two.
     """
     T, D = work.tokens, c.hidden_size
     forward = 4 * D * work.pairs * rows // T
     return (
         Step(forward, D * (4 * rows + 4 * T), kind="attention"),
-        Step(2.5 * forward, D * (20 * rows + 8 * T), kind="attention"),
+        Step(2.5 * forward, D * (8 * rows + 8 * T), kind="attention"),
     )
 
 
@@ -143,7 +143,7 @@ def layer_forward(c: EncoderConfig, extent: str, work: Work, stream_bytes: int) 
 def layer_backward(c: EncoderConfig, extent: str, work: Work, stream_bytes: int) -> list[Step]:
     """Two products for each, attention, and elementwise kernels.
 
-    These: the stream's; dq, dk and dv side by side (12 D); the sums over rows for four biases (10 D + 2 I); gelu's (6 I).
+    These: the stream's; the sums over rows for four biases (10 D + 2 I); gelu's (6 I).
     Where predicted rows alone ask, keys and values still have all rows, and the gradient of x gathers both.
     """
     T, D, I = work.tokens, c.hidden_size, c.intermediate_size  # noqa: E741
@@ -151,7 +151,7 @@ def layer_backward(c: EncoderConfig, extent: str, work: Work, stream_bytes: int)
     if extent == "projection":
         return [*products, Step(0, 18 * T * D)]
     rows = T if extent == "all" else work.predicted
-    bytes_ = rows * ((stream_bytes + 22) * D + 8 * I) + (26 * T * D if extent == "predicted" else 0)
+    bytes_ = rows * ((stream_bytes + 10) * D + 8 * I) + (26 * T * D if extent == "predicted" else 0)
     return [*products, attention(c, rows, work)[1], Step(0, bytes_)]
 
 

@@ -39,7 +39,8 @@ def test_flops_a_token_of_scratch_training() -> None:
 def test_bytes_of_a_layer_are_those_of_the_compiled_kernels() -> None:
     """As counted in torch.compile's code with every layer a graph of its own: 4.8 GB forward and 10.9 GB backward.
 
-    A bfloat16 stream was counted at 10.8 GB in all, 1.2 GB of that for gradients of zeros that are gone.
+    A bfloat16 stream was counted at 10.8 GB in all. 1.2 GB of that were for gradients of zeros, and 1.2 GB of both laid dq, dk and
+    dv side by side: these are gone.
     """
 
     def elementwise(stream: step_model.Stream) -> tuple[float, float]:
@@ -47,23 +48,15 @@ def test_bytes_of_a_layer_are_those_of_the_compiled_kernels() -> None:
         backward = step_model.layer_backward(WORK.student, "all", WORK, stream.backward)
         return forward[-1].bytes, backward[-1].bytes
 
-    assert elementwise(step_model.LAYERS_APART) == pytest.approx((4.83e9, 10.87e9), rel=2e-3)
-    assert sum(elementwise(step_model.STREAMS["bfloat16"])) == pytest.approx(9.6e9, rel=1e-2)
+    assert elementwise(step_model.LAYERS_APART) == pytest.approx((4.83e9, 10.87e9 - 12 * T * D), rel=2e-3)
+    assert sum(elementwise(step_model.STREAMS["bfloat16"])) == pytest.approx(9.6e9 - 12 * T * D, rel=1e-2)
 
 
-@pytest.mark.parametrize(
-    ("method", "expected", "within"),
-    [("mlm", 98, 10), ("minilmv2", 150, 15), ("logit_kd", 160, 10), ("minilm", 147, 8)],
-)
-def test_the_first_version_s_steps_are_as_estimated_by_hand(method: str, expected: float, within: float) -> None:
-    """Layers compiled apart, embeddings eager: sums of single estimates made before this model, ms on an H100.
-
-    Not tinybert's: its hidden states' errors were eager then.
-    """
-    built, h100 = step_model.method_of(method, WORK), roofline.DEVICES[1]
-    parts = predictions.milliseconds(built, WORK, step_model.LAYERS_APART, h100)
-    assert sum(parts.values()) == pytest.approx(expected, abs=within)
-    assert parts["layers below the last"] == pytest.approx(79, abs=1)
+@pytest.mark.parametrize(("method", "measured"), [("mlm", 81.9), ("minilmv2", 129.5), ("logit_kd", 137.7)])
+def test_steps_are_as_measured_on_an_h100(method: str, measured: float) -> None:
+    """ms a step of paper-6l (bench/results/nvidia-h100): up to 8% longer, for a power cap held its clock at 1.6 to 1.8 GHz."""
+    expected = 1e3 * predictions.step(method, "paper-6l", "H100").step_s
+    assert expected < measured < 1.08 * expected
 
 
 @pytest.mark.parametrize(
@@ -90,7 +83,7 @@ def test_every_method_and_size_has_a_prediction(method: str, size: str) -> None:
     found = [predictions.step(method, size, gpu) for gpu in predictions.GPUS]
     for p in found:
         assert p.step_s == pytest.approx(sum(p.parts.values()) / 1e3) == pytest.approx(T / p.tokens_per_s)
-        assert 0 < p.mfu_executed <= p.mfu_full < 0.66
+        assert 0 < p.mfu_executed <= p.mfu_full < predictions.KINDS["product"].flops
         assert p.floor_s < p.step_s and p.host_s <= p.step_s
         assert (p.tax, p.tax_bound) == (1, 1) if method == "mlm" else min(p.tax, p.tax_bound) > 1
     assert found[0].step_s > found[1].step_s >= found[2].step_s  # A100, H100, H200
@@ -118,12 +111,17 @@ def test_measured_ceilings_replace_the_datasheet() -> None:
     """Those that are expected change nothing; a faster memory speeds up what moves bytes, and leaves the floor."""
     kernel, case = next(entry for entry in roofline.cases() if entry[0] == "score_mse")
     h100 = roofline.DEVICES[1]
-    expected = Ceilings(copy=0.84 * h100.bytes, matrix=0.70 * h100.half, exponentials=h100.exponentials)
+    shares = predictions.CEILING_SHARES
+    expected = Ceilings(
+        shares["bytes"] * h100.bytes, shares["half"] * h100.half, shares["exponentials"] * h100.exponentials
+    )
     usual = predictions.kernel(kernel, case, "H100")
     assert predictions.kernel(kernel, case, "H100", expected).expected_s == pytest.approx(usual.expected_s)
     faster = predictions.kernel(kernel, case, "H100", Ceilings(copy=h100.bytes))
     assert faster.expected_s < usual.expected_s and faster.floor_s == usual.floor_s
-    steps = [predictions.step("mlm", "paper-6l", "H100", ceilings=c) for c in (None, expected, Ceilings(copy=3e12))]
+    steps = [
+        predictions.step("mlm", "paper-6l", "H100", ceilings=c) for c in (None, expected, Ceilings(copy=h100.bytes))
+    ]
     assert steps[0].step_s == pytest.approx(steps[1].step_s) and steps[2].step_s < steps[0].step_s
 
 
