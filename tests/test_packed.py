@@ -13,11 +13,12 @@ LOSSES = {"relation_kl": (relation_kl.relation_kl, relation_kl.reference),
           "score_mse": (score_mse.score_mse, score_mse.reference)}  # fmt: skip
 each_loss = pytest.mark.parametrize("name", LOSSES)
 RAGGED = (15, 16, 17, 3, 0, 1, 16, 2)
+DEVICES = {"blocked": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
 
 
-def inputs(name: str, lengths: tuple[int, ...] = RAGGED) -> dict[str, Any]:
+def inputs(name: str, lengths: tuple[int, ...] = RAGGED, device: str = "cpu") -> dict[str, Any]:
     case = packed.Case("", lengths, 2, 32, 48) if name == "relation_kl" else score_mse.Case("", lengths, 2, 32, 48)
-    return case.inputs()
+    return case.inputs(device)
 
 
 def teachers(given: dict[str, Any]) -> list[str]:
@@ -57,7 +58,7 @@ def test_dtypes_may_differ(name: str, student: str, teacher: str) -> None:
 @pytest.mark.parametrize("backend", ["blocked", "triton"])
 def test_cu_seqlens_may_be_a_slice_of_more_slots(name: str, backend: str) -> None:
     """A batch's slots end with empty ones: what is launched for the others is the same without them."""
-    given = inputs(name)
+    given = inputs(name, device=DEVICES[backend])
     cu_seqlens = given["cu_seqlens"]
     slots = torch.cat([cu_seqlens.new_full((3,), 7), cu_seqlens, cu_seqlens[-1:].expand(20)])
     sliced = slots[3 : 3 + len(cu_seqlens)]
@@ -74,7 +75,7 @@ def test_a_launch_takes_the_lengths_between_two_tiles(name: str, cross: bool, mo
     kind = packed.Case if name == "relation_kl" else score_mse.Case
     case = kind("", lengths, 2, 32, 32, torch.bfloat16, cross=cross)
     function, reference = LOSSES[name]
-    given = case.inputs()
+    given = case.inputs(DEVICES["triton"])
     expected, exact_gradients = value_and_gradients(reference, exact(given))
     outs = []
     for programs in (packed.PROGRAMS, 2):
