@@ -119,6 +119,8 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     if torch.is_grad_enabled():
         raise RuntimeError("hidden_mse has no second derivative: call backward without create_graph=True")
+    if grad_loss is None:
+        return (None,) * 3
     (gradient,) = ctx.saved_tensors
     _, late = _factors(gradient)
     factor = grad_loss if late == 1 else grad_loss * late

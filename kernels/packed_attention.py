@@ -243,6 +243,8 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
     if torch.is_grad_enabled():
         raise RuntimeError("packed_attention has no second derivative: call backward without create_graph=True")
+    if grad is None:
+        return (None,) * 6
     q, *saved = ctx.saved_tensors
     buffers = _packed_attention_backward(grad, q, *saved, ctx.longest)
     columns = q.shape[1] * q.shape[2]

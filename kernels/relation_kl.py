@@ -693,6 +693,8 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     if torch.is_grad_enabled():
         raise RuntimeError("relation_kl has no second derivative: call backward without create_graph=True")
+    if grad_loss is None:
+        return (None,) * 8
     dq, dk = ctx.saved_tensors
     _, late = _factors(dq, ctx.heads)
     factor = grad_loss if late == 1 else grad_loss * late

@@ -360,6 +360,8 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     if torch.is_grad_enabled():
         raise RuntimeError("score_mse has no second derivative: call backward without create_graph=True")
+    if grad_loss is None:
+        return (None,) * 8
     dq, dk, factor = ctx.saved_tensors
     factor = grad_loss * factor
     dq, dk = (scaling.scaled(x, factor, ctx.dtype, backend=ctx.backend) for x in (dq, dk))

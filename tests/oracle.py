@@ -100,3 +100,15 @@ def count_graphs(function: Callable[..., Any], calls: list[dict[str, Any]]) -> i
         out = compiled(**inputs)
         (out if isinstance(out, Tensor) else out[0]).backward()
     return graphs
+
+
+class WithoutGradient(torch.autograd.Function):
+    """The identity, whose backward gives None."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> None:
+        return None

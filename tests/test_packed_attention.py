@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import error
+from oracle import WithoutGradient, error
 from torch import Tensor
 
 from fastkd.kernels import tiling
@@ -136,6 +136,13 @@ def test_a_gradient_with_other_strides_and_no_gradient() -> None:
     assert all(torch.equal(a, b) for a, b in zip(strided, plain, strict=True))
     with torch.inference_mode():
         assert torch.equal(packed_attention(q, k, v, cu, cu, 20), out)
+
+
+def test_a_gradient_that_is_none_gives_none() -> None:
+    q, k, v = inputs((9, 20), (9, 20))
+    cu = boundaries((9, 20))
+    (WithoutGradient.apply(packed_attention(q, k, v, cu, cu, 20)).sum() + q.sum()).backward()
+    assert torch.equal(q.grad, torch.ones_like(q)) and k.grad is None is v.grad
 
 
 def test_it_traces_as_one_graph() -> None:

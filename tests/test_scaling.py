@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import leaves
+from oracle import WithoutGradient, leaves
 from torch import Tensor
 
 from fastkd.kernels import tiling
@@ -96,6 +96,18 @@ def test_a_retained_graph_gives_the_same_gradients_again(name: str, backend: str
     assert all(x.any() for x in first[1])
     for factor, gradients in others:
         assert all(torch.equal(x, factor * y) for x, y in zip(gradients, first[1], strict=True))
+
+
+@each_backend
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_gradient_that_is_none_gives_none(name: str, backend: str) -> None:
+    """What another operator's backward may say, of a loss that has no part in the result."""
+    module, (chosen, changes) = importlib.import_module(f"fastkd.kernels.{name}"), LOSSES[name]
+    inputs = replace(next(case for case in module.CASES if case.name == chosen), **changes).inputs(DEVICE)
+    out = getattr(module, name)(**inputs, backend=backend)
+    first, *others = leaves(inputs).values()
+    (WithoutGradient.apply(out if isinstance(out, Tensor) else out.loss) + first.sum()).backward()
+    assert torch.equal(first.grad, torch.ones_like(first)) and all(x.grad is None for x in others)
 
 
 @each_backend
