@@ -16,6 +16,7 @@ Shapes: Tq query rows, Tk key rows, B sequences, H heads, d head width, n length
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ except ImportError:
 
 LN2 = math.log(2)
 MAX_LENGTH, MAX_WIDTH = 128, 64
+LAUNCHED = 65_520  # sequences of a launch at most: CUDA takes 65,535 in a grid's second dimension; 16 divides it
 _HEADS = 4  # of a program, one after the other
 _LENGTHS = (64, MAX_LENGTH)  # of tiles
 _DTYPES = (torch.float16, torch.bfloat16, *((torch.float32,) if tiling.INTERPRETED else ()))
@@ -67,8 +69,8 @@ def _sequence(cu_q_ptr, cu_k_ptr, SHORTEST: tl.constexpr, LENGTH: tl.constexpr):
 
 @jit
 def _forward_kernel(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, v_ptr,  # [Tq, H, d], [Tk, H, d], [Tk, H, d]
     cu_q_ptr, cu_k_ptr,  # [B+1]
+    q_ptr, k_ptr, v_ptr,  # [Tq, H, d], [Tk, H, d], [Tk, H, d]
     out_ptr,  # [Tq, H, d]
     lse_ptr,  # [H, ≥ Tq]: log2 Σ 2^S
     q_stride, k_stride, v_stride, out_stride, lse_stride, heads, scale,
@@ -96,7 +98,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _backward_kernel(  # type: ignore[no-untyped-def]
-    grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr,
+    cu_q_ptr, cu_k_ptr, grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
     dq_ptr, dk_ptr, dv_ptr,
     grad_stride, q_stride, k_stride, v_stride, out_stride, dq_stride, dk_stride, dv_stride, lse_stride, heads, scale, alpha,
     WIDTH: tl.constexpr, PAD: tl.constexpr, DOT: tl.constexpr, HEADS: tl.constexpr,
@@ -140,8 +142,8 @@ def _lse_shape(q: Tensor) -> tuple[int, int]:
     return q.shape[1], -(-q.shape[0] // 16) * 16
 
 
-def _launch(kernel: Any, name: str, like: Tensor, sequences: int, longest: int, *arguments: Any) -> None:
-    """A launch for each length of a tile that there may be sequences of."""
+def _launch(kernel: Any, name: str, like: Tensor, cu_seqlens: Sequence[Tensor], longest: int, *arguments: Any) -> None:
+    """A launch for each length of a tile that there may be sequences of, and for each LAUNCHED of them."""
     _, heads, width = like.shape
     arch, pad = tiling.architecture(like.device), packed.pad_width(width)
     constants = {"WIDTH": width, "PAD": pad, "DOT": packed.dot_dtype(like.dtype), "HEADS": _HEADS}
@@ -150,10 +152,12 @@ def _launch(kernel: Any, name: str, like: Tensor, sequences: int, longest: int, 
         if shortest <= longest:
             tile = tiling.tile(f"packed_attention.{name}", width=pad, length=length, arch=arch)
             blocks = {"BLOCK_M": tile.block_m, **({"BLOCK_N": tile.block_n} if tile.block_n else {})}
-            with torch.cuda.device_of(like):
-                kernel[-(-heads // _HEADS), sequences](
-                    *arguments, SHORTEST=shortest, **constants, **blocks, **tile.options
-                )
+            for first in range(0, len(cu_seqlens[0]) - 1, LAUNCHED):
+                cu = [x.contiguous()[first : first + LAUNCHED + 1] for x in cu_seqlens]
+                with torch.cuda.device_of(like):
+                    kernel[-(-heads // _HEADS), len(cu[0]) - 1](
+                        *cu, *arguments, SHORTEST=shortest, **constants, **blocks, **tile.options
+                    )
         shortest = length + 1
 
 
@@ -172,7 +176,7 @@ def _packed_attention(
     lse = torch.empty(_lse_shape(q), dtype=torch.float32, device=q.device)
     tensors = [_flat(x) for x in (q, k, v)]
     _launch(
-        _forward_kernel, "forward", q, len(cu_seqlens_q) - 1, longest, *tensors, cu_seqlens_q, cu_seqlens_k, out, lse,
+        _forward_kernel, "forward", q, (cu_seqlens_q, cu_seqlens_k), longest, *tensors, out, lse,
         *(x.stride(0) for x in tensors), heads * width, lse.stride(0), heads, 1 / (math.sqrt(width) * LN2),
     )  # fmt: skip
     return out, lse
@@ -206,7 +210,7 @@ def _packed_attention_backward(
     gradients = [part for buffer in buffers for part in buffer.split(heads * width, 1)]
     tensors, alpha = [_flat(x) for x in (grad, q, k, v, out)], 1 / math.sqrt(width)
     _launch(
-        _backward_kernel, "backward", q, len(cu_seqlens_q) - 1, longest, *tensors, lse, cu_seqlens_q, cu_seqlens_k, *gradients,
+        _backward_kernel, "backward", q, (cu_seqlens_q, cu_seqlens_k), longest, *tensors, lse, *gradients,
         *(x.stride(0) for x in (*tensors, *gradients)), lse.stride(0), heads, alpha / LN2, alpha,
     )  # fmt: skip
     return buffers

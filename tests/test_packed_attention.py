@@ -11,6 +11,7 @@ import torch
 from oracle import WithoutGradient, error
 from torch import Tensor
 
+from fastkd.kernels import packed_attention as module
 from fastkd.kernels import tiling
 from fastkd.kernels.packed_attention import packed_attention, reference
 
@@ -114,6 +115,21 @@ def test_no_sequence_sees_another() -> None:
     after = packed_attention(q, k, v, cu, cu, 70)
     assert torch.equal(before[:5], after[:5]) and torch.equal(before[75:], after[75:])
     assert not torch.equal(before[5:75], after[5:75])
+
+
+def test_boundaries_may_be_a_column_of_a_matrix_and_more_than_a_launch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = (33, 0, 65, 2, 128)
+    tensors = inputs(lengths, lengths)
+    expected = with_gradients(packed_attention, tensors, lengths, lengths, 128)
+    monkeypatch.setattr(module, "LAUNCHED", 2)
+
+    def strided(*tensors: Tensor) -> Tensor:
+        q, k, v, *cu, longest = tensors
+        columns = [torch.stack([x, x.flip(0)], 1)[:, 0] for x in cu]
+        return packed_attention(q, k, v, *columns, longest)
+
+    found = with_gradients(strided, tensors, lengths, lengths, 128)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_two_runs_give_the_same_bits() -> None:
