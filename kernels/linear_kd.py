@@ -608,7 +608,6 @@ def _triton_share(labels: Tensor, vocabulary: int) -> Tensor:
     """1/N in float64, on the device; labels are checked as in ``_check_labels``."""
     launch = tiling.tile("linear_kd.sums", width=0, arch=tiling.architecture(labels.device))
     share, right = labels.new_empty((), dtype=torch.float64), labels.new_empty((), dtype=torch.int32)
-    labels = labels.contiguous()
     with torch.cuda.device_of(labels):
         _labels_kernel[(1,)](labels, share, right, len(labels), vocabulary, BLOCK_N=launch.block_n, **launch.options)
     if labels.device.type != "cpu":
@@ -952,6 +951,7 @@ def _operator(
     if teacher_hidden is not None and teacher_weight is not None:
         teacher = _Head(teacher_hidden, teacher_weight, teacher_bias)
     student = _Head(student_hidden, student_weight, student_bias)
+    labels = None if labels is None else labels.contiguous()  # kernels take them side by side
     terms = _Terms(kl_weight, ce_weight, temperature if teacher is not None else 1.0)
     needed, vocabulary = (need_hidden, need_weight, need_bias), len(student_weight)
     aligned = _up(vocabulary, _ALIGNED) if backend == "triton" else vocabulary

@@ -483,7 +483,7 @@ def _triton(
     max_seqlen: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Σ KL, and dq, dk times the first of ``_factors``."""
-    cross = key_s is not None
+    cross, cu_seqlens = key_s is not None, cu_seqlens.contiguous()
     key_s, key_t = _centred(key_s), _centred(key_t)
     query_s, query_t = packed.unit_stride(query_s), packed.unit_stride(query_t)
     key_s = query_s if key_s is None else packed.unit_stride(key_s)

@@ -213,6 +213,7 @@ def _triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Σ R², and dq, dk without their factor 2/(A·Σ n²)."""
     tensors = [packed.unit_stride(x) for x in (query_s, key_s, query_t, key_t)]
+    cu_seqlens = cu_seqlens.contiguous()
     dq, dk = (torch.empty(x.shape, dtype=_stored(x.dtype), device=x.device) for x in (query_s, key_s))
     width_s, width_t = (x.shape[1] // num_heads for x in (query_s, query_t))
     pads, sequences = [packed.pad_width(width) for width in (width_s, width_t)], len(cu_seqlens) - 1

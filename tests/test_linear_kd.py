@@ -210,6 +210,16 @@ def test_more_rows_than_are_counted_at_a_time(device: str, backend: str) -> None
 
 
 @on_every_backend
+def test_labels_may_be_a_column_of_a_matrix(device: str, backend: str) -> None:
+    inputs = SMALL.inputs(device)
+    column = torch.stack([inputs["labels"], inputs["labels"] + 1_000_000], 1)[:, 0]
+    expected, found = (
+        evaluate(linear_kd, {**inputs, "labels": y}, backend=backend) for y in (inputs["labels"], column)
+    )
+    assert not column.is_contiguous() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@on_every_backend
 def test_all_rows_ignored_is_a_loss_of_zero(device: str, backend: str) -> None:
     inputs = SMALL.inputs(device)
     inputs["labels"] = torch.full_like(inputs["labels"], IGNORED)

@@ -68,6 +68,19 @@ def test_cu_seqlens_may_be_a_slice_of_more_slots(name: str, backend: str) -> Non
     assert all(torch.equal(a, b) for a, b in zip(out[1], whole[1], strict=True))
 
 
+@each_loss
+@pytest.mark.parametrize("backend", ["blocked", "triton"])
+def test_cu_seqlens_may_be_a_column_of_a_matrix(name: str, backend: str) -> None:
+    given = inputs(name, device=DEVICES[backend])
+    column = torch.stack([given["cu_seqlens"], given["cu_seqlens"].flip(0)], 1)[:, 0]
+    assert not column.is_contiguous()
+    (loss, gradients), (expected, others) = (
+        value_and_gradients(LOSSES[name][0], {**given, "cu_seqlens": cu}, backend=backend)
+        for cu in (column, given["cu_seqlens"])
+    )
+    assert torch.equal(loss, expected) and all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
+
+
 @pytest.mark.parametrize(("name", "cross"), [("relation_kl", False), ("relation_kl", True), ("score_mse", False)])
 def test_a_launch_takes_the_lengths_between_two_tiles(name: str, cross: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once each, at the borders too, whether a program has one sequence or goes through all of them."""
