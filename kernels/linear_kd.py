@@ -642,7 +642,9 @@ def _logits_tile(dtype: torch.dtype, student: _Head, teacher: _Head | None) -> t
     """One tile for both models, since their blocks of columns share dz."""
     widths = [head.hidden.shape[1] for head in (student, teacher) if head is not None]
     arch = tiling.architecture(student.hidden.device)
-    return tiling.tile(_logits_tile_name(dtype, *widths), width=max(widths), arch=arch)
+    tile = tiling.tile(_logits_tile_name(dtype, *widths), width=max(widths), arch=arch)
+    assert tile.block_n % _ALIGNED == 0, f"{tile}: whole tiles hold the vocabulary of the products"
+    return tile
 
 
 def _logits_tile_name(dtype: torch.dtype, *widths: int) -> str:
