@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -1118,7 +1118,8 @@ def linear_kd(
         teacher_hidden = teacher_weight = teacher_bias = None
     given = (student_hidden, student_weight, labels, student_bias, teacher_hidden, teacher_weight, teacher_bias)
     _check(*given, kl_weight, ce_weight, temperature, chunk_rows)
-    backend = tiling.backend(backend, student_hidden)
+    operands = [x for x in (student_hidden, student_weight, teacher_hidden, teacher_weight) if x is not None]
+    backend = tiling.backend(backend, max(operands, key=lambda x: x.dtype.itemsize))  # float64 if one of them is
     if backend == "reference":
         return reference(
             student_hidden,
@@ -1136,16 +1137,15 @@ def linear_kd(
         x is not None and x.requires_grad and torch.is_grad_enabled()
         for x in (student_hidden, student_weight, student_bias)
     ]
-    dtype = _product_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
+    dtype = _product_dtype(operands)
     loss, kl, ce, *_ = _operator(*given, kl_weight, ce_weight, temperature, chunk_rows or 0, backend, dtype, *learns)
     return LinearKD(loss, kl.detach(), ce.detach())
 
 
-def _product_dtype(*operands: Tensor | None) -> torch.dtype:
+def _product_dtype(operands: Sequence[Tensor]) -> torch.dtype:
     """Autocast's dtype where it is on and nothing is float64, else the widest of the operands'."""
-    tensors = [x for x in operands if x is not None]
-    device = tensors[0].device.type
-    dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
+    device = operands[0].device.type
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in operands))
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return dtype

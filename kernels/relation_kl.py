@@ -742,10 +742,10 @@ def relation_kl(
         "relation_kl", "teacher", teacher, teacher if teacher_key is None else teacher_key, student, num_heads
     )
     packed.check_cu_seqlens("relation_kl", cu_seqlens, student)
-    width = max(student.shape[1], teacher.shape[1]) // num_heads
-    backend = packed.choose_backend("relation_kl", backend, student, width)
     teacher, teacher_key = teacher.detach(), None if teacher_key is None else teacher_key.detach()
     student, student_key, teacher, teacher_key = packed.in_one_dtype(student, student_key, teacher, teacher_key)
+    width = max(student.shape[1], teacher.shape[1]) // num_heads
+    backend = packed.choose_backend("relation_kl", backend, student, width)
     bound = len(student) if max_seqlen is None else max_seqlen
     if backend == "reference":
         keys = {"student_key": student_key, "teacher_key": teacher_key}

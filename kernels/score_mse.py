@@ -400,11 +400,11 @@ def score_mse(
     packed.check_pair("score_mse", "student", student_query, student_key, student_query, num_heads)
     packed.check_pair("score_mse", "teacher", teacher_query, teacher_key, student_query, num_heads)
     packed.check_cu_seqlens("score_mse", cu_seqlens, student_query)
+    tensors = packed.in_one_dtype(student_query, student_key, teacher_query.detach(), teacher_key.detach())
     if backend != "gram":
         width = max(student_query.shape[1], teacher_query.shape[1]) // num_heads
-        backend = packed.choose_backend("score_mse", backend, student_query, width)
+        backend = packed.choose_backend("score_mse", backend, tensors[0], width)
     bound = len(student_query) if max_seqlen is None else max_seqlen
-    tensors = packed.in_one_dtype(student_query, student_key, teacher_query.detach(), teacher_key.detach())
     args = (*tensors, cu_seqlens, num_heads)
     if backend == "reference":
         return reference(*args, max_seqlen=bound)

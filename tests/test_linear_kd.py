@@ -219,6 +219,15 @@ def test_labels_may_be_a_column_of_a_matrix(device: str, backend: str) -> None:
     assert not column.is_contiguous() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_float64_beside_float32_is_float64_and_no_work_for_triton() -> None:
+    inputs = SMALL.inputs()
+    inputs["teacher_weight"] = inputs["teacher_weight"].double()
+    assert linear_kd(**inputs).loss.dtype == torch.float64
+    if tiling.triton is not None:
+        with pytest.raises(ValueError, match=r"backend='triton' (has no float64|cannot run on device cpu)"):
+            linear_kd(**inputs, backend="triton")
+
+
 @on_every_backend
 def test_all_rows_ignored_is_a_loss_of_zero(device: str, backend: str) -> None:
     inputs = SMALL.inputs(device)

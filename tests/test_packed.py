@@ -81,6 +81,14 @@ def test_cu_seqlens_may_be_a_column_of_a_matrix(name: str, backend: str) -> None
     assert torch.equal(loss, expected) and all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
 
 
+@each_loss
+def test_float64_beside_float32_is_no_work_for_triton(name: str) -> None:
+    given = inputs(name, device=DEVICES["triton"])
+    given |= {key: given[key].double() for key in teachers(given)}
+    with pytest.raises(ValueError, match="backend='triton' has no float64"):
+        LOSSES[name][0](**given, backend="triton")
+
+
 @pytest.mark.parametrize(("name", "cross"), [("relation_kl", False), ("relation_kl", True), ("score_mse", False)])
 def test_a_launch_takes_the_lengths_between_two_tiles(name: str, cross: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once each, at the borders too, whether a program has one sequence or goes through all of them."""
