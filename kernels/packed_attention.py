@@ -287,6 +287,8 @@ def packed_attention(
         raise ValueError(
             f"packed_attention got heads of {q.shape[2]} and sequences of {longest}: it takes up to {MAX_WIDTH} and {MAX_LENGTH}"
         )
+    packed.check_cu_seqlens("packed_attention", cu_seqlens_q, q)
+    packed.check_cu_seqlens("packed_attention", cu_seqlens_k, k)
     if len(cu_seqlens_q) != len(cu_seqlens_k):
         bounds = f"{len(cu_seqlens_q)} and {len(cu_seqlens_k)}"
         raise ValueError(f"packed_attention got {bounds} boundaries: give B+1 of the same sequences, twice")

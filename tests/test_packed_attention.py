@@ -190,6 +190,9 @@ def test_what_does_not_fit_is_refused() -> None:
         packed_attention(q, k, v, cu, cu, 129)
     with pytest.raises(ValueError, match="got 2 and 3 boundaries"):
         packed_attention(q, k, v, cu, boundaries((2, 2)), 4)
+    for wrong in (cu[:0], cu[:1], cu[None], cu.float()):  # of which kernels would make nothing, and nobody would hear
+        with pytest.raises(ValueError, match=r"packed_attention: cu_seqlens is torch\..*: give B\+1 int32 row numbers"):
+            packed_attention(q, k, v, wrong, wrong, 4)
     out = packed_attention(q, k, v, cu, cu, 4)
     (gradient,) = torch.autograd.grad(out.sum(), q, retain_graph=True)
     assert gradient.shape == q.shape
