@@ -59,7 +59,10 @@ class Worker:
         return self._ready.is_set()
 
     def wait(self, seconds: float) -> str:
-        """Wait for its end, for ``seconds`` at most; why it failed, in one line, or ""."""
+        """Wait for its end, for ``seconds`` at most, with no more to tell it; why it failed, in one line, or ""."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
         late, began = False, time.monotonic()
         try:
             self._process.wait(max(seconds, 0.1))
