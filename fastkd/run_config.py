@@ -100,7 +100,7 @@ class RunConfig:
     )
     attention: str | None = option(
         None,
-        "triton, flash_attn, varlen_attn or sdpa; default: for student and teacher the fastest that takes their head widths",
+        "triton, flash_attn, varlen_attn or sdpa; default: for student and teacher the fastest that takes their heads and lengths",
     )
     compile: bool | None = option(None, "torch.compile student and teacher; default: on CUDA only")
     checkpoint_minutes: float = option(10.0, "minutes between checkpoints; 0 saves after every step")

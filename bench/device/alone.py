@@ -27,11 +27,11 @@ def beside_others() -> Iterator[None]:
 @contextmanager
 def alone(seconds: float) -> Iterator[bool]:
     """Wait for up to ``seconds`` until nobody else computes, and keep others waiting; gives whether it came to that."""
-    until, alone = time.monotonic() + seconds, False
+    until = time.monotonic() + seconds
     with _file() as file:
-        while not (alone := _taken(file)) and time.monotonic() < until:
+        while not (quiet := _taken(file)) and time.monotonic() < until:
             time.sleep(0.1)
-        yield alone
+        yield quiet
 
 
 def is_free() -> bool:
