@@ -366,6 +366,7 @@ class Case:
 
     ``spread`` is the standard deviation of the scores, 8 being a peaked softmax; ``gap`` that of the student's
     difference from the teacher (None: unrelated models), which needs equal widths. ``offset`` is added to every value.
+    Values are multiples of ``grid``, if that is not 0: then large scores are exact, in whatever order a product is summed.
     """
 
     name: str
@@ -378,6 +379,7 @@ class Case:
     spread: float = 1.0
     gap: float | None = None
     offset: float = 0.0
+    grid: float = 0.0
 
     @property
     def tolerance(self) -> float:
@@ -419,6 +421,8 @@ class Case:
             student = model(self.student_width)
         else:  # the scores of s + δ differ by √2·|s|·|δ| in standard deviation
             student = teacher + noise(len(tokens), self.student_width, self.gap / (2 * self.spread) ** 0.5)
+        if self.grid:
+            student, teacher = ((x / self.grid).round() * self.grid for x in (student, teacher))
         q_s, k_s, _ = student.to(device, self.dtype).split(self.student_width, dim=1)
         q_t, k_t, _ = teacher.to(device, self.dtype).split(self.teacher_width, dim=1)
         return q_s.detach(), k_s.detach(), q_t, k_t

@@ -773,7 +773,7 @@ CASES: tuple[Case, ...] = (
     Case("near", (97, 150), 2, 64, 64, gap=0.1),
     Case("peaked near", (97, 150), 2, 64, 64, spread=8, gap=0.1),
     Case("peaked near cross", (97, 150), 2, 64, 64, cross=True, spread=8, gap=0.1),
-    Case("maxima far apart", (150, 40), 1, 16, 16, spread=60),
+    Case("maxima far apart", (150, 40), 1, 16, 16, spread=60, grid=1 / 16),
     *(
         Case(f"{name} bfloat16", lengths, 2, 64, 64, torch.bfloat16, cross, spread, gap)
         for name, lengths, cross, spread, gap in (
