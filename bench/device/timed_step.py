@@ -45,7 +45,8 @@ def measure(spec: Spec, profile_path: Path | None) -> Iterator[Row]:
     if trainer.device.type == "cuda":
         torch.cuda.empty_cache()  # others compile now
     worker.say_ready()
-    sys.stdin.readline()
+    if not sys.stdin.readline():  # whoever asked is gone: timing would disturb others
+        return
     with contextlib.closing(trainer.parts.stream.prefetch(0)) as stream:
         first, *_ = _steps(trainer, stream, spec.warmup)[0]
         _start_counting_memory(trainer.device)
