@@ -1119,7 +1119,8 @@ def linear_kd(
     given = (student_hidden, student_weight, labels, student_bias, teacher_hidden, teacher_weight, teacher_bias)
     _check(*given, kl_weight, ce_weight, temperature, chunk_rows)
     operands = [x for x in (student_hidden, student_weight, teacher_hidden, teacher_weight) if x is not None]
-    backend = tiling.backend(backend, max(operands, key=lambda x: x.dtype.itemsize))  # float64 if one of them is
+    in_float64 = [x for x in operands if x.dtype == torch.float64]  # which Triton does not take
+    backend = tiling.backend(backend, (in_float64 or operands)[0])
     if backend == "reference":
         return reference(
             student_hidden,
