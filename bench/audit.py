@@ -93,7 +93,7 @@ def audit(build: tiling.Build, arch: Architecture) -> Report:
     loads, stores = accesses(compiled.asm["ptx"]) if arch.backend == "cuda" else ((), ())
     programs = resident(arch, registers, shared, tile.num_warps)
     problems = []
-    if spilled > (build.spills if arch.name == 90 else 0):
+    if spilled:
         problems.append(f"spills {spilled} bytes")
     if shared > arch.shared_block:
         problems.append(f"needs {shared} of {arch.shared_block} bytes of shared memory")

@@ -227,7 +227,6 @@ def build(
         matrix=half,
         wide=wide and half,
         resident=((90, 2),) if half and length else (),  # where a sequence is one tile: one program loads, another computes
-        spills=8 if half and length == 128 and max(widths) == 64 else 0,  # Triton 3.9; 3.6, which was measured, spills none
     )  # fmt: skip
 
 

@@ -317,7 +317,6 @@ def _build(kernel: Any, name: str, width: int, shortest: int, length: int) -> Bu
         divisible=tuple(x for x in arguments if x.endswith("_stride")),
         wide=True,
         resident=((90, 2),),  # one program loads, another computes
-        spills=24 if width == 64 and length == MAX_LENGTH else 0,  # Triton 3.9; 3.6, which was measured, spills none
     )
 
 

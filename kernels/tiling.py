@@ -89,7 +89,6 @@ class Build:
     matrix: bool = True  # must hold matrix instructions (False: element-wise, or float32 on purpose)
     wide: bool = False  # must load and store 16 bytes at a time somewhere
     resident: tuple[tuple[int | str, int], ...] = ()  # (architecture, least programs a multiprocessor must hold)
-    spills: int = 0  # bytes on sm_90, at most, of a Triton newer than the one that was measured, which spills none
 
 
 Table = Mapping[str, Mapping[int | str, tuple[Row, ...]]]  # kernel → architecture, or "any" → rows
