@@ -186,7 +186,8 @@ SCALING: Table = {"scaling": {"any": (Row(Tile(0, 8192, 0, 8, 1)),)}}
 
 # ---- packed_attention -----------------------------------------------------------------------------------------
 # block_m rows hold a whole sequence; the backward takes block_n of its keys at a time.
-# On sm_90 128 registers let two programs of 128 tokens share a multiprocessor; on others the same limit spills.
+# On sm_90 four warps, or 128 registers with eight, let two programs of 128 tokens share a multiprocessor; on others that limit
+# spills, and with heads of 64 in Triton 3.9 here, too.
 _ATTENTION = (Row(Tile(64, 0, 0, 4, 1), 64, 64), Row(Tile(128, 0, 0, 8, 1), 64))
 _ATTENTION_BACKWARD = (Row(Tile(64, 64, 0, 4, 1), 64, 64), Row(Tile(128, 64, 0, 8, 1), 64))
 PACKED_ATTENTION: Table = {
