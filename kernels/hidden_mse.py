@@ -86,12 +86,8 @@ def _accumulator(student: Tensor, teacher: Tensor) -> torch.dtype:
 
 
 def _factors(student: Tensor) -> tuple[float, float]:
-    """What the forward and the backward multiply s − t with: 2/(T·D), and nothing more.
-
-    In float16 it is the backward, since all of a gradient would be below the smallest number.
-    """
-    factor = 2 / max(student.numel(), 1)
-    return (1.0, factor) if student.dtype == torch.float16 else (factor, 1.0)
+    """What the forward and the backward multiply s − t with: together 2/(T·D)."""
+    return scaling.early_and_late(2 / max(student.numel(), 1), student.dtype)
 
 
 # ---- the operator ---------------------------------------------------------------------------------------------
@@ -122,9 +118,7 @@ def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     if grad_loss is None:
         return (None,) * 3
     (gradient,) = ctx.saved_tensors
-    _, late = _factors(gradient)
-    factor = grad_loss if late == 1 else grad_loss * late
-    return scaling.scaled(gradient, factor, backend=ctx.backend), None, None
+    return scaling.scaled(gradient, grad_loss, late=_factors(gradient)[1], backend=ctx.backend), None, None
 
 
 _hidden_mse.register_autograd(_backward, setup_context=_setup_context)

@@ -183,9 +183,7 @@ def _packed_attention(
 
 
 @_packed_attention.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, longest: int
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(_lse_shape(q), dtype=torch.float32)
 
 
@@ -222,17 +220,7 @@ def _gradient_shapes(q: Tensor, k: Tensor) -> list[tuple[int, int]]:
 
 
 @_packed_attention_backward.register_fake
-def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    longest: int,
-) -> list[Tensor]:
+def _(grad: Tensor, q: Tensor, k: Tensor, *_: Any) -> list[Tensor]:
     return [q.new_empty(shape) for shape in _gradient_shapes(q, k)]
 
 

@@ -637,12 +637,8 @@ def _kl_and_difference(y: Tensor, d: Tensor, g: Tensor) -> Tensor:
 
 
 def _factors(query: Tensor, num_heads: int) -> tuple[float, float]:
-    """What the forward and the backward multiply the gradients with: 1/(A·T), and nothing more.
-
-    In float16 it is the backward, since most of a gradient would be below the smallest number.
-    """
-    mean = 1 / (num_heads * max(len(query), 1))
-    return (1.0, mean) if query.dtype == torch.float16 else (mean, 1.0)
+    """What the forward and the backward multiply the gradients with: together 1/(A·T)."""
+    return scaling.early_and_late(1 / (num_heads * max(len(query), 1)), query.dtype)
 
 
 # ---- the operator ---------------------------------------------------------------------------------------------
@@ -697,8 +693,7 @@ def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
         return (None,) * 8
     dq, dk = ctx.saved_tensors
     _, late = _factors(dq, ctx.heads)
-    factor = grad_loss if late == 1 else grad_loss * late
-    dq, dk = (scaling.scaled(x, factor, backend=ctx.backend) for x in (dq, dk))
+    dq, dk = (scaling.scaled(x, grad_loss, late=late, backend=ctx.backend) for x in (dq, dk))
     return dq, dk if ctx.cross else None, *[None] * 6
 
 

@@ -21,13 +21,25 @@ except ImportError:
     tl = None
 
 
-def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype | None = None, *, backend: str | None = None) -> Tensor:
-    """x · factor in ``dtype`` (default: x's), for the backward of an operator that saved ``x`` and gave it to nobody.
+def early_and_late(factor: float, dtype: torch.dtype) -> tuple[float, float]:
+    """A constant factor of a gradient, as what its forward and its backward multiply by: all of it early, where it costs nothing.
 
-    ``x`` is contiguous, ``factor`` a scalar. In a backward that frees its graph, the Triton backend returns x itself, scaled
-    in place; with ``retain_graph=True``, outside of a backward, in another dtype or on another backend the result is new.
+    In float16 all of it late, since a gradient that is divided by a count would be below the smallest number.
+    """
+    return (1.0, factor) if dtype == torch.float16 else (factor, 1.0)
+
+
+def scaled(
+    x: Tensor, factor: Tensor, dtype: torch.dtype | None = None, *, late: float = 1.0, backend: str | None = None
+) -> Tensor:
+    """x · factor · late in ``dtype`` (default: x's), for the backward of an operator that saved ``x`` and gave it to nobody.
+
+    ``x`` is contiguous, ``factor`` a scalar, ``late`` as in ``early_and_late``. In a backward that frees its graph, the Triton
+    backend returns x itself, scaled in place; with ``retain_graph=True``, outside of a backward, in another dtype or on another
+    backend the result is new.
     """
     dtype = x.dtype if dtype is None else dtype
+    factor = factor if late == 1 else factor * late
     # Tensors that are traced for a compiler are of another type: it makes one pass of the product itself.
     if type(x) is Tensor and x.numel() and _backend(x, backend) == "triton":
         return _triton(x, factor, dtype)
