@@ -37,7 +37,7 @@ from transformers import (
 )
 
 from bench.results import RESULTS, device_folder
-from fastkd import atomic
+from fastkd import files
 from fastkd.glue.encoded import load_rows
 from fastkd.glue.evaluation import evaluate
 from fastkd.glue.finetune import fast_bf16
@@ -156,7 +156,7 @@ def main() -> None:
     datasets.disable_progress_bars()
     seconds = measure(find_model(options.model).folder, options.data, options.rows, options.rounds)
     result = report(seconds, options.rows, options.rounds)
-    path = atomic.write(RESULTS / result["device"] / "glue.json", json.dumps(result, indent=1) + "\n")
+    path = files.write(RESULTS / result["device"] / "glue.json", json.dumps(result, indent=1) + "\n")
     print(json.dumps({key: result[key] for key in ("median_seconds", "total_seconds", "speedup")}, indent=1))
     print(f"written to {path}")
 

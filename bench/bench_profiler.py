@@ -22,10 +22,11 @@ from typing import Any, cast
 import torch
 
 from bench.results import RESULTS, device_folder
-from fastkd import atomic, environment, profiler
+from fastkd import files
 from fastkd.config import parse
+from fastkd.device import environment, profiler
 from fastkd.distributed import World
-from fastkd.parts import prepare
+from fastkd.setup import prepare
 from fastkd.train import Trainer
 
 RUN = ["--preset", "quickstart", "--student", "2L-192H-12A", "--budget-tokens", "1e9"]
@@ -99,7 +100,7 @@ def main() -> None:
     world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     measured = measure(Trainer(prepare(parse([*RUN, *options]), world)), own.steps)
     facts = {"date": datetime.date.today().isoformat(), "run": [*RUN, *options], "steps": own.steps}
-    path = atomic.write(
+    path = files.write(
         own.results / "profiler.json", json.dumps(environment.describe() | facts | measured, indent=1) + "\n"
     )
     print(json.dumps(measured, indent=1))

@@ -31,14 +31,15 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from bench.unpacking import FORMAT, INDEX, PARTS, most_bytes
-from fastkd import atomic, environment
+from fastkd import files
 from fastkd.data.sample import write_sample
 from fastkd.data.shards import Shards, build_shards, cache, tokenizer_hash
-from fastkd.digest import file_sha256
+from fastkd.device import environment
+from fastkd.files import file_sha256
 from fastkd.glue.rows import FORMATS
 from fastkd.models import hf
-from fastkd.parts import load_model
 from fastkd.run_folder import ancestors
+from fastkd.setup import load_model
 
 MAX_MB = 60.0
 FILL = 0.99  # of the largest size: an archive this full is not filled further
@@ -84,7 +85,7 @@ def write(
                 f"{max_bytes / 1e6:g}: take a smaller teacher, fewer GLUE tasks, or a larger --max-mb"
             )
         _check_growth(len(fixed) + len(packed), index)
-        atomic.write(out, fixed + packed)
+        files.write(out, fixed + packed)
     return index
 
 

@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from bench.results import RESULTS
-from fastkd import atomic
-from fastkd.plots import STYLE, to_svg
+from fastkd import files
+from fastkd.reports.plots import STYLE, to_svg
 
 ROOT = Path(__file__).parents[1]
 SIZE = "quickstart"
@@ -238,13 +238,13 @@ def write(device: str | None = None, root: Path = ROOT) -> list[Path]:
     readme = root / "README.md"
     shown = device_shown(readme)
     device = device or shown
-    pairs, new, files = read(device), block(device), [readme]
-    atomic.write(readme, BLOCK.sub(lambda _: new, readme.read_text("utf-8")))
+    pairs, new, written = read(device), block(device), [readme]
+    files.write(readme, BLOCK.sub(lambda _: new, readme.read_text("utf-8")))
     for theme in (LIGHT, DARK):
         with matplotlib.rc_context(style(theme)):
-            files.append(root / "docs" / f"{theme.name}.svg")
-            atomic.write(files[-1], to_svg(plot(pairs, theme), theme.name, description(pairs)) + "\n")
-    return files
+            written.append(root / "docs" / f"{theme.name}.svg")
+            files.write(written[-1], to_svg(plot(pairs, theme), theme.name, description(pairs)) + "\n")
+    return written
 
 
 def main(argv: Sequence[str] | None = None) -> None:

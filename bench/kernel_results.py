@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.results import RESULTS, device_folder, in_words, measured_on
-from fastkd import atomic
+from fastkd import files
 
 COLUMNS = (
     "case",
@@ -73,7 +73,7 @@ class KernelResults:
         facts = measured_on()
         rows = [row for row in self.rows if row["kernel"] == kernel]
         path = RESULTS / device_folder() / f"{kernel}.json"
-        atomic.write(path, json.dumps({"environment": facts, "rows": rows}, indent=1) + "\n")
+        files.write(path, json.dumps({"environment": facts, "rows": rows}, indent=1) + "\n")
         head = (
             f"# {kernel}: value and gradient together\n\n"
             f"{in_words(facts)}. Made by `pytest bench -k {kernel}`.\n\n"
@@ -81,4 +81,4 @@ class KernelResults:
             "memory is what a call needs beyond its inputs, gradients included. Gradient error is the worst "
             "‖g − g₆₄‖/‖g₆₄‖ against float64 autograd of the definition, on the case's first rows.\n\n"
         )
-        return atomic.write(path.with_suffix(".md"), head + self.markdown(kernel) + "\n")
+        return files.write(path.with_suffix(".md"), head + self.markdown(kernel) + "\n")

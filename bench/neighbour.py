@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.results import RESULTS, device_folder, measured_on
-from fastkd import atomic
+from fastkd import files
 from fastkd.config import parse
 from fastkd.distributed import World
-from fastkd.parts import prepare
+from fastkd.setup import prepare
 from fastkd.train import Trainer
 
 RUN = ["--preset", "quickstart", "--budget-tokens", "1e9"]
@@ -152,7 +152,7 @@ def main() -> None:
     load, counts = os.getloadavg()[0], [int(count) for count in own.neighbours.split(",")]
     measured = measure(own.settings.split(","), counts, own.rounds, own.steps, options)
     facts = measured_on() | {"run": [*RUN, *options], "load_before": load, "seconds": measured}
-    atomic.write(own.results / "neighbour.json", json.dumps(facts, indent=1) + "\n")
+    files.write(own.results / "neighbour.json", json.dumps(facts, indent=1) + "\n")
     print(table(measured))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastkd import environment
+from fastkd.device import environment
 
 RESULTS = Path(__file__).parent / "results"
 PEERS = ("liger-kernel", "orda-kernel", "bertdistiller")

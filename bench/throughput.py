@@ -38,11 +38,12 @@ from transformers import AutoTokenizer, BertConfig
 
 from bench.results import RESULTS, device_folder, in_words, measured_on
 from bench.variants import Spec
-from fastkd import atomic, environment, methods, profiler, quickstart
+from fastkd import files, methods, quickstart
+from fastkd.device import environment, profiler
 from fastkd.models import hf
 from fastkd.models.encoder import Encoder
 from fastkd.models.student import student_config
-from fastkd.parts import model_folder
+from fastkd.setup import model_folder
 
 
 @dataclass(frozen=True)
@@ -178,8 +179,8 @@ def write(groups: list[dict[str, Any]], folder: Path) -> Path:
     before = json.loads(path.read_text())["groups"] if path.exists() else []
     kept = {key(group): group for group in (*before, *groups)}
     everything = [kept[name] for name in sorted(kept)]
-    atomic.write(path, json.dumps({"groups": everything}, indent=1) + "\n")
-    atomic.write(path.with_suffix(".md"), markdown(everything))
+    files.write(path, json.dumps({"groups": everything}, indent=1) + "\n")
+    files.write(path.with_suffix(".md"), markdown(everything))
     return path
 
 

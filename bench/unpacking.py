@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from fastkd.digest import file_sha256
+from fastkd.files import file_sha256
 
 FORMAT = 1
 INDEX = "bundle.json"

@@ -37,15 +37,16 @@ from transformers import (
 from transformers import logging as hf_logging
 
 from bench.eager_methods import EagerStep
-from fastkd import methods, profiler
+from fastkd import methods
 from fastkd.config import resolve
 from fastkd.data.assembly import SpecialIds
 from fastkd.data.shards import build_shards, cache
 from fastkd.data.text import Text, shuffled
+from fastkd.device import profiler
 from fastkd.distributed import World
 from fastkd.models import hf
 from fastkd.models import student as students
-from fastkd.parts import Parts, prepare
+from fastkd.setup import Parts, prepare
 from fastkd.train import Trainer
 
 LEARNING_RATE = 5e-4

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from fastkd.jsonl import drop_torn_line, read_jsonl, to_line
+from fastkd.files import drop_torn_line, read_jsonl, to_line
 
 Unit = Literal["gpu-seconds", "flops", "tokens"]
 Charge = Literal["loop", "compute", "all"]

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastkd import atomic
-from fastkd.digest import file_sha256
+from fastkd import files
+from fastkd.files import file_sha256
 
 KEEP = 2
 MANIFEST = "manifest.json"
@@ -48,11 +48,11 @@ def save(root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: 
     manifest = {path.name: file_sha256(path) for path in sorted(building.iterdir())}
     (building / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in (*building.iterdir(), building):
-        atomic.sync(path)
+        files.sync(path)
     if final.exists():
         shutil.rmtree(final)
     building.rename(final)
-    atomic.sync(root)
+    files.sync(root)
     _rotate(root)
     return final
 

@@ -17,22 +17,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fastkd import atomic, command, environment, methods, run, terminal
+from fastkd import cli, files, methods, run, terminal
 from fastkd.budget import Budget
-from fastkd.command import EXIT_OK, EXIT_ROWS
-from fastkd.comparison import RESULTS, write_results
-from fastkd.comparison_report import build_comparison
+from fastkd.cli import EXIT_OK, EXIT_ROWS
+from fastkd.comparison.budgets import Matching, release_memory
+from fastkd.comparison.references import References
+from fastkd.comparison.report import build_comparison
+from fastkd.comparison.results import RESULTS, write_results
+from fastkd.comparison.rows import Row, base_row, circumstances, confounds, parse_row, results_row
+from fastkd.comparison.scores import Scorer
+from fastkd.comparison.tuning import BUDGET_SHARE, Search, searched, tune
 from fastkd.config import split_options
+from fastkd.device import environment
 from fastkd.distributed import World, any_rank, joined, on_main
-from fastkd.jsonl import finite
+from fastkd.files import finite
 from fastkd.loop import Interrupted
-from fastkd.matching import Matching, release_memory
-from fastkd.references import References
-from fastkd.row import Row, base_row, circumstances, confounds, parse_row, results_row
 from fastkd.run_config import PRESENTATION, option
-from fastkd.scores import Scorer
 from fastkd.terminal import Console
-from fastkd.tuning import BUDGET_SHARE, Search, searched, tune
 
 MOST_RATES = 20  # each is twice the one before
 # Options of a run that a comparison sets itself, or that are for one student only.
@@ -101,7 +102,7 @@ class Comparison:
         self.console = Console(quiet=not world.is_main)
         self.folder = Path(own.output_dir or self._default_folder())
         if not own.plan_only:
-            atomic.check_writable(self.folder)
+            files.check_writable(self.folder)
         self.rows = self._rows()
         self.scorer = Scorer(own.glue, own.glue_tasks, own.glue_train_rows, own.glue_seeds)
         self.references = References(self.rows, shared, self.folder / "references", self.scorer)
@@ -289,7 +290,7 @@ def to_json(comparison: Comparison, failed: int) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit codes: 0 done, 2 bad configuration, 3 budget under one step, 4 a row failed and the others are
     done, 75 interrupted and saved."""
-    return command.answer(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
+    return cli.answer(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
 
 
 def _main(argv: list[str]) -> int:

@@ -14,12 +14,13 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from fastkd import checkpoint, profiler, schedule
+from fastkd import checkpoint, schedule
 from fastkd.budget import Ledger, Meter, StepCost, Totals, replayed_progress, surviving_steps
 from fastkd.data.batches import Batch
 from fastkd.data.shards import BuildingFailed
+from fastkd.device import profiler
 from fastkd.distributed import Decision, agree, any_rank, barrier, node_devices
-from fastkd.jsonl import Record, read_jsonl
+from fastkd.files import Record, read_jsonl
 from fastkd.monitor import Monitor
 from fastkd.train import Trainer
 

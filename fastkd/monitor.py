@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastkd import quantities
-from fastkd.jsonl import Record, cut_jsonl, to_line
+from fastkd.files import Record, cut_jsonl, to_line
 from fastkd.terminal import printable, say
 
 LOGGERS = ("tensorboard", "wandb", "trackio")

@@ -9,14 +9,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastkd import command, quantities, quickstart, terminal
+from fastkd import cli, quantities, quickstart, terminal
 from fastkd.config import gives_budget, parse_with
 from fastkd.data import corpus
 from fastkd.data.progress import Shown
 from fastkd.data.shards import Shards
 from fastkd.models import hf
-from fastkd.parts import build_corpus, model_folder
 from fastkd.run_config import RunConfig, option
+from fastkd.setup import build_corpus, model_folder
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def describe(shards: Shards) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit codes: 0, 2 for a bad configuration, 75 interrupted: the parts that were written are kept."""
-    return command.answer(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
+    return cli.answer(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
 
 
 def _main(argv: list[str]) -> int:

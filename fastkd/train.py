@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastkd import memory, optim, profiler, waiting
+from fastkd import optim
 from fastkd.data.batches import Batch
+from fastkd.device import memory, profiler, waiting
 from fastkd.distributed import any_rank, average, mean
 from fastkd.methods import Method, MethodLoss
 from fastkd.models.encoder import Encoder, Outputs
 from fastkd.models.teacher import Teacher
-from fastkd.parts import Parts
+from fastkd.setup import Parts
 
 log = logging.getLogger(__name__)
 

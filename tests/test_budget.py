@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastkd.budget import Budget, Charge, Ledger, Meter, StepCost, Totals, replayed_progress, surviving_steps
-from fastkd.jsonl import read_jsonl
+from fastkd.files import read_jsonl
 
 COST = StepCost({"student": 60, "teacher": 30, "loss": 10}, real=4000, predicted=600)
 PHASES = {"student": 0.3, "backward": 0.6, "optimizer": 0.1}

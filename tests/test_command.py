@@ -11,7 +11,7 @@ import pytest
 
 import fastkd
 from fastkd import __main__ as fastkd_command
-from fastkd import command, compare, plan, quickstart, run, terminal
+from fastkd import cli, compare, plan, quickstart, run, terminal
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--method", "mlm", "--budget-tokens", "12000"]
@@ -61,7 +61,7 @@ def test_packages_that_are_too_old_are_named(tmp_path: Path, monkeypatch: pytest
 
 def test_the_oldest_versions_are_those_of_the_metadata() -> None:
     asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    assert {f"{package}>={oldest}" for package, oldest in command.OLDEST.items()} <= set(asked)
+    assert {f"{package}>={oldest}" for package, oldest in cli.OLDEST.items()} <= set(asked)
 
 
 @pytest.mark.parametrize(

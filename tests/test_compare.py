@@ -10,14 +10,14 @@ import pytest
 from test_report import Page
 
 from fastkd import compare, run
-from fastkd.comparison_report import build_comparison
+from fastkd.comparison.report import build_comparison
+from fastkd.comparison.rows import ROW_OPTIONS, Row, base_row, circumstances, confounds, parse_row, teachers
+from fastkd.comparison.scores import Scorer
+from fastkd.comparison.tuning import candidates, searched, tune
 from fastkd.distributed import World
-from fastkd.jsonl import read_jsonl
+from fastkd.files import read_jsonl
 from fastkd.loop import Diverged
-from fastkd.row import ROW_OPTIONS, Row, base_row, circumstances, confounds, parse_row, teachers
 from fastkd.run_folder import read_run
-from fastkd.scores import Scorer
-from fastkd.tuning import candidates, searched, tune
 
 
 def results(folder: Path) -> dict:

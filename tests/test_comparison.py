@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from test_report import Page, make_run
 
-from fastkd.comparison import read_results, row_from_run, write_results
-from fastkd.comparison_report import build_comparison
+from fastkd.comparison.report import build_comparison
+from fastkd.comparison.results import read_results, row_from_run, write_results
 
 FLOPS = {"mlm": (2e14, 0.0, 1e12), "minilmv2": (1.5e14, 1.2e14, 4e12)}
 SCORES = {"mlm": (54.0, 55.5), "minilmv2": (58.25, 58.75)}

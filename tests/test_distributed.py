@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from fastkd import checkpoint, run
 from fastkd.budget import surviving_steps
-from fastkd.jsonl import read_jsonl
+from fastkd.files import read_jsonl
 
 NO_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 

@@ -34,7 +34,7 @@ from fastkd.models.encoder import Encoder, Needs
 from fastkd.models.hf import export, load, shape
 from fastkd.models.student import init_from_teacher, student_config
 from fastkd.models.teacher import Teacher
-from fastkd.parts import prepare
+from fastkd.setup import prepare
 
 MASKED_LM = (BertForMaskedLM, RobertaForMaskedLM, XLMRobertaForMaskedLM, CamembertForMaskedLM)
 NEEDS = Needs(hidden=(0, 1, 2), qkv=(2,))

@@ -32,6 +32,7 @@ from transformers import (
     RobertaModel,
 )
 
+from fastkd.files import read_jsonl
 from fastkd.glue import __main__ as command_line
 from fastkd.glue.cells import Cell
 from fastkd.glue.encoded import EncodedTask, LengthGroupedBatches, Split, collate, cut_embeddings, encode, load_rows
@@ -42,7 +43,6 @@ from fastkd.glue.rows import read_rows
 from fastkd.glue.scores import choose, markdown, to_json, update_card
 from fastkd.glue.submission import write_submission
 from fastkd.glue.tasks import TASKS
-from fastkd.jsonl import read_jsonl
 
 QUICK = dataclasses.replace(HEADLINE, epochs=3)
 GLUE = "fastkd.glue.__main__"

@@ -10,14 +10,15 @@ import torch
 from packed_text import VOCAB, pack
 from safetensors.torch import load_file
 
-from fastkd import memory, run
+from fastkd import run
+from fastkd.comparison.budgets import release_memory
 from fastkd.config import resolve
+from fastkd.device import memory
 from fastkd.distributed import World
-from fastkd.jsonl import read_jsonl
-from fastkd.matching import release_memory
+from fastkd.files import read_jsonl
 from fastkd.models import encoder
 from fastkd.models.encoder import Encoder, EncoderConfig, Needs
-from fastkd.parts import prepare
+from fastkd.setup import prepare
 
 PACK = 16 * 32  # tokens of a pack of the small run
 
@@ -88,7 +89,7 @@ def test_smaller_micro_batches_end_at_one_pack() -> None:
 
 FAULTS = """
 import resource, sys, torch
-from fastkd import memory
+from fastkd.device import memory
 if sys.argv[1] == "keep":
     memory.keep_what_is_freed(torch.device("cpu"))
 def faults():

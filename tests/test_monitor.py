@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastkd.jsonl import cut_jsonl, read_jsonl, to_line
+from fastkd.files import cut_jsonl, read_jsonl, to_line
 from fastkd.monitor import Monitor
 
 

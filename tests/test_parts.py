@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fastkd import parts, plan, prepare, run
+from fastkd import planning, prepare, run, setup
 from fastkd.config import parse
 from fastkd.data.batches import BatchStream, SpecialIds, pack_size
 from fastkd.data.heldout import choose
@@ -383,7 +383,7 @@ def unbudgeted(options: list[str]) -> list[str]:
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Runs of this process begin a corpus with a small part, in a cache of the test's own."""
-    monkeypatch.setattr(parts, "FIRST_TOKENS", RUN_FIRST)
+    monkeypatch.setattr(setup, "FIRST_TOKENS", RUN_FIRST)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -398,7 +398,7 @@ def corpus_of(options: list[str]) -> Shards:
 def finished(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "FIRST_TOKENS", RUN_FIRST)
+        patch.setattr(setup, "FIRST_TOKENS", RUN_FIRST)
         assert run.main([*options, "--output-dir", str(folder)]) == 0
     return folder
 
@@ -420,10 +420,10 @@ def test_a_plan_times_the_steps_whose_text_is_there(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the building of a part takes is in no step's seconds; part 0 is some steps here, of 20 that would be timed."""
-    monkeypatch.setattr(parts, "FIRST_TOKENS", 5_000)
+    monkeypatch.setattr(setup, "FIRST_TOKENS", 5_000)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    trainer = Trainer(parts.prepare(parse(options), World()))
-    measured = plan.measure(trainer)
+    trainer = Trainer(setup.prepare(parse(options), World()))
+    measured = planning.measure(trainer)
     assert measured.phase_s["data"] < 0.1
     assert trainer.parts.stream.is_there(5) and not trainer.parts.stream.is_there(20)
 
@@ -447,8 +447,8 @@ def test_a_run_whose_text_cannot_be_written_is_saved_and_goes_on(
 
 RUN = """
 import sys
-from fastkd import parts
-parts.FIRST_TOKENS = int(sys.argv[1])
+from fastkd import setup
+setup.FIRST_TOKENS = int(sys.argv[1])
 from fastkd.run import main
 raise SystemExit(main(sys.argv[2:]))
 """

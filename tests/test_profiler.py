@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastkd import profiler
 from fastkd.config import parse
+from fastkd.device import profiler
 from fastkd.distributed import World
 from fastkd.loop import Loop
 from fastkd.monitor import Monitor
-from fastkd.parts import prepare
 from fastkd.run_folder import read_run
+from fastkd.setup import prepare
 from fastkd.train import Trainer
 
 CPU = torch.device("cpu")

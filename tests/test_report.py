@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from fastkd.report import build_report, loss_warning, model_card
+from fastkd.reports.run_report import build_report, loss_warning, model_card
+from fastkd.reports.tables import Table, numeric
 from fastkd.run_folder import ancestors, made_from, read_run
-from fastkd.tables import Table, numeric
 
 PHASES = ("data", "teacher", "student", "loss", "backward", "optimizer", "communication", "other")
 PLAN = {
@@ -248,7 +248,11 @@ def test_curves_run_over_the_governing_unit(tmp_path: Path, unit: str, spent: fl
 def test_rebuilding_gives_the_same_bytes(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     before = build_report(folder).read_bytes()
-    command = [sys.executable, "-c", f"from fastkd.report import build_report; build_report({str(folder)!r})"]
+    command = [
+        sys.executable,
+        "-c",
+        f"from fastkd.reports.run_report import build_report; build_report({str(folder)!r})",
+    ]
     subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": "7", "SOURCE_DATE_EPOCH": "1"})
     assert (folder / "report.html").read_bytes() == before
     moved = tmp_path / "elsewhere" / "run"

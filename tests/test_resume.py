@@ -14,7 +14,7 @@ from fastkd import run
 from fastkd.budget import surviving_steps
 from fastkd.config import parse
 from fastkd.distributed import World
-from fastkd.jsonl import read_jsonl
+from fastkd.files import read_jsonl
 from fastkd.loop import Loop
 from fastkd.run_folder import read_run
 

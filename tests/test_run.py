@@ -15,10 +15,10 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from fastkd import run
 from fastkd.budget import surviving_steps
+from fastkd.files import read_jsonl
 from fastkd.glue.source import find_model
-from fastkd.jsonl import read_jsonl
 from fastkd.models import hf
-from fastkd.report import QUICKSTART_TEACHER_NOTE
+from fastkd.reports.run_report import QUICKSTART_TEACHER_NOTE
 from fastkd.run_folder import read_run
 
 BUDGET = ["--budget-tokens", "12000"]

@@ -18,7 +18,7 @@ from fastkd.loop import Loop
 from fastkd.models import encoder
 from fastkd.models.teacher import Teacher
 from fastkd.monitor import SilentMonitor
-from fastkd.parts import Parts, load_model, prepare
+from fastkd.setup import Parts, load_model, prepare
 from fastkd.train import Trainer
 
 GPU = World(device=torch.device("cuda", 0))

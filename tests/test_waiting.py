@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastkd import profiler
-from fastkd.waiting import LOOK_SECONDS, Waiting, idle_teams, of_this_process, queued_seconds
+from fastkd.device import profiler
+from fastkd.device.waiting import LOOK_SECONDS, Waiting, idle_teams, of_this_process, queued_seconds
 
 linux = pytest.mark.skipif(not Path("/proc/thread-self/schedstat").exists(), reason="needs Linux's /proc")
 

@@ -21,14 +21,14 @@ from bench.device import part, worker
 from bench.device.alone import beside_others
 from bench.device.part import Row
 from fastkd import run
+from fastkd.comparison.budgets import release_memory
+from fastkd.comparison.rows import parse_row
 from fastkd.distributed import World
 from fastkd.loop import Interrupted
-from fastkd.matching import release_memory
 from fastkd.models import hf
-from fastkd.parts import prepare
-from fastkd.plan import BudgetTooSmall
-from fastkd.row import parse_row
+from fastkd.planning import BudgetTooSmall
 from fastkd.run_folder import read_run
+from fastkd.setup import prepare
 from fastkd.terminal import Console
 
 GPU_SECONDS, FLOPS = "gpu-seconds", "flops"

@@ -28,12 +28,14 @@ from torch import Tensor
 from bench.contenders import relative_error
 from bench.device import part, train_step
 from bench.device.part import Context, Row, Rows
-from fastkd import methods, plots, profiler
+from fastkd import methods
 from fastkd.data.batches import Batch
+from fastkd.device import profiler
 from fastkd.models import hf
 from fastkd.models.teacher import Teacher
-from fastkd.parts import Parts
-from fastkd.tables import Table, numeric
+from fastkd.reports import plots
+from fastkd.reports.tables import Table, numeric
+from fastkd.setup import Parts
 from fastkd.train import Objective
 
 SECONDS = 100

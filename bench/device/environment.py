@@ -24,9 +24,10 @@ from bench.device import part
 from bench.device.part import Context, Row, Rows
 from bench.results import in_words, measured_on
 from bench.roofline import Device, device_named
-from fastkd import plots, quantities
+from fastkd import quantities
 from fastkd.kernels import tiling
-from fastkd.tables import Table, numeric
+from fastkd.reports import plots
+from fastkd.reports.tables import Table, numeric
 
 try:
     import triton.language as tl

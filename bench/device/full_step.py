@@ -18,9 +18,10 @@ import torch
 
 from bench.device import part, train_step
 from bench.device.part import Context, Row, Rows
-from fastkd import profiler, quantities
-from fastkd.parts import Parts
-from fastkd.tables import Cell, Table, numeric
+from fastkd import quantities
+from fastkd.device import profiler
+from fastkd.reports.tables import Cell, Table, numeric
+from fastkd.setup import Parts
 from fastkd.train import Trainer
 
 SECONDS = 60

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 from bench.device.part import Context
-from fastkd import atomic
+from fastkd import files
 from fastkd.models import hf
 from fastkd.models.encoder import Encoder
 from fastkd.models.student import student_config
@@ -72,7 +72,7 @@ def corpus(context: Context, folder: Path) -> list[str]:
     path = folder / "generated.txt"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        atomic.write(path, "\n\n".join(_documents(200 if context.tiny else 20_000)))
+        files.write(path, "\n\n".join(_documents(200 if context.tiny else 20_000)))
     return [str(path)]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fastkd import jsonl
+from fastkd import files
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -50,7 +50,7 @@ class _Writer:
     def _add(self, test: str, outcome: str, seconds: float, message: str) -> None:
         row = {"test": test, "outcome": outcome, "seconds": seconds, "message": message}
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(jsonl.to_line(row))
+            file.write(files.to_line(row))
 
 
 def _message(report: Any) -> str:

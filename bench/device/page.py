@@ -12,8 +12,8 @@ from pathlib import Path
 
 from bench.device import goals, part
 from bench.device.part import Row
-from fastkd import atomic
-from fastkd.tables import Table
+from fastkd import files
+from fastkd.reports.tables import Table
 
 NAME = "README.md"
 OUTCOMES = "suite.jsonl"  # what became of each part
@@ -31,7 +31,7 @@ def write(out: Path) -> Path:
         "## Parts\n\n" + _outcomes(outcomes, rows),
         *(_section(out, name, outcome) for name, outcome in outcomes.items()),
     ]
-    return atomic.write(out / NAME, "\n\n".join(section.strip() for section in sections) + "\n")
+    return files.write(out / NAME, "\n\n".join(section.strip() for section in sections) + "\n")
 
 
 def _head(outcomes: Mapping[str, Row], rows: Mapping[str, Sequence[Row]]) -> str:

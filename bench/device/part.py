@@ -30,7 +30,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fastkd import atomic, jsonl
+from fastkd import files
 
 Row = dict[str, Any]
 
@@ -72,7 +72,7 @@ class Rows:
 
     def add(self, **row: Any) -> None:
         """Write a row and show it. A number that is not finite becomes null."""
-        line = jsonl.to_line(row)
+        line = files.to_line(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line)
             file.flush()
@@ -82,7 +82,7 @@ class Rows:
 
 def read(path: Path | str) -> list[Row]:
     """The rows of a file, none where it is missing; a last line that was torn by a kill is left out."""
-    return jsonl.read_jsonl(Path(path))
+    return files.read_jsonl(Path(path))
 
 
 def in_one_line(error: BaseException) -> str:
@@ -95,7 +95,7 @@ def show(module: ModuleType, context: Context) -> None:
     """Write the table of the rows that are there, and the picture of those parts that have one."""
     rows = read(context.path(".jsonl"))
     with _told():
-        atomic.write(context.path(".md"), module.markdown(rows))
+        files.write(context.path(".md"), module.markdown(rows))
     if hasattr(module, "draw"):
         with _told():
             module.draw(rows, context.path(".png"))

@@ -25,8 +25,8 @@ from fastkd import methods
 from fastkd.kernels import tiling
 from fastkd.models.attention import choose_backend, varlen_attention
 from fastkd.models.captured import Captured
-from fastkd.parts import Parts
-from fastkd.tables import Table, numeric
+from fastkd.reports.tables import Table, numeric
+from fastkd.setup import Parts
 from fastkd.train import Trainer
 
 SECONDS = 60

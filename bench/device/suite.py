@@ -39,8 +39,9 @@ from typing import Any
 from bench import unpacking
 from bench.device import alone, page, process
 from bench.device.part import Context
-from fastkd import environment, jsonl
-from fastkd.digest import file_sha256
+from fastkd import files
+from fastkd.device import environment
+from fastkd.files import file_sha256
 
 PLAN = ("environment", "smoke", "full_step", "correctness", "training", "kernels", "blocks", "comparison")
 ROOT = Path(__file__).parents[2]  # of the checkout
@@ -195,7 +196,7 @@ class Run:
         row = {"what": "part", "part": context.part, "outcome": outcome, "seconds": ended.seconds, "limit_s": limit}
         row |= {"line": line, "device": context.device, "bundle": context.bundle is not None, **self._facts}
         with (self._out / page.OUTCOMES).open("a", encoding="utf-8") as file:
-            file.write(jsonl.to_line(row))
+            file.write(files.to_line(row))
         print(f"{outcome} after {ended.seconds:.1f} s{': ' + line if line else ''}", flush=True)
 
     def _complete(self, contexts: Sequence[Context]) -> None:

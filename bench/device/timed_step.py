@@ -26,11 +26,12 @@ from torch.profiler import ProfilerActivity, profile
 from bench.device import worker
 from bench.device.part import Row
 from bench.variants import LEARNING_RATE, Spec, fastkd_parts, memory_bytes
-from fastkd import flops, profiler
+from fastkd import flops
 from fastkd.data.batches import Batch
+from fastkd.device import profiler
 from fastkd.loop import STEPS_AHEAD
 from fastkd.models.encoder import Needs
-from fastkd.parts import Parts
+from fastkd.setup import Parts
 from fastkd.train import Trainer
 
 ISSUED_ALONE = 5  # steps whose host time is taken with nothing before them in the device's queue

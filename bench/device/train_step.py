@@ -12,7 +12,7 @@ from bench.device.part import Context
 from fastkd import methods
 from fastkd.config import resolve
 from fastkd.distributed import World
-from fastkd.parts import Parts, prepare
+from fastkd.setup import Parts, prepare
 
 
 def files(context: Context, teacher: str) -> tuple[str, list[str]]:

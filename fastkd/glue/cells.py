@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-from fastkd import atomic
+from fastkd import files
 from fastkd.glue.finetune import Job, finetune
 
 FOLDER = "glue"
@@ -81,5 +81,5 @@ class Cell:
             "test_content": self._test_content,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
-        atomic.write(self.path, json.dumps(result) + "\n")
+        files.write(self.path, json.dumps(result) + "\n")
         return result

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from fastkd import atomic, card
+from fastkd import files
+from fastkd.files import drop_torn_line, to_line
 from fastkd.glue import rows as row_files
 from fastkd.glue.cells import FOLDER, Cell
 from fastkd.glue.encoded import load_rows
@@ -24,7 +25,7 @@ from fastkd.glue.submission import FOLDER as SUBMISSION
 from fastkd.glue.submission import write_submission
 from fastkd.glue.tasks import Task, choose_tasks
 from fastkd.glue.workers import run_cells, visible_gpus
-from fastkd.jsonl import drop_torn_line, to_line
+from fastkd.reports import model_card
 
 EXTRA = ("accelerate", "sklearn", "scipy")
 SAW_PAIRS = (
@@ -106,9 +107,9 @@ def evaluate(
     source = find_model(model)
     folder = Path(output_dir) if output_dir is not None else source.output_dir
     for written in (folder, source.run or folder):
-        atomic.check_writable(written / FOLDER, written / "glue.json", written / "glue.md")
+        files.check_writable(written / FOLDER, written / "glue.json", written / "glue.md")
     if predict_test:
-        atomic.check_writable(folder / SUBMISSION)
+        files.check_writable(folder / SUBMISSION)
     _check_card(source)
     data = Path(data) if data is not None else None
     chosen = _choose(tasks, [Path(path) for path in task_files], PROTOCOLS[protocol], data)
@@ -261,11 +262,11 @@ def _publish(plan: Plan, results: list[tuple[Cell, dict[str, Any]]], seconds: fl
     notes = [SAW_PAIRS] if plan.saw_pairs else []
     table = markdown(scores, plan.protocol, notes)
     as_json = to_json(scores, plan.protocol)
-    atomic.write(plan.output_dir / "glue.json", json.dumps(as_json, indent=1) + "\n")
-    atomic.write(plan.output_dir / "glue.md", table)
+    files.write(plan.output_dir / "glue.json", json.dumps(as_json, indent=1) + "\n")
+    files.write(plan.output_dir / "glue.md", table)
     if plan.source.run is not None:
         update_card(plan.source.folder / "README.md", table)
-        card.add_results(plan.source.folder / "README.md", card.glue_results(scores))
+        model_card.add_results(plan.source.folder / "README.md", model_card.glue_results(scores))
     mean = average(scores, plan.protocol)
     return {
         "scores": as_json,

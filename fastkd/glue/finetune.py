@@ -27,7 +27,7 @@ from transformers import (
 from transformers import logging as hf_logging
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
-from fastkd import profiler, waiting
+from fastkd.device import profiler, waiting
 from fastkd.glue.encoded import (
     EncodedTask,
     LengthGroupedBatches,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastkd import atomic
+from fastkd import files
 from fastkd.glue.cells import Cell
 from fastkd.glue.protocol import Protocol
 from fastkd.glue.tasks import TASKS, Task
@@ -164,4 +164,4 @@ def update_card(card: Path, section: str) -> None:
     block = f"{BEGIN}\n## GLUE\n\n{section}{END}\n"
     pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}\n?", re.DOTALL)
     text, replaced = pattern.subn(lambda _: block, text)
-    atomic.write(card, text if replaced else f"{text.rstrip()}\n\n{block}".lstrip())
+    files.write(card, text if replaced else f"{text.rstrip()}\n\n{block}".lstrip())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fastkd import quickstart
 from fastkd.data import hub_requests
-from fastkd.digest import file_sha256
+from fastkd.files import file_sha256
 from fastkd.run_folder import ancestors
 
 REMEDY = "name a run folder, a Hugging Face folder or a hub id"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from fastkd import atomic
+from fastkd import files
 from fastkd.glue.scores import TaskScore
 from fastkd.glue.tasks import SCORE_RANGE, Task
 
@@ -19,7 +19,7 @@ def write_submission(scores: Mapping[str, TaskScore], output_dir: Path) -> list[
         best = score.best
         for split in score.cells[best].job.test:
             path = output_dir / FOLDER / f"{score.task.test[split]}.tsv"
-            atomic.write(path, _format(score.task, score.results[best]["predictions"][split]))
+            files.write(path, _format(score.task, score.results[best]["predictions"][split]))
             written.append(path)
     return written
 

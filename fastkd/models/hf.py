@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers import logging as hf_logging
 
-from fastkd import atomic
+from fastkd import files
 from fastkd.data import hub_requests
 from fastkd.models import parameter_names, sentences, weights
 from fastkd.models import tokenizer as tokenizers
@@ -257,10 +257,10 @@ def _replace(written: Path, folder: Path) -> None:
     """Put a written folder in another's place, safely on disk."""
     written.chmod(0o755)
     for path in (*written.iterdir(), written):
-        atomic.sync(path)
+        files.sync(path)
     old = written.with_name(written.name + "-old")
     if folder.exists():
         folder.rename(old)
     written.rename(folder)
-    atomic.sync(folder.parent)
+    files.sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.digest import file_sha256
+from fastkd.files import file_sha256
 from fastkd.models.encoder import EncoderConfig
 from fastkd.models.parameter_names import head_parameters
 

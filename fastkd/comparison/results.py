@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from fastkd import atomic
-from fastkd.jsonl import Record, finite
+from fastkd import files
+from fastkd.files import Record, finite
 from fastkd.run_folder import read_run
 
 RESULTS = "results.json"
@@ -165,7 +165,7 @@ def write_results(
         "rows": [_row(row, match) for row in rows],
         "references": [{"label": row["label"], "scores": dict(row["scores"])} for row in references],
     }
-    return atomic.write(Path(folder) / RESULTS, json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
+    return files.write(Path(folder) / RESULTS, json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
 
 
 def read_results(folder: Path) -> Results:

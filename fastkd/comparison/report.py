@@ -5,9 +5,9 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from fastkd import atomic, bars, plots, quantities
-from fastkd.comparison import Group, Results, read_results
-from fastkd.comparison_tables import (
+from fastkd import files, quantities
+from fastkd.comparison.results import Group, Results, read_results
+from fastkd.comparison.tables import (
     agreement,
     budget_text,
     confound_table,
@@ -18,8 +18,9 @@ from fastkd.comparison_tables import (
     seconds_table,
     seed_table,
 )
-from fastkd.jsonl import Record
-from fastkd.report import NOT_INCLUDED, render, settings_table, teacher_note
+from fastkd.files import Record
+from fastkd.reports import bars, plots
+from fastkd.reports.run_report import NOT_INCLUDED, render, settings_table, teacher_note
 
 
 def build_comparison(folder: Path) -> Path:
@@ -35,9 +36,9 @@ def build_comparison(folder: Path) -> Path:
     for stale in (folder / "plots").glob("*.svg"):
         stale.unlink()
     for name, drawing in drawings.items():
-        atomic.write(folder / "plots" / f"{name}.svg", str(drawing))
-    atomic.write(folder / "RESULTS.md", render("comparison.md", **contents))
-    return atomic.write(folder / "report.html", render("comparison.html", **contents))
+        files.write(folder / "plots" / f"{name}.svg", str(drawing))
+    files.write(folder / "RESULTS.md", render("comparison.md", **contents))
+    return files.write(folder / "report.html", render("comparison.html", **contents))
 
 
 def _contents(results: Results) -> Record:

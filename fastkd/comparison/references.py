@@ -8,13 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fastkd.comparison.rows import Row, base_row, teachers
+from fastkd.comparison.scores import Scorer, mlm_scores
 from fastkd.distributed import World
-from fastkd.jsonl import Record
+from fastkd.files import Record
 from fastkd.models import hf
-from fastkd.parts import model_folder, prepare
-from fastkd.row import Row, base_row, teachers
 from fastkd.run_folder import ancestors, read_run
-from fastkd.scores import Scorer, mlm_scores
+from fastkd.setup import model_folder, prepare
 
 
 class References:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from fastkd import profiler
+from fastkd.device import profiler
 
 QUEUE = Path("/proc/thread-self/schedstat")  # nanoseconds that this thread ran, and that it stood in a core's queue
 LOOK_SECONDS = 0.5

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from fastkd import atomic, quickstart
+from fastkd import files, quickstart
 from fastkd.data.hub import HubDataset
 from fastkd.run_folder import Run
 
@@ -88,7 +88,7 @@ def add_results(path: Path, results: Sequence[EvalResult]) -> None:
     new = {_what(result) for result in results}
     data.eval_results = [*(result for result in data.eval_results or [] if _what(result) not in new), *results]
     data.model_name = data.model_name or path.absolute().parent.name
-    atomic.write(path, str(card))
+    files.write(path, str(card))
 
 
 def _what(result: EvalResult) -> tuple[str | None, ...]:

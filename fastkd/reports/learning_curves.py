@@ -4,10 +4,11 @@ from typing import Any
 
 from markupsafe import Markup
 
-from fastkd import plots, quantities
-from fastkd.jsonl import Record
+from fastkd import quantities
+from fastkd.files import Record
+from fastkd.reports import plots
+from fastkd.reports.tables import Cell, Table, numeric
 from fastkd.run_folder import Bin, Run
-from fastkd.tables import Cell, Table, numeric
 
 Row = tuple[Cell | str, ...]
 

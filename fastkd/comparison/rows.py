@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fastkd import methods
-from fastkd.comparison import row_from_run
+from fastkd.comparison.results import row_from_run
 from fastkd.config import Resolved, resolve
-from fastkd.jsonl import Record
+from fastkd.files import Record
 from fastkd.run_config import RunConfig
 from fastkd.run_folder import Run, read_run
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from fastkd import environment
+from fastkd.device import environment
 
 N = TypeVar("N", int, float)
 PHASES = ("data", "teacher", "student", "loss", "backward", "optimizer", "communication", "other")

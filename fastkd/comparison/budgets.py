@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from fastkd import atomic, plan
+from fastkd import files, planning
+from fastkd.comparison.rows import Row
 from fastkd.distributed import World, on_main
-from fastkd.parts import prepare
-from fastkd.row import Row
+from fastkd.setup import prepare
 from fastkd.train import Trainer
 
 Amount = dict[str, float]  # the one budget option of a run, with its value
@@ -36,7 +36,7 @@ class Matching:
     def keep(self) -> None:
         """Write what was measured of scratch training, if anything."""
         if self.scratch and self.world.is_main:
-            atomic.write(self.path, json.dumps(self.scratch, indent=1) + "\n")
+            files.write(self.path, json.dumps(self.scratch, indent=1) + "\n")
 
     def budgets(self, match: str, hours: list[float], flops: float | None) -> list[Amount]:
         """The budget of every row, one a point of the curve, the largest last.
@@ -85,12 +85,12 @@ class Matching:
         """
         release_memory()
         parts = prepare(row.resolved(self.shared, **budgets[-1]), self.world)
-        measured = plan.measure(Trainer(parts))
+        measured = planning.measure(Trainer(parts))
         plans = []
         for budget in budgets:
             resolved = row.resolved(self.shared, **budget)
             parts.config = resolved.run
-            plans.append(plan.make(resolved, parts, measured))
+            plans.append(planning.make(resolved, parts, measured))
         return plans
 
 

@@ -12,14 +12,14 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fastkd import atomic, quantities, quickstart
+from fastkd import files, quantities, quickstart
 from fastkd.budget import PARTS
-from fastkd.card import front_matter
-from fastkd.expenses import arithmetic_table, efficiency_table, seconds_bar, seconds_table
-from fastkd.jsonl import Record
-from fastkd.learning_curves import held_out_table, learning_plots, points_table
+from fastkd.files import Record
+from fastkd.reports.expenses import arithmetic_table, efficiency_table, seconds_bar, seconds_table
+from fastkd.reports.learning_curves import held_out_table, learning_plots, points_table
+from fastkd.reports.model_card import front_matter
+from fastkd.reports.tables import Cell, Table, numeric, share, signed_percent
 from fastkd.run_folder import Run, made_from, read_run
-from fastkd.tables import Cell, Table, numeric, share, signed_percent
 
 QUICKSTART_TEACHER_NOTE = (
     "The quickstart teacher, all-MiniLM-L6-v2, was fine-tuned on NLI and paraphrase pairs: what a student "
@@ -35,7 +35,7 @@ def build_report(run_folder: Path) -> Path:
         ValueError: no such folder, or a damaged file in it.
     """
     run = read_run(run_folder)
-    return atomic.write(run.folder / "report.html", render("report.html", **_contents(run)))
+    return files.write(run.folder / "report.html", render("report.html", **_contents(run)))
 
 
 def model_card(run_folder: Path, *, mlm_head: bool) -> str:
@@ -72,9 +72,9 @@ def model_card(run_folder: Path, *, mlm_head: bool) -> str:
 
 
 def render(template: str, **contents: Any) -> str:
-    """A file of `fastkd/templates/` filled with `contents`; escapes HTML in templates that end in .html."""
+    """A file of `fastkd/reports/templates/` filled with `contents`; escapes HTML in templates that end in .html."""
     environment = Environment(
-        loader=PackageLoader("fastkd", "templates"),
+        loader=PackageLoader("fastkd.reports", "templates"),
         autoescape=lambda name: bool(name and name.endswith(".html")),
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -2,9 +2,10 @@
 
 from markupsafe import Markup
 
-from fastkd import bars, quantities
+from fastkd import quantities
+from fastkd.reports import bars
+from fastkd.reports.tables import Cell, Table, numeric, share
 from fastkd.run_folder import EventSum, Run
-from fastkd.tables import Cell, Table, numeric, share
 
 Row = tuple[Cell | str, ...]
 

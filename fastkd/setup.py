@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fastkd import flops, memory, methods, profiler, quickstart
+from fastkd import flops, methods, quickstart
 from fastkd.budget import StepCost
 from fastkd.config import Resolved
 from fastkd.data import corpus
@@ -25,6 +25,7 @@ from fastkd.data.progress import Progress, Shown
 from fastkd.data.recipe import FIRST_TOKENS
 from fastkd.data.shards import Shards, build_shards, cache
 from fastkd.data.unknown import require_ordinary, unknown_remark, unknown_share
+from fastkd.device import memory, profiler
 from fastkd.distributed import World, any_rank, barrier, on_main, smallest
 from fastkd.methods import Method
 from fastkd.models import float8, hf

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterator
 
-from fastkd import bars, plots, quantities
-from fastkd.comparison import SCRATCH, Group, Results, Spread, differences
-from fastkd.jsonl import Record
-from fastkd.tables import Cell, Table, numeric
+from fastkd import quantities
+from fastkd.comparison.results import SCRATCH, Group, Results, Spread, differences
+from fastkd.files import Record
+from fastkd.reports import bars, plots
+from fastkd.reports.tables import Cell, Table, numeric
 
 Row = tuple[Cell | str, ...]
 # field: (head, how it is written)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastkd import atomic
+from fastkd import files
 from fastkd.distributed import World, on_main
-from fastkd.jsonl import finite
+from fastkd.files import finite
 from fastkd.loop import Diverged
 from fastkd.run_folder import read_run
 
@@ -74,4 +74,4 @@ def _write(folder: Path, places: dict[float, Path], diverged: set[float]) -> Non
         run = read_run(place)
         loss = None if rate in diverged else run.validations[-1]["loss"]
         tried.append({"lr": rate, "loss": loss, "charged_s": run.charged_s})
-    atomic.write(folder / "tuning.json", json.dumps(finite(tried), indent=1) + "\n")
+    files.write(folder / "tuning.json", json.dumps(finite(tried), indent=1) + "\n")

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
-from fastkd.plots import BLACK, BLUE, GREEN, INK, ORANGE, PURPLE, SKY, STYLE, VERMILLION, YELLOW, tick, to_svg
+from fastkd.reports.plots import BLACK, BLUE, GREEN, INK, ORANGE, PURPLE, SKY, STYLE, VERMILLION, YELLOW, tick, to_svg
 
 # Where the seconds go. Neighbours differ in lightness; what is not a step is grey.
 PHASE_COLOURS = {

@@ -1,0 +1,1 @@
+"""The machine: its clock, its peaks, its power, its memory, and how it is described."""

@@ -1,0 +1,138 @@
+"""Files of a run: written whole or not at all, told apart by their SHA-256, and JSON lines that are read after a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    """Write a file whole or not at all, whatever stops the process; its folder is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    return path
+
+
+def check_writable(folder: Path, *files: Path) -> None:
+    """Refuse a run folder that cannot be made or written, before anything is: a file is tried where it will lie.
+
+    Args:
+        folder: it, or the nearest folder above that is there, must take a new file.
+        files: where files are to be written; none of them may be a folder.
+
+    Raises:
+        ValueError: naming what is in the way and --output-dir.
+    """
+    nearest = folder
+    try:
+        for file in files:
+            if file.is_dir():
+                raise ValueError(f"{file} is a folder, where a file is to be written; give --output-dir another one")
+        nearest = next(path for path in (folder, *folder.absolute().parents) if _is_there(path))
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise ValueError(f"{nearest} is not a folder that can be written; give --output-dir another one") from error
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a name is taken, be it by a link to nowhere. Raises OSError where it cannot be, such as a name too long."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or a folder's entries are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal digest of a file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_jsonl(path: Path) -> list[Record]:
+    """The objects of a JSON-lines file, `[]` where there is none.
+
+    A process that is killed while it writes leaves a torn last line; that line is left out.
+
+    Raises:
+        ValueError: a line before the last is no JSON object.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    records: list[Record] = []
+    for i, line in enumerate(lines):
+        if not line.strip():
+            continue
+        record = _parse(line)
+        if record is not None:
+            records.append(record)
+        elif any(rest.strip() for rest in lines[i + 1 :]):
+            raise ValueError(f"{path}:{i + 1} is no JSON object: restore the file or start a new run folder")
+    return records
+
+
+def _parse(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cuts off a last line without an end, as a kill leaves it, so that what is appended has its own."""
+    if path.exists():
+        with path.open("rb+") as file:
+            whole = file.read().rfind(b"\n") + 1
+            file.truncate(whole)
+
+
+def cut_jsonl(path: Path, keep: Callable[[Record], bool]) -> None:
+    """Rewrites a JSON-lines file with the records that `keep` accepts, atomically: all or nothing happens."""
+    kept = [record for record in read_jsonl(path) if keep(record)]
+    write(path, "".join(to_line(record) for record in kept))
+    sync(path.parent)
+
+
+def to_line(record: Mapping[str, Any]) -> str:
+    """One line of strict JSON; numbers that are not finite become null, which strict JSON has no word for."""
+    return json.dumps(finite(record), allow_nan=False) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """A JSON value with null for each number that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
