@@ -22,7 +22,7 @@ from typing import IO, Any
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["fastkd.run", "fastkd.compare", "fastkd.reports.run_report", "fastkd.glue.finetune", "torch.distributed.run"]
+    ["fastkd.pipeline", "fastkd.comparison.experiment", "fastkd.glue.finetune", "torch.distributed.run"]
 )
 
 

@@ -13,6 +13,7 @@ from markupsafe import escape
 
 from bench import front_page
 from fastkd import compare, config
+from fastkd.comparison.options import CompareConfig
 from fastkd.glue import __main__ as glue
 from fastkd.glue.tasks import load_task
 
@@ -22,7 +23,7 @@ PARSERS = {
     "run": config.parse,
     "plan": lambda argv: config.parse(without("--json", argv)),
     "prepare": lambda argv: config.parse([*without(r"--tokens \S+", argv), *ANY_BUDGET]),
-    "compare": lambda argv: compare.split_options(argv, compare.CompareConfig, "fastkd compare"),
+    "compare": lambda argv: compare.split_options(argv, CompareConfig, "fastkd compare"),
     "glue": glue.parse,
 }
 ANY_BUDGET = ["--budget-tokens", "1"]

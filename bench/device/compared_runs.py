@@ -20,7 +20,7 @@ import torch
 from bench.device import part, worker
 from bench.device.alone import beside_others
 from bench.device.part import Row
-from fastkd import run
+from fastkd import pipeline
 from fastkd.comparison.budgets import release_memory
 from fastkd.comparison.rows import parse_row
 from fastkd.distributed import World
@@ -116,7 +116,7 @@ class Comparison:
         budget = {"budget_gpu_hours": self.budget_s / 3600} if by_time else {"budget_flops": self.budget_flops}
         folder = Path(self.folder) / f"{row.slug}-{entry.match}-{next(iter(budget.values())):.6g}-seed{entry.seed}"
         resolved = row.resolved(self.options, **budget, seed=entry.seed, output_dir=str(folder))
-        run.run(resolved, World(device=torch.device(self.device)), Console(quiet=True))
+        pipeline.run(resolved, World(device=torch.device(self.device)), Console(quiet=True))
         if not self.tiny:
             self.last = time.monotonic() - began
         return {**summary(folder), "seconds": time.monotonic() - began}

@@ -1,0 +1,57 @@
+"""The options of ``fastkd.compare`` beside those of its runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fastkd.run_config import option
+
+MOST_RATES = 20  # each is twice the one before
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """One comparison; a run's options are taken too and hold for every row, but those that are a row's own."""
+
+    methods: str = option(
+        "mlm,tinybert,minilm,minilmv2",
+        "rows, separated by commas: METHOD[+as-released][+init-from-teacher][@TEACHER]",
+    )
+    match: Literal["gpu-seconds", "flops"] = option("gpu-seconds", "what every row gets the same amount of")
+    budget_gpu_hours: list[float] = option([], "GPU-hours a row; several give the crossover curve")
+    budget_flops: float | None = option(None, "with --match flops: FLOPs a row (else a scratch run's in that time)")
+    seeds: int = option(1, "seeds a row, from --seed on")
+    as_released: bool = option(False, "add a row with the paper's released objective for each method that has one")
+    tune: int = option(0, "learning rates tried for each row on equal budgets of a tenth, charged separately")
+    epochs_cap: float | None = option(
+        None,
+        "cut the corpus down so that the scratch row passes over it this many times (the repeated-data experiment)",
+    )
+    glue: str | None = option(None, "folder of labelled data, or 'hub': fine-tune and score every row")
+    glue_tasks: str | None = option(None, "tasks to score, separated by commas; default: all that the folder holds")
+    glue_train_rows: str | None = option(None, "training rows at most: 10000, or sst2=10000,mnli=50000")
+    glue_seeds: int = option(1, "fine-tunings of each task")
+    output_dir: str | None = option(None, "folder; default runs/compare-…, the same for the same command")
+    plan_only: bool = option(False, "print the plan of every row and stop")
+    json: bool = option(False, "print one JSON object, and nothing else on standard output")
+
+    def check(self) -> None:
+        """Refuse what cannot be compared.
+
+        Raises:
+            ValueError: naming the option and the remedy.
+        """
+        if self.match == "flops" and self.budget_flops is not None and self.budget_gpu_hours:
+            raise ValueError("--match flops takes --budget-flops or --budget-gpu-hours, not both")
+        if self.match == "gpu-seconds" and self.budget_flops is not None:
+            raise ValueError("--match gpu-seconds takes --budget-gpu-hours; for --budget-flops use --match flops")
+        if not self.budget_gpu_hours and self.budget_flops is None:
+            raise ValueError("give a budget: --budget-gpu-hours 1, or --match flops --budget-flops 1e18")
+        for name, value in (("seeds", self.seeds), ("glue-seeds", self.glue_seeds)):
+            if value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}")
+        if self.tune != 0 and not 2 <= self.tune <= MOST_RATES:
+            raise ValueError(f"--tune takes 0 or from 2 to {MOST_RATES} learning rates, got {self.tune}")
+        if self.epochs_cap is not None and not 0 < self.epochs_cap < float("inf"):
+            raise ValueError(f"--epochs-cap must be above zero and finite, got {self.epochs_cap:g}")

@@ -1,0 +1,202 @@
+"""One run from its options to its report: plan, train, export, report, push.
+
+The same options again resume an interrupted run, and say where a finished one is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from fastkd import files, monitor, planning
+from fastkd.config import Resolved
+from fastkd.data import hub
+from fastkd.device import environment, profiler
+from fastkd.distributed import World, barrier, on_main
+from fastkd.loop import Loop
+from fastkd.models import hf
+from fastkd.push import destination, push_folder
+from fastkd.reports.run_report import build_report, loss_warning, model_card
+from fastkd.run_folder import Run, read_run
+from fastkd.setup import Parts, prepare
+from fastkd.terminal import Console
+from fastkd.train import Trainer
+
+FILES = ("config.toml", "environment.json", "plan.json", "ledger.jsonl", "metrics.jsonl", "report.html")
+READ_AHEAD = 1.05  # of the planned steps: text is tokenised so far before it is asked for
+
+
+def run(resolved: Resolved, world: World, console: Console) -> Path:
+    """Do the run, or what is left of it; returns its folder.
+
+    Raises:
+        ValueError: a configuration that cannot work, or a folder that holds another run.
+        BudgetTooSmall: the budget does not pay for one step.
+        Interrupted: stopped by a signal, saved.
+    """
+    started = profiler.now()
+    folder = Path(resolved.run.output_dir or resolved.default_output_dir())
+    monitor.check_loggers(tuple(resolved.run.log_to))
+    began = check_folder(folder, resolved)
+    repository = pushed_to(resolved, world)
+    if (folder / "final" / "config.json").exists():
+        push(folder, repository, world, console)
+        console.print(f"{folder} is finished already: {folder}/final, {folder}/report.html")
+        return folder
+    planning.announce(resolved, console)
+    with hub.pinned(on_main(world, lambda: began.environment.get("corpus_sources", []) if began else [])):
+        parts = prepare(with_measured_dtype(resolved, began, world), world)
+    check_inputs(began, parts)
+    trainer = Trainer(parts)
+    measured = planning.measure(trainer)
+    the_plan = planning.make(resolved, parts, measured)
+    parts.stream.want(round(READ_AHEAD * the_plan["steps"]))
+    if world.is_main:
+        planning.render(the_plan, console)
+        open_folder(folder, resolved, parts, the_plan)
+    barrier(world)
+    with contextlib.closing(parts.shards), alone_in(folder) if world.is_main else contextlib.nullcontext():
+        train(trainer, folder, measured, setup_seconds=profiler.now() - started)
+        if world.is_main:
+            export(parts, folder)
+            build_report(folder)
+            if warning := loss_warning(read_run(folder)):
+                console.print(f"warning: {warning}")
+    barrier(world)
+    push(folder, repository, world, console)
+    console.print(f"student {folder}/final · report {folder}/report.html · ledger {folder}/ledger.jsonl")
+    return folder
+
+
+def train(trainer: Trainer, folder: Path, measured: planning.Measurement, setup_seconds: float) -> None:
+    """From the checkpoint, if there is one, to the end of the budget."""
+    config, world = trainer.parts.config, trainer.world
+    budget = config.budget
+    watch = monitor.Monitor if world.is_main else monitor.SilentMonitor
+    log_to = tuple(config.log_to) if world.is_main else ()
+    shown = watch(folder, budget.amount, budget.unit, log_to=log_to, resume=True, log_every=config.log_every)
+    with shown:
+        loop = Loop(trainer, folder, shown, measured.step_seconds)
+        with contextlib.closing(loop.ledger):
+            loop.ledger.event("setup", setup_seconds)
+            if measured.compile_seconds:
+                loop.ledger.event("compile", measured.compile_seconds)
+            if loop.totals.step == 0:
+                loop.record_validation(0.0, in_loop=False)
+            with profiler.trace(folder / "trace.json", config.trace) as traced:
+                loop.run(traced)
+            if loop.totals.step == 0:
+                raise planning.BudgetTooSmall(
+                    f"the budget went to set-up or to steps that were lost, none is left for a step: raise it, or remove {folder}"
+                )
+            loop.save_the_end()  # before anything that may be interrupted
+            loop.record_validation(1.0, in_loop=False)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run folder.
+
+    Raises:
+        ValueError: one is in it.
+    """
+    try:
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"another process trains in {folder}: wait for it, or give another --output-dir") from error
+    with lock:
+        yield
+
+
+def export(parts: Parts, folder: Path) -> None:
+    """The student as a Hugging Face folder with its model card."""
+    card = model_card(folder, mlm_head=parts.method.trains_mlm_head)
+    head, longest = parts.method.trains_mlm_head, parts.config.seq_length
+    hf.export(parts.student, parts.tokenizer, folder / "final", card=card, mlm_head=head, max_length=longest)
+
+
+def pushed_to(resolved: Resolved, world: World) -> str | None:
+    """The repository on the hub that the student is to go to, checked before anything is spent; None where to none.
+
+    Raises:
+        ValueError: a name that cannot be, or a token that may not write there.
+    """
+    name = resolved.run.push_to_hub
+    return None if name is None else on_main(world, lambda: destination(name))
+
+
+def push(folder: Path, repository: str | None, world: World, console: Console) -> None:
+    """Send the finished student to the hub, if it is to go there.
+
+    Raises:
+        NotPushed: it is saved, and the same command sends it again.
+    """
+    if repository and world.is_main:
+        console.print(f"pushed to {push_folder(folder / 'final', repository)}")
+
+
+def check_folder(folder: Path, resolved: Resolved) -> Run | None:
+    """Refuse a folder that cannot be written, or that holds another run or a damaged one; what began there, if any.
+
+    Raises:
+        ValueError: naming the folder and the remedy.
+    """
+    files.check_writable(folder / "checkpoints", *(folder / name for name in FILES))
+    config = folder / "config.toml"
+    if config.exists() and not resolved.continues(config.read_text("utf-8", "replace")):
+        raise ValueError(f"{folder} holds a run of another configuration: give another --output-dir, or remove it")
+    if config.exists():
+        return read_run(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no run: give another --output-dir")
+    return None
+
+
+def with_measured_dtype(resolved: Resolved, began: Run | None, world: World) -> Resolved:
+    """``--dtype auto`` goes on with what it meant when the run began: a second measurement may come out otherwise."""
+    dtype = on_main(world, lambda: began.plan.get("dtype") if began else None)
+    if dtype is None or resolved.run.dtype != "auto":
+        return resolved
+    return replace(resolved, run=replace(resolved.run, dtype=dtype))
+
+
+def check_inputs(began: Run | None, parts: Parts) -> None:
+    """Refuse to go on with another corpus or teacher than a run began with.
+
+    Raises:
+        ValueError: naming which of the two has changed.
+    """
+    if began is None:
+        return
+    found = parts.inputs.items()
+    changed = [name.partition("_")[0] for name, version in found if began.environment.get(name, version) != version]
+    if changed:
+        raise ValueError(
+            f"the {' and the '.join(changed)} changed since the run in {began.folder} began: bring back what it was, "
+            "or give another --output-dir"
+        )
+
+
+def open_folder(folder: Path, resolved: Resolved, parts: Parts, the_plan: dict[str, Any]) -> None:
+    """Make the run folder and write what is known before the first step; config.toml last, for it marks a run.
+
+    Raises:
+        ValueError: the folder cannot be made.
+    """
+    if (folder / "config.toml").exists():
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make {folder} ({error.strerror}): give another --output-dir") from error
+    begun = {"command": resolved.command(), "corpus_sources": parts.shards.first.recipe["sources"]}
+    facts = environment.describe() | begun | parts.inputs
+    files.write(folder / "environment.json", json.dumps(facts, indent=1) + "\n")
+    files.write(folder / "plan.json", json.dumps(the_plan, indent=1) + "\n")
+    files.write(folder / "config.toml", resolved.to_toml())
