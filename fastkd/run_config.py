@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from fastkd.budget import Budget, Charge, replayed_progress
-from fastkd.data.batches import check_sizes, pack_size
+from fastkd.data.sizes import check_sizes, pack_size
 from fastkd.terminal import LOST
 
 # The range of each number, both ends included; None where an option may be left out.

@@ -25,7 +25,7 @@ from fastkd.data.texts import Texts
 STEPS_AHEAD = 2
 VALIDATION_SEED = 20_240_430
 
-__all__ = ["Batch", "BatchStream", "SpecialIds", "StepTokens", "check_sizes", "pack_size", "validation_batches"]
+__all__ = ["Batch", "BatchStream", "SpecialIds", "StepTokens", "pack_size", "validation_batches"]
 
 
 @dataclass(frozen=True)

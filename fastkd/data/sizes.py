@@ -1,4 +1,4 @@
-"""Sizes of packs, micro-batches and steps, in tokens."""
+"""Sizes of packs, micro-batches and steps, in tokens. Imports no torch: the options of a run are checked with these."""
 
 SEQUENCES_PER_PACK = 16  # P = 16 sequences of full length
 
