@@ -32,8 +32,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bench.unpacking import FORMAT, INDEX, PARTS, most_bytes
 from fastkd import files
-from fastkd.data.sample import write_sample
-from fastkd.data.shards import Shards, build_shards, cache, tokenizer_hash
+from fastkd.data.shards import Shards, build_shards, cache, tokenizer_hash, write_sample
 from fastkd.device import environment
 from fastkd.files import file_sha256
 from fastkd.glue.rows import FORMATS

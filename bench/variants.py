@@ -40,8 +40,8 @@ from bench.eager_methods import EagerStep
 from fastkd import methods
 from fastkd.config import resolve
 from fastkd.data.assembly import SpecialIds
+from fastkd.data.sequences import Text, permutation
 from fastkd.data.shards import build_shards, cache
-from fastkd.data.text import Text, shuffled
 from fastkd.device import profiler
 from fastkd.distributed import World
 from fastkd.models import hf
@@ -251,7 +251,7 @@ def sequences(spec: Spec, tokenizer: PreTrainedTokenizerBase, count: int, packin
     text = Text(
         tokens, offsets, seq_length=spec.seq_length, packing=packing, separator=special.sep, max_tokens=None
     )  # fmt: skip
-    chosen = itertools.islice(itertools.cycle(shuffled(len(text.start), 0).tolist()), count)
+    chosen = itertools.islice(itertools.cycle(permutation(len(text.start), 0).tolist()), count)
     contents = (text.ids(text.start[number] + np.arange(text.length[number])).tolist() for number in chosen)
     return [[special.cls, *content, special.sep] for content in contents]
 

@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fastkd.data import passes
+from fastkd.data import packing
 from fastkd.data.batches import Batch, BatchStream, SpecialIds, pack_size, validation_batches
 from fastkd.data.masking import Masker, key_of, mix, mix_tensor
 from fastkd.data.packing import Packer
+from fastkd.data.sequences import Text, permutation
 from fastkd.data.shards import Shards, build_shards
-from fastkd.data.text import Text, shuffled
 
 PACK = pack_size(128)
 SPECIAL = SpecialIds(cls=0, sep=1, mask=2, pad=3, all_special=frozenset({0, 1, 2, 3, 4}))
@@ -236,9 +236,9 @@ def shuffles(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
 
     def recorded(count: int, key: int) -> np.ndarray:
         begun.append((key, threading.current_thread().name))
-        return shuffled(count, key)
+        return permutation(count, key)
 
-    monkeypatch.setattr(passes, "shuffled", recorded)
+    monkeypatch.setattr(packing, "permutation", recorded)
     return begun
 
 
@@ -278,9 +278,9 @@ def test_closing_does_not_wait_for_a_shuffle(shards: Shards, monkeypatch: pytest
     def held_up(count: int, key: int) -> np.ndarray:
         begun.set()
         assert go.wait(60)
-        return shuffled(count, key)
+        return permutation(count, key)
 
-    monkeypatch.setattr(passes, "shuffled", held_up)
+    monkeypatch.setattr(packing, "permutation", held_up)
     others = set(threading.enumerate())
     ahead = batches.prefetch(round(0.6 / batches.epoch_of(1)))
     assert len(next(ahead)) == 1, "a step waited for the next epoch"
@@ -300,7 +300,7 @@ def test_an_exception_of_the_shuffling_thread_is_raised_to_the_reader(
     def fails(count: int, key: int) -> np.ndarray:
         raise MemoryError(f"no room for {count} sequences")
 
-    monkeypatch.setattr(passes, "shuffled", fails)
+    monkeypatch.setattr(packing, "permutation", fails)
     with contextlib.closing(batches.prefetch(0)) as ahead, pytest.raises(MemoryError, match="no room for"):
         collections.deque(ahead, maxlen=0)
 
@@ -557,6 +557,6 @@ def test_a_few_long_documents_among_many_short_ones_keep_to_the_static_bound() -
 
 @pytest.mark.parametrize("count", [1, 2, 3, 1_000])
 def test_a_shuffle_is_a_permutation_that_depends_on_its_key(count: int) -> None:
-    assert sorted(shuffled(count, 7).tolist()) == list(range(count))
-    assert shuffled(count, 7).tolist() == shuffled(count, 7).tolist()
-    assert count < 4 or shuffled(count, 7).tolist() != shuffled(count, 8).tolist()
+    assert sorted(permutation(count, 7).tolist()) == list(range(count))
+    assert permutation(count, 7).tolist() == permutation(count, 7).tolist()
+    assert count < 4 or permutation(count, 7).tolist() != permutation(count, 8).tolist()

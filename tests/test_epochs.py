@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from fastkd.data import passes
+from fastkd.data import packing
 from fastkd.data.batches import pack_size
 from fastkd.data.epochs import Epochs
 from fastkd.data.packing import Packer
-from fastkd.data.text import Text, shuffled
+from fastkd.data.sequences import Text, permutation
 
 UNEVEN = tuple(1 + i * 7919 % 400 for i in range(3_000))
 WAIT = 60  # seconds after which a test that would hang fails
@@ -52,9 +52,9 @@ def test_threads_that_ask_together_shuffle_an_epoch_once(monkeypatch: pytest.Mon
 
     def recorded(count: int, key: int) -> np.ndarray:
         keys.append(key)
-        return shuffled(count, key)
+        return permutation(count, key)
 
-    monkeypatch.setattr(passes, "shuffled", recorded)
+    monkeypatch.setattr(packing, "permutation", recorded)
     packer = Packer([text_of(UNEVEN * 20)].__getitem__, pack_tokens=2048, seed=5)
     together = threading.Barrier(8)
 

@@ -11,8 +11,7 @@ import pytest
 
 from fastkd import compare, plan, run
 from fastkd.data.corpus import check
-from fastkd.data.sample import write_sample
-from fastkd.data.shards import Shards, build_shards
+from fastkd.data.shards import Shards, build_shards, write_sample
 from fastkd.loop import Loop
 from fastkd.models import hf
 from fastkd.run_folder import read_run

@@ -19,7 +19,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fastkd.data import hub_requests, remote_parquet
+from fastkd.data import hub_parquet, hub_requests
 from fastkd.data.hub import HubDataset
 
 CARD = hub_contents.card("small")
@@ -188,7 +188,7 @@ def test_reading_goes_on_where_it_stopped(waits: list[float]) -> None:
 def test_a_row_group_that_is_too_large_to_hold_is_read_in_pieces(
     hub: test_hub.Hub, waits: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote_parquet, "AHEAD_BYTES", 0)
+    monkeypatch.setattr(hub_parquet, "AHEAD_BYTES", 0)
     contents = files(2)
     hub.add("datasets", "units/large", {"README.md": CARD, **contents})
     hub.faults = [test_hub.Fault("units/large.*parquet.*bytes", "cut", times=2, skip=2)]
@@ -198,9 +198,9 @@ def test_a_row_group_that_is_too_large_to_hold_is_read_in_pieces(
     assert hub.faults[0].times == 0 and waits
 
 
-@pytest.mark.parametrize("ahead", [remote_parquet.AHEAD_BYTES, 0])
+@pytest.mark.parametrize("ahead", [hub_parquet.AHEAD_BYTES, 0])
 def test_a_column_s_name_may_have_a_dot(hub: test_hub.Hub, monkeypatch: pytest.MonkeyPatch, ahead: int) -> None:
-    monkeypatch.setattr(remote_parquet, "AHEAD_BYTES", ahead)
+    monkeypatch.setattr(hub_parquet, "AHEAD_BYTES", ahead)
     columns = {"page": ["a", "b"], "page.text": ["one", "two"], "page.text.more": ["c", "d"]}
     hub.add("datasets", f"units/dots-{ahead}", {"train-0.parquet": hub_contents.parquet(columns)})
     (unit,) = dataset(f"units/dots-{ahead}").units()
@@ -218,11 +218,11 @@ def test_what_an_old_writer_did_not_count_is_read(hub: test_hub.Hub) -> None:
     assert sorted(documents("units/old")) == [f"row {row}" for row in range(9)]
 
 
-@pytest.mark.parametrize("ahead", [remote_parquet.AHEAD_BYTES, 0])
+@pytest.mark.parametrize("ahead", [hub_parquet.AHEAD_BYTES, 0])
 def test_a_damaged_row_group_is_one_line_that_names_the_corpus(
     hub: test_hub.Hub, monkeypatch: pytest.MonkeyPatch, ahead: int
 ) -> None:
-    monkeypatch.setattr(remote_parquet, "AHEAD_BYTES", ahead)
+    monkeypatch.setattr(hub_parquet, "AHEAD_BYTES", ahead)
     content = parquet([f"row {row}" for row in range(9)])
     start = pyarrow.parquet.read_metadata(io.BytesIO(content)).row_group(1).column(1).dictionary_page_offset
     damaged = content[:start] + b"\xff" * 40 + content[start + 40 :]
@@ -250,12 +250,12 @@ def test_threads_of_the_hub_call_no_pyarrow(hub: test_hub.Hub, monkeypatch: pyte
     assert {thread for _, thread in callers} == {threading.current_thread()}
 
 
-@pytest.mark.parametrize("ahead", [remote_parquet.AHEAD_BYTES, 0])
+@pytest.mark.parametrize("ahead", [hub_parquet.AHEAD_BYTES, 0])
 def test_pyarrow_runs_no_python_that_loses_an_interrupt(
     hub: test_hub.Hub, monkeypatch: pytest.MonkeyPatch, ahead: int
 ) -> None:
     """One that comes while a file says whether it is closed becomes a ValueError: the file is closed."""
-    monkeypatch.setattr(remote_parquet, "AHEAD_BYTES", ahead)
+    monkeypatch.setattr(hub_parquet, "AHEAD_BYTES", ahead)
     hub.add("datasets", f"units/interrupt-{ahead}", files(1))
 
     def closed(file: object) -> bool:
@@ -281,9 +281,9 @@ session = hub_requests.ask("nothing", get_session, remedy="")
 
 READ = """
 import signal, sys
-from fastkd.data import hub, hub_requests, remote_parquet
+from fastkd.data import hub, hub_requests, hub_parquet
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts in the background
-kind, remote_parquet.AHEAD_BYTES = sys.argv[1], int(sys.argv[2])
+kind, hub_parquet.AHEAD_BYTES = sys.argv[1], int(sys.argv[2])
 if kind == "model":
     hub_requests.model_folder("ends/model", remedy="")
 for unit in hub.HubDataset.parse("ends/" + kind).units():

@@ -39,8 +39,8 @@ from fastkd.data.batches import BatchStream, SpecialIds, pack_size
 from fastkd.data.heldout import choose
 from fastkd.data.packing import Packer
 from fastkd.data.progress import Shown
+from fastkd.data.sequences import Text
 from fastkd.data.shards import BuildingFailed, Shards, build_shards, cache
-from fastkd.data.text import Text
 from fastkd.data.tokenise import Tokens
 from fastkd.distributed import World
 from fastkd.models import hf

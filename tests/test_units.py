@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastkd.data.corpus import documents, sources, units
-from fastkd.data.files import LocalFile
+from fastkd.data.local_files import LocalFile
 from fastkd.data.rows import JOINED_CHARACTERS
 
 PIECES = ["a", "word", "é🙂東", " ", "\t \n", "\r\n", "\n", "\n\n", " \r\n \r\n", "\ufeff", "\u2028", "x" * 30]

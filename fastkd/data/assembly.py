@@ -1,4 +1,6 @@
-"""Fragments to the tensors of a micro-batch on the host, before any masking."""
+"""Packs to the tensors of a micro-batch on the host, before masking."""
+
+from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
@@ -9,27 +11,27 @@ import torch
 from torch import Tensor
 
 from fastkd.data.masking import key_of
-from fastkd.data.packing import Packer
-from fastkd.data.passes import Fragments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from fastkd.data.packing import Fragments, Packer
+
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """The ids that frame, hide and fill, and all that are never predicted."""
+    """The ids of [CLS], [SEP], [MASK] and [PAD], and all ids that are never predicted."""
 
     cls: int
     sep: int
     mask: int
     pad: int
     all_special: frozenset[int]
-    absent: frozenset[int] = frozenset()  # gaps: ids below the largest that are no token's
+    absent: frozenset[int] = frozenset()  # ids below the largest that no token has
 
     @classmethod
-    def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "SpecialIds":
-        """Read them off a tokenizer. Raises ``ValueError`` where one is missing."""
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> SpecialIds:
+        """The special ids of a tokenizer. Raises ``ValueError`` where one is missing."""
         ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("cls", "sep", "mask", "pad")}
         missing = [name for name, token in ids.items() if token is None]
         if missing:
@@ -41,20 +43,20 @@ class SpecialIds:
 
 @dataclass(frozen=True)
 class Plain:
-    """A micro-batch of whole packs on the host. Fields as those of ``Batch``."""
+    """A micro-batch of whole packs on the host, not masked. Fields as in ``batches.Batch``."""
 
     ids: Tensor  # [T] int64
     position_ids: Tensor  # [T] int64
     cu_seqlens: Tensor  # [B + 1] int32
-    keys: Tensor  # [packs] int64, the hash that each pack's mask is drawn from
+    keys: Tensor  # [packs] int64: the hash from which each pack's mask is drawn
     lengths: tuple[int, ...]
     real_tokens: int
     pairs: int
     pairs_share: float
     predicted_share: float
 
-    def pinned(self) -> "Plain":
-        """The same in page-locked memory, which the device copies from without holding up the host."""
+    def pinned(self) -> Plain:
+        """The same in page-locked memory, from which the device copies while the host goes on."""
         tensors = {name: getattr(self, name).pin_memory() for name in ("ids", "position_ids", "cu_seqlens", "keys")}
         return dataclasses.replace(self, **tensors)
 
@@ -73,19 +75,21 @@ class Assembler:
 
         Args:
             fragments: of its packs.
-            first_pack: where these begin in the endless row of packs.
+            first_pack: the number of its first pack in the endless row.
             mean_pairs: Σ length² of an average micro-batch of the step.
-            predicted_share: of the step's predicted positions, as ``Batch`` has it.
+            predicted_share: as in ``batches.Batch``.
         """
         size = self.packs * self.packer.pack_tokens
         length, is_filler = fragments.sizes(self.packs, self.packer.pack_tokens)
-        begin = np.cumsum(length) - length
+        begin = (
+            np.cumsum(length) - length
+        )  # where each sequence begins in the micro-batch; together they fill it exactly
         cu_seqlens = np.full(self.packs * self.packer.max_sequences + 1, size, np.int32)
         cu_seqlens[: len(begin)] = begin
         pairs = int((length**2).sum())
         return Plain(
             ids=torch.from_numpy(self._ids(fragments, begin[~is_filler], size)),
-            position_ids=torch.from_numpy(np.arange(size) - np.repeat(begin, length)),
+            position_ids=torch.from_numpy(np.arange(size) - np.repeat(begin, length)),  # from 0 in every sequence
             cu_seqlens=torch.from_numpy(cu_seqlens),
             keys=torch.from_numpy(self._keys(first_pack)),
             lengths=tuple(length.tolist()),
@@ -96,10 +100,10 @@ class Assembler:
         )
 
     def predicted(self, fragments: Fragments, packs: int, masked: int) -> np.ndarray:
-        """Positions that are predicted in each pack, [packs] int64: ``masked``, or all ordinary tokens where they are fewer.
+        """Predicted positions of each pack, [packs] int64: ``masked``, or its ordinary tokens where these are fewer.
 
-        A micro-batch's loss is a mean over its own predicted positions; whoever wants that of the step must know all
-        ranks' counts. Reading the ids of the whole step here costs less than asking the other ranks.
+        A micro-batch's loss is a mean over its own predicted positions; the step's mean needs the counts of all ranks.
+        Reading the ids of the whole step here costs less than asking the other ranks.
         """
         _, ids = self._content(fragments)
         special = np.isin(ids, list(self.special.all_special), kind="table")
@@ -116,8 +120,9 @@ class Assembler:
         return ids
 
     def _content(self, fragments: Fragments) -> tuple[np.ndarray, np.ndarray]:
-        """(place within its sequence, id) of every corpus token of the fragments, [n] int64 each."""
+        """(place within its fragment, id) of every corpus token of the fragments, [n] int64 each."""
         length = fragments.length
+        # A running number over all tokens, minus that of the fragment's first token.
         within = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
         return within, self.packer.ids(np.repeat(fragments.source, length) + within)
 

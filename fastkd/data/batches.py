@@ -1,7 +1,9 @@
-"""Unpadded, masked micro-batches: step i is a pure function of (seed, i), whatever the ranks and micro-batches.
+"""Unpadded, masked micro-batches. Step i depends only on (seed, i), not on the number of ranks or micro-batches.
 
 T tokens of a micro-batch, B sequences at most, M predicted positions; P tokens of a pack.
 """
+
+from __future__ import annotations
 
 import copy
 import dataclasses
@@ -10,17 +12,19 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastkd.data.assembly import Assembler, Plain, SpecialIds
 from fastkd.data.masking import Masker
-from fastkd.data.packing import Packer
-from fastkd.data.passes import Fragments
-from fastkd.data.shards import Shards
+from fastkd.data.packing import Fragments, Packer
+from fastkd.data.sequences import Texts
 from fastkd.data.sizes import check_sizes, pack_size
-from fastkd.data.texts import Texts
+
+if TYPE_CHECKING:
+    from fastkd.data.shards import Shards
 
 STEPS_AHEAD = 2
 VALIDATION_SEED = 20_240_430
@@ -40,21 +44,21 @@ class Batch:
     labels: Tensor  # [M] int64, −100 where a pack had too few ordinary tokens
     max_seqlen: int
     lengths: tuple[int, ...]  # of the sequences, fillers included
-    real_tokens: int  # all but fillers
+    real_tokens: int  # tokens of all sequences but fillers
     pairs: int  # Σ length², fillers included
-    pairs_share: float  # pairs × micro-batches of the step over all ranks ÷ Σ pairs of the step: mean 1
-    predicted_share: float  # likewise, of the labels that are not −100
+    pairs_share: float  # pairs ÷ mean pairs of the step's micro-batches on all ranks
+    predicted_share: float  # the same of the labels that are not −100
 
     @property
     def sequences(self) -> Tensor:
-        """[n + 1] int32: ``cu_seqlens`` of the n sequences that there are, without the repeats of T.
+        """[n + 1] int32: ``cu_seqlens`` of the n sequences of this batch, without the repeats of T.
 
-        A view whose size the host knows. About half of the B sequences are empty: what may change its shape from step
-        to step, as the relations do, takes this; what is compiled or captured takes ``cu_seqlens``.
+        A view whose size the host knows. About half of the B sequences are empty. Code whose shapes may change from step
+        to step, such as the relations, takes this; compiled or captured code takes ``cu_seqlens``.
         """
         return self.cu_seqlens[: len(self.lengths) + 1]
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same micro-batch on another device."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name, value in values.items():
@@ -65,15 +69,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepTokens:
-    """What one step holds over all ranks."""
+    """Sizes of one step over all ranks."""
 
-    real: int  # tokens, fillers left out
-    predicted: int  # rows, whether or not a pack had enough ordinary tokens for them
+    real: int  # tokens without fillers
+    predicted: int  # rows, those with label −100 included
     pairs: int  # Σ length²
 
 
 class BatchStream:
-    """The batches of a split, endless: epoch after epoch, each in its own order.
+    """The endless batches of a split: epoch after epoch, each in its own order.
 
     Args:
         shards: the corpus.
@@ -82,15 +86,15 @@ class BatchStream:
         seq_length: longest sequence, [CLS] and [SEP] included.
         batch_tokens: tokens of a step over all ranks, fillers included.
         micro_tokens: T, tokens of a micro-batch.
-        mask_rate: predicted part of the tokens; exactly round(mask_rate · P) a pack.
+        mask_rate: share of the tokens that are predicted; exactly round(mask_rate · P) a pack.
         seed: of order and masks.
-        rank, world: this process and how many share a step; each takes a contiguous part.
-        device: where the batches go.
-        max_unique_tokens: tokens of the split to use at most, of documents taken in a fixed random order.
-        packing: ``documents``, or ``full-sentences``: documents run on in a sequence, a [SEP] between two.
+        rank, world: number of this process, and of processes that share a step; each takes a contiguous part.
+        device: of the batches.
+        max_unique_tokens: tokens of the split to use at most, of documents in a fixed random order.
+        packing: ``documents``, or ``full-sentences``: documents follow each other in a sequence, a [SEP] between two.
 
     Raises:
-        ValueError: sizes that do not divide, naming the nearest that do, or values out of range.
+        ValueError: sizes that do not divide (with the nearest that do), or values out of range.
     """
 
     def __init__(
@@ -117,7 +121,7 @@ class BatchStream:
         texts = Texts(shards, special, split, seq_length, packing, max_unique_tokens)
         self._packer = Packer(texts, pack_tokens=self._pack_tokens, seed=seed)
         self._shards, self._most = shards if split == "train" else None, max_unique_tokens
-        self._wanted = 0  # packs that are known to be read
+        self._wanted = 0  # packs that will be read, as far as is known
         self._seq_length = seq_length
         self._device = torch.device(device)
         self._packs_per_step, self._rank, self._world = batch_tokens // self._pack_tokens, rank, world
@@ -128,18 +132,18 @@ class BatchStream:
 
     @property
     def unique_tokens(self) -> int:
-        """Tokens of the split in use, special tokens not counted; an estimate until the last part of them is there."""
+        """Tokens of the split in use, without special tokens; an estimate until their last part exists."""
         if self._packer.is_complete or self._shards is None:
             return self._packer.unique(self._packer.packs)
         return min(self._most or self._shards.unique_tokens, self._shards.unique_tokens)
 
     @property
     def mean_sequence(self) -> float:
-        """Tokens of a sequence, [CLS] and [SEP] included, before packs cut some of them in two."""
+        """Mean tokens of a sequence, [CLS] and [SEP] included, before packs cut some in two."""
         return self._packer.mean_length
 
-    def recut(self, micro_tokens: int) -> "BatchStream":
-        """The same steps in micro-batches of another size. Both streams share the epochs that are shuffled.
+    def recut(self, micro_tokens: int) -> BatchStream:
+        """The same steps in micro-batches of another size. Both streams share their shuffled epochs.
 
         Raises:
             ValueError: as when a stream is made.
@@ -154,11 +158,11 @@ class BatchStream:
         return [self._batch(plain) for plain in self._assemble(i)]
 
     def prefetch(self, start: int) -> Generator[list[Batch], None, None]:
-        """Yield step(start), step(start + 1), …; a thread assembles the next ones on the host meanwhile.
+        """Yield step(start), step(start + 1), …; meanwhile a thread assembles the next ones on the host.
 
-        Another thread shuffles the next epoch, half an epoch before it is read. What the device does (copies, masks)
-        is queued from the caller's thread and stream. An exception of the threads is raised here; closing the iterator
-        ends them, a shuffle that has begun as soon as it is done: only the end of the process waits for it.
+        Another thread shuffles the next epoch half an epoch ahead. Work of the device (copies, masks) is queued from the
+        caller's thread and stream. An exception in a thread is raised here. Closing the iterator ends the threads; a
+        shuffle that has begun is finished first, and only the end of the process waits for it.
         """
         assembling, shuffling = ThreadPoolExecutor(1, "batches"), ThreadPoolExecutor(1, "epochs")
 
@@ -169,7 +173,7 @@ class BatchStream:
         try:
             ahead: deque[Future[list[Plain]]] = deque()
             for i in count(start):
-                if not ahead:  # the first step, or one whose text has been waited for
+                if not ahead:  # the first step, or one whose text was not there yet
                     self.wait(i)
                 while len(ahead) <= STEPS_AHEAD and self.is_there(i + len(ahead)):
                     ahead.append(assemble(i + len(ahead)))
@@ -194,33 +198,33 @@ class BatchStream:
 
         Args:
             i: the step.
-            stop: asked now and then; ends the waiting.
+            stop: asked now and then; True ends the waiting.
 
         Raises:
-            BuildingFailed: its text cannot be had, in one line.
-            InterruptedError: ``stop`` said so.
+            BuildingFailed: its text could not be built; in one line.
+            InterruptedError: ``stop`` returned True.
         """
         while not self.is_there(i):
             assert self._shards is not None
             self._shards.part(self._packer.parts, stop)
 
     def enters_part(self, i: int) -> bool:
-        """Whether step ``i`` is the first to read a part of the corpus: the same on every rank."""
+        """Whether step ``i`` is the first that reads a new part of the corpus: the same on every rank."""
         return self._packer.enters_part(i * self._packs_per_step, (i + 1) * self._packs_per_step - 1)
 
     def want(self, steps: int) -> None:
-        """Say how many steps will be read: later parts are built ahead as far as that."""
+        """Tell how many steps will be read: later parts are built ahead for that many."""
         self._wanted = steps * self._packs_per_step
 
     def _look_ahead(self, i: int, pool: Executor) -> None:
-        """Have the pool shuffle what comes next, and have later parts built."""
+        """Let the pool shuffle the epoch or part that comes next, and build later parts."""
         pack = (i + 1) * self._packs_per_step - 1
         self._packer.look_ahead(pack, pool)
         if not self._packer.is_complete and self._wanted > self._packer.packs:
             pool.submit(self._build_ahead, self._packer.part_of(pack))
 
     def _build_ahead(self, part: int) -> None:
-        """Keep two parts ahead of one that is read, as far as is wanted."""
+        """Keep two parts ahead of part ``part``, which is read, as far as they will be needed."""
         shards, packer = self._shards, self._packer
         assert shards is not None
         for number in (part + 1, part + 2):
@@ -235,15 +239,15 @@ class BatchStream:
                 return
 
     def epoch_of(self, i: int) -> float:
-        """Epochs consumed before step ``i``."""
+        """Epochs read before step ``i``."""
         return self._packer.epochs(i * self._packs_per_step, self.unique_tokens)
 
     def unique_of(self, i: int) -> int:
-        """Different corpus tokens consumed before step ``i``."""
+        """Different corpus tokens read before step ``i``."""
         return self._packer.unique(i * self._packs_per_step)
 
     def tokens_of(self, i: int) -> StepTokens:
-        """What step ``i`` holds over all ranks."""
+        """Sizes of step ``i`` over all ranks."""
         length, is_filler = self._fragments(i).sizes(self._packs_per_step, self._pack_tokens)
         predicted = self._packs_per_step * self._masked_per_pack
         return StepTokens(int(length[~is_filler].sum()), predicted, int((length**2).sum()))
@@ -254,10 +258,10 @@ class BatchStream:
         return self._packer.fragments(i * self._packs_per_step, (i + 1) * self._packs_per_step)
 
     def _assemble(self, i: int) -> list[Plain]:
-        everything = self._fragments(i)
+        everything = self._fragments(i)  # of all ranks: the shares of a micro-batch are of the whole step
         length, _ = everything.sizes(self._packs_per_step, self._pack_tokens)
         packs, own = self._plain.packs, self._packs_per_step // self._world
-        mean_pairs = float((length**2).sum()) * packs / self._packs_per_step
+        mean_pairs = float((length**2).sum()) * packs / self._packs_per_step  # of a micro-batch
         predicted = self._plain.predicted(everything, self._packs_per_step, self._masked_per_pack)
         mean_predicted = max(float(predicted.sum()), 1.0) * packs / self._packs_per_step
         micros = []
@@ -290,10 +294,10 @@ def validation_batches(
     device: torch.device | str,
     packing: str = "documents",
 ) -> list[Batch]:
-    """This rank's part of the held-out split, with fixed masks whatever the training seed.
+    """This rank's part of the validation split, with the same masks for every training seed.
 
-    The whole split but for less than a pack, or about ``max_tokens`` of it; to fill the last micro-batches it begins
-    again, in another order.
+    The whole split, but for less than a pack, or about ``max_tokens`` of it. Where it does not fill the last micro-batches,
+    it is read again in another order.
     """
     pack_tokens = pack_size(seq_length)
     texts = Texts(shards, special, "validation", seq_length, packing, None)

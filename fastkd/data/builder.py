@@ -1,7 +1,7 @@
-"""Builds the parts of a corpus: here, or in a process of its own that works ahead of training.
+"""Builds the parts of a corpus: in this process, or in one of its own that works ahead of training.
 
-The process is this file run as a program. It reads its job from stdin, and ends when stdin does: with its parent, however
-that ends. What went wrong it says in one line on stdout.
+That process is this file run as a program. It reads its job from stdin and ends when stdin closes: so it ends with its
+parent, even one that is killed. An error is one line on its stdout.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from weakref import finalize
 from filelock import FileLock, Timeout
 
 import fastkd
+from fastkd.data import corpus as corpora
 from fastkd.data import heldout, hub
-from fastkd.data.corpus import sources
 from fastkd.data.part import Part, part_folder, write_part
 from fastkd.data.progress import Progress
 from fastkd.data.reading import Place, Reading
 from fastkd.data.recipe import Recipe, part_tokens
 from fastkd.data.tokenise import Tokens
 
-NICE = 10  # of the process: what it takes of a busy machine, training does not miss
+NICE = 10  # of the process: on a busy machine, training goes first
 log = logging.getLogger(__name__)
-_damaged: set[Path] = set()  # parts of which this process has said so
+_damaged: set[Path] = set()  # parts of which this process has said that they are damaged
 
 
 class BuildingFailed(OSError):
@@ -70,10 +70,10 @@ def build(
     progress: Progress | None = None,
     trusted: int = 0,
 ) -> None:
-    """Build the parts that are missing, in order: up to ``parts`` of them, or ``tokens`` for training, or all.
+    """Build the missing parts, in order, until there are ``parts`` parts, or ``tokens`` tokens for training, or all.
 
-    Of several processes one builds and the others wait. A part that is found damaged is built again; the digests of the
-    first ``trusted`` parts are not compared.
+    Of several processes one builds and the others wait. A damaged part is built again; the digests of the first ``trusted``
+    parts are not compared.
 
     Raises:
         ValueError: the corpus cannot be read; the folder cannot be written.
@@ -90,7 +90,9 @@ def build(
                     reading = stack.enter_context(contextlib.closing(_reading(job, start, progress)))
                 _build(job, number, reading)
                 part = Part(corpus, number, verify=False)
-            elif reading is not None:  # a later part was there, and this reading is not at its end
+            elif (
+                reading is not None
+            ):  # this part exists, though one before it was missing: the reading is not at its end
                 reading.close()
                 reading = None
             number, held, before = number + 1, held + part.tokens, part
@@ -99,7 +101,7 @@ def build(
 
 
 def load(corpus: Path, number: int, *, verify: bool = True) -> Part | None:
-    """A part that is there and whole; of one that is not, this process says once that it will be built again."""
+    """A part, if it exists and is whole. Of a damaged one, this process says once that it is built again."""
     if not (folder := part_folder(corpus, number)).exists():
         return None
     try:
@@ -114,8 +116,9 @@ def load(corpus: Path, number: int, *, verify: bool = True) -> Part | None:
 
 
 def _reading(job: Job, start: Place, progress: Progress) -> Reading:
+    size, units = corpora.size(job.spec), corpora.units(job.spec)
     return Reading(
-        job.spec, job.recipe["text_field"], job.tokenizer_json, start=start, workers=job.workers, progress=progress
+        units, size, job.recipe["text_field"], job.tokenizer_json, start=start, workers=job.workers, progress=progress
     )
 
 
@@ -149,7 +152,7 @@ def _writable(root: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _alone(corpus: Path) -> Iterator[None]:
-    """One process builds; another that comes says that it waits, for that may take hours."""
+    """Hold the corpus's lock. Where another process has it, say so before waiting: that may take hours."""
     lock = FileLock(corpus.with_name(f"{corpus.name}.lock"))
     try:
         lock.acquire(timeout=0)
@@ -163,7 +166,7 @@ def _alone(corpus: Path) -> Iterator[None]:
 
 
 class Builder:
-    """Builds later parts in a process of its own, one process a part. It ends with this one, or when it is closed."""
+    """Builds later parts in another process, one process a part. It ends with this process, or when this is closed."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -173,9 +176,9 @@ class Builder:
         self._finalizer: finalize[..., Any] | None = None
 
     def ahead(self, number: int) -> None:
-        """Begin to build a part, unless a process is at work or has failed to build it: that is told when it is needed.
+        """Begin to build a part, unless a process is at work or has failed to build it; ``require`` raises that failure.
 
-        Once closed it begins none: a thread that reads ahead may ask after the training has ended.
+        Does nothing once closed: a thread that reads ahead may ask after the training has ended.
         """
         with self._lock:
             if self._closed:
@@ -186,10 +189,10 @@ class Builder:
                 self._start(number)
 
     def require(self, number: int, seconds: float) -> None:
-        """Wait a while for a part that is needed now; one whose building has failed is tried once more.
+        """Wait for a part that is needed now, at most ``seconds``; one that could not be built is tried once more.
 
         Raises:
-            BuildingFailed: building it failed, in one line.
+            BuildingFailed: it could not be built; in one line.
         """
         with self._lock:
             if self._process is None:
@@ -213,7 +216,7 @@ class Builder:
             self._process = None
 
     def _ended(self) -> str:
-        """Forget a process that has ended; what it said."""
+        """Forget a process that has ended; returns what it printed."""
         assert self._process is not None and self._finalizer is not None
         said, _ = self._process.communicate()
         self._finalizer.detach()
@@ -231,7 +234,7 @@ class Builder:
         self._finalizer = finalize(self, _end, process)
         self._process, self._building = process, number
         assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it is gone: told when the part is needed
+        with contextlib.suppress(BrokenPipeError):  # it has ended: ``require`` says so when the part is needed
             process.stdin.write(json.dumps({"number": number, "job": asdict(self._job)}) + "\n")
             process.stdin.flush()
 
@@ -246,7 +249,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def main() -> int:
-    """The process: builds up to a part."""
+    """The building process: builds the parts up to the one that stdin names."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
     if hasattr(os, "nice"):
         os.nice(NICE)
@@ -257,7 +260,7 @@ def main() -> int:
         with hub.pinned(job.recipe["sources"]):
             _check_sources(job)
             build(job, parts=order["number"] + 1, trusted=order["number"])
-    except Exception as error:  # whatever it is, the parent has one line to tell
+    except Exception as error:  # of any kind: the parent shows this line
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         print(f"{kind}{' '.join(str(error).split())}", flush=True)
         return 1
@@ -265,8 +268,8 @@ def main() -> int:
 
 
 def _check_sources(job: Job) -> None:
-    """Refuse to go on with a file that has changed since the corpus was begun: no part would fit another."""
-    begun, now = job.recipe["sources"], sources(job.spec)
+    """Refuse to go on where a file has changed since the corpus was begun: its parts would not fit together."""
+    begun, now = job.recipe["sources"], corpora.sources(job.spec)
     known = [(before, source) for before, source in zip(begun, now, strict=False) if before.get("commit") != ""]
     changed = any(source.identity() != before for before, source in known)  # the hub could not be asked for the others
     if changed or len(now) != len(begun):
@@ -277,7 +280,7 @@ def _check_sources(job: Job) -> None:
 
 
 def _end_with_parent() -> None:
-    """Its workers end with it in turn: their stdin does."""
+    """End when stdin closes. This process's own workers then end too: their stdin closes with it."""
     os.read(sys.stdin.fileno(), 1)  # not through the buffer, which a thread must not hold when the process ends
     os._exit(1)
 

@@ -1,15 +1,38 @@
-"""What a file holds that is not the UTF-8 text its name promises, and the command that makes it so."""
+"""Opens a local file of a corpus. What cannot be read is one line that names the file and, where there is one, the remedy."""
 
+from __future__ import annotations
+
+import gzip
 import re
 import shlex
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO, cast
 
-from fastkd.data.walk import kind_of
-
-HEAD = 4096  # bytes that are looked at
+HEAD = 4096  # bytes of a file's beginning that are checked
 ZERO_BYTES = "holds zero bytes, as a binary file or a download that broke off does: copy it again, or leave it out"
-ZEROS = bytes(16)  # more in a row than any text has; a broken-off download or a binary file has
+ZEROS = bytes(16)  # no text has this many in a row; a broken-off download or a binary file has
+
+
+def opened(path: Path) -> BinaryIO:
+    """A file opened for its bytes; a .gz is decompressed."""
+    return cast(BinaryIO, gzip.open(path, "rb")) if path.name.lower().endswith(".gz") else open(path, "rb")
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn an error of reading a file into a ``ValueError`` of one line."""
+    try:
+        yield
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(
+            f"corpus file {str(path)!r} is not a complete gzip file ({error}): copy it again, `gzip -t` must accept it"
+        ) from error
+    except OSError as error:
+        reason = " ".join(str(error.strerror or error).split())
+        raise ValueError(f"cannot read corpus file {str(path)!r}: {reason}") from error
 
 
 def _converted(encoding: str) -> Callable[[Path], str]:
@@ -42,7 +65,7 @@ _KINDS: tuple[tuple[bytes, str, Callable[[Path], str]], ...] = (
 
 
 def iconv(path: Path, encoding: str) -> str:
-    """The command that turns a text file, perhaps a .gz, into UTF-8 in its place."""
+    """The command that converts a text file, also a .gz, to UTF-8 in place."""
     name, new = shlex.quote(str(path)), shlex.quote(f"{path}.utf-8")
     convert = f"iconv -f {encoding} -t UTF-8"
     if path.name.lower().endswith(".gz"):
@@ -51,11 +74,11 @@ def iconv(path: Path, encoding: str) -> str:
 
 
 def describe(head: bytes, path: Path) -> str | None:
-    """What the first bytes of a file show, with the remedy; None for what may be UTF-8 text, or is of no known kind."""
+    """Say what a file is, by its first bytes, if it is not UTF-8 text, with the remedy; None where it may be UTF-8 text."""
     for pattern, kind, remedy in _KINDS:
         if re.match(pattern, head):
             return f"is {kind}: {remedy(path)}"
-    if kind_of(path) == ".parquet":
+    if path.name.lower().endswith(".parquet"):
         return None
     for encoding, high, low in (("UTF-16LE", head[1::2], head[::2]), ("UTF-16BE", head[::2], head[1::2])):
         if _controls(high) > 0.8 > 2 * _controls(low):  # no byte-order mark: the high bytes of most alphabets are small
@@ -66,5 +89,5 @@ def describe(head: bytes, path: Path) -> str | None:
 
 
 def _controls(data: bytes) -> float:
-    """The share of control characters that no text has, of the first bytes of a file."""
+    """The share of bytes that are control characters which no text has; 0 for fewer than 8 bytes."""
     return sum(byte < 32 and byte not in b"\t\n\v\f\r\b\x1b" for byte in data) / len(data) if len(data) >= 8 else 0.0

@@ -1,6 +1,7 @@
-"""From a corpus specification to documents: the quickstart package, local files, hub datasets, or several joined.
+"""From a corpus specification to documents: the quickstart package, local files, hub datasets, or several of them.
 
-A folder of shards can be given in a corpus's place: it was tokenised elsewhere, and there is no text to read.
+A specification has sources, a source has units (blocks, row groups, files), a unit has documents.
+A folder of shards can be named instead of text: it was tokenised before, and there is no text to read.
 """
 
 import hashlib
@@ -17,15 +18,15 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Protocol
 
-from fastkd.data.files import LocalFile
 from fastkd.data.hub import HubDataset
+from fastkd.data.local_files import LocalFile
 from fastkd.data.order import draw
 from fastkd.data.rows import JOINED_CHARACTERS, joined
 from fastkd.data.walk import SUFFIXES, Found, find, kind_of, walk
 
 JOIN = "+join"  # at the end of a specification
-HASHED_WHOLE = 2**30  # bytes of local files: a second's work, or a minute from a slow disk; larger ones are probed
-PROBES = 1024  # places of a larger corpus that are hashed, over all its files
+HASHED_WHOLE = 2**30  # bytes: local files of fewer are hashed completely, in a second (a minute from a slow disk)
+PROBES = 1024  # places that are hashed of larger ones, over all files
 log = logging.getLogger(__name__)
 
 
@@ -44,7 +45,7 @@ class Unit(Protocol):
 class Source(Protocol):
     """What one specification names."""
 
-    def identity(self) -> dict[str, str]: ...  # all that decides its units and their documents
+    def identity(self) -> dict[str, str]: ...  # everything that its units and documents depend on
 
     @property
     def size(self) -> int: ...  # bytes of all its units, known without reading them; 0 where unknown
@@ -61,7 +62,7 @@ class Quickstart:
     name = "quickstart"
 
     def identity(self) -> dict[str, str]:
-        """The sha256 of the package's data file."""
+        """The SHA-256 of the package's data file."""
         return {"quickstart": hashlib.sha256(self._path().read_bytes()).hexdigest()}
 
     @property
@@ -70,7 +71,7 @@ class Quickstart:
         return self._path().stat().st_size
 
     def units(self) -> Iterator[Unit]:
-        """One: the file is small."""
+        """Yield one unit: the file is small."""
         yield self
 
     def documents(self, text_field: str) -> Iterator[str]:
@@ -81,7 +82,7 @@ class Quickstart:
                 yield text
 
     def _path(self) -> Path:
-        # find_spec of a top-level package locates it without importing it: its code needs what fastkd does not.
+        # find_spec locates a top-level package without importing it: its code needs packages that fastkd does not.
         spec = importlib.util.find_spec(self.package)
         locations = spec.submodule_search_locations if spec is not None else None
         paths = [Path(folder) / "data" / "summaries_en-us.json" for folder in locations or ()]
@@ -99,12 +100,12 @@ class JoinedUnit:
 
     @property
     def name(self) -> str:
-        """Of the unit."""
+        """The unit's name."""
         return self.rows.name
 
     @property
     def size(self) -> int:
-        """Of the unit, in bytes."""
+        """Bytes of the unit."""
         return self.rows.size
 
     def documents(self, text_field: str) -> Iterator[str]:
@@ -119,12 +120,12 @@ class Joined:
     source: Source
 
     def identity(self) -> dict[str, str]:
-        """That of the source, and how it is joined."""
+        """The source's identity and the length of joined documents."""
         return self.source.identity() | {"joined": str(JOINED_CHARACTERS)}
 
     @property
     def size(self) -> int:
-        """Of the source, in bytes."""
+        """Bytes of the source."""
         return self.source.size
 
     def units(self) -> Iterator[JoinedUnit]:
@@ -133,7 +134,7 @@ class Joined:
 
 
 def sources(spec: str | Sequence[str]) -> list[Source]:
-    """Resolve a specification, or several that make one corpus, to its sources.
+    """The sources that a specification names, or several specifications that make one corpus.
 
     Args:
         spec: ``quickstart``; a file, a glob or a folder (.txt .jsonl .parquet, the first two also .gz); or a hub
@@ -141,7 +142,7 @@ def sources(spec: str | Sequence[str]) -> list[Source]:
             into running text.
 
     Raises:
-        ValueError: nothing specified, a file that does not exist, or one of a kind that is not read.
+        ValueError: nothing is specified, a file does not exist, or a file is of a kind that is not read.
     """
     named = [(name, join, _find(name)) for name, join in map(_without_join, _specs(spec))]
     probes = _probes([path for _, _, found in named if found for path in found.files])
@@ -151,9 +152,9 @@ def sources(spec: str | Sequence[str]) -> list[Source]:
 def units(spec: str | Sequence[str]) -> Iterator[Unit]:
     """Yield the units of a corpus in their order of reading, so that any first part is a sample of every source.
 
-    Each unit has a place between 0 and 1: the share of its source's bytes that come before it, and a part of itself,
-    drawn from the fixed seed. The places of all sources are merged. The order is a function of the sources' identities,
-    in their order; to skip a unit reads nothing of it. A source of unknown size comes last.
+    Each unit has a place between 0 and 1: (bytes of its source before it + a random share of its own) / bytes of the source.
+    Units of all sources are read in the order of their places. This order depends only on the sources' identities and their
+    order. A unit that is skipped is not read. A source of unknown size comes last.
 
     Args:
         spec: as in ``sources``.
@@ -165,6 +166,12 @@ def units(spec: str | Sequence[str]) -> Iterator[Unit]:
     return (unit for _, unit in heapq.merge(*placed, key=itemgetter(0)))
 
 
+def size(spec: str | Sequence[str]) -> int:
+    """Bytes of a corpus; 0 where a source's size is not known. Raises ``ValueError`` as ``sources``."""
+    sizes = [source.size for source in sources(spec)]
+    return sum(sizes) if all(sizes) else 0
+
+
 def documents(spec: str | Sequence[str], *, text_field: str = "text") -> Iterator[str]:
     """Yield the documents of a corpus in their order of reading, blank ones left out.
 
@@ -173,7 +180,7 @@ def documents(spec: str | Sequence[str], *, text_field: str = "text") -> Iterato
         text_field: column or JSON field that holds the text.
 
     Raises:
-        ValueError: what is wrong, with file and line, and the remedy.
+        ValueError: what is wrong, with file, line and remedy.
     """
     return chain.from_iterable(unit.documents(text_field) for unit in units(spec))
 
@@ -190,21 +197,19 @@ def shard_folder(spec: str | Sequence[str]) -> Path | None:
         folder for folder in folders if os.path.isfile(folder / "part-00000" / "index.json") and not walk(folder).files
     ]
     if given and len(specs) > 1:
-        raise ValueError(
-            f"{str(given[0])!r} holds shards, which are a corpus of their own: give --corpus nothing beside it"
-        )
+        raise ValueError(f"{str(given[0])!r} holds shards, which are a corpus of their own: give --corpus nothing else")
     return given[0] if given else None
 
 
 def check(spec: str | Sequence[str], *, text_field: str = "text") -> None:
-    """Read one document of every source: raises ``ValueError`` for a corpus that cannot be read or is empty.
+    """Read one document of every source. Raises ``ValueError`` for a corpus that cannot be read or is empty.
 
-    Files of a folder that are left out are named in the log. Shards are verified when they are loaded.
+    Files of a folder that are left out are named in the log. Shards are not read here: loading verifies them.
     """
     if shard_folder(spec) is not None:
         return
     parts = [chain.from_iterable(unit.documents(text_field) for unit in source.units()) for source in sources(spec)]
-    first = [next(part, None) for part in parts]  # of every one, though another has some
+    first = [next(part, None) for part in parts]  # of every source, so that all of them are tried
     if not any(first):
         raise ValueError(f"corpus {spec!r} is empty: it holds no document with any text")
     for name, _ in map(_without_join, _specs(spec)):
@@ -212,6 +217,7 @@ def check(spec: str | Sequence[str], *, text_field: str = "text") -> None:
 
 
 def _placed(number: int, source: Source) -> Iterator[tuple[float, Unit]]:
+    """Yield (place, unit) of a source, in ascending order of places."""
     before, total = 0, max(source.size, 1)
     for count, unit in enumerate(source.units()):
         yield (before + draw(number, count) * unit.size) / total, unit
@@ -226,7 +232,7 @@ def _specs(spec: str | Sequence[str]) -> list[str]:
 
 
 def _without_join(spec: str) -> tuple[str, bool]:
-    """What a specification names, and whether its rows are joined; a file that is so called is meant as it is."""
+    """(name, whether its rows are joined) of a specification. A file whose own name ends with +join is that file."""
     join = spec.endswith(JOIN) and not os.path.lexists(os.path.expanduser(spec))
     return (spec.removesuffix(JOIN) if join else spec), join
 
@@ -241,7 +247,7 @@ def _find(name: str) -> Found | None:
 
 
 def _probes(files: Sequence[Path]) -> int | None:
-    """At how many places each file is hashed; None where all is."""
+    """At how many places each file is hashed; None: completely."""
     total = sum(LocalFile(path).size for path in files)
     return None if total <= HASHED_WHOLE else max(2, PROBES // len(files))
 
@@ -252,7 +258,7 @@ def _resolve(name: str, join: bool, found: Found | None, probes: int | None) -> 
         resolved = [Quickstart()]
     elif found is not None:
         files = [LocalFile(path, lines=join, probes=probes) for path in found.files]
-        resolved = [file for file in files if file.size]  # a size of 0 stands for one that is not known
+        resolved = [file for file in files if file.size]  # empty files go: a size of 0 would mean "not known"
     else:
         hub = HubDataset.parse(name)
         if hub is None or kind_of(name) or name.startswith((".", "/", "~")):
@@ -264,7 +270,7 @@ def _resolve(name: str, join: bool, found: Found | None, probes: int | None) -> 
 
 
 def _report_left_out(name: str) -> None:
-    """Name what a walk left out: hidden names, and other kinds of files where they hold more than what is read."""
+    """Warn of files that a walk left out: hidden ones, and other kinds if they have more bytes than the files that are read."""
     if name == "quickstart" or (found := find(name)) is None:
         return
     if found.hidden:
@@ -280,7 +286,7 @@ def _report_left_out(name: str) -> None:
 
 @cache
 def _warn(message: str) -> None:
-    """Say it once, though a corpus is looked at several times."""
+    """Warn once, though a corpus is looked at several times."""
     log.warning("%s", message)
 
 

@@ -1,7 +1,9 @@
-"""The epochs in use: each is made once, whichever thread asks first, and ahead of its need where a pool is given.
+"""A cache of the epochs in use. Each is made once, by the first thread that needs it or ahead of time in a pool.
 
-An epoch of a corpus in parts is held a part at a time.
+An epoch of a corpus in parts is held a part at a time: the key is then (epoch, part).
 """
+
+from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -12,17 +14,17 @@ from typing import Generic, TypeVar
 K = TypeVar("K", bound=Hashable)  # int, or (epoch, part)
 T = TypeVar("T")
 
-HELD = 2  # the epoch that is read and the next one: a step may lie in both
+HELD = 2  # the epoch that is read and the next one: a step may have packs of both
 
 
 class Epochs(Generic[K, T]):
-    """Epochs by number; the two that were asked for last are held.
+    """Epochs by number; the two that were asked for last are kept.
 
-    Threads that want an epoch which is being made wait only for that one: the lock guards the table and is never held
-    while an epoch is made, which takes seconds for a large corpus.
+    A thread waits only for the epoch that it wants: the lock guards the table and is never held while an epoch is made,
+    which takes seconds for a large corpus.
 
     Args:
-        make: makes an epoch of its number.
+        make: makes the epoch of a number.
     """
 
     def __init__(self, make: Callable[[K], T]) -> None:
@@ -31,20 +33,20 @@ class Epochs(Generic[K, T]):
         self._held: OrderedDict[K, Future[T]] = OrderedDict()
 
     def __call__(self, number: K) -> T:
-        """An epoch: made here unless it is held or being made. Raises what making it raised; the next call tries again."""
+        """An epoch: made in this thread unless it is kept or being made. Raises what ``make`` raised; the next call tries again."""
         while True:
             epoch, missing = self._slot(number)
             if missing:
                 self._fill(number, epoch)
             try:
                 return epoch.result()
-            except CancelledError:  # its pool was closed before it began
+            except CancelledError:  # its pool was closed before it began: make it here
                 continue
 
     def ahead(self, number: K, pool: Executor) -> None:
-        """Have the pool make an epoch unless it is held or being made; whoever wants it from now on waits for the pool.
+        """Let the pool make an epoch, unless it is kept or being made. Threads that want it from now on wait for the pool.
 
-        A pool that is closed before it begins leaves the epoch to the next who wants it.
+        If the pool is closed before it begins, the next thread that wants the epoch makes it.
         """
         epoch, missing = self._slot(number)
         if missing:
@@ -52,7 +54,7 @@ class Epochs(Generic[K, T]):
             job.add_done_callback(lambda job: self._forget(number, epoch) if job.cancelled() else None)
 
     def _slot(self, number: K) -> tuple[Future[T], bool]:
-        """The place of an epoch, and whether nobody has begun to make it; it is the caller who must then."""
+        """(future of an epoch, whether nobody makes it yet): if so, the caller must."""
         with self._lock:
             missing = number not in self._held
             epoch = self._held.setdefault(number, Future())
@@ -70,7 +72,7 @@ class Epochs(Generic[K, T]):
     def _fill(self, number: K, epoch: Future[T]) -> None:
         try:
             epoch.set_result(self._make(number))
-        except BaseException as error:  # those who wait must not wait for ever
+        except BaseException as error:  # of any kind: threads that wait must learn of it
             with self._lock:
                 self._held.pop(number, None)
             epoch.set_exception(error)

@@ -1,7 +1,9 @@
-"""Which text is held out for validation: about a wanted number of tokens, no copy of which is trained on.
+"""Chooses the text that is held out for validation: about a wanted number of tokens, no copy of which is trained on.
 
-What is held out is pieces: a document, or a few thousand tokens of a long one, so that a book is not held out whole.
+Pieces are held out: a document, or a few thousand tokens of a long one, so that a book is not held out whole.
 """
+
+from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
@@ -11,8 +13,8 @@ import numpy as np
 from fastkd.data.tokenise import Tokens
 
 MOST_TOKENS = 2**20  # enough for a loss to three digits, few enough to evaluate often
-MOST_SHARE = 0.25  # of the part that the choice is made from
-PIECES = 4  # that make up what is wanted, at least: it is met to a share of it
+MOST_SHARE = 0.25  # of part 0, from which pieces are chosen
+PIECES = 4  # are held out at least: so their tokens come near the wanted number
 SMALLEST, LARGEST = 32, 4096  # tokens of a piece
 
 Documents = tuple[np.ndarray, np.ndarray]  # ids [tokens] end to end, lengths [documents] int64
@@ -20,10 +22,10 @@ Documents = tuple[np.ndarray, np.ndarray]  # ids [tokens] end to end, lengths [d
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Pieces that are held out, by their hashes: equal pieces are on the same side, wherever they are.
+    """The held-out pieces, by their hashes: equal pieces are on the same side, wherever they are.
 
     Attributes:
-        piece: tokens of a piece; a document of less than two of them is one piece.
+        piece: tokens of a piece; a document shorter than two pieces is one piece.
         hashes: [n] uint64, ascending.
     """
 
@@ -31,26 +33,27 @@ class HeldOut:
     hashes: np.ndarray
 
     def split(self, chunk: Tokens) -> tuple[Documents, Documents]:
-        """(for training, held out). What is left between two held-out pieces of a document is a document of its own."""
+        """(for training, held out). Pieces for training between two held-out ones of a document become a document."""
         lengths, hashes, document = _pieces(chunk, self.piece)
-        held = np.isin(hashes, self.hashes)
-        here = np.repeat(held, lengths)
+        held = np.isin(hashes, self.hashes)  # [pieces]
+        here = np.repeat(held, lengths)  # [tokens]
+        # A piece for training begins a new document where its document begins, or where the piece before is held out.
         begins = ~held & (np.diff(document, prepend=-1).astype(bool) | np.append(True, held[:-1]))
-        run = np.cumsum(begins) - 1  # of a piece for training: which of the documents that are left it belongs to
+        run = np.cumsum(begins) - 1  # the number of the new document that a piece for training belongs to
         joined = np.bincount(run[~held], lengths[~held], minlength=int(begins.sum())).astype(np.int64)
         return (chunk.ids[~here], joined), (chunk.ids[here], lengths[held])
 
 
 def choose(chunks: list[Tokens], fraction: float, share: float) -> HeldOut:
-    """Hold out the pieces of the smallest hashes, until ``fraction`` of the corpus's tokens is reached as nearly as possible.
+    """Hold out the pieces with the smallest hashes, as many as come nearest to ``fraction`` of the corpus's tokens.
 
-    The choice depends on the documents, not on their order. A piece with so many copies that they would be more than half
-    of it is passed over.
+    The choice depends on the documents, not on their order. A piece whose copies would be more than half of the wanted
+    tokens is passed over.
 
     Args:
         chunks: the first part of a corpus.
         fraction: of the whole corpus's tokens; at most ``MOST_TOKENS`` and ``MOST_SHARE`` of the part are taken.
-        share: of the corpus that the part is, about.
+        share: about the share of the corpus that the part is.
 
     Raises:
         ValueError: the part does not hold two different pieces.
@@ -79,16 +82,19 @@ def choose(chunks: list[Tokens], fraction: float, share: float) -> HeldOut:
 
 
 def _pieces(chunk: Tokens, piece: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(length, hash, document) of every piece of the documents that have a token, in order."""
+    """(length, hash, document) of every piece, in order; documents without a token have none."""
     document = np.flatnonzero(chunk.lengths)
     lengths, hashes = chunk.lengths[document], chunk.hashes[document]
     count = np.where(lengths < 2 * piece, 1, lengths // piece)
     if (count == 1).all():
         return lengths, hashes, document
-    last = np.cumsum(count) - 1
+    last = np.cumsum(count) - 1  # index of each document's last piece
+    # Pieces have ``piece`` tokens; a document's last one has the rest, a document of one piece all.
     cut = np.repeat(np.where(count == 1, lengths, piece), count)
     cut[last] = lengths - (count - 1) * piece
-    hashes = np.repeat(hashes, count)
+    hashes = np.repeat(
+        hashes, count
+    )  # a whole document keeps its text's hash; pieces of a document get their ids' hash
     end = np.cumsum(cut)
     for at in np.flatnonzero(np.repeat(count > 1, count)).tolist():
         content = chunk.ids[end[at] - cut[at] : end[at]].astype("<u4").tobytes()

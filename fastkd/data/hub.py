@@ -1,6 +1,6 @@
-"""Documents from the Hugging Face hub, streamed, so that nothing but shards is stored.
+"""Hub datasets as sources of text, streamed: only shards are stored.
 
-``datasets`` finds a dataset's files, as its card and its layout say, and reads those that are not parquet.
+``datasets`` finds a dataset's files by its card and layout, and reads those that are not parquet.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from functools import cached_property, partial
 from typing import Any
 
 from fastkd.data import hub_requests
+from fastkd.data.hub_parquet import HubRowGroup, row_groups
 from fastkd.data.order import shuffled
-from fastkd.data.remote_parquet import RowGroup, row_groups
 from fastkd.data.rows import text_of
 
 REMEDY = "take --preset quickstart, which needs no hub, or a local path (.txt .jsonl .parquet, .gz too)"
-NAMED_AT_ONCE = 500  # files in one question for sizes
+NAMED_AT_ONCE = 500  # files in one request for sizes
 ROWS = 1024  # that are decoded at once
 
 _SPEC = re.compile(
@@ -31,7 +31,7 @@ _pinned: dict[tuple[str, str | None], str] = {}  # (name, revision): commit
 
 @contextmanager
 def pinned(sources: Sequence[dict[str, str]]) -> Iterator[None]:
-    """Read datasets at the commits of these identities: a corpus goes on as it was begun, whatever the hub has today."""
+    """Read datasets at the commits of these identities: a corpus goes on as it began, even if the hub has newer data."""
     before = dict(_pinned)
     _pinned.update({(one["hub"], one["revision"] or None): one["commit"] for one in sources if one.get("commit")})
     try:
@@ -43,7 +43,7 @@ def pinned(sources: Sequence[dict[str, str]]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class HubDataset:
-    """``name[@revision][:config[:split]]``; the split is ``train`` unless named."""
+    """``name[@revision][:config[:split]]``; the split is ``train`` by default."""
 
     name: str
     revision: str | None
@@ -52,7 +52,7 @@ class HubDataset:
 
     @classmethod
     def parse(cls, spec: str) -> HubDataset | None:
-        """Read a specification, or return None where it has not the form of one."""
+        """Read a specification; None where it does not have that form."""
         match = _SPEC.fullmatch(spec)
         if match is None:
             return None
@@ -60,7 +60,7 @@ class HubDataset:
 
     @cached_property
     def commit(self) -> str:
-        """The commit of the revision, today's or what it is pinned to. Raises ``ValueError`` where the hub is out of reach."""
+        """The commit of the revision, today's or the pinned one. Raises ``ValueError`` where the hub cannot be reached."""
         from huggingface_hub import HfApi
 
         if (begun := _pinned.get((self.name, self.revision))) is not None:
@@ -71,7 +71,7 @@ class HubDataset:
         return str(info.sha)
 
     def identity(self) -> dict[str, str]:
-        """Name, revision, configuration, split, and the commit: empty where the hub cannot be asked for it."""
+        """Name, revision, configuration, split and commit; the commit is empty where the hub cannot be asked."""
         try:
             commit = self.commit
         except hub_requests.HubUnreachable:
@@ -84,11 +84,11 @@ class HubDataset:
         """Bytes of the split's files."""
         return sum(self._files.values())
 
-    def units(self) -> Iterator[RowGroup | File]:
+    def units(self) -> Iterator[HubRowGroup | HubFile]:
         """Row groups of parquet files, else files, in an order drawn from the fixed seed: a function of the commit.
 
         Raises:
-            ValueError: nothing of that name, configuration or split; a hub out of reach.
+            ValueError: no such name, configuration or split; a hub that cannot be reached.
         """
         files = list(self._files.items())
         order = shuffled(len(files), self.name)
@@ -97,10 +97,10 @@ class HubDataset:
         count = self._stream.num_shards
         if count != len(files):  # files that belong together, such as text beside its metadata
             return (
-                File(self, f"shard {number} of {count}", self.size // count, number)
+                HubFile(self, f"shard {number} of {count}", self.size // count, number)
                 for number in shuffled(count, self.name)
             )
-        return (File(self, *files[number], number) for number in order)
+        return (HubFile(self, *files[number], number) for number in order)
 
     @cached_property
     def _builder(self) -> Any:
@@ -111,7 +111,7 @@ class HubDataset:
 
     @cached_property
     def _files(self) -> dict[str, int]:
-        """The split's files by address, with their sizes in bytes; those that are not of the repository count as empty."""
+        """Bytes of each of the split's files, by address; files outside the repository count as empty."""
         splits = self._builder.config.data_files
         if self.split not in (*splits, "all"):
             raise ValueError(
@@ -152,8 +152,8 @@ class HubDataset:
 
 
 @dataclass(frozen=True)
-class File:
-    """A file on the hub that is read from its beginning to its end."""
+class HubFile:
+    """A file on the hub that is not parquet, read from its beginning to its end."""
 
     dataset: HubDataset
     path: str  # hf://…

@@ -1,4 +1,4 @@
-"""Asking the Hugging Face hub: what fails for a moment is tried again, what fails for good is one line.
+"""Requests to the Hugging Face hub: a failure that may pass is tried again, a lasting one is an error of one line.
 
 Everything that fastkd reads from the hub or sends to it goes through ``ask``.
 """
@@ -9,8 +9,10 @@ import atexit
 import json
 import logging
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
@@ -23,7 +25,7 @@ LONGEST_WAIT = 300.0  # seconds: the hub counts requests in windows of five minu
 NO_ANSWER = 60.0  # seconds, for requests to which huggingface_hub sets no limit
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 MODEL_FILES = ("*.json", "*.txt", "*.model")
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # of the second only what has none of the first
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # the second kind only where there is none of the first
 
 T = TypeVar("T")
 
@@ -37,13 +39,14 @@ class NotOnHub(ValueError):
 
 
 def ask(what: str, call: Callable[[], T], *, remedy: str, verb: str = "read") -> T:
-    """Call what asks the hub, again where it fails for a moment: no answer, a cut-off one, too many requests, an error of
-    the hub's. Each wait is logged.
+    """Call a function that makes a request. Try again after a failure that may pass: no answer, one that was cut off, too
+    many requests, an error of the hub's own. Each wait is logged.
 
     Args:
         what: what is asked for, such as ``corpus 'a/b'``.
+        call: makes the request.
         remedy: the next command or option that works without it.
-        verb: what is done: ``read`` or ``push``.
+        verb: ``read`` or ``push``.
 
     Raises:
         NotOnHub: no such repository, or not for this user.
@@ -54,7 +57,7 @@ def ask(what: str, call: Callable[[], T], *, remedy: str, verb: str = "read") ->
     for wait in (*WAITS, None):
         session = get_session()
         if _limit not in session.event_hooks["request"]:
-            atexit.unregister(close_session)  # threads that still ask then would log that their connection is gone
+            atexit.unregister(close_session)  # threads that still wait for an answer would log a closed connection
             session.event_hooks = {**session.event_hooks, "request": [*session.event_hooks["request"], _limit]}
         try:
             return call()
@@ -68,8 +71,8 @@ def ask(what: str, call: Callable[[], T], *, remedy: str, verb: str = "read") ->
 
 
 def resumed(items: Callable[[], Iterator[T]], ask: Callable[[Callable[[], Any]], Any]) -> Iterator[T]:
-    """Yield the items of an iterator that asks the hub, each by ``ask``. Where one fails for a moment the iterator is made
-    again, and goes on after those that were yielded."""
+    """Yield the items of an iterator that makes requests, each through ``ask``. After a failure that may pass, the iterator
+    is made again and goes on after the items that were yielded."""
     done, running, end = 0, None, object()
 
     def following() -> Any:
@@ -86,10 +89,31 @@ def resumed(items: Callable[[], Iterator[T]], ask: Callable[[Callable[[], Any]],
         yield item
 
 
-def model_folder(name: str, *, remedy: str, weights: bool = True) -> Path:
-    """A hub model's files in the hub's own cache, all of one commit. Pickled weights only where there are no others.
+def begin(work: Callable[[], T]) -> Future[T]:
+    """Do some work in a daemon thread; the future holds what it returns or raises.
 
-    Where the hub cannot be asked, what the cache holds of it. There, the name means a commit only once all of it came.
+    Ctrl-C ends the wait for the future, and the process can end before the work does. A pool of ``concurrent.futures``
+    would hold up the end of the process until its last job is done: minutes, where a hub does not answer. The work must be
+    plain Python: the process aborts if it ends while such a thread is inside a C++ library, such as pyarrow.
+    """
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    threading.Thread(target=run, daemon=True, name="background").start()
+    return future
+
+
+def model_folder(name: str, *, remedy: str, weights: bool = True) -> Path:
+    """A hub model's files in the hub's own cache, all of one commit. Pickled weights are taken only where there are no others.
+
+    Where the hub cannot be reached, what the cache holds is taken: a commit that was downloaded completely.
 
     Raises:
         ValueError: there is no such model, or neither hub nor cache have it; in one line.
@@ -102,10 +126,12 @@ def model_folder(name: str, *, remedy: str, weights: bool = True) -> Path:
     def download() -> Path:
         info = HfApi().model_info(name, timeout=NO_ANSWER)
         wanted = _wanted([sibling.rfilename for sibling in info.siblings or ()], weights)
-        for file in wanted:  # one by one: the library's threads for many hold up a Ctrl-C until the hub answers
+        for file in wanted:  # one by one: the library's threads would hold up a Ctrl-C until the hub answers
             hf_hub_download(name, file, revision=info.sha)
         folder = Path(snapshot_download(name, revision=info.sha, allow_patterns=wanted))
-        snapshot_download(name, allow_patterns=wanted)  # now the name means this commit
+        snapshot_download(
+            name, allow_patterns=wanted
+        )  # points the cache's name at this commit, now that it is complete
         return folder
 
     try:
@@ -119,7 +145,7 @@ def model_folder(name: str, *, remedy: str, weights: bool = True) -> Path:
 
 
 def _wanted(files: Sequence[str], weights: bool) -> list[str]:
-    """The files of a repository that make a model."""
+    """The files of a repository that belong to a model."""
     kind = next((kind for kind in WEIGHTS if any(fnmatch(file, kind) for file in files)), WEIGHTS[0])
     patterns = (*MODEL_FILES, kind) if weights else MODEL_FILES
     return [file for file in files if "/" not in file and any(fnmatch(file, pattern) for pattern in patterns)]
@@ -135,25 +161,25 @@ def _cached(name: str) -> Path | None:
 
 
 def _limit(request: Any) -> None:
-    """Give a request that would wait for ever a limit."""
+    """Set a limit for a request that has none."""
     waits = request.extensions.get("timeout", {})
     request.extensions["timeout"] = {kind: NO_ANSWER if wait is None else wait for kind, wait in waits.items()}
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, and those that it was made of."""
+    """An error and its causes."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def _is_a(error: BaseException, *names: str) -> bool:
-    """Whether an error is of one of these classes, by name: httpx's and httpx2's are not related."""
+    """Whether an error is of one of these classes, by name: the classes of httpx and httpx2 are not related."""
     return any(kind.__name__ in names for kind in type(error).__mro__)
 
 
 def _response(error: BaseException) -> Any:
-    """The answer with a status that an error came from; None where there was none."""
+    """The HTTP response that an error came from; None where there was none."""
     answers = (getattr(cause, "response", None) for cause in _chain(error))
     return next((answer for answer in answers if answer is not None), None)
 
@@ -164,13 +190,13 @@ def _is_transient(error: BaseException) -> bool:
         return answer.status_code in TRANSIENT
     causes = list(_chain(error))
     if any(_is_a(cause, "ConnectError") for cause in causes):
-        return False  # no network, which seconds do not mend
+        return False  # no network: waiting some seconds does not help
     cut = any("Consistency check failed" in str(cause) for cause in causes)
     return cut or any(_is_a(cause, "TransportError", "TimeoutError") for cause in causes)
 
 
 def _asked_to_wait(error: BaseException) -> float | None:
-    """The seconds that the hub asks to wait, and one more, for it counts whole ones."""
+    """The seconds that the hub asks to wait, plus one, for it rounds down."""
     headers = getattr(_response(error), "headers", {})
     found = re.fullmatch(r"\d+", headers.get("Retry-After", "")) or re.search(
         r"(?<=;t=)\d+", headers.get("RateLimit", "")
@@ -179,7 +205,7 @@ def _asked_to_wait(error: BaseException) -> float | None:
 
 
 def _explained(what: str, error: Exception, remedy: str, verb: str) -> ValueError:
-    """The one line that an error becomes."""
+    """An error as one line."""
     from huggingface_hub import constants
 
     causes = list(_chain(error))

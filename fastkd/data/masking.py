@@ -1,4 +1,4 @@
-"""Masks from a counter-based hash: a pure function of (seed, epoch, pack, position), the same bits on every device."""
+"""Masks drawn from a hash of (seed, epoch, pack, position): no state, and the same bits on every device."""
 
 import numpy as np
 import torch
@@ -12,8 +12,8 @@ _LOW_31 = 2**31 - 1
 
 
 def mix(counter: np.ndarray) -> np.ndarray:
-    """splitmix64's output for a state, [n] uint64 → [n] uint64."""
-    z = counter + np.uint64(_GOLDEN)
+    """splitmix64's output for a state, [n] uint64 → [n] uint64: a bijection, so different states never collide."""
+    z = counter + np.uint64(_GOLDEN)  # all sums and products are modulo 2^64
     z = (z ^ z >> np.uint64(30)) * np.uint64(_FIRST)
     z = (z ^ z >> np.uint64(27)) * np.uint64(_SECOND)
     return z ^ z >> np.uint64(31)
@@ -28,7 +28,7 @@ def key_of(*numbers: int) -> int:
 
 
 def mix_tensor(counter: Tensor) -> Tensor:
-    """``mix`` on int64 tensors, whose arithmetic wraps as uint64's does; a right shift must not carry the sign."""
+    """``mix`` for int64 tensors: torch has no uint64 arithmetic. Sums and products wrap the same way; shifts need ``_shift``."""
     z = counter + _signed(_GOLDEN)
     z = (z ^ _shift(z, 30)) * _signed(_FIRST)
     z = (z ^ _shift(z, 27)) * _signed(_SECOND)
@@ -36,15 +36,17 @@ def mix_tensor(counter: Tensor) -> Tensor:
 
 
 def _signed(value: int) -> int:
+    """The int64 with the same 64 bits as an unsigned number."""
     return value - 2**64 if value >= 2**63 else value
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:
+    """A right shift that fills up with zeros; torch's fills up with the sign, which the mask takes away."""
     return (z >> bits) & (2 ** (64 - bits) - 1)
 
 
 class Masker:
-    """Picks exactly ``count`` positions of each pack and hides them: 80% [MASK], 10% another token, 10% unchanged.
+    """Picks exactly ``count`` positions of each pack and hides them: 80% [MASK], 10% a random token, 10% unchanged.
 
     Special tokens are neither picked nor put in. Reads nothing back from the device.
     """
@@ -67,21 +69,27 @@ class Masker:
             keys: [n] int64, one hash per pack.
 
         Returns:
-            masked ids [n·P]; predicted rows [n·count] int64, ascending; labels [n·count] int64, −100 for rows that fill
-            up a pack with too few ordinary tokens (special tokens, left as they are).
+            masked ids [n·P]; predicted rows [n·count] int64, ascending; labels [n·count] int64. In a pack with fewer than
+            ``count`` ordinary tokens, special tokens make up the number: they are left unchanged, with label −100.
         """
         packs, length = ids.shape
         position = torch.arange(length, device=ids.device)
-        bits = length.bit_length()
-        # One integer per position: special last, then by hash, ties impossible because the position is in it.
+        bits = length.bit_length()  # that hold a position
+        # One integer a position; the ``count`` smallest of a pack are picked. From the highest bit down:
+        #   bit 62         1 for a special token: these come last
+        #   bits 61..bits  of the position's hash: a random order; even counters draw here, odd ones in _replace
+        #   bits below     the position: no two are equal, and it is read back from what was picked
         draw = mix_tensor(keys[:, None] + 2 * position) & (2**62 - 2**bits)
         score = self._is_special[ids].long() << 62 | draw | position
         picked = score.topk(self._count, largest=False, sorted=False).values
+        # (position, special or not) as position · 2 + flag: one sort brings both into the order of positions.
         ordered = ((picked & (2**bits - 1)) << 1 | picked >> 62).sort().values
         position, idle = ordered >> 1, (ordered & 1).bool()  # [n, count]
         plain = ids.gather(1, position)
         hidden = torch.where(idle, plain, self._replace(plain, mix_tensor(keys[:, None] + 2 * position + 1)))
-        rows = position + length * torch.arange(packs, device=ids.device)[:, None]
+        rows = (
+            position + length * torch.arange(packs, device=ids.device)[:, None]
+        )  # of the micro-batch, not of the pack
         return (
             ids.scatter(1, position, hidden).flatten(),
             rows.flatten(),
@@ -90,6 +98,6 @@ class Masker:
 
     def _replace(self, plain: Tensor, draw: Tensor) -> Tensor:
         """80% [MASK], 10% a random ordinary token, 10% unchanged, by the draw [n, count] int64."""
-        action = (draw & _LOW_31) % 10
+        action = (draw & _LOW_31) % 10  # bits 0 to 30 choose what to do, bits 31 to 61 the random token
         other = self._ordinary[(_shift(draw, 31) & _LOW_31) % len(self._ordinary)]
         return torch.where(action < 8, self._mask_id, torch.where(action == 8, other, plain))

@@ -1,13 +1,20 @@
-"""Documents to packs: every epoch's sequences, shuffled, end to end, in packs of exactly P tokens.
+"""Sequences to packs: in every epoch the sequences are shuffled, put end to end and cut into packs of exactly P tokens.
 
 An epoch is the parts of a corpus, one after the other. A part is one long virtual stream of sequences [CLS] content [SEP] in
-shuffled order. Pack j is what is at the virtual positions [j·(P−2), (j+1)·(P−2)): a sequence that a pack's end cuts
-becomes two proper sequences, and the [SEP] and the [CLS] which that adds are what the 2 spares. So a pack is found by
-arithmetic, none depends on the one before, every epoch has as many packs, and no token is lost or repeated, but for less
-than a pack at a part's end. The up to 4 tokens that stay free in a pack become one sequence of [PAD].
+shuffled order. Pack j holds the virtual positions [j·(P−2), (j+1)·(P−2)):
+
+    stream   [CLS] a a a [SEP] [CLS] b b b b b b [SEP] [CLS] c c [SEP] …
+    pack 0   [CLS] a a a [SEP] [CLS] b b b [SEP]                         the border cut b: this adds a [SEP] here
+    pack 1   [CLS] b b b [SEP] [CLS] c c [SEP] …                         and a [CLS] here
+
+The 2 tokens that P−2 leaves free are for these two. So a pack is found by arithmetic and depends on no other, every epoch has
+the same number of packs, and no token is lost or repeated, but for less than a pack at a part's end. The up to 4 tokens
+that stay free in a pack become one sequence of [PAD], its filler.
 
 Shapes: S sequences of a text, F sequences (fragments) of some packs, n packs.
 """
+
+from __future__ import annotations
 
 import logging
 from bisect import bisect_right
@@ -20,36 +27,105 @@ import numpy as np
 
 from fastkd.data.epochs import Epochs
 from fastkd.data.masking import key_of
-from fastkd.data.passes import Fragments, Pass
-from fastkd.data.text import Text
+from fastkd.data.sequences import Text, permutation
 
-ATTEMPTS = 16  # shuffles of a part, of which the first that keeps to the static bound is taken
+ATTEMPTS = 16  # shuffles of a part that are tried; the first with few enough sequences in every pack is taken
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Fragments:
+    """The sequences of some packs, in order, without fillers. F fragments."""
+
+    source: np.ndarray  # [F] int64 content position of the first token
+    length: np.ndarray  # [F] int64 content tokens, at least 1
+    pack: np.ndarray  # [F] int64 from 0
+
+    def of(self, first: int, last: int) -> Fragments:
+        """The fragments of packs [first, last), renumbered from 0."""
+        a, b = np.searchsorted(self.pack, (first, last))
+        return Fragments(self.source[a:b], self.length[a:b], self.pack[a:b] - first)
+
+    def sizes(self, packs: int, pack_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """(length with [CLS] and [SEP], whether a filler) of every sequence of the packs; a filler is the last of its pack."""
+        length = self.length + 2
+        filler = pack_tokens - np.bincount(self.pack, length, minlength=packs).astype(np.int64)  # [packs]; 0: none
+        ends = np.searchsorted(self.pack, np.arange(packs), side="right")[
+            filler > 0
+        ]  # index after a pack's last fragment
+        is_filler = np.insert(np.zeros(len(length), bool), ends, True)
+        return np.insert(length, ends, filler[filler > 0]), is_filler
+
+
+class Pass:
+    """One shuffled pass over a part, as the virtual stream that packs are cut from.
+
+    Args:
+        text: of the part.
+        copies: how often its sequences are in the stream, each time in another order.
+        span: P − 2, virtual positions of a pack.
+        key: of the shuffle.
+    """
+
+    def __init__(self, text: Text, copies: int, span: int, *, key: int) -> None:
+        self._text = text
+        self._span = span
+        count = len(text.length)
+        order = np.concatenate([permutation(count, key_of(key, copy)) for copy in range(copies)])
+        self._order = order.astype(np.uint32 if count < 2**32 else np.int64)
+        length = text.length[self._order] + 2
+        begin = np.cumsum(length, dtype=np.int64) - length  # virtual position of each sequence's [CLS]
+        total = int(length.sum(dtype=np.int64))
+        borders = np.arange(total // span + 1) * span
+        # Only these two are kept of ``begin``, a number a pack instead of one a sequence:
+        self._first = np.searchsorted(begin, borders, side="right") - 1  # the sequence in which a pack begins
+        self._begin = begin[self._first]  # the virtual position at which that sequence begins
+
+    def max_sequences(self) -> int:
+        """The most sequences that a pack can have, its filler included."""
+        return int(np.diff(self._first).max(initial=0)) + 2
+
+    def fragments(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(source, length, pack) of the fragments of packs [first, last), [F] int64 each."""
+        # The sequences from the one in which the first pack begins to the one in which the pack after the last begins.
+        chosen = self._order[self._first[first] : self._first[last] + 1]
+        source, length = self._text.start[chosen], self._text.length[chosen].astype(np.int64)
+        # Virtual position of each first content token: cumsum is the end, after [SEP]; back over [SEP] (1) and the content.
+        begin = self._begin[first] + np.cumsum(length + 2) - length - 1
+        border = (begin // self._span + 1) * self._span  # the end of the pack that holds that token
+        inside = np.minimum(length, border - begin)  # content tokens before it
+        # A sequence that goes past its pack's end becomes two fragments: the second is inserted after the first.
+        cut = np.flatnonzero(inside < length)
+        source = np.insert(source, cut + 1, source[cut] + inside[cut])
+        pack = np.insert(begin, cut + 1, border[cut]) // self._span
+        length = np.insert(inside, cut + 1, (length - inside)[cut])
+        keep = slice(*np.searchsorted(pack, (first, last)))  # without what falls into the packs before and after
+        return source[keep], length[keep], pack[keep]
+
+
+@dataclass(frozen=True)
 class _End:
-    """Where a part ends: sums over it and the parts before it."""
+    """Where a part ends: sums over this part and all before it."""
 
     packs: int = 0
     length: int = 0  # of the virtual stream
-    positions: int = 0
+    positions: int = 0  # of content
     tokens: int = 0
     share: float = 0.0
 
 
 class Packer:
-    """The endless row of packs of a corpus: packs of epoch 0, then of epoch 1, and so on. Any thread may read it.
+    """The endless row of packs of a corpus: the packs of epoch 0, then of epoch 1, and so on. Any thread may read it.
 
-    A part is asked for when the first of its packs is. A pack depends on the parts up to its own.
+    A part is read when its first pack is needed. A pack depends on its own part and the parts before it.
 
     Args:
-        texts: the text of a part of a number; may wait for it.
+        texts: returns the text of a part by its number; may wait for it.
         pack_tokens: P.
-        seed: of the order.
+        seed: of the shuffles.
 
     Attributes:
-        max_sequences: most sequences of a pack, a filler included; the same in every part and epoch.
+        max_sequences: most sequences of a pack, a filler included; a bound for all parts and epochs.
     """
 
     def __init__(self, texts: Callable[[int], Text], *, pack_tokens: int, seed: int) -> None:
@@ -63,9 +139,11 @@ class Packer:
         self._extending = RLock()
         first = self._text(0)
         single = first.share == 1
-        self._copies = -(-self._span // _virtual(first)) if single else 1  # a corpus below one pack repeats inside it
+        self._copies = (
+            -(-self._span // _virtual(first)) if single else 1
+        )  # a corpus of less than a pack repeats to fill it
         self.extend()
-        self.max_sequences = pack_tokens  # while part 0 sets it
+        self.max_sequences = pack_tokens  # no bound while part 0 is shuffled, from which the bound follows
         self.max_sequences = self._bound(single)
 
     @property
@@ -80,12 +158,12 @@ class Packer:
 
     @property
     def packs(self) -> int:
-        """Of an epoch; while it is not complete, of the parts that have been read."""
+        """Packs of an epoch; until the last part has been read, of the parts so far."""
         return self._ends[-1].packs
 
     @property
     def packs_per_epoch(self) -> int:
-        """The same in every epoch. Reads all parts."""
+        """Packs of every epoch. Reads all parts."""
         while not self.is_complete:
             self.extend()
         return self.packs
@@ -97,7 +175,7 @@ class Packer:
         return _virtual(text) / len(text.length)
 
     def extend(self) -> None:
-        """Read one more part, if there is one; may wait for it."""
+        """Read the next part, if there is one; may wait for it."""
         with self._extending:
             if self._ends and self.is_complete:
                 return  # another thread has read it
@@ -114,10 +192,10 @@ class Packer:
             self._ends.append(end)
 
     def epochs(self, packs: int, tokens: int) -> float:
-        """Epochs that a number of packs makes: one ends where the next is shuffled, short of its last tokens.
+        """Epochs in the first ``packs`` packs. An epoch is its whole packs: the few tokens after them do not count.
 
-        Within an epoch by the shares that its parts have of the corpus; beyond the parts that have been read, by the
-        ``tokens`` that the corpus has, about.
+        Within an epoch, interpolated between the shares of the corpus at its parts' ends; beyond the parts that have been
+        read, by their rate of tokens a pack and ``tokens``, about how many the corpus has.
         """
         if self._copies > 1:
             return packs * self._span / _virtual(self._text(0))
@@ -129,7 +207,7 @@ class Packer:
         return epoch + before.share + (end.share - before.share) * (at - before.packs) / (end.packs - before.packs)
 
     def unique(self, packs: int) -> int:
-        """Different tokens of the corpus in the first packs; beyond the parts that have been read, estimated."""
+        """Different corpus tokens in the first ``packs`` packs; estimated beyond the parts that have been read."""
         if packs >= self.packs and self.is_complete:
             return self._ends[-1].tokens
         if packs >= self.packs:
@@ -139,16 +217,16 @@ class Packer:
         return before.tokens + round((end.tokens - before.tokens) * min(passed, 1.0))
 
     def packs_of(self, tokens: int) -> float:
-        """How many packs a number of tokens makes, at the rate of the parts that have been read."""
+        """Packs of a number of tokens, at the rate of the parts that have been read."""
         return self.packs * tokens / max(self._ends[-1].tokens, 1)
 
     def place(self, pack: int) -> tuple[int, int]:
-        """(epoch, pack of the epoch) of a pack of the endless row."""
+        """(epoch, number within the epoch) of a pack of the endless row."""
         epoch, _, before, at = self._locate(pack)
         return epoch, before.packs + at
 
     def has(self, pack: int) -> bool:
-        """Whether the parts up to that of a pack have been read."""
+        """Whether the part of a pack has been read."""
         return self.is_complete or pack < self.packs
 
     def part_of(self, pack: int) -> int:
@@ -156,17 +234,17 @@ class Packer:
         return self._locate(pack)[1]
 
     def enters_part(self, first: int, last: int) -> bool:
-        """Whether packs [first, last] reach a part that packs before them do not; these have been read."""
+        """Whether packs [first, last] reach a part that no earlier pack reaches; earlier packs' parts have been read."""
         if first == 0:
             return False
         epoch, part, _, _ = self._locate(first - 1)
         return epoch == 0 and self._ends[part].share < 1 and self._ends[part].packs <= last
 
     def fragments(self, first: int, last: int) -> Fragments:
-        """The sequences of packs [first, last) of the endless row."""
+        """The fragments of packs [first, last) of the endless row; ``source`` counts content positions over all parts."""
         found = []
         at = first
-        while at < last:
+        while at < last:  # part by part, for one pass of one part at a time
             epoch, part, before, begin = self._locate(at)
             end = min(begin + last - at, self._ends[part].packs - before.packs)
             source, length, pack = self._pass((epoch, part)).fragments(begin, end)
@@ -175,10 +253,10 @@ class Packer:
         return Fragments(*(np.concatenate(each) for each in zip(*found, strict=True)))
 
     def ids(self, positions: np.ndarray) -> np.ndarray:
-        """The ids at content positions of fragments, [n] int64 each."""
+        """The ids at content positions over all parts, [n] int64 each."""
         borders = [end.positions for end in self._ends]
         first, last = np.searchsorted(borders, (positions.min(), positions.max()), side="right").tolist()
-        if first == last:
+        if first == last:  # nearly always: all positions are in one part
             return self._text(first).ids(positions - (borders[first - 1] if first else 0))
         part = np.searchsorted(borders, positions, side="right")
         found = np.empty(len(positions), np.int64)
@@ -188,9 +266,9 @@ class Packer:
         return found
 
     def look_ahead(self, pack: int, pool: Executor) -> None:
-        """Where ``pack`` is in the second half of its part, have the pool shuffle the next one, unless that is done.
+        """Where ``pack`` is in the second half of its part, let the pool shuffle the part that follows, if nobody has.
 
-        A shuffle takes about 0.2 s a million sequences: begun half a part before, no reader waits for it.
+        A shuffle takes about 0.2 s a million sequences: begun half a part ahead, no reader waits for it.
         """
         epoch, part, before, at = self._locate(pack)
         if 2 * at < self._ends[part].packs - before.packs:
@@ -202,7 +280,7 @@ class Packer:
             self._pass.ahead((epoch + 1, self._part_at(0)), pool)
 
     def _locate(self, pack: int) -> tuple[int, int, _End, int]:
-        """(epoch, part, end of the part before, pack of the part) of a pack of the endless row."""
+        """(epoch, part, end of the part before, number within the part) of a pack of the endless row."""
         while not self.is_complete and pack >= self.packs:
             self.extend()
         epoch, at = self._in_epoch(pack)
@@ -215,16 +293,18 @@ class Packer:
         return bisect_right(self._ends, pack, key=lambda end: end.packs)
 
     def _in_epoch(self, packs: int) -> tuple[int, int]:
+        """(whole epochs, packs after them); until the last part has been read, all is epoch 0."""
         return divmod(packs, self.packs) if self.is_complete else (0, packs)
 
     def _around(self, at: int) -> tuple[_End, _End]:
+        """The ends of the part before and of the part that holds a pack of an epoch."""
         part = self._part_at(at)
         return self._ends[part - 1] if part else _End(), self._ends[part]
 
     def _fitting(self, part: int) -> Text:
-        """The text of a part. Where its documents are so short that too many fall in a pack, they run on in a sequence.
+        """The text of a part. Where its documents are so short that too many would be in a pack, they share sequences.
 
-        So nothing is lost and shapes stay the same. This needs a part that is unlike part 0, which sets the bound.
+        So no text is lost and shapes stay the same. It happens only in a part that is unlike part 0, which sets the bound.
         """
         text = self._read(part)
         if part == 0 or not len(text.length) or self._ordered(text, 0, part) is not None:
@@ -233,7 +313,7 @@ class Packer:
         return text.joined()
 
     def _shuffle(self, place: tuple[int, int]) -> Pass:
-        """A pass over a part in an epoch: where no shuffle keeps to the bound, that of epoch 0, which does."""
+        """A pass over a part in an epoch. Where no shuffle keeps to the bound, the pass of epoch 0, which does."""
         epoch, part = place
         text = self._text(part)
         found = self._ordered(text, epoch, part) or self._ordered(text, 0, part)
@@ -241,7 +321,7 @@ class Packer:
         return found
 
     def _ordered(self, text: Text, epoch: int, part: int) -> Pass | None:
-        """The first shuffle that keeps to the static bound: nearly always the first of all."""
+        """The first shuffle that keeps to the bound, nearly always the very first; None where none does."""
         copies = self._copies if part == 0 else 1
         for attempt in range(ATTEMPTS):
             key = key_of(self._seed, epoch, attempt, *([part] if part else []))
@@ -251,11 +331,13 @@ class Packer:
         return None
 
     def _bound(self, single: bool) -> int:
-        """What part 0 needs in epoch 0, and room for later epochs and larger parts, up to a multiple of 16."""
+        """The most sequences of a pack in epoch 0 of part 0, with room for other epochs and parts; a multiple of 16."""
         most = int((1.1 if single else 1.5) * self._pass((0, 0)).max_sequences()) + 1
-        return min(-(-most // 16) * 16, self.pack_tokens // 3 + 1)
+        return min(
+            -(-most // 16) * 16, self.pack_tokens // 3 + 1
+        )  # a sequence has 3 tokens at least; + 1 for the filler
 
 
 def _virtual(text: Text) -> int:
-    """Length of a text's sequences end to end, [CLS] and [SEP] counted."""
+    """Length of a text's virtual stream: all its sequences with [CLS] and [SEP]."""
     return int(text.length.sum(dtype=np.int64)) + 2 * len(text.length)

@@ -1,4 +1,4 @@
-"""Documents from the row groups of a parquet file."""
+"""Documents from the row groups of a local parquet file."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastkd.data.access import readable
-from fastkd.data.rows import text_of
+from fastkd.data.contents import readable
+from fastkd.data.rows import text_of, values
 
 ROWS = 1024  # that are decoded at once
 
@@ -47,7 +47,7 @@ class RowGroup:
 
 
 def row_groups(path: Path, size: int) -> list[RowGroup]:
-    """The row groups of a file of ``size`` bytes; their sizes add up to it. Raises ``ValueError`` for no parquet."""
+    """The row groups of a file of ``size`` bytes; their sizes add up to it. Raises ``ValueError`` for what is no parquet."""
     import pyarrow.parquet
 
     with _parquet(path):
@@ -55,6 +55,7 @@ def row_groups(path: Path, size: int) -> list[RowGroup]:
     groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
     stored = [sum(group.column(i).total_compressed_size for i in range(group.num_columns)) for group in groups]
     units, first, read = [], 0, 0
+    # A row group counts for its columns' share of the file. Differences of rounded sums add up to the size exactly.
     for number, group in enumerate(groups):
         start, read = read, read + stored[number]
         share = size * read // max(sum(stored), 1) - size * start // max(sum(stored), 1)
@@ -72,31 +73,8 @@ def _parquet(path: Path, where: str = "") -> Iterator[None]:
             yield
         except (pyarrow.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
-                raise  # the system's; pyarrow's own have no number
+                raise  # the system's, for ``readable``; pyarrow's own have no number
             reason = " ".join(str(error).split())
             raise ValueError(
                 f"corpus file {str(path)!r} is not a readable parquet file{where}: {reason}: copy it again"
             ) from error
-
-
-def values(column: Any, where: str, first: int) -> list[Any]:
-    """A column's values, bytes as text: writers without a type for text store it so."""
-    try:
-        values = column.to_pylist()
-        return [value.decode() if isinstance(value, bytes) else value for value in values]
-    except UnicodeDecodeError as error:
-        row = first + next(number for number, value in enumerate(column) if not _is_utf8(value))
-        raise ValueError(
-            f"{where}, row {row} (from 0): not UTF-8 (byte 0x{error.object[error.start]:02x}): write the column again "
-            "from its source as UTF-8, or leave that row out"
-        ) from error
-
-
-def _is_utf8(scalar: Any) -> bool:
-    try:
-        value = scalar.as_py()
-        if isinstance(value, bytes):
-            value.decode()
-    except UnicodeDecodeError:
-        return False
-    return True

@@ -1,11 +1,13 @@
-"""A part of a tokenised corpus: an immutable folder, written whole, verified when it is loaded, read through memory maps.
+"""A part of a tokenised corpus: a folder that is written whole, verified when it is loaded and read through memory maps.
 
     train.tokens.bin       uint16, or uint32 past 65,536 entries: documents end to end, no special tokens added
-    train.offsets.bin      int64 [documents + 1]: where each begins
-    index.json             sizes and sha256 of the files, the recipe, where the next part begins; written last
+    train.offsets.bin      int64 [documents + 1]: where each document begins, and the end of the last one
+    index.json             sizes and SHA-256 of the files, the recipe, where the next part begins; written last
 
-Part 0 has the same two files of what is held out for validation, and ``heldout.bin``: the hashes of its pieces, uint64.
+Part 0 also has validation.tokens.bin, validation.offsets.bin and ``heldout.bin``: the hashes of the held-out pieces, uint64.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -22,7 +24,6 @@ import numpy as np
 from fastkd.data.heldout import Documents, HeldOut
 from fastkd.data.reading import Place
 from fastkd.data.recipe import FORMAT, Recipe
-from fastkd.data.writer import Split, sync_folder, write_durably
 
 SPLITS = ("train", "validation")
 HASHES = "heldout.bin"
@@ -39,8 +40,8 @@ class Part:
     Args:
         corpus: the folder of the corpus.
         number: of the part, from 0.
-        remedy: what the error tells to do; as a rule, to delete what can be built again.
-        verify: whether the files' digests are compared.
+        remedy: what the error says to do; default: delete the part, which can be built again.
+        verify: whether the SHA-256 of its files is compared.
     """
 
     def __init__(self, corpus: Path, number: int, *, remedy: str | None = None, verify: bool = True) -> None:
@@ -53,17 +54,17 @@ class Part:
 
     @property
     def recipe(self) -> Recipe:
-        """What the corpus was made from."""
+        """What the corpus is made from."""
         return dict(self.index["recipe"])
 
     @property
     def tokens(self) -> int:
-        """Of the training split, special tokens not counted."""
+        """Tokens of the training split; no special tokens are stored."""
         return int(self.index["tokens"]["train"])
 
     @property
     def share(self) -> float:
-        """Of the corpus that was read when the part ended, about; 1 for the last part only."""
+        """About the share of the corpus that was read when the part ended; 1 only for the last part."""
         return float(self.index["share"])
 
     @property
@@ -78,7 +79,7 @@ class Part:
         return HeldOut(self.index["piece"], self._map(HASHES, "uint64"))
 
     def documents(self, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
-        """Memory maps of (token ids [N], offsets [documents + 1] int64) of a split; document d is ids[o[d]:o[d+1]]."""
+        """(token ids [N], offsets o [documents + 1] int64) of a split, memory maps; document d is ids[o[d] : o[d + 1]]."""
         return self._map(f"{split}.tokens.bin", self.index["dtype"]), self._map(f"{split}.offsets.bin", "int64")
 
     def _map(self, name: str, dtype: str) -> np.ndarray:
@@ -106,7 +107,7 @@ class Part:
 
 
 def _describes(index: Any, number: int) -> bool:
-    """Whether an index.json has all that is read of it: it may come from anywhere, and no digest covers it."""
+    """Whether an index.json has every field that is read. It may come from anywhere, and no digest protects it."""
     try:
         splits = SPLITS if number == 0 else SPLITS[:1]
         names = {f"{split}.{content}.bin" for split in splits for content in ("tokens", "offsets")}
@@ -132,13 +133,13 @@ def write_part(
     vocab_size: int,
     end: Callable[[], tuple[float, Place | None]],
 ) -> None:
-    """Write a part beside its place, then rename it there: whole or not at all. The caller holds the corpus's lock.
+    """Write a part under another name, then rename it: it appears whole or not at all. The caller holds the corpus's lock.
 
     Args:
         corpus: the folder of the corpus.
         number: of the part; part 0 keeps what is held out, a later one leaves it out.
-        documents: for training, and held out of it, chunk by chunk.
-        held_out: what decided that.
+        documents: (for training, held out), chunk by chunk.
+        held_out: the choice of what is held out.
         recipe: what the corpus is made from.
         vocab_size: one more than the tokenizer's largest id.
         end: called after the last chunk; returns (share of the corpus that was read, place of the next part or None).
@@ -146,7 +147,7 @@ def write_part(
     splits = SPLITS if number == 0 else SPLITS[:1]
     dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
     with _whole(part_folder(corpus, number)) as folder, ExitStack() as stack:
-        files = [Split(folder, split, dtype) for split in splits]
+        files = [SplitWriter(folder, split, dtype) for split in splits]
         for file in files:
             stack.callback(file.close)
         for splits_of_chunk in documents:
@@ -173,7 +174,7 @@ def write_part(
 
 @contextmanager
 def _whole(final: Path) -> Iterator[Path]:
-    """A folder that takes its name when all is in it and on disk. One name: what a killed build left is removed here."""
+    """A folder that gets its name when everything in it is on disk. What a killed build left is removed first."""
     building = final.with_name(f".{final.name}.building")
     for folder in (building, final):
         shutil.rmtree(folder, ignore_errors=True)
@@ -185,5 +186,60 @@ def _whole(final: Path) -> Iterator[Path]:
         sync_folder(final.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-        with suppress(OSError):  # of a corpus of which nothing could be written, nothing is left
+        with suppress(OSError):  # if no part could be written, the corpus's empty folder goes too
             final.parent.rmdir()
+
+
+class SplitWriter:
+    """Writes the documents of one split of a part: ``<name>.tokens.bin`` and ``<name>.offsets.bin``."""
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype) -> None:
+        self.name = name
+        self._folder, self._dtype = folder, dtype
+        self._file = open(folder / f"{name}.tokens.bin", "wb")  # noqa: SIM115  closed by close()
+        self._sha256 = hashlib.sha256()
+        self._lengths: list[np.ndarray] = [np.zeros(1, np.int64)]
+        self.tokens = self.documents = 0
+
+    def write(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents: ids [tokens] end to end, lengths [documents], none of them 0."""
+        data = ids.astype(self._dtype).tobytes()
+        self._sha256.update(data)
+        self._file.write(data)
+        self._lengths.append(lengths)
+        self.tokens += len(ids)
+        self.documents += len(lengths)
+
+    def finish(self) -> dict[str, str]:
+        """Bring both files to disk and return their SHA-256."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        offsets = np.concatenate(self._lengths).cumsum(dtype=np.int64)
+        name = f"{self.name}.offsets.bin"
+        return {
+            f"{self.name}.tokens.bin": self._sha256.hexdigest(),
+            name: write_durably(self._folder / name, offsets.tobytes()),
+        }
+
+    def close(self) -> None:
+        """Close the token file, whether or not it was finished."""
+        self._file.close()
+
+
+def write_durably(path: Path, data: bytes) -> str:
+    """Write and fsync a file; return its SHA-256."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashlib.sha256(data).hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Fsync a folder, so that its names are on disk too. Windows cannot open a folder: nothing is done there."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

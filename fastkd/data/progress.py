@@ -1,4 +1,4 @@
-"""How far the tokenising of a corpus is: a bar on a terminal, a line every ten seconds elsewhere."""
+"""Progress of tokenising a corpus: a bar on a terminal, a line every ten seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ PLAIN_SECONDS = 10.0
 
 
 class Progress:
-    """Counts what goes by; this one shows nothing."""
+    """Counts documents and tokens, and shows nothing."""
 
     documents = tokens = 0
 
     def advance(self, documents: int, tokens: int, share: float) -> None:
-        """More documents and tokens have gone by; ``share`` of the corpus has, in all, as far as is known."""
+        """Count more documents and tokens; ``share`` of the corpus has been read in all, as far as is known."""
         self.documents += documents
         self.tokens += tokens
 
@@ -33,18 +33,18 @@ class Progress:
 
 
 class Shown(Progress):
-    """Shows documents, tokens a second, the share of what is wanted, and the time that is left.
+    """Shows documents, tokens a second, the share that is done, and the time left.
 
     Args:
-        say: prints a line, where there is no terminal to draw a bar on.
-        wanted: tokens after which building ends, if the corpus does not end before; None where all of it is read.
-        console: where a bar is drawn if it is a terminal; standard output by default.
+        say: prints a line; used where ``console`` is no terminal.
+        wanted: tokens after which building ends, if the corpus does not end before; None: the whole corpus is read.
+        console: where the bar is drawn; default: standard output.
     """
 
     def __init__(self, say: Callable[[str], object], wanted: int | None, console: Console | None = None) -> None:
         self._say, self._wanted = say, wanted
         self._began = self._told = time.monotonic()
-        self._first_share: float | None = None  # building may begin within a corpus
+        self._first_share: float | None = None  # of the corpus when this began: building may go on within it
         self._done = 0.0
         console = console or get_console()
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
@@ -59,7 +59,7 @@ class Shown(Progress):
             self._live.stop()
 
     def advance(self, documents: int, tokens: int, share: float) -> None:
-        """Count, and show what has become of it."""
+        """Count, and show the progress."""
         super().advance(documents, tokens, share)
         if self._first_share is None:
             self._first_share = share if self.tokens != tokens else 0.0

@@ -1,44 +1,51 @@
-"""A corpus as tokenised documents, from a place on, handed out a part at a time."""
+"""Reads and tokenises a corpus, from any document on, and hands it out a part at a time."""
+
+from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import TYPE_CHECKING
 
-from fastkd.data.corpus import sources, units
-from fastkd.data.progress import Progress
 from fastkd.data.tokenise import Tokens, tokenise
 
-SPARE_TOKENS = 2**20  # at a corpus's end: fewer are no part of their own, which a batch of long sequences may not fill
-LARGEST_SHARE = 1 - 2**-20  # of a part that is not the last
+if TYPE_CHECKING:
+    from fastkd.data.corpus import Unit
+    from fastkd.data.progress import Progress
+
+SPARE_TOKENS = 2**20  # fewer left at a corpus's end join the part before: they might not fill a batch of long sequences
+LARGEST_SHARE = 1 - 2**-20  # that was read when a part ends which is not the last: 1 means the last
 
 
 @dataclass
 class Place:
-    """A document of a corpus, and what is before it."""
+    """Where a document is in a corpus, and how much comes before it."""
 
     unit: int = 0
-    document: int = 0  # of the unit
+    document: int = 0  # within the unit
     unit_characters: int = 0  # of the unit's documents before it
     bytes: int = 0  # of the units before, as stored
-    characters: int = 0  # of their documents
+    characters: int = 0  # of the documents of the units before
 
 
 class Reading:
     """Reads a corpus once, from a place to its end.
 
     Args:
-        spec: as in ``corpus.sources``.
+        units: of the corpus, in their order of reading.
+        size: bytes of the corpus; 0 where not known.
         text_field: column or JSON field that holds the text.
         tokenizer_json: a ``tokenizers.Tokenizer``, serialised.
         start: the first document.
         workers: as in ``tokenise``.
-        progress: is told of what goes by.
+        progress: is told how much was read.
     """
 
     def __init__(
         self,
-        spec: str | Sequence[str],
+        units: Iterable[Unit],
+        size: int,
         text_field: str,
         tokenizer_json: str,
         *,
@@ -46,14 +53,13 @@ class Reading:
         workers: int | None,
         progress: Progress,
     ) -> None:
-        sizes = [source.size for source in sources(spec)]
-        self._total = sum(sizes) if all(sizes) else 0  # bytes of the corpus; 0 where not known
-        self._spec, self._text_field, self._start = spec, text_field, start
+        self._units, self._size, self._text_field, self._start = units, size, text_field, start
         self._progress = progress
-        self._sizes: list[int] = []  # of the units, bytes
-        self._origins: deque[tuple[int, int, int]] = deque()  # (unit, document, characters) of what is in no part yet
-        self._place = replace(start)  # of the first of these
-        self._rest: deque[Tokens] = deque()  # the beginning of these, tokenised
+        self._sizes: list[int] = []  # bytes of each unit that was begun
+        # Documents that were read and are in no part yet: tokenising runs ahead of the parts.
+        self._origins: deque[tuple[int, int, int]] = deque()  # (unit, document, characters) of each
+        self._place = replace(start)  # of the first one
+        self._rest: deque[Tokens] = deque()  # tokens of the first ones, as far as they have come
         self._chunks = tokenise(self._documents(), tokenizer_json, workers=workers)
 
     def close(self) -> None:
@@ -61,7 +67,7 @@ class Reading:
         self._chunks.close()
 
     def part(self, tokens: int) -> Generator[Tokens]:
-        """Yield the documents of the next part: those up to ``tokens``, or all that are left if few would be over."""
+        """Yield the documents of the next part: up to ``tokens``, or all the rest where few would be left over."""
         taken, spare = 0, max(1, min(SPARE_TOKENS, tokens // 4))
         while taken < tokens and (chunk := self._next()) is not None:
             inside, over = _cut(chunk, tokens - taken)
@@ -69,6 +75,7 @@ class Reading:
                 self._rest.appendleft(over)
             taken += len(inside.ids)
             yield self._take(inside)
+        # Read on until more than ``spare`` tokens are known to follow; if the corpus ends before, they belong to this part.
         while sum(len(chunk.ids) for chunk in self._rest) < spare:
             if (chunk := next(self._chunks, None)) is None:
                 rest, self._rest = self._rest, deque()
@@ -77,26 +84,26 @@ class Reading:
             self._rest.append(chunk)
 
     def end(self, number: int) -> tuple[float, Place | None]:
-        """After a part: (share of the corpus that was read, place of the next part); 1 and None at the corpus's end."""
+        """After part ``number``: (share of the corpus that was read, place of the next part); (1, None) at the corpus's end."""
         if not self._rest:
             return 1.0, None
         self._enter(self._origins[0][0])
-        # Of unknown size: as if the next part were the last.
-        share = self._share() if self._total else 1 - 0.5 ** (number + 1)
+        # In a corpus of unknown size each part counts for half of what is left.
+        share = self._share() if self._size else 1 - 0.5 ** (number + 1)
         return min(share, LARGEST_SHARE), replace(self._place)
 
     def _next(self) -> Tokens | None:
         return self._rest.popleft() if self._rest else next(self._chunks, None)
 
     def _share(self) -> float:
-        """Of the corpus that was read, by bytes; within a unit by characters."""
+        """The share of the corpus that was read, by bytes; within a unit by characters."""
         at = self._place
-        ratio = at.characters / at.bytes if at.bytes and at.characters else 1.0
-        return (at.bytes + min(at.unit_characters / ratio, self._sizes[at.unit])) / self._total if self._total else 0.0
+        ratio = at.characters / at.bytes if at.bytes and at.characters else 1.0  # characters a stored byte, so far
+        return (at.bytes + min(at.unit_characters / ratio, self._sizes[at.unit])) / self._size if self._size else 0.0
 
     def _documents(self) -> Iterator[str]:
         start = self._start
-        for number, unit in enumerate(units(self._spec)):
+        for number, unit in enumerate(self._units):
             self._sizes.append(unit.size)
             if number < start.unit:
                 continue
@@ -107,7 +114,7 @@ class Reading:
                 yield text
 
     def _take(self, chunk: Tokens) -> Tokens:
-        """Move the place behind the documents of a chunk."""
+        """Move the place past the documents of a chunk."""
         for _ in range(len(chunk.lengths)):
             unit, document, characters = self._origins.popleft()
             self._enter(unit)
@@ -117,7 +124,7 @@ class Reading:
         return chunk
 
     def _enter(self, unit: int) -> None:
-        """Move the place to the beginning of a unit, unless it is in it."""
+        """Move the place to the beginning of a unit, unless it is in that unit."""
         at = self._place
         if unit != at.unit:
             size = sum(self._sizes[at.unit : unit])
@@ -125,9 +132,9 @@ class Reading:
 
 
 def _cut(chunk: Tokens, tokens: int) -> tuple[Tokens, Tokens]:
-    """The first documents of a chunk, as many as it takes for ``tokens``, and the others."""
+    """(the first documents, up to the one that reaches ``tokens``; the others) of a chunk."""
     ends = chunk.lengths.cumsum()
-    documents = int(ends.searchsorted(tokens)) + 1
+    documents = int(ends.searchsorted(tokens)) + 1  # one more than the chunk has where it does not reach ``tokens``
     at = int(ends[min(documents, len(ends)) - 1])
     first = Tokens(chunk.ids[:at], chunk.lengths[:documents], chunk.hashes[:documents])
     return first, Tokens(chunk.ids[at:], chunk.lengths[documents:], chunk.hashes[documents:])

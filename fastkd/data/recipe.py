@@ -1,39 +1,42 @@
-"""All that decides the bytes of a tokenised corpus, and the name that this gives it."""
+"""What a tokenised corpus is made from, and the name of its folder, a hash of that."""
+
+from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastkd.data.corpus import sources
 from fastkd.data.tokenise import serialise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from fastkd.data.corpus import Source
+
 FORMAT = 2
 Recipe = dict[str, Any]
-FIRST_TOKENS, MOST_TOKENS = 2**22, 2**27  # of part 0, which is there in seconds; of the largest part
+FIRST_TOKENS, MOST_TOKENS = 2**22, 2**27  # of part 0, which takes seconds; of the largest parts
 
 
 def recipe(
-    spec: str | Sequence[str],
-    tokenizer: "PreTrainedTokenizerBase",
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
     *,
     text_field: str,
     validation_fraction: float,
     first_tokens: int,
 ) -> Recipe:
-    """The recipe of a corpus.
+    """The recipe of a corpus: everything that the bytes of its parts depend on.
 
     Raises:
-        ValueError: a corpus that cannot be read, a tokenizer without Rust backend, a number out of range.
+        ValueError: a source that cannot be read, a tokenizer without Rust backend, a number out of range.
     """
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction is {validation_fraction}: take one between 0 and 1, such as 0.02")
     return {
         "format": FORMAT,
-        "sources": [source.identity() for source in sources(spec)],
+        "sources": [source.identity() for source in sources],
         "text_field": text_field,
         "tokenizer_hash": tokenizer_hash(tokenizer),
         "validation_fraction": validation_fraction,
@@ -47,18 +50,18 @@ def key(recipe: Recipe) -> str:
 
 
 def canonical(recipe: Recipe, *, without: str = "") -> bytes:
-    """A recipe as bytes, one field of its sources left out."""
+    """A recipe as bytes, equal for equal recipes; the field ``without`` of its sources is left out."""
     parts = [{name: value for name, value in source.items() if name != without} for source in recipe["sources"]]
     return json.dumps(recipe | {"sources": parts}, sort_keys=True).encode()
 
 
 def part_tokens(recipe: Recipe, number: int) -> int:
-    """Tokens after which a part ends: each has twice those of the one before, up to ``MOST_TOKENS``."""
+    """Tokens of a part: twice as many as of the part before, up to ``MOST_TOKENS``."""
     return int(min(recipe["first_tokens"] << number, max(MOST_TOKENS, recipe["first_tokens"])))
 
 
-def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Sha256 of all that decides which ids a text becomes: vocabulary, normaliser, pre-tokeniser, added tokens."""
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of what the ids of a text depend on: vocabulary, normaliser, pre-tokeniser, added tokens."""
     parts = json.loads(serialise(tokenizer))
     deciding = {name: parts[name] for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()

@@ -1,13 +1,14 @@
-"""A corpus as token ids on disk, in parts: the first is there in seconds, later ones are built while the first are read.
+"""A corpus as token ids on disk, in parts: the first takes seconds, later ones are built while earlier ones are read.
 
-A corpus is a folder named by a key over everything that it depends on: the sources' content, the tokenizer, the split.
-Its parts (``part.py``) are a pure function of these, so that building can stop and go on at any of them.
+A corpus is a folder whose name is a hash over everything it depends on: the sources' content, the tokenizer, the split.
+Its parts (``part.py``) are a pure function of these, so that building can stop and go on at any part.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from itertools import count
@@ -19,8 +20,8 @@ import numpy as np
 
 from fastkd.data import recipe as recipes
 from fastkd.data.builder import Builder, BuildingFailed, Job, build, load
-from fastkd.data.corpus import check, shard_folder
-from fastkd.data.part import SPLITS, Part, part_folder
+from fastkd.data.corpus import check, shard_folder, sources
+from fastkd.data.part import SPLITS, Part, part_folder, write_part
 from fastkd.data.progress import Progress
 from fastkd.data.recipe import FIRST_TOKENS, Recipe, tokenizer_hash
 from fastkd.data.tokenise import backend, serialise
@@ -29,18 +30,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-POLL_SECONDS = 0.2  # between two looks for a part that is being built
-__all__ = ["BuildingFailed", "Shards", "build_shards", "cache", "tokenizer_hash"]
+POLL_SECONDS = 0.2  # between two looks whether a part has been built
+__all__ = ["BuildingFailed", "Shards", "build_shards", "cache", "tokenizer_hash", "write_sample"]
 
 
 class Shards:
     """A tokenised corpus. Raises ``ValueError`` where a file is missing or is not what was written.
 
     Args:
-        folder: where it is.
-        remedy: what an error tells to do; as a rule, to delete what can be built again.
-        job: builds the parts that are missing, in a process of its own; without one, another process does.
-        whole: the parts that are there are all there will be.
+        folder: of the corpus.
+        remedy: what an error says to do; default: delete the part, which can be built again.
+        job: how missing parts are built, in another process; None: some other program builds them.
+        whole: no more parts will come than there are now.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Shards:
 
     @property
     def version(self) -> str:
-        """The key of all that these were made from: equal for equal content, wherever it is."""
+        """The hash of what these were made from: equal for equal content, wherever it is."""
         name = recipes.key(self.first.recipe)
         return name if self._end is None or self._parts[-1].next is None else f"{name}-{self._end}"
 
@@ -80,30 +81,30 @@ class Shards:
 
     @property
     def tokenizer_hash(self) -> str:
-        """What ``tokenizer_hash`` gave for the tokenizer that built these."""
+        """``tokenizer_hash`` of the tokenizer that built these."""
         return str(self.first.recipe["tokenizer_hash"])
 
     @property
     def is_complete(self) -> bool:
-        """Whether the last part is there: if not, sizes are estimates."""
+        """Whether the last part exists; if not, sizes are estimates."""
         return self._end is not None or self._there()[-1].next is None
 
     @property
     def unique_tokens(self) -> int:
-        """Tokens of the training split, special tokens not counted; estimated from part 0 until the last part is there."""
+        """Tokens of the training split, without special tokens; estimated from part 0 until the last part exists."""
         if self.is_complete:
             return sum(part.tokens for part in self._there())
-        held_out = self.held_out_tokens  # of part 0, where they are up to a quarter: none of a later one
+        held_out = self.held_out_tokens  # all of them are from part 0 (up to a quarter of it), none from later parts
         return round((self.first.tokens + held_out) / self.first.share) - held_out
 
     @property
     def held_out_tokens(self) -> int:
-        """Tokens that are held out."""
+        """Tokens that are held out for validation."""
         return int(self.first.index["tokens"]["validation"])
 
     @property
     def sizes(self) -> dict[str, dict[str, int]]:
-        """Tokens and documents of each split, in the parts that are there."""
+        """Tokens and documents of each split, in the parts that exist."""
         parts = [part.index for part in self._there()]
         return {
             name: {split: sum(index[name].get(split, 0) for index in parts) for split in SPLITS}
@@ -111,14 +112,13 @@ class Shards:
         }
 
     def is_last(self, number: int) -> bool:
-        """Whether no part follows one that is loaded."""
+        """Whether part ``number``, which is loaded, is the last."""
         return self._parts[number].next is None or number + 1 == self._end
 
     def documents(self, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
-        """(token ids [N], offsets [documents + 1] int64) of a split; document d is ids[o[d]:o[d+1]].
+        """(token ids [N], offsets o [documents + 1] int64) of a split; document d is ids[o[d] : o[d + 1]].
 
-        Memory maps of the only part of a small corpus, or of what is held out; of several parts, those that are there,
-        arrays in memory.
+        Memory maps where there is one part, and for the validation split; else the parts that exist, joined in memory.
         """
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}: take one of {', '.join(SPLITS)}")
@@ -129,7 +129,7 @@ class Shards:
         return np.concatenate([ids for ids, _ in each]), np.concatenate([[0], lengths]).cumsum(dtype=np.int64)
 
     def tokens_before(self, number: int) -> int:
-        """Training tokens of the parts before one; those are loaded."""
+        """Training tokens of the parts before ``number``, which are loaded."""
         return sum(part.tokens for part in self._parts[:number])
 
     # ---- later parts ----------------------------------------------------------------------------------------
@@ -138,12 +138,12 @@ class Shards:
         """A part; waits until it is built.
 
         Args:
-            number: of the part, which is one that the corpus has.
-            stop: asked now and then; ends the waiting.
+            number: of a part that the corpus has.
+            stop: asked now and then; True ends the waiting.
 
         Raises:
-            BuildingFailed: it cannot be built, in one line.
-            InterruptedError: ``stop`` said so.
+            BuildingFailed: it cannot be built; in one line.
+            InterruptedError: ``stop`` returned True.
         """
         while not self.is_there(number):
             if stop():
@@ -152,14 +152,14 @@ class Shards:
         return self._parts[number]
 
     def is_there(self, number: int) -> bool:
-        """Whether a part can be read without waiting. Loads and verifies those up to it that have come."""
+        """Whether a part can be read without waiting. Loads and verifies the new parts up to it."""
         with self._loading:
             while len(self._parts) <= number and (part := self._load(len(self._parts))) is not None:
                 self._parts.append(part)
         return number < len(self._parts)
 
     def ahead(self, number: int) -> None:
-        """Have a part built that will be needed, if this process is the one to do it."""
+        """Begin to build a part that will be needed, if that is this process's task."""
         if self._builder is not None and not part_folder(self.folder, number).exists():
             self._builder.ahead(number)
 
@@ -180,7 +180,7 @@ class Shards:
         return None if self._end is not None else load(self.folder, number)
 
     def _there(self) -> list[Part]:
-        """The parts that are there; the digests of those that are not loaded yet are not compared."""
+        """The parts that exist; those that are not loaded yet are not verified."""
         more = range(len(self._parts), len(self._parts) if self._end is not None else _parts_in(self.folder))
         return [*self._parts, *(Part(self.folder, number, remedy=self._remedy, verify=False) for number in more)]
 
@@ -197,33 +197,34 @@ def build_shards(
     tokens: int | None = None,
     progress: Progress | None = None,
 ) -> Shards:
-    """Tokenise a corpus into ``folder``, or load what an earlier call with the same arguments left there.
+    """Tokenise a corpus into ``folder``, or load it from there if an earlier call with the same arguments has built it.
 
-    A specification that is itself a folder of shards is loaded from where it is; ``folder`` is not touched.
-    Parts appear whole or not at all. Of several processes that want the same one, one builds and the others wait. A
-    part that is found corrupted is made again.
+    A specification that is itself a folder of shards is loaded from that folder; ``folder`` is not touched.
+    Parts appear whole or not at all. Of several processes that want the same part, one builds and the others wait. A
+    corrupted part is built again.
 
     Args:
         spec: as in ``corpus.sources``, or a folder of shards.
         tokenizer: a fast tokenizer of transformers.
         folder: the cache of shards.
         text_field: column or JSON field that holds the text.
-        workers: processes that tokenise; None decides by the size of the corpus.
-        validation_fraction: part of the corpus's tokens that is held out, about, and at most 2^20 of them.
-        first_tokens: after which part 0 ends; each later part has twice as many.
-        tokens: of the training split after which building ends with its part; later parts are built when they are
-            asked for. None: the whole corpus.
-        progress: is told of what goes by.
+        workers: processes that tokenise; None: decided by the size of the corpus.
+        validation_fraction: about this part of the corpus's tokens is held out, at most 2^20 of them.
+        first_tokens: of part 0; each later part has twice as many.
+        tokens: building ends with the part that brings the training split to this many; later parts are built when they
+            are needed. None: the whole corpus.
+        progress: is told how much was read.
 
     Raises:
-        ValueError: an unreadable or empty corpus, a tokenizer without Rust backend, an unwritable folder; shards that
-            are damaged or of another tokenizer.
+        ValueError: an unreadable or empty corpus, a tokenizer without Rust backend, an unwritable folder; a folder of
+            shards that is damaged or of another tokenizer.
     """
     if (given := shard_folder(spec)) is not None:
         return _given(given, tokenizer)
     recipe = recipes.recipe(
-        spec, tokenizer, text_field=text_field, validation_fraction=validation_fraction, first_tokens=first_tokens
-    )
+        sources(spec), tokenizer, text_field=text_field, validation_fraction=validation_fraction,
+        first_tokens=first_tokens,
+    )  # fmt: skip
     root = Path(folder).expanduser()
     corpus = _built_before(root, recipe) or root / recipes.key(recipe)
     vocab_size = max(backend(tokenizer).get_vocab().values()) + 1
@@ -236,14 +237,40 @@ def build_shards(
     return Shards(corpus, job=job)
 
 
+def write_sample(shards: Shards, folder: str | os.PathLike[str], *, tokens: int, seed: int) -> Shards:
+    """Write a random sample of a corpus's training documents as a corpus of one part, with all that is held out.
+
+    Documents are drawn in a random order until the next one would bring them over ``tokens``; at least one is taken. They
+    are written in the corpus's order. A smaller sample is part of every larger one of the same seed. A sample of all
+    documents is the same corpus, of the same version.
+
+    Args:
+        shards: the corpus; the parts of it that exist are drawn from.
+        folder: of the sample; an existing one is replaced.
+        tokens: of the training split, at most.
+        seed: of the random order.
+    """
+    target = Path(folder)
+    shutil.rmtree(target, ignore_errors=True)
+    ids, offsets = shards.documents("train")
+    kept = _drawn(np.diff(offsets), tokens, seed)
+    recipe, first = shards.first.recipe, shards.first
+    if not kept.all():
+        recipe |= {"sample": {"of": shards.version, "tokens": int(np.diff(offsets)[kept].sum()), "seed": seed}}
+    held_ids, held_offsets = shards.documents("validation")
+    drawn = (ids[np.repeat(kept, np.diff(offsets))], np.diff(offsets)[kept]), (held_ids, np.diff(held_offsets))
+    write_part(target, 0, [drawn], first.held_out, recipe=recipe, vocab_size=shards.vocab_size, end=lambda: (1.0, None))
+    return Shards(target, whole=True)
+
+
 def cache() -> Path:
-    """Where corpora are kept. As the XDG specification says, a path that is empty or relative counts as not set."""
+    """The folder of tokenised corpora. As the XDG specification says, an empty or relative path counts as not set."""
     named = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (named if named.is_absolute() else Path.home() / ".cache") / "fastkd"
 
 
 def _has(corpus: Path, tokens: int | None) -> bool:
-    """Whether ``tokens`` for training, or all of a corpus, are there and whole."""
+    """Whether whole parts hold ``tokens`` for training, or all of the corpus."""
     held = 0
     for number in count():
         if (part := load(corpus, number)) is None:
@@ -255,7 +282,7 @@ def _has(corpus: Path, tokens: int | None) -> bool:
 
 
 def _given(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Shards:
-    """Shards that the user names in a corpus's place."""
+    """Shards that the user names as the corpus."""
     shards = Shards(folder, remedy="copy it again, or give --corpus text", whole=True)
     if shards.tokenizer_hash != tokenizer_hash(tokenizer):
         raise ValueError(
@@ -266,12 +293,12 @@ def _given(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Shards:
 
 
 def _parts_in(corpus: Path) -> int:
-    """How many parts of a corpus there are, without a gap."""
+    """How many parts of a corpus exist, up to the first that is missing."""
     return next(number for number in count() if not part_folder(corpus, number).exists())
 
 
 def _built_before(root: Path, recipe: Recipe) -> Path | None:
-    """The newest build of this recipe from any commit, where the hub cannot be asked for the one of today."""
+    """Where the hub cannot be asked for today's commit: the newest build of this recipe from any commit."""
     if all(source.get("commit") != "" for source in recipe["sources"]):
         return None
     wanted = recipes.canonical(recipe, without="commit")
@@ -283,3 +310,12 @@ def _built_before(root: Path, recipe: Recipe) -> Path | None:
             )
             return path.parent
     return None
+
+
+def _drawn(lengths: np.ndarray, tokens: int, seed: int) -> np.ndarray:
+    """Which documents are in the sample, [documents] bool."""
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    count = max(int(np.searchsorted(lengths[order].cumsum(), tokens, side="right")), 1)
+    kept = np.zeros(len(lengths), bool)
+    kept[order[:count]] = True
+    return kept

@@ -1,9 +1,11 @@
 """Documents to token ids in parallel: threads of the tokenizer for little text, worker processes for much.
 
-A worker is this file run as a program that talks over its stdin and stdout. It imports only NumPy and tokenizers:
-no CUDA context, no thread of torch and no ``__main__`` of the caller is forked into it or imported again, so it starts
-in a third of a second and works from a notebook, a script without a main guard, or a rank of torchrun.
+A worker is this file run as a program that talks over its stdin and stdout. It imports only NumPy and tokenizers. It inherits
+no CUDA context and no thread of torch, and does not import the caller's ``__main__``. So it starts in a third of a second and
+works from a notebook, a script without a main guard, or a rank of torchrun.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -28,9 +30,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHUNK_CHARACTERS = 2**21  # of text handed to a worker at once, about half a second of work
-PIECE_CHARACTERS = 2**20  # a longer document is tokenised in pieces: an encoding takes 50 times its text's memory
-ROLES = ("cls_token", "sep_token", "mask_token", "pad_token", "unk_token")  # that a text cannot hold, only spell
-NO_TEXT = "\ufffe\uffff"  # no characters: what begins with them is in no text
+PIECE_CHARACTERS = 2**20  # a longer document is tokenised in pieces: an encoding needs 50 times the memory of its text
+# Tokens that no text becomes: "[MASK]" in a text is ordinary words.
+ROLES = ("cls_token", "sep_token", "mask_token", "pad_token", "unk_token")
+NO_TEXT = "\ufffe\uffff"  # not characters in Unicode: no text has a word that begins with these
 SMALL_CHUNKS = 8  # a corpus of no more chunks than this is not worth starting processes for
 
 
@@ -49,7 +52,7 @@ def tokenise(documents: Iterable[str], tokenizer_json: str, *, workers: int | No
     Args:
         documents: the texts.
         tokenizer_json: a ``tokenizers.Tokenizer``, serialised.
-        workers: processes; None takes one per CPU of this process for more than about 16 MB of text, else none.
+        workers: processes; None: one per CPU of this process for more than about 16 MB of text, else none.
 
     Raises:
         ValueError: a worker died.
@@ -64,7 +67,7 @@ def tokenise(documents: Iterable[str], tokenizer_json: str, *, workers: int | No
     return _in_processes(chain(first, chunks), tokenizer_json, workers)
 
 
-def backend(tokenizer: "PreTrainedTokenizerBase") -> Tokenizer:
+def backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     """The Rust tokenizer behind one of transformers. Raises ``ValueError`` where there is none."""
     found = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(found, Tokenizer):
@@ -74,10 +77,10 @@ def backend(tokenizer: "PreTrainedTokenizerBase") -> Tokenizer:
     return found
 
 
-def serialise(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """A tokenizer of transformers for ``load``: tokens with one of the ``ROLES`` are to be only words of a text.
+def serialise(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A tokenizer of transformers, serialised for ``load``: in a text, the tokens of ``ROLES`` are ordinary words.
 
-    Every other added token, such as the [E1] of a text about entities, has its own id there.
+    Other added tokens, such as [E1] in a text about entities, keep their own ids.
 
     Raises:
         ValueError: it has no Rust backend.
@@ -93,7 +96,7 @@ def serialise(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def _hide(parts: dict[str, Any], names: set[str]) -> None:
-    """Rename pieces that a Unigram model would find in a text that spells them: they cost it nothing."""
+    """Rename pieces that a Unigram model would otherwise find in a text that spells them."""
     pieces = [[NO_TEXT + piece if piece in names else piece, score] for piece, score in parts["model"]["vocab"]]
     parts["model"]["vocab"] = pieces
     for token in parts["added_tokens"]:
@@ -102,7 +105,7 @@ def _hide(parts: dict[str, Any], names: set[str]) -> None:
 
 
 def load(tokenizer_json: str) -> Tokenizer:
-    """Deserialise a tokenizer that takes text as it is: nothing cut or padded, "[MASK]" in a text is only a word."""
+    """Deserialise a tokenizer. It cuts and pads nothing, and "[MASK]" in a text is ordinary words."""
     tokenizer = Tokenizer.from_str(tokenizer_json)
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -126,7 +129,7 @@ def _cpus() -> int:
 
 
 def _pieces(document: str) -> list[str]:
-    """Cut a very long document before white space, where no tokenizer joins what stands on both sides."""
+    """Cut a very long document before white space: no tokenizer makes one token of the text on both sides."""
     pieces = []
     while len(document) > PIECE_CHARACTERS:
         cut = max(document.rfind(" ", 1, PIECE_CHARACTERS), document.rfind("\n", 1, PIECE_CHARACTERS))
@@ -150,10 +153,10 @@ def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
 
 
 class _Worker:
-    """One process; its caller sees a function."""
+    """A worker process, called like a function."""
 
     def __init__(self, tokenizer_json: str) -> None:
-        # -P: the folder of this file must not shadow any module of the worker's.
+        # -P: no module in the folder of this file may shadow one that the worker imports.
         self._process = subprocess.Popen(
             [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
@@ -189,7 +192,7 @@ class _Worker:
 
 
 def _in_processes(chunks: Iterator[list[str]], tokenizer_json: str, workers: int) -> Generator[Tokens]:
-    """Each thread borrows an idle worker for a chunk; at most two chunks a worker are under way."""
+    """Each thread borrows an idle worker for a chunk; at most two chunks a worker are in progress."""
     with ExitStack() as stack:
         idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for _ in range(workers):

@@ -1,20 +1,20 @@
-"""How much of a corpus its tokenizer does not know: a model cannot learn from text that is all [UNK], or all [E1]."""
+"""Checks how much of a corpus is unknown or special tokens, from which a model learns nothing."""
 
 from collections.abc import Collection
 
 import numpy as np
 
-MOST = 0.9  # of the tokens: more is refused
-MUCH = 0.05  # more is worth a warning
+MOST = 0.9  # a larger share of the tokens is refused
+MUCH = 0.05  # a larger share is remarked on
 
 
 def unknown_share(ids: np.ndarray, unknown_id: int | None) -> float:
-    """The unknown token's share of a corpus's token ids [N]; ``None`` is the id where every text is known."""
+    """The unknown token's share of token ids [N]; 0 for a tokenizer without an unknown token (``None``)."""
     return 0.0 if unknown_id is None else float(np.count_nonzero(ids == unknown_id) / max(len(ids), 1))
 
 
 def unknown_remark(share: float) -> str | None:
-    """What the plan says of a share: nothing where it is small.
+    """The plan's remark on a share of unknown tokens; None where it is small.
 
     Raises:
         ValueError: nearly all tokens are unknown.
@@ -30,7 +30,7 @@ def unknown_remark(share: float) -> str | None:
 
 
 def require_ordinary(ids: np.ndarray, special: Collection[int]) -> None:
-    """Refuse token ids [N] that are nearly all special, as added markers of a text can be: none of them is predicted.
+    """Refuse token ids [N] that are nearly all special, such as a text of added markers: special tokens are not predicted.
 
     Raises:
         ValueError: with their share.

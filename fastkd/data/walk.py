@@ -1,4 +1,4 @@
-"""The files that a name, a pattern or a folder stands for: one walk for all three."""
+"""Finds the local files that a path, a pattern or a folder names."""
 
 import glob
 import os
@@ -9,31 +9,31 @@ from itertools import chain
 from pathlib import Path
 
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz")
-ADDED = ("__MACOSX", "@eaDir")  # folders that archives of macOS and disks of Synology add, beside hidden ones
+ADDED = ("__MACOSX", "@eaDir")  # folders that macOS archives and Synology disks add; left out like hidden ones
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a walk met; each file once however many links lead to it."""
+    """What a walk found; each file once, however many links lead to it."""
 
-    files: list[Path] = field(default_factory=list)  # of the kinds that are read, in the order of names
-    hidden: list[Path] = field(default_factory=list)  # files of those kinds, and folders, left out for their names
+    files: list[Path] = field(default_factory=list)  # of the kinds that are read, sorted by path
+    hidden: list[Path] = field(default_factory=list)  # files of these kinds, and folders, left out for their names
     others: list[Path] = field(default_factory=list)  # files of other kinds, hidden ones not counted
 
 
 def kind_of(path: Path | str) -> str | None:
-    """The suffix by which fastkd knows how to read a file; None for a kind that it does not read."""
+    """A file's suffix, which says how it is read; None for a kind that is not read."""
     return next((suffix for suffix in SUFFIXES if str(path).lower().endswith(suffix)), None)
 
 
 def find(spec: str) -> Found | None:
-    """Find the files of a corpus specification; None where it names nothing here and is no pattern.
+    """Find the files of a corpus specification; None where nothing here has that name and it is no pattern.
 
-    What exists is taken as it is called, with characters of patterns or not. Folders are walked through links; in
-    them, hidden files and folders (.ipynb_checkpoints, ._part.txt) and those ``ADDED`` are left out.
+    A path that exists is that path, also if it holds characters of patterns. Links in folders are followed. Hidden files
+    and folders (.ipynb_checkpoints, ._part.txt) and those of ``ADDED`` are left out.
 
     Raises:
-        ValueError: a folder that cannot be read, something that is not a file, a file named of a kind that is not
+        ValueError: a folder that cannot be read, something that is not a file, or a named file of a kind that is not
             read.
     """
     path = Path(os.path.expanduser(spec))
@@ -51,7 +51,7 @@ def find(spec: str) -> Found | None:
 
 
 def walk(folder: Path) -> Found:
-    """Walk a folder through links; neither a folder nor a file is met twice, so that links in a circle end.
+    """Walk a folder, following links. No folder or file is visited twice, so links in a circle do no harm.
 
     Raises:
         ValueError: a folder that cannot be read.
@@ -67,7 +67,7 @@ def walk(folder: Path) -> Found:
         for path in (Path(where, name) for name in sorted(names)):
             if kind_of(path) is not None:
                 (found.hidden if _is_hidden(path.name) else found.files).append(path)
-            elif not _is_hidden(path.name):  # .DS_Store: nobody means it by a pattern
+            elif not _is_hidden(path.name):  # such as .DS_Store, which nobody means by a pattern
                 found.others.append(path)
     return Found(_once(found.files), found.hidden, found.others)
 
@@ -81,7 +81,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _once(paths: Iterable[Path]) -> list[Path]:
-    """Sorted by name, the first of those that lead to the same file."""
+    """Sorted; of several paths to the same file the first."""
     return sorted({os.path.realpath(path): path for path in sorted(paths, reverse=True)}.values())
 
 
@@ -100,7 +100,7 @@ def _require_file(path: Path) -> None:
 
 
 def _matching(path: Path) -> Found:
-    """The files that match a pattern, and what a walk finds in the folders that match."""
+    """The files that match a pattern, and the files of the folders that match."""
     base, pattern = _literal(path)
     fixed = pattern.index("**") if "**" in pattern else len(pattern)
     matches = glob.glob(os.path.join(*pattern[:fixed]), root_dir=base) if fixed else ["."]
@@ -112,18 +112,18 @@ def _matching(path: Path) -> Found:
 
 
 def _met_added(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """Whether a match leads through what archives and disks add, which the pattern does not call by its name."""
+    """Whether a match goes through a folder of ``ADDED`` that the pattern does not name."""
     return any(name in ADDED and name != part for name, part in zip(names, pattern, strict=False))
 
 
 def _literal(path: Path) -> tuple[Path, tuple[str, ...]]:
-    """The beginning of a pattern that exists as it is called, and what follows."""
+    """(longest first part of a pattern that exists as a path, the parts after it)."""
     known = next(parent for parent in path.parents if os.path.lexists(parent))
     return known, path.relative_to(known).parts
 
 
 def _below(folder: Path, pattern: tuple[str, ...]) -> Found:
-    """What is in a folder and matches a pattern with ``**``, or is in a folder there that matches; without one, all."""
+    """The files in a folder that match a pattern with ``**``, or are in a folder there that matches; all without a pattern."""
     found = walk(folder)
     if not pattern:
         return found
@@ -134,6 +134,7 @@ def _below(folder: Path, pattern: tuple[str, ...]) -> Found:
 
 
 def _fits(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Whether the names of a path match a pattern, part by part; ``**`` stands for any number of folders, also none."""
     if not pattern or not names:
         return all(part == "**" for part in pattern) and not names
     if pattern[0] == "**":

@@ -1,26 +1,102 @@
-"""Documents from the lines of a .txt (blank lines between documents) or .jsonl, block by block."""
+"""Local files as sources of text: a .txt or .jsonl is read in blocks, a parquet file in row groups, a .gz as a whole.
 
+In a .txt, documents are separated by blank lines; in a .jsonl, each line is one.
+"""
+
+from __future__ import annotations
+
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import takewhile
+from functools import cache
+from itertools import pairwise, takewhile
 from pathlib import Path
 from sys import maxsize
 from typing import Any, BinaryIO, NamedTuple
 
 from fastkd.data import contents
-from fastkd.data.access import opened, readable
+from fastkd.data.contents import opened, readable
+from fastkd.data.order import shuffled
+from fastkd.data.parquet import RowGroup, row_groups
 from fastkd.data.rows import text_of
+from fastkd.data.walk import kind_of
 
+BLOCK = 2**20  # bytes of a block: small, so that a few MB of a large text come from many places of it
+PROBE = 2**16  # bytes that are read at each place of a file that is not hashed whole
 READ = 2**20  # bytes that are decoded at once
 
 
 @dataclass(frozen=True)
-class Block:
-    """A range of bytes of a file.
+class LocalFile:
+    """One file of a corpus. Raises ``ValueError`` for what is wrong in it, naming the file and the line."""
 
-    It holds the lines that begin in it. A document of a .txt begins after a blank line, and is in the block where that
-    line begins: so each document is in one block, wherever the borders are.
+    path: Path
+    lines: bool = False  # each line of a .txt is a document
+    probes: int | None = None  # hash this many places and the size, where that is less than all bytes
+    block: int = BLOCK
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        with readable(self.path):
+            return self.path.stat().st_size
+
+    def identity(self) -> dict[str, str]:
+        """The SHA-256 of its content and its kind; the path is not part of it."""
+        with readable(self.path):
+            stat = self.path.stat()
+            probes = self.probes if self.probes and self.probes * PROBE < stat.st_size else None
+            digest = _sha256(self.path, stat.st_size, stat.st_mtime_ns, probes)
+        whole = {"kind": str(kind_of(self.path)), "sha256": digest}
+        return whole if probes is None else whole | {"size": str(stat.st_size), "places": str(probes)}
+
+    def units(self) -> Iterator[Block | RowGroup]:
+        """Yield its blocks or row groups in an order drawn from its content's hash."""
+        parts = self._parts()
+        for number in shuffled(len(parts), self.identity()["sha256"]):
+            yield parts[number]
+
+    def _parts(self) -> list[Block] | list[RowGroup]:
+        kind, size = str(kind_of(self.path)), self.size
+        self._require_text(kind)
+        if kind == ".parquet":
+            return row_groups(self.path, size)
+        if kind.endswith(".gz"):
+            return [Block(self.path, kind, size, lines=self.lines)]
+        count = -(-size // self.block)
+        # Equal blocks but for rounding: bound k is ⌊size · k / count⌋, so the last one is exactly the size.
+        bounds = [size * number // count for number in range(count)] + [size]
+        return [Block(self.path, kind, end - start, start, end, self.lines) for start, end in pairwise(bounds)]
+
+    def _require_text(self, kind: str) -> None:
+        with readable(self.path), opened(self.path) as file:
+            head = file.read(contents.HEAD)
+        if kind == ".parquet" and head.startswith(b"PAR1"):
+            return
+        if (found := contents.describe(head, self.path)) is not None:
+            raise ValueError(f"corpus file {str(self.path)!r} {found}")
+
+
+@cache
+def _sha256(path: Path, size: int, changed_ns: int, probes: int | None) -> str:
+    """SHA-256 of a file, or of its size and ``probes`` places. ``changed_ns`` makes the cache read a changed file again."""
+    with open(path, "rb") as file:
+        if probes is None:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256(str(size).encode())
+        for number in range(probes):
+            file.seek((size - PROBE) * number // (probes - 1))
+            digest.update(file.read(PROBE))
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Block:
+    """A range of bytes of a file: it holds the lines that begin in it.
+
+    A document of a .txt begins after a blank line, and belongs to the block in which that blank line begins. So each
+    document is in exactly one block, wherever the borders are.
     """
 
     path: Path
@@ -46,9 +122,9 @@ class Block:
                 yield from self._paragraphs(file)
 
     def _own_lines(self, file: BinaryIO) -> Iterator[tuple[int, list[str]]]:
-        """Yield the stripped lines that begin in the block, many at once, each time with the first one's position."""
+        """Yield (position of the first line, stripped lines), many lines at once: those that begin in the block."""
         position = max(self.start - 1, 0)
-        if self.start:  # the line before: where it goes on to the end of the block, none begins here
+        if self.start:  # skip the end of the line before; if that line fills the whole block, no line begins here
             file.seek(position)
             before = file.readline(self.end - position)
             position = position + len(before) if before.endswith(b"\n") else self.end
@@ -67,12 +143,12 @@ class Block:
         except UnicodeDecodeError as error:
             raise _not_utf8(self.path, position, data, error) from error
         if not lines[-1]:
-            lines.pop()  # what follows the last line's end
+            lines.pop()  # split() gives one more, empty, after the last line's end
         return [line.strip() for line in lines]
 
     def _paragraphs(self, file: BinaryIO) -> Iterator[str]:
         document: list[str] = []
-        mine = self.start == 0
+        mine = self.start == 0  # whether a blank line of this block came before, or the file begins here
         for _, lines in self._own_lines(file):
             for line in lines:
                 if line:
@@ -83,7 +159,7 @@ class Block:
                     if document:
                         yield "\n".join(document)
                         document = []
-        if mine:  # the last document may go on past the block, or follow the block's last blank line
+        if mine:  # the last document may go on in the next block, or begin there after this block's last blank line
             document += takewhile(bool, self._lines_after(file))
         if document:
             yield "\n".join(document)
@@ -104,11 +180,11 @@ class Block:
 
 
 class Place(NamedTuple):
-    """Where a line is; its number in the file is counted only for a message."""
+    """Where a line is. Its number is counted only when a message needs it: that reads the file again."""
 
     path: Path
-    position: int  # of a line before it
-    lines: int  # between that and this
+    position: int  # bytes before some earlier line
+    lines: int  # from that line to this one
 
     def __str__(self) -> str:
         number, left = self.lines + 1, self.position
@@ -128,7 +204,10 @@ def _parsed(line: str, where: Place) -> Any:
 
 
 def _not_utf8(path: Path, position: int, data: bytes, error: UnicodeDecodeError) -> ValueError:
-    """What to do about a byte. Latin-1 has control characters at 0x80 to 0x9f, Windows has letters and quotes there."""
+    """The error for a byte that is not UTF-8, with a guess at the encoding.
+
+    0x80 to 0x9f are control characters in Latin-1, letters and quotes in Windows' CP1252.
+    """
     line, column = _line_at(data, error.start)
     where = f"{Place(path, position, line)}: not UTF-8 (byte 0x{data[error.start]:02x} at column {column})"
     if error.reason == "unexpected end of data":

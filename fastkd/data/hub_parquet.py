@@ -1,7 +1,7 @@
 """Row groups of parquet files on the hub. Only footers and the text's column are read, each by one request.
 
-``datasets`` reads row groups too (``reshard``), but asks for three times their bytes: it reads ahead in the file, where
-the next row group of a shuffled order is not.
+``datasets`` reads row groups too (``reshard``), but asks for three times their bytes: it reads ahead in the file, though
+the next row group of a shuffled order is elsewhere.
 """
 
 from __future__ import annotations
@@ -17,26 +17,25 @@ from types import SimpleNamespace
 from typing import Any
 
 from fastkd.data import hub_requests
-from fastkd.data.background import begin
+from fastkd.data.hub_requests import begin
 from fastkd.data.order import shuffled
-from fastkd.data.parquet import values
-from fastkd.data.rows import text_of
+from fastkd.data.rows import text_of, values
 
-POOL = 16  # files whose row groups are shuffled together: their footers are read before the first row, and held
-TAIL = 1 << 18  # bytes of a file's end that hold most footers
+POOL = 16  # files whose row groups are shuffled together; their footers are read before the first row, and kept
+TAIL = 1 << 18  # bytes of a file's end that are read first: most footers fit
 ROWS = 1024  # that are decoded at once
-UNCOUNTED = 100  # bytes after a column that may be its own: writers of 2013 did not count a header
-AHEAD = 8  # row groups that are read while one is tokenised: an answer takes its time, however fast the line
-AHEAD_BYTES = 64 << 20  # of these, at most; a larger one is read by itself, piece by piece
+UNCOUNTED = 100  # bytes read past a column's stated end: writers of 2013 did not count a page header
+AHEAD = 8  # row groups that are read while one is tokenised: an answer takes time, however fast the line
+AHEAD_BYTES = 64 << 20  # of these row groups, at most; a larger one is read by itself, in pieces
 
 Ask = Callable[[Callable[[], Any]], Any]
-Pieces = dict[tuple[int, int], bytes]  # of a file: what is from a byte to before another
+Pieces = dict[tuple[int, int], bytes]  # (first byte, byte after the last) of a file: its content
 
 
-def row_groups(files: Sequence[tuple[str, int]], dataset: str, ask: Ask) -> Iterator[RowGroup]:
+def row_groups(files: Sequence[tuple[str, int]], dataset: str, ask: Ask) -> Iterator[HubRowGroup]:
     """Yield the row groups of files (address, bytes) in a drawn order, ``POOL`` files at a time.
 
-    Only the footers of the files up to the one that is asked for are read. ``ask`` calls what asks the hub.
+    Footers are read only up to the file that is asked for. ``ask`` calls a function that makes a request.
     """
     for first in range(0, len(files), POOL):
         some = files[first : first + POOL]
@@ -50,30 +49,30 @@ def row_groups(files: Sequence[tuple[str, int]], dataset: str, ask: Ask) -> Iter
         order = [groups[number] for number in shuffled(len(groups), dataset, first)]
         window = Window(order)
         for place, group in enumerate(order):
-            yield RowGroup(group, window, place)
+            yield HubRowGroup(group, window, place)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a row group is."""
+    """A row group of a file on the hub: where it is, and how its bytes are fetched and decoded."""
 
     path: str  # hf://…
     file_size: int  # bytes
     number: int
     first: int  # row of the file, from 0
-    size: int  # bytes of the file that are counted as its own
+    size: int  # bytes: an equal share of the file
     footer: Any
     dataset: str
     ask: Ask
 
     @property
     def bytes(self) -> int:
-        """All its columns as stored."""
+        """Bytes of all its columns as stored."""
         group = self.footer.row_group(self.number)
         return sum(group.column(number).total_compressed_size for number in range(group.num_columns))
 
     def column(self, text_field: str) -> Pieces:
-        """The text's column as stored, by one request."""
+        """Fetch the text's column as stored, by one request."""
         return self.ask(lambda: self._column(text_field))
 
     def _column(self, text_field: str) -> Pieces:
@@ -90,7 +89,7 @@ class Stored:
         return pieces
 
     def decoded(self, pieces: Pieces, text_field: str) -> Iterator[Any]:
-        """What ``column`` returned, as Arrow."""
+        """Decode what ``column`` returned to Arrow."""
 
         def batches() -> Iterator[Any]:
             return self._batches(text_field, cache_type="parts", cache_options={"data": dict(pieces), "strict": True})
@@ -98,7 +97,7 @@ class Stored:
         return hub_requests.resumed(batches, self.ask)
 
     def batches(self, text_field: str) -> Iterator[Any]:
-        """The text's column, as Arrow, read in pieces of the file."""
+        """Fetch and decode the text's column piece by piece."""
         return hub_requests.resumed(lambda: self._batches(text_field, cache_type="readahead"), self.ask)
 
     def _batches(self, text_field: str, **cache: Any) -> Iterator[Any]:
@@ -112,7 +111,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class RowGroup:
+class HubRowGroup:
     """Rows of a parquet file that are stored together, and their place in the order of reading."""
 
     stored: Stored
@@ -126,7 +125,7 @@ class RowGroup:
 
     @property
     def size(self) -> int:
-        """Bytes of the file that are counted as its own: those of all row groups are the file's."""
+        """Bytes: an equal share of the file; those of all its row groups add up to the file's size."""
         return self.stored.size
 
     def documents(self, text_field: str) -> Iterator[str]:
@@ -144,7 +143,7 @@ class RowGroup:
 
 
 class Window:
-    """Row groups in their order of reading: those after the one that is read are read meanwhile."""
+    """Row groups in their order of reading; while one is decoded, threads fetch the next ones."""
 
     def __init__(self, order: Sequence[Stored]) -> None:
         self._order = order
@@ -152,7 +151,7 @@ class Window:
         self._lock = threading.Lock()
 
     def read(self, place: int, text_field: str) -> Iterator[Any]:
-        """Yield a row group's column in pieces; with the second piece, or the end, the next ones are asked for."""
+        """Yield a row group's column in pieces. When the second piece, or the end, is asked for, the next ones are fetched."""
         with self._lock:
             known = self._columns.pop((place, text_field), None)
         stored = self._order[place]
@@ -162,13 +161,13 @@ class Window:
         known = known or begin(partial(stored.column, text_field))
         batches = stored.decoded(known.result(), text_field)
         for batch in islice(batches, 1):
-            yield batch.slice(0, 1)  # who checks a corpus takes no more than one
+            yield batch.slice(0, 1)  # a check of a corpus takes one row and must fetch no more
             self._begin(place + 1, text_field)
             yield batch.slice(1)
         yield from batches
 
     def _begin(self, place: int, text_field: str) -> None:
-        """Have the next row groups read, as many as there is room for."""
+        """Begin to fetch the next row groups, as many as there is room for."""
         size = 0
         for following in range(place, min(place + AHEAD, len(self._order))):
             size += self._order[following].bytes
@@ -181,17 +180,19 @@ class Window:
 
 
 def _tail(path: str, size: int) -> bytes:
-    """A file's end, with all of its footer."""
+    """A file's end, with its whole footer."""
     with _opened(path, size, cache_type="none") as file:
         tail = _end(file, min(TAIL, size))
-        length = int.from_bytes(tail[-8:-4], "little") + 8
+        length = (
+            int.from_bytes(tail[-8:-4], "little") + 8
+        )  # a parquet file ends with: footer, its length (4 bytes), PAR1
         if len(tail) < length <= size:
             tail = _end(file, length)
     return tail
 
 
 def _footer(tail: bytes) -> Any:
-    """The footer, by pyarrow: not in a thread of ``begin``, which the end of the process may find there."""
+    """The footer, read by pyarrow. Not in a thread of ``begin``: the process must not end while one is inside pyarrow."""
     import pyarrow.parquet
 
     return pyarrow.parquet.read_metadata(pyarrow.BufferReader(tail))
@@ -212,19 +213,19 @@ def _of(path: str, size: int, footer: Any, dataset: str, ask: Ask) -> Iterator[S
 
 
 def _opened(path: str, size: int, **cache: Any) -> AbstractContextManager[Any]:
-    """A file that is read by ranges, with a cache of fsspec's."""
+    """Open a file of which ranges are read, with one of fsspec's caches."""
     known = {"size": size} if size else {}
     return _files(path.partition("://")[0]).open(path, "rb", **cache, **known)
 
 
 def _plain(file: Any) -> Any:
-    """A file for pyarrow, which loses a Ctrl-C that comes while Python code says whether the file is closed."""
+    """A file for pyarrow. Its ``closed`` runs no Python code: pyarrow loses a Ctrl-C that comes during that."""
     return SimpleNamespace(closed=False, mode="rb", read=file.read, seek=file.seek, tell=file.tell)
 
 
 @cache
 def _files(protocol: str) -> Any:
-    """One file system for all threads: its library gives each thread a copy, with the listings of all files."""
+    """One file system for all threads: fsspec would make a copy for each, with its own listings of all files."""
     import fsspec  # type: ignore[import-untyped]
 
     return fsspec.filesystem(protocol, skip_instance_cache=True)
