@@ -82,7 +82,7 @@ class EagerStep:
             loss = loss + (error.float().square() * pairs).sum() / (pairs.sum() * heads)
         for m, g in self.method.hidden_pairs:
             h_s = out.hidden_states[m]
-            projected = h_s if self.method.projection is None else self.method.projection(h_s)
+            projected = self.method.modules["projection"](h_s) if self.method.projects else h_s
             error = (projected.float() - taught.hidden_states[g].float()).square().mean(-1)
             loss = loss + (error * mask).sum() / mask.sum()
         return loss

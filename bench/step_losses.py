@@ -93,7 +93,7 @@ def tinybert(method: Any, work: Work) -> dict[str, list[Step]]:
     widths = D, work.teacher.hidden_size
     case = score_mse.Case("step", (work.length,) * work.sequences, work.student.num_heads, *widths, HALF)
     hidden = [Step(0, 20 * T * D)]
-    if method.projection is not None:
+    if method.projects:
         hidden += 3 * [product(T, *widths)]
     return {
         "score_mse": len(method.score_pairs) * [*fused("score_mse", case), Step(0, 20 * T * D)],

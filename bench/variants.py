@@ -145,8 +145,9 @@ def paper(spec: Spec, clock: Clock) -> dict[str, Any]:
     if method.uses_teacher:
         teacher = BertForMaskedLM.from_pretrained(spec.teacher, attn_implementation="eager")
         teacher = nn.Module.to(teacher, device).eval()
-    step = EagerStep(method.to(device), student, teacher)
-    trained = [*student.parameters(), *method.parameters()]
+    method.initialise(torch.Generator().manual_seed(0), device)
+    step = EagerStep(method, student, teacher)
+    trained = [*student.parameters(), *nn.ModuleDict(method.modules).parameters()]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, **ADAMW)  # type: ignore[arg-type]
     for batch in padded_batches(spec, clock.total):
         ids, masked, labels, mask = (tensor.to(device) for tensor in batch)

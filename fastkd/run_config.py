@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from fastkd import methods
 from fastkd.budget import Budget, Charge, replayed_progress
 from fastkd.data.sizes import check_sizes, pack_size
 from fastkd.terminal import LOST
@@ -31,6 +32,7 @@ RANGES: dict[str, tuple[float, float]] = {
 BFLOAT16_STREAM = "--residual bfloat16 needs --dtype bfloat16: the products of a float32 run would round their inputs"
 # Options that change what is shown or where it is written, not what is trained: no part of a run's name.
 PRESENTATION = ("output_dir", "push_to_hub", "log_to", "log_every", "trace")
+METHODS = "; ".join(f"{name} ({line})" for name, line in methods.descriptions().items()).replace("%", "%%")
 BUDGETS = ("budget_gpu_hours", "budget_flops", "budget_tokens")
 FREE_TO_CHANGE = (*PRESENTATION, "checkpoint_minutes")  # when a run goes on
 
@@ -47,7 +49,7 @@ class RunConfig:
     """One run under one budget."""
 
     preset: str = option("auto", "auto (paper-6l with a CUDA device, else quickstart), or a file of fastkd/presets/")
-    method: str = option("minilmv2", "a file of fastkd/methods/: mlm, logit_kd, tinybert, minilm, minilmv2")
+    method: str = option("minilmv2", f"a file of fastkd/methods/: {METHODS}")
     teacher: str | None = option(
         None, "hub id, Hugging Face folder or finished run folder; 'quickstart' names the packaged one"
     )

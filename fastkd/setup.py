@@ -165,7 +165,7 @@ def prepare(resolved: Resolved, world: World) -> Parts:
         student_config, mlm_head=method.trains_mlm_head, attention=attention, residual=getattr(torch, config.residual),
         seed=config.seed,
     )  # fmt: skip
-    method.initialise(torch.Generator().manual_seed(config.seed))
+    method.initialise(torch.Generator().manual_seed(config.seed), world.device)
     if config.init_from_teacher:
         if loaded is None:
             raise ValueError("--init-from-teacher needs a teacher: give --teacher")
@@ -178,7 +178,7 @@ def prepare(resolved: Resolved, world: World) -> Parts:
             attention=config.attention, compile=use_compile, float8=config.teacher_dtype == "float8",
         )  # fmt: skip
     shards = _shards(config, tokenizer, world)
-    student, method = student.to(world.device), method.to(world.device)
+    student = student.to(world.device)
     lr = config.lr or method.default_lr
     teacher_parameters = sum(p.numel() for p in loaded.encoder.parameters()) if loaded else 0
     teacher_version = (loaded.sha256 or loaded.revision) if loaded else None

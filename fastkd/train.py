@@ -32,14 +32,14 @@ class Objective(nn.Module):
 
     def __init__(self, student: Encoder, method: Method, teacher: Teacher | None, dropout: float) -> None:
         super().__init__()
-        self.student, self.method = student, method
-        self._teacher, self._dropout = teacher, dropout
+        self.student, self.method = student, nn.ModuleDict(method.modules)  # the names in checkpoints
+        self._method, self._teacher, self._dropout = method, teacher, dropout
 
     def forward(self, batch: Batch, teacher: Outputs | None, clock: profiler.PhaseClock) -> MethodLoss:
         """A mean over the micro-batch; the student's forward and the loss are marked on ``clock``."""
-        student = self.student(self.method.text(batch), batch, self.method.student_needs, dropout=self._dropout)
+        student = self.student(self._method.text(batch), batch, self._method.student_needs, dropout=self._dropout)
         clock.mark("student")
-        out = self.method.compute(student, teacher, batch, self.student, self._teacher)
+        out = self._method.compute(student, teacher, batch, self.student, self._teacher)
         clock.mark("loss")
         return out
 

@@ -1,5 +1,8 @@
 """Methods as objects: what their options choose of a teacher."""
 
+import subprocess
+import sys
+
 import pytest
 
 from fastkd import methods
@@ -23,3 +26,20 @@ def test_the_layer_and_the_relation_heads_of_minilmv2(
         assert method.teacher_needs.qkv == (method.layer,) and method.reads_masked == as_released
         named = module.METHOD(module.Config(as_released=as_released, teacher_layer=2), student, teacher)
         assert named.layer == 2
+
+
+def test_listing_and_loading_methods_needs_no_torch() -> None:
+    """``--help`` and refusals of options read every method's options and facts."""
+    script = """
+import sys
+
+from fastkd import methods
+
+lines = methods.descriptions()
+facts = [(m.name, m.uses_teacher, m.trains_mlm_head, m.default_lr) for m in (methods.load(name).METHOD for name in lines)]
+assert [name for name, *_ in facts] == methods.available() == list(lines) and all(lines.values())
+assert all(methods.load(name).Config() for name in lines)
+print(sorted({"torch", "transformers"} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

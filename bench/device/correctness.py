@@ -193,13 +193,13 @@ Step = tuple[Tensor, list[Tensor]]  # loss and gradients, in float64 on the CPU
 def _step(parts: Parts, model: hf.Loaded, batch: Batch, device: torch.device, dtype: torch.dtype) -> Step:
     """Loss and gradients of a copy of the student, with a teacher, in this dtype on this device."""
     wide = torch.promote_types(dtype, torch.float32)
-    student, method = copy.deepcopy(parts.student).to(device, wide), copy.deepcopy(parts.method).to(device, wide)
+    student, method = copy.deepcopy(parts.student), copy.deepcopy(parts.method)
     student.attention, student.residual, teacher = None, wide, None  # the fastest attention that takes this dtype
     if method.teacher_needs is not None:
         teacher = Teacher(model, method.teacher_needs, device=device, dtype=dtype, longest=batch.max_seqlen)
         if dtype == torch.float64:
             teacher.encoder.double()
-    objective, batch = Objective(student, method, teacher, 0.0), batch.to(device)
+    objective, batch = Objective(student, method, teacher, 0.0).to(device, wide), batch.to(device)
     taught = None if teacher is None else teacher(method.text(batch), batch)
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         loss = objective(batch, taught, profiler.PhaseClock(device)).loss

@@ -2,7 +2,8 @@
 
 A file here defines a frozen dataclass ``Config`` (the method's own options, each with its help text) and one
 subclass of :class:`Method` called ``METHOD``. Commands, tests and benches find it by listing this folder; tests and benches
-also need its plain definition (``docs/methods.md`` lists where).
+also need its plain definition (``docs/methods.md`` lists where). ``--help`` loads every file, and must not load torch:
+functions that compute import it themselves.
 """
 
 from __future__ import annotations
@@ -10,15 +11,18 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from dataclasses import dataclass, field
-from types import ModuleType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from types import ModuleType
 
-from fastkd.data.batches import Batch
-from fastkd.models.encoder import Encoder, EncoderConfig, Needs, Outputs
-from fastkd.models.teacher import Teacher
+    import torch
+    from torch import Tensor, nn
+
+    from fastkd.data.batches import Batch
+    from fastkd.models.encoder import Encoder, EncoderConfig
+    from fastkd.models.needs import Needs, Outputs
+    from fastkd.models.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,8 @@ class MethodLoss:
         return MethodLoss(self.loss * share, {name: value * share for name, value in self.parts.items()})
 
 
-class Method(nn.Module):
-    """A training objective. Holds the parameters that it trains beside the student's, if any."""
+class Method:
+    """A training objective. The first line of the docstring of a ``METHOD`` is its line in ``--help``."""
 
     name: ClassVar[str]
     uses_teacher: ClassVar[bool] = True
@@ -49,9 +53,12 @@ class Method(nn.Module):
 
     def __init__(self, config: Any, student: EncoderConfig, teacher: EncoderConfig | None) -> None:
         """Check that student and teacher fit; raises ValueError naming the fix where they do not."""
-        super().__init__()
         self.config = config
         self.student_config, self.teacher_config = student, teacher
+        self.modules: dict[str, nn.Module] = {}  # trained beside the student; checkpoints hold them under these names
+
+    def initialise(self, generator: torch.Generator, device: torch.device) -> None:
+        """Make ``modules``, their weights drawn from ``generator``. Most methods have none."""
 
     def text(self, batch: Batch) -> Tensor:
         """The ids [T] that student and teacher read: masked or plain text."""
@@ -76,9 +83,6 @@ class Method(nn.Module):
         """FLOPs of the loss itself, gradient included, for a micro-batch (``pairs`` is the sum of squared lengths)."""
         raise NotImplementedError
 
-    def initialise(self, generator: torch.Generator) -> None:
-        """Draw the method's own parameters, if it has any."""
-
 
 def available() -> list[str]:
     """The methods in this folder."""
@@ -94,6 +98,11 @@ def load(name: str) -> ModuleType:
     if name not in available():
         raise ValueError(f"unknown method {name!r}: choose one of {', '.join(available())}")
     return importlib.import_module(f"fastkd.methods.{name}")
+
+
+def descriptions() -> dict[str, str]:
+    """Each method's line for ``--help``: the first of the docstring of its ``METHOD``."""
+    return {name: (load(name).METHOD.__doc__ or "").partition("\n")[0].rstrip(".") for name in available()}
 
 
 def require_teacher(name: str, teacher: EncoderConfig | None) -> EncoderConfig:

@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-
-import torch
-import torch.nn.functional as F
+from typing import TYPE_CHECKING
 
 from fastkd import flops
-from fastkd.data.batches import Batch
-from fastkd.kernels.linear_kd import linear_kd
 from fastkd.methods import Method, MethodLoss, require_teacher
-from fastkd.models.encoder import Encoder, EncoderConfig, Needs, Outputs
-from fastkd.models.teacher import Teacher
+from fastkd.models.needs import Needs, Outputs
+
+if TYPE_CHECKING:
+    from fastkd.data.batches import Batch
+    from fastkd.models.encoder import Encoder, EncoderConfig
+    from fastkd.models.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,11 @@ class METHOD(Method):
         student_model: Encoder,
         teacher_model: Teacher | None,
     ) -> MethodLoss:
+        import torch
+        import torch.nn.functional as F
+
+        from fastkd.kernels.linear_kd import linear_kd
+
         assert teacher is not None and teacher_model is not None
         assert student.head_rows is not None
         out = linear_kd(

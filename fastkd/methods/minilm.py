@@ -8,13 +8,16 @@ over the A attention heads, which student and teacher must share; widths may dif
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from fastkd import flops
-from fastkd.data.batches import Batch
-from fastkd.kernels.relation_kl import relation_kl
 from fastkd.methods import Method, MethodLoss, require_equal_heads, require_teacher
-from fastkd.models.encoder import Encoder, EncoderConfig, Needs, Outputs
-from fastkd.models.teacher import Teacher
+from fastkd.models.needs import Needs, Outputs
+
+if TYPE_CHECKING:
+    from fastkd.data.batches import Batch
+    from fastkd.models.encoder import Encoder, EncoderConfig
+    from fastkd.models.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class METHOD(Method):
         student_model: Encoder,
         teacher_model: Teacher | None,
     ) -> MethodLoss:
+        from fastkd.kernels.relation_kl import relation_kl
+
         assert teacher is not None and self.teacher_config is not None
         q_s, k_s, v_s = student.qkv[self.student_config.num_layers]
         q_t, k_t, v_t = teacher.qkv[self.teacher_config.num_layers]

@@ -9,13 +9,16 @@ may differ. Both models stop at the distilled layer's QKV projection. Source: Wa
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from fastkd import flops
-from fastkd.data.batches import Batch
-from fastkd.kernels.relation_kl import relation_kl
 from fastkd.methods import Method, MethodLoss, require_teacher
-from fastkd.models.encoder import Encoder, EncoderConfig, Needs, Outputs
-from fastkd.models.teacher import Teacher
+from fastkd.models.needs import Needs, Outputs
+
+if TYPE_CHECKING:
+    from fastkd.data.batches import Batch
+    from fastkd.models.encoder import Encoder, EncoderConfig
+    from fastkd.models.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ class METHOD(Method):
         student_model: Encoder,
         teacher_model: Teacher | None,
     ) -> MethodLoss:
+        from fastkd.kernels.relation_kl import relation_kl
+
         assert teacher is not None
         relations = [
             relation_kl(s_TD, t_TD, batch.sequences, self.relation_heads, max_seqlen=batch.max_seqlen)

@@ -6,14 +6,16 @@ Source: Devlin et al. 2019 (BERT), without next-sentence prediction; RECIPES of 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastkd import flops
-from fastkd.data.batches import Batch
-from fastkd.kernels.linear_kd import linear_kd
 from fastkd.methods import Method, MethodLoss
-from fastkd.models.encoder import Encoder, EncoderConfig, Needs, Outputs
-from fastkd.models.teacher import Teacher
+from fastkd.models.needs import Needs, Outputs
+
+if TYPE_CHECKING:
+    from fastkd.data.batches import Batch
+    from fastkd.models.encoder import Encoder, EncoderConfig
+    from fastkd.models.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class METHOD(Method):
         student_model: Encoder,
         teacher_model: Teacher | None,
     ) -> MethodLoss:
+        from fastkd.kernels.linear_kd import linear_kd
+
         assert student.head_rows is not None
         out = linear_kd(
             student.head_rows,

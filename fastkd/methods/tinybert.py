@@ -9,17 +9,19 @@ they do not; scores are q·k/√d before the softmax. Source: Jiao et al. 2020 (
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from fastkd import flops
-from fastkd.data.batches import Batch
-from fastkd.kernels.hidden_mse import hidden_mse
-from fastkd.kernels.score_mse import score_mse
 from fastkd.methods import Method, MethodLoss, require_equal_heads, require_teacher
-from fastkd.models.encoder import Encoder, EncoderConfig, Needs, Outputs
-from fastkd.models.teacher import Teacher
+from fastkd.models.needs import Needs, Outputs
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from fastkd.data.batches import Batch
+    from fastkd.models.encoder import Encoder, EncoderConfig
+    from fastkd.models.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,21 @@ class METHOD(Method):
         self.teacher_needs = Needs(
             hidden=tuple(g for _, g in self.hidden_pairs), qkv=tuple(g for _, g in self.score_pairs)
         )
-        self.projection: nn.Linear | None = None
-        if student.hidden_size != teacher.hidden_size:
-            self.projection = nn.Linear(student.hidden_size, teacher.hidden_size, bias=False)
+        self.widths = student.hidden_size, teacher.hidden_size
 
-    def initialise(self, generator: torch.Generator) -> None:
-        if self.projection is not None:
-            nn.init.normal_(self.projection.weight, std=self.student_config.initializer_range, generator=generator)
+    def initialise(self, generator: torch.Generator, device: torch.device) -> None:
+        from torch import nn
+
+        if self.projects:
+            projection = nn.Linear(*self.widths, bias=False)
+            nn.init.normal_(projection.weight, std=self.student_config.initializer_range, generator=generator)
+            self.modules["projection"] = projection.to(device)
+
+    @property
+    def projects(self) -> bool:
+        """Whether the widths differ, so that W is learned."""
+        d_s, d_t = self.widths
+        return d_s != d_t
 
     def compute(
         self,
@@ -84,6 +94,8 @@ class METHOD(Method):
         student_model: Encoder,
         teacher_model: Teacher | None,
     ) -> MethodLoss:
+        import torch
+
         assert teacher is not None
         scores = [self._score_error(student, teacher, batch, m, g) for m, g in self.score_pairs]
         hidden = [self._hidden_error(student.hidden[m], teacher.hidden[g]) for m, g in self.hidden_pairs]
@@ -91,6 +103,8 @@ class METHOD(Method):
         return MethodLoss(score + state, {"score": score.detach(), "hidden": state.detach()})
 
     def _score_error(self, student: Outputs, teacher: Outputs, batch: Batch, m: int, g: int) -> Tensor:
+        from fastkd.kernels.score_mse import score_mse
+
         q_s, k_s, _ = student.qkv[m]
         q_t, k_t, _ = teacher.qkv[g]
         error = score_mse(
@@ -99,11 +113,12 @@ class METHOD(Method):
         return error * batch.pairs_share  # the mean over the pairs of the whole batch, not of this micro-batch
 
     def _hidden_error(self, h_s_TD: Tensor, h_t_TD: Tensor) -> Tensor:
-        projected = h_s_TD if self.projection is None else self.projection(h_s_TD)
+        from fastkd.kernels.hidden_mse import hidden_mse
+
+        projected = self.modules["projection"](h_s_TD) if self.projects else h_s_TD
         return hidden_mse(projected, h_t_TD)
 
     def loss_flops(self, *, tokens: int, pairs: int, predicted: int) -> int:
-        assert self.teacher_config is not None
-        d_s, d_t = self.student_config.hidden_size, self.teacher_config.hidden_size
-        project = 0 if self.projection is None else 3 * 2 * tokens * d_s * d_t * len(self.hidden_pairs)
+        d_s, d_t = self.widths
+        project = 3 * 2 * tokens * d_s * d_t * len(self.hidden_pairs) if self.projects else 0
         return project + len(self.score_pairs) * flops.score_mse_flops(pairs, d_s, d_t)

@@ -9,8 +9,8 @@ names of their own.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, cast
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastkd.models.attention import choose_backend
 from fastkd.models.layer import Head, Layer
 from fastkd.models.lookup import lookup
+from fastkd.models.needs import Needs, Outputs
 
 FAMILIES = {"bert": "bert", "roberta": "roberta", "xlm-roberta": "roberta", "camembert": "roberta"}  # → architecture
 GRAPH: dict[str, Any] = {"fullgraph": True, "dynamic": False}  # of torch.compile: shapes are the same in every step
@@ -71,43 +72,6 @@ class EncoderConfig:
     def max_length(self) -> int:
         """The longest sequence in tokens that the position table can hold."""
         return self.max_positions - self.position_offset
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a loss reads from a forward. Layers count from 1; hidden state 0 is the embeddings' output."""
-
-    logits: bool = False  # the MLM head's input to the decoder, at predicted rows
-    hidden: tuple[int, ...] = ()  # hidden states of all rows
-    qkv: tuple[int, ...] = ()  # queries, keys and values of all rows
-    last_rows: bool = False  # the last hidden state at predicted rows
-
-    @property
-    def rows(self) -> bool:
-        """Whether predicted rows of the last layer are read."""
-        return self.logits or self.last_rows
-
-    def depth(self, num_layers: int) -> int:
-        """The deepest layer of which anything must run (its QKV projection at least)."""
-        return num_layers if self.rows else max((*self.hidden, *self.qkv, 0))
-
-    def extent(self, layer: int, num_layers: int) -> Literal["all", "predicted", "projection"]:
-        """How far a layer up to ``depth`` must run: all its rows, the predicted ones, or its QKV projection alone."""
-        if layer < self.depth(num_layers) or layer in self.hidden:
-            return "all"
-        if not self.rows:
-            return "projection"
-        return "all" if layer in self.qkv else "predicted"
-
-
-@dataclass
-class Outputs:
-    """What a forward was asked for; the rest is None or absent."""
-
-    head_rows: Tensor | None = None  # [M, D] after the MLM head's dense, gelu and LayerNorm
-    last_rows: Tensor | None = None  # [M, D]
-    hidden: dict[int, Tensor] = field(default_factory=dict)  # layer: [T, D]
-    qkv: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)  # layer: 3 of [T, D]
 
 
 class Packed(Protocol):
