@@ -17,7 +17,7 @@ from fastkd.models.attention import (
     has_function,
     varlen_attention,
 )
-from fastkd.models.attention_cpu import plan
+from fastkd.models.attention_cpu import group_sequences
 
 HEADS, WIDTH = 3, 8
 Lengths = tuple[int, ...]
@@ -118,7 +118,7 @@ def test_any_lengths(pairs: list[tuple[int, int]]) -> None:
 def test_groups_hold_every_row_once_and_pad_little() -> None:
     generator, heads = torch.Generator().manual_seed(0), 3
     lengths = tuple(torch.randint(1, 129, (64,), generator=generator).tolist())
-    keys = plan(lengths, lengths, heads).keys
+    keys = group_sequences(lengths, lengths, heads).keys
     assert torch.equal(keys.gather[keys.scatter], torch.arange(sum(lengths) * heads))
     assert len(keys.padding) + sum(lengths) * heads == len(keys.gather) == sum(n * s for n, s in keys.sizes)
     pairs = sum(n * s * s for n, s in keys.sizes) / heads
