@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from bench.roofline import Step
 from bench.throughput import SIZES
-from fastkd import flops, methods
+from fastkd import methods
 from fastkd.data.sizes import SEQUENCES_PER_PACK
+from fastkd.models import flops
 from fastkd.models.encoder import EncoderConfig, Needs
 
 VOCABULARY = 30_522
@@ -224,7 +225,7 @@ def host_operations(method: methods.Method, work: Work) -> int:
 
 
 def executed_flops(method: methods.Method, work: Work, *, whole: bool = False) -> int:
-    """FLOPs of a step as ``fastkd.flops`` counts them; ``whole``: as if all rows of all layers of both models ran."""
+    """FLOPs of a step as ``fastkd.models.flops`` counts them; ``whole``: as if all rows of all layers of both models ran."""
     shape = {"tokens": work.tokens, "pairs": work.pairs, "predicted": work.predicted}
 
     def forward(c: EncoderConfig, needs: Needs) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fastkd import flops, methods, quickstart
+from fastkd import methods, quickstart
 from fastkd.budget import StepCost
 from fastkd.config import Resolved
 from fastkd.data import corpus
@@ -28,7 +28,7 @@ from fastkd.data.unknown import require_ordinary, unknown_remark, unknown_share
 from fastkd.device import memory, profiler
 from fastkd.distributed import World, any_rank, barrier, on_main, smallest
 from fastkd.methods import Method
-from fastkd.models import float8, hf
+from fastkd.models import float8, flops, hf
 from fastkd.models import student as students
 from fastkd.models.attention import Setting
 from fastkd.models.encoder import Encoder, EncoderConfig, Needs

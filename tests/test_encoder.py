@@ -13,6 +13,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from transformers import AutoModel, PreTrainedModel
 
 from fastkd.models import encoder as encoder_module
+from fastkd.models.attention import Sequences
 from fastkd.models.encoder import Encoder, EncoderConfig, Needs, Outputs
 from fastkd.models.hf import from_hf_model, load
 from fastkd.models.lookup import lookup
@@ -303,7 +304,7 @@ def test_a_layer_returns_its_projection_only_if_it_is_read() -> None:
     """An output that nobody reads costs a compiled backward a gradient of zeros, [T, 3D]."""
     encoder, text = from_hf_model(bert(), mlm_head=True), pack(RAGGED)
     layer, x = encoder.layers[0], torch.randn(sum(RAGGED), 48)
-    sequences = (text.cu_seqlens, text.max_seqlen, 0.0, "sdpa")
+    sequences = (Sequences(text.position_ids, text.cu_seqlens, text.max_seqlen), 0.0, "sdpa")
     assert layer(x, *sequences)[1] is None
     assert layer(x, *sequences, return_qkv=True)[1].shape == (sum(RAGGED), 3 * 48)
 
@@ -365,7 +366,7 @@ def test_padding_has_no_embedding_gradient() -> None:
     ("changes", "message"),
     [
         ({"num_heads": 5}, "width 48 is not divisible by 5 heads"),
-        ({"family": "t5"}, "model family 't5'"),
+        ({"model_type": "t5"}, "model type 't5'"),
     ],
 )
 def test_impossible_shapes_are_refused(changes: dict[str, object], message: str) -> None:

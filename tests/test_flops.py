@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastkd import flops, methods
+from fastkd import methods
 from fastkd.kernels import linear_kd, relation_kl, score_mse
+from fastkd.models import flops
 from fastkd.models.encoder import Encoder, EncoderConfig, Needs, Outputs
 from fastkd.models.hf import from_hf_model
 

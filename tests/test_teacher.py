@@ -13,7 +13,7 @@ from fastkd.models import float8
 from fastkd.models.captured import Inputs
 from fastkd.models.encoder import Encoder, EncoderConfig, Needs
 from fastkd.models.hf import Loaded, from_hf_model, load
-from fastkd.models.teacher import Teacher, check_teacher, tokenizer_hash
+from fastkd.models.teacher import Teacher, check_teacher, encoding_digest
 
 
 @pytest.fixture(scope="module")
@@ -126,24 +126,24 @@ def test_checking_a_tokenizer_leaves_it_as_it_is(quickstart_teacher: Path) -> No
     backend.enable_padding(length=64)
     backend.enable_truncation(max_length=64)
     before = backend.to_str()
-    tokenizer_hash(tokenizer)
+    encoding_digest(tokenizer)
     assert tokenizer.backend_tokenizer.to_str() == before
 
 
 def test_one_tokenizer_one_hash(quickstart: Loaded, quickstart_teacher: Path, tmp_path: Path) -> None:
-    mine = tokenizer_hash(quickstart.tokenizer)
-    assert mine == tokenizer_hash(AutoTokenizer.from_pretrained(quickstart_teacher))
+    mine = encoding_digest(quickstart.tokenizer)
+    assert mine == encoding_digest(AutoTokenizer.from_pretrained(quickstart_teacher))
     quickstart.tokenizer.save_pretrained(tmp_path)
-    assert mine == tokenizer_hash(AutoTokenizer.from_pretrained(tmp_path))
+    assert mine == encoding_digest(AutoTokenizer.from_pretrained(tmp_path))
     (tmp_path / "tokenizer.json").write_text(
         (tmp_path / "tokenizer.json").read_text().replace('"lowercase":true', '"lowercase":false').replace(
             '"lowercase": true', '"lowercase": false'
         )
     )  # fmt: skip
-    assert mine != tokenizer_hash(AutoTokenizer.from_pretrained(tmp_path, do_lower_case=False))
+    assert mine != encoding_digest(AutoTokenizer.from_pretrained(tmp_path, do_lower_case=False))
     longer = AutoTokenizer.from_pretrained(quickstart_teacher)
     longer.add_tokens(["fastkdtoken"])
-    assert mine != tokenizer_hash(longer)
+    assert mine != encoding_digest(longer)
 
 
 def student(loaded: Loaded, **changes: int) -> EncoderConfig:

@@ -26,10 +26,10 @@ from torch.profiler import ProfilerActivity, profile
 from bench.device import worker
 from bench.device.part import Row
 from bench.variants import LEARNING_RATE, Spec, fastkd_parts, memory_bytes
-from fastkd import flops
 from fastkd.data.batches import Batch
 from fastkd.device import profiler
 from fastkd.loop import STEPS_AHEAD
+from fastkd.models import flops
 from fastkd.models.encoder import Needs
 from fastkd.setup import Parts
 from fastkd.train import Trainer

@@ -5,12 +5,15 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from fastkd.models.encoder import EncoderConfig, Needs
 from fastkd.quantities import memory
+
+if TYPE_CHECKING:
+    from fastkd.models.encoder import EncoderConfig, Needs
 
 CPU_MICRO_TOKENS = 2048  # twice that is at most 3% faster, and holds twice the activations
 USABLE_SHARE = 0.8  # of the memory that is free before the first step
@@ -27,37 +30,36 @@ def activation_bytes(
     residual_itemsize: int = 4,
     weight_pairs: int = 0,
 ) -> int:
-    """Bytes that a forward with gradients keeps for its backward: what each layer saves, from the shapes alone.
+    """Bytes that a forward with gradients keeps for its backward: what each layer saves, from the shapes only.
 
-    Each row of a layer saves its input, Q, K, V, the attention's output and the feed-forward's input (6·D) and two inner
-    activations (2·I) in the compute dtype of ``itemsize`` bytes, and the input of two LayerNorms (2·D) in the residual
-    stream's; less where the last layer runs for ``predicted`` rows or to its projection alone. ``weight_pairs`` is
-    Σ length² where the attention keeps its weights (on a CPU: bfloat16, or with dropout), H for each pair, and 0 where
-    it makes them anew.
+    ``itemsize`` and ``residual_itemsize`` are bytes of a number in the compute dtype and in the residual stream.
+    ``weight_pairs`` is Σ length² where the attention keeps its weights (on a CPU: bfloat16, or with dropout), and 0 where
+    it computes them again.
     """
-    D, I, L = config.hidden_size, config.intermediate_size, config.num_layers  # noqa: E741
-    total = 4 * D * tokens  # of the embeddings' LayerNorm
-    for layer in range(1, needs.depth(L) + 1):
-        extent = needs.extent(layer, L)
-        if extent == "projection":
-            total += 4 * D * tokens * itemsize
-            continue
-        rows = tokens if extent == "all" else predicted
-        total += rows * ((6 * D + 2 * I) * itemsize + 2 * D * residual_itemsize)
-        total += config.num_heads * weight_pairs * rows // tokens * itemsize
-        total += 3 * D * (tokens - rows) * itemsize  # input, keys and values of the rows that ask nothing
-    return total + (3 * D * predicted * 4 if needs.logits else 0)
+    family, L = config.family, config.num_layers
+    layers = (
+        family.layer_bytes(
+            config,
+            needs.extent(n, L),
+            tokens=tokens,
+            predicted=predicted,
+            itemsize=itemsize,
+            residual_itemsize=residual_itemsize,
+            weight_pairs=weight_pairs,
+        )
+        for n in range(1, needs.depth(L) + 1)
+    )
+    head = family.head_bytes(config, predicted) if needs.logits else 0
+    return family.embedding_bytes(config, tokens) + sum(layers) + head
 
 
 def require_room(config: EncoderConfig, device: torch.device) -> None:
-    """Refuse a student whose weights, gradients and moments alone, 16 bytes a parameter, are more than the device holds.
+    """Refuse a student whose weights, gradients and moments (16 bytes a parameter) are more than the device holds.
 
     Raises:
         ValueError: naming --student.
     """
-    D, I = config.hidden_size, config.intermediate_size  # noqa: E741
-    tables = config.vocab_size + config.max_positions + config.type_vocab_size
-    needed = 16 * (tables * D + config.num_layers * (4 * D + 2 * I) * D)
+    needed = 16 * config.family.parameters(config)
     if device.type == "cuda":
         held = torch.cuda.get_device_properties(device).total_memory
     else:

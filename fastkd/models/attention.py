@@ -2,7 +2,9 @@
 
 Shapes: Tq query rows, Tk key rows, B sequences, H heads, d head width. Sequence b owns the query rows
 ``cu_seqlens_q[b]:cu_seqlens_q[b + 1]`` and the key rows ``cu_seqlens_k[b]:cu_seqlens_k[b + 1]``; no row sees
-another sequence. Query rows may be fewer than key rows: the last layer asks for its predicted rows alone.
+another sequence. Query rows may be fewer than key rows: the last layer asks for its predicted rows only.
+
+A backend's code is imported where it is called: only those that are installed can be.
 """
 
 from __future__ import annotations
@@ -10,12 +12,12 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.kernels.packed_attention import MAX_LENGTH, MAX_WIDTH, packed_attention
 from fastkd.models.attention_cpu import cpu_attention
 
 BACKENDS = ("triton", "flash_attn", "varlen_attn", "sdpa")  # fastest first
@@ -31,6 +33,14 @@ REMEDIES = {
 }
 LEAST_CAPABILITY = (8, 0)  # of a GPU, for FlashAttention and for products in bfloat16
 HEAD_STEP, WIDEST_HEAD = 8, 256  # FlashAttention's head widths: "head_size must be a multiple of 8", at most 256
+
+
+class Sequences(NamedTuple):
+    """Sequences packed end to end, as a layer reads them."""
+
+    position_ids: Tensor  # [T] int64, from 0 within each sequence
+    cu_seqlens: Tensor  # [B+1] int32
+    max_seqlen: int  # bounds their lengths
 
 
 def has_function(module: str, function: str) -> bool:
@@ -88,6 +98,8 @@ class Setting:
         return self._too_wide_or_long(name)
 
     def _too_wide_or_long(self, name: str) -> str | None:
+        from fastkd.kernels.packed_attention import MAX_LENGTH, MAX_WIDTH
+
         if name != "triton" and (self.head_width % HEAD_STEP or self.head_width > WIDEST_HEAD):
             return f"head width {self.head_width}: FlashAttention takes multiples of {HEAD_STEP} up to {WIDEST_HEAD}"
         if name == "triton" and self.head_width > MAX_WIDTH:
@@ -157,6 +169,8 @@ def varlen_attention(
     if backend is None or not torch.compiler.is_compiling():  # the encoder has chosen before a graph is traced
         backend = choose_backend(q.device, q.dtype, q.shape[-1], dropout, max(max_q, max_k), backend)
     if backend == "triton":
+        from fastkd.kernels.packed_attention import packed_attention
+
         return packed_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max(max_q, max_k))
     if backend == "flash_attn":
         from flash_attn import flash_attn_varlen_func

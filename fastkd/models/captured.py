@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastkd.models.encoder import Outputs, Packed
+if TYPE_CHECKING:
+    from fastkd.models.encoder import Outputs, Packed
 
 WARM_UP = 2  # forwards before the capture: they compile, and libraries set up what cannot be captured
 

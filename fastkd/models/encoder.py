@@ -1,35 +1,38 @@
-"""The one encoder, of teachers and students: post-LN BERT or RoBERTa on packed rows, run as far as needed.
+"""The one encoder, of teachers and students: embeddings, layers and MLM head on packed rows, run as far as needed.
+
+How a family of models embeds, what a layer and the head compute, is in ``fastkd/models/families/``. What is here holds for
+all: which layers run, for which rows, and what is handed to the loss.
 
 Shapes: T packed tokens, M predicted rows, B sequences, D width, H heads, d = D/H, V vocabulary.
-Equations: Devlin et al. 2019 (arXiv 1810.04805) and Liu et al. 2019 (arXiv 1907.11692), with the parameters
-of transformers' ``BertForMaskedLM`` and ``RobertaForMaskedLM``. XLM-R and CamemBERT are RoBERTa's arithmetic under
-names of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd.models.attention import choose_backend
-from fastkd.models.layer import Head, Layer
+from fastkd.models import families
+from fastkd.models.attention import Sequences, choose_backend
 from fastkd.models.lookup import lookup
 from fastkd.models.needs import Needs, Outputs
 
-FAMILIES = {"bert": "bert", "roberta": "roberta", "xlm-roberta": "roberta", "camembert": "roberta"}  # → architecture
+if TYPE_CHECKING:
+    from fastkd.models.families import Family
+    from fastkd.models.layer import Head, Layer
+
 GRAPH: dict[str, Any] = {"fullgraph": True, "dynamic": False}  # of torch.compile: shapes are the same in every step
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The shape of an encoder; fields as in transformers' BertConfig and RobertaConfig."""
+    """The shape of an encoder; fields as in transformers' BertConfig. A family with more fields has a subclass of it."""
 
-    family: str  # one of FAMILIES: transformers' model_type
+    model_type: str  # as config.json names it; fastkd/models/families/ has the family of each
     vocab_size: int
     hidden_size: int
     num_layers: int
@@ -43,25 +46,19 @@ class EncoderConfig:
     tied: bool = True  # whether the decoder's weight is the word embeddings'; every student's is
 
     def __post_init__(self) -> None:
-        if self.family not in FAMILIES:
-            raise ValueError(f"model family {self.family!r} is not supported; use one of {', '.join(FAMILIES)}")
-        if self.pad_token_id is None and self.architecture == "roberta":
-            raise ValueError(f"{self.family} counts positions from its pad_token_id, which is null; set it (often 1)")
+        self.family.check(self)
         if self.hidden_size % self.num_heads:
             raise ValueError(f"width {self.hidden_size} is not divisible by {self.num_heads} heads; change either")
 
     @property
-    def architecture(self) -> str:
-        """``bert`` or ``roberta``: which of the two this family computes as."""
-        return FAMILIES[self.family]
+    def family(self) -> Family:
+        """How models of this type compute, what they cost and what Hugging Face calls their parts."""
+        return families.of(self.model_type)
 
     @property
     def position_offset(self) -> int:
-        """Row of the position table of position 0: RoBERTa leaves the first pad_token_id + 1 unused."""
-        if self.architecture == "bert":
-            return 0
-        assert self.pad_token_id is not None
-        return self.pad_token_id + 1
+        """Row of the position table of position 0."""
+        return self.family.position_offset(self)
 
     @property
     def head_width(self) -> int:
@@ -70,7 +67,7 @@ class EncoderConfig:
 
     @property
     def max_length(self) -> int:
-        """The longest sequence in tokens that the position table can hold."""
+        """The longest sequence in tokens that the model has positions for."""
         return self.max_positions - self.position_offset
 
 
@@ -88,7 +85,7 @@ class Packed(Protocol):
 
 
 class Encoder(nn.Module):
-    """Embeddings, layers and, with ``mlm_head``, the masked-language-model head.
+    """Embeddings, layers and, with ``mlm_head``, the masked-language-model head, as the configuration's family makes them.
 
     ``attention`` names a backend of ``attention.py`` (None: the fastest), ``residual`` the dtype of what the embeddings
     and layers hand on (None: that of the LayerNorms). Initialised as BERT is, from ``seed``: weights normal with
@@ -109,23 +106,22 @@ class Encoder(nn.Module):
         # Functions of the class, so that a copy of this encoder runs its own weights.
         self._graph: Callable[..., Outputs] = Encoder._run
         self._embedding: Callable[..., Tensor] = Encoder.embed
-        D = config.hidden_size
+        D, self.family = config.hidden_size, config.family
         self.word_embeddings = nn.Embedding(config.vocab_size, D, padding_idx=config.pad_token_id)
-        self.position_embeddings = nn.Embedding(config.max_positions, D)
-        self.type_embeddings = nn.Embedding(config.type_vocab_size, D)
-        self.embedding_norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
-        self.head = Head(config) if mlm_head else None
+        for name, module in self.family.embeddings(config).items():
+            self.add_module(name, module)
+        self.layers = nn.ModuleList(self.family.layer(config, number) for number in range(1, config.num_layers + 1))
+        self.head = cast("Head", self.family.head(config)) if mlm_head else None
         self.initialise(seed)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Draw all weights anew from ``seed``."""
+        """Draw all weights from ``seed``."""
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.is_meta:
                 module.weight.normal_(0.0, self.config.initializer_range, generator=generator)
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
         if self.config.pad_token_id is not None:
             self.word_embeddings.weight[self.config.pad_token_id].zero_()
@@ -158,13 +154,14 @@ class Encoder(nn.Module):
             module.compile(**GRAPH)
 
     def embed(self, ids: Tensor, position_ids: Tensor, dropout: float) -> Tensor:
-        """[T] ids → [T, D]: words, positions and type 0 summed, then LayerNorm."""
-        offset = self.config.position_offset
-        places = self.position_embeddings.weight[offset:] + self.type_embeddings.weight[0]
-        padding = -1 if self.config.pad_token_id is None else self.config.pad_token_id
-        words = lookup(self.word_embeddings.weight, ids, padding)
-        x = self.embedding_norm(words + lookup(places, position_ids))
+        """[T] ids → [T, D], the first layer's input."""
+        x = self.family.embed(self, ids, position_ids)
         return F.dropout(x, dropout, training=dropout > 0).to(self.residual or x.dtype)
+
+    def words(self, ids: Tensor) -> Tensor:
+        """[T] ids → [T, D] rows of the word table; the padding token's gets no gradient."""
+        padding = -1 if self.config.pad_token_id is None else self.config.pad_token_id
+        return lookup(self.word_embeddings.weight, ids, padding)
 
     def forward(self, ids: Tensor, batch: Packed, needs: Needs, *, dropout: float = 0.0) -> Outputs:
         """Run what ``needs`` reads and nothing more, exactly.
@@ -175,7 +172,7 @@ class Encoder(nn.Module):
         """
         if needs.logits and self.head is None:
             raise ValueError("this encoder has no MLM head; use a method without logits, such as minilmv2")
-        # A graph sees the batch's tensors alone: what else differs from step to step, such as the lengths, would be
+        # A graph sees the batch's tensors only: what else differs from step to step, such as the lengths, would be
         # compiled into it.
         tensors = (ids, batch.position_ids, batch.cu_seqlens, batch.predicted)
         backend = self._backend(ids.device, dropout, batch.max_seqlen)
@@ -192,21 +189,23 @@ class Encoder(nn.Module):
         dropout: float,
         backend: str,
     ) -> Outputs:
+        """Layer by layer; ``needs.extent`` says how far each runs. A layer of predicted rows or of the projection is the
+        last one."""
         out, depth = Outputs(), needs.depth(self.config.num_layers)
-        sequences = (cu_seqlens, max_seqlen, dropout, backend)
+        sequences = Sequences(position_ids, cu_seqlens, max_seqlen)
         x = self._embedding(self, ids, position_ids, dropout)
         for number in range(1, depth + 1):
-            layer, qkv = cast(Layer, self.layers[number - 1]), None
+            layer, qkv = cast("Layer", self.layers[number - 1]), None
             if number - 1 in needs.hidden:
                 out.hidden[number - 1] = x
             extent = needs.extent(number, self.config.num_layers)
             if extent == "predicted":
-                rows, _ = layer(x, *sequences, rows=predicted)
+                rows, _ = layer(x, sequences, dropout, backend, rows=predicted)
                 return self._finish(out, rows, needs)
             if extent == "projection":
-                qkv = layer.project(x)
+                qkv = layer.project(x, sequences)
             else:
-                x, qkv = layer(x, *sequences, return_qkv=number in needs.qkv)
+                x, qkv = layer(x, sequences, dropout, backend, return_qkv=number in needs.qkv)
             if qkv is not None:
                 q, k, v = qkv.chunk(3, dim=-1)
                 out.qkv[number] = q, k, v

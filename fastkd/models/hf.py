@@ -12,38 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertModel,
-    CamembertConfig,
-    CamembertForMaskedLM,
-    CamembertModel,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    RobertaConfig,
-    RobertaForMaskedLM,
-    RobertaModel,
-    XLMRobertaConfig,
-    XLMRobertaForMaskedLM,
-    XLMRobertaModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import logging as hf_logging
 
 from fastkd import files
 from fastkd.data import hub_requests
-from fastkd.models import parameter_names, sentences, weights
+from fastkd.models import families, parameter_names, sentences, weights
 from fastkd.models import tokenizer as tokenizers
 from fastkd.models.encoder import Encoder, EncoderConfig
-
-CLASSES: dict[str, tuple[Any, Any, Any]] = {  # of configuration, masked language model and bare model
-    "bert": (BertConfig, BertForMaskedLM, BertModel),
-    "roberta": (RobertaConfig, RobertaForMaskedLM, RobertaModel),
-    "xlm-roberta": (XLMRobertaConfig, XLMRobertaForMaskedLM, XLMRobertaModel),
-    "camembert": (CamembertConfig, CamembertForMaskedLM, CamembertModel),
-}
-GELU = ("gelu", "gelu_python")  # one function, x·Φ(x); others of that name approximate it
 
 REMEDY = "name a hub id, a Hugging Face folder or a finished run, or use --preset quickstart"
 
@@ -61,7 +37,7 @@ class Loaded:
 
 
 def load(source: str | Path, *, device: torch.device | str = "cpu", sha256: str | None = None) -> Loaded:
-    """Load a checkpoint of one of ``FAMILIES`` in float32 with its tokenizer.
+    """Load a checkpoint of one of ``families`` in float32 with its tokenizer.
 
     source: a hub id, a local Hugging Face folder, or the folder of a finished run (its ``final/``). The
     encoder has an MLM head only where the checkpoint holds one. Raises ValueError where the source cannot be
@@ -72,7 +48,7 @@ def load(source: str | Path, *, device: torch.device | str = "cpu", sha256: str 
     tokenizer = _tokenizer(where)
     with _readable(source):
         # Neither class nor attention is left to config.json: no code out of a model folder runs, none is missing.
-        model, found = CLASSES[config.family][1].from_pretrained(
+        model, found = config.family.classes[config.model_type].masked_lm.from_pretrained(
             where, config=hf_config, dtype=torch.float32, attn_implementation="eager", output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
@@ -92,10 +68,12 @@ def _described(source: str | Path, *, weights: bool = True) -> tuple[str, str | 
     """Where a model is, its weights only if they are asked for; its commit on the hub; what its config.json says."""
     where = _resolve(source, weights=weights)
     revision = None if Path(source).is_dir() else Path(where).name  # …/snapshots/COMMIT
+    known = families.available()
     with _readable(source):
         found, _ = PreTrainedConfig.get_config_dict(where)
-        named = found.get("model_type")
-        hf_config = (CLASSES[named][0] if named in CLASSES else PreTrainedConfig).from_dict(found)
+        named: Any = found.get("model_type")
+        hf_class = known[named].classes[named].config if named in known else PreTrainedConfig
+        hf_config = hf_class.from_dict(found)
     try:
         return where, revision, hf_config, from_hf(hf_config)
     except ValueError as error:
@@ -147,51 +125,19 @@ def _quiet() -> Iterator[None]:
 
 def from_hf(config: PreTrainedConfig) -> EncoderConfig:
     """The encoder's configuration from transformers'; ValueError for what it cannot compute."""
-    if config.model_type not in CLASSES:
-        raise ValueError(f"model type {config.model_type or None!r} is not supported; use one of {', '.join(CLASSES)}")
-    if config.hidden_act not in GELU:
-        raise ValueError(f"activation {config.hidden_act!r} is not supported; use a checkpoint with 'gelu'")
-    if getattr(config, "position_embedding_type", None) not in (None, "absolute"):
-        raise ValueError(f"positions that are {config.position_embedding_type!r} are not supported; use another model")
-    if config.is_decoder or config.add_cross_attention:
-        raise ValueError("decoders (is_decoder, add_cross_attention) are not supported; use an encoder")
+    family = families.of(config.model_type)
     if getattr(config, "quantization_config", None):
         raise ValueError("quantised weights are not supported; use the checkpoint that they were made from")
-    return EncoderConfig(
-        family=config.model_type,
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        intermediate_size=config.intermediate_size,
-        max_positions=config.max_position_embeddings,
-        type_vocab_size=config.type_vocab_size,
-        layer_norm_eps=config.layer_norm_eps,
-        pad_token_id=config.pad_token_id,
-        initializer_range=config.initializer_range,
-        tied=config.tie_word_embeddings,
-    )
+    return family.from_hf(config)
 
 
 def to_hf(config: EncoderConfig) -> PreTrainedConfig:
     """transformers' configuration of an encoder."""
-    return CLASSES[config.family][0](
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        intermediate_size=config.intermediate_size,
-        max_position_embeddings=config.max_positions,
-        type_vocab_size=config.type_vocab_size,
-        layer_norm_eps=config.layer_norm_eps,
-        pad_token_id=config.pad_token_id,
-        initializer_range=config.initializer_range,
-        tie_word_embeddings=config.tied,
-    )
+    return config.family.to_hf(config)
 
 
 def from_hf_model(model: PreTrainedModel, *, mlm_head: bool) -> Encoder:
-    """An encoder with the weights of a MaskedLM class of ``CLASSES``, its decoder tied where the numbers are the same."""
+    """An encoder with the weights of a MaskedLM class, its decoder tied where the numbers are the same."""
     config = replace(from_hf(model.config), tied=not mlm_head or _is_tied(model))
     with torch.device("meta"):
         encoder = Encoder(config, mlm_head=mlm_head)
@@ -209,8 +155,8 @@ def to_hf_model(encoder: Encoder, *, mlm_head: bool) -> PreTrainedModel:
     """The transformers model with the encoder's weights, on the CPU in float32: the MaskedLM class of its family with
     ``mlm_head``, else the bare one without its pooler."""
     config = encoder.config
-    _, masked_lm, bare = CLASSES[config.family]
-    model = masked_lm(to_hf(config)) if mlm_head else bare(to_hf(config), add_pooling_layer=False)
+    classes = config.family.classes[config.model_type]
+    model: PreTrainedModel = (classes.masked_lm if mlm_head else classes.bare)(to_hf(config))
     model.load_state_dict(parameter_names.to_hf(encoder, mlm_head=mlm_head), strict=True)
     return model.eval()
 

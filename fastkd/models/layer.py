@@ -1,11 +1,11 @@
-"""One transformer layer and the MLM head, on packed rows.
+"""The post-LN layer and the MLM head of BERT and RoBERTa, on packed rows.
 
 Shapes: T packed tokens, M predicted rows, B sequences, D width, H heads.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,22 +13,9 @@ from torch import Tensor, nn
 
 from fastkd.models.attention import varlen_attention
 
-
-class Shape(Protocol):
-    """The fields of ``EncoderConfig`` that a layer and the head read."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def num_heads(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
-    @property
-    def layer_norm_eps(self) -> float: ...
-    @property
-    def tied(self) -> bool: ...
+if TYPE_CHECKING:
+    from fastkd.models.attention import Sequences
+    from fastkd.models.encoder import EncoderConfig
 
 
 class Layer(nn.Module):
@@ -38,7 +25,7 @@ class Layer(nn.Module):
     input: the residual stream is float32 or bfloat16 as the embeddings start it.
     """
 
-    def __init__(self, config: Shape) -> None:
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         D, eps = config.hidden_size, config.layer_norm_eps
         self.num_heads = config.num_heads
@@ -52,32 +39,33 @@ class Layer(nn.Module):
     def forward(
         self,
         x: Tensor,  # [T, D]
-        cu_seqlens: Tensor,  # [B+1]
-        max_seqlen: int,
+        sequences: Sequences,
         dropout: float,
         backend: str | None,
         rows: Tensor | None = None,  # [M], ascending
         return_qkv: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Layer output [T, D], and its QKV projection [T, 3D] if asked for: an output that nobody reads would get a
-        gradient of zeros, which a compiled backward fills and adds. With ``rows``, those rows of the output alone:
+        gradient of zeros, which a compiled backward fills and adds. With ``rows``, only those rows of the output,
         [M, D]; keys and values cover all of x either way.
         """
-        sequences = (cu_seqlens, max_seqlen, dropout, backend)
         if rows is None:
-            qkv = self.project(x)
+            qkv = self.project(x, sequences)
             q, k, v = qkv.chunk(3, dim=-1)
-            out = self._feed_forward(x, self._attend(q, k, v, cu_seqlens, *sequences), dropout)
-            return out, qkv if return_qkv else None
+            context = self._attend(q, k, v, sequences.cu_seqlens, sequences, dropout, backend)
+            return self._feed_forward(x, context, dropout), qkv if return_qkv else None
+        # The fused weight's first D rows make the queries, the others keys and values.
         x_rows, D = x.index_select(0, rows), x.shape[-1]
-        q = _linear(x_rows, self.qkv.weight[:D], self.qkv.bias[:D])
-        k, v = _linear(x, self.qkv.weight[D:], self.qkv.bias[D:]).chunk(2, dim=-1)
-        cu_rows = torch.searchsorted(rows, cu_seqlens.long()).int()
-        return self._feed_forward(x_rows, self._attend(q, k, v, cu_rows, *sequences), dropout), None
+        q = linear(x_rows, self.qkv.weight[:D], self.qkv.bias[:D])
+        k, v = linear(x, self.qkv.weight[D:], self.qkv.bias[D:]).chunk(2, dim=-1)
+        # Boundaries of the sequences among the rows: how many of the rows come before each of them.
+        cu_rows = torch.searchsorted(rows, sequences.cu_seqlens.long()).int()
+        context = self._attend(q, k, v, cu_rows, sequences, dropout, backend)
+        return self._feed_forward(x_rows, context, dropout), None
 
-    def project(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor, sequences: Sequences) -> Tensor:
         """[T, D] → queries, keys and values side by side, [T, 3D]."""
-        return _linear(x, self.qkv.weight, self.qkv.bias)
+        return linear(x, self.qkv.weight, self.qkv.bias)
 
     def _attend(
         self,
@@ -85,12 +73,12 @@ class Layer(nn.Module):
         k: Tensor,
         v: Tensor,
         cu_q: Tensor,
-        cu_k: Tensor,
-        longest: int,
+        sequences: Sequences,
         dropout: float,
         backend: str | None,
     ) -> Tensor:
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in (q, k, v))
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v))
+        cu_k, longest = sequences.cu_seqlens, sequences.max_seqlen
         context = varlen_attention(q, k, v, cu_q, cu_k, longest, longest, dropout=dropout, backend=backend)
         return context.flatten(1)
 
@@ -98,19 +86,19 @@ class Layer(nn.Module):
         """From the layer's input and its attention's context to the layer's output, row by row."""
         stream, attended = x.dtype, self.attention_output(context)
         x = self.attention_norm(x + F.dropout(attended, dropout, training=dropout > 0)).to(stream)
-        expanded = self.down(F.gelu(_linear(x, self.up.weight, self.up.bias)))
+        expanded = self.down(F.gelu(linear(x, self.up.weight, self.up.bias)))
         return self.output_norm(x + F.dropout(expanded, dropout, training=dropout > 0)).to(stream)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x Wᵀ + b with x in the weight's dtype: a teacher's is bfloat16; of a student's, autocast takes care."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b with x in the weight's dtype, which is a teacher's bfloat16; a student's products are autocast's."""
     return F.linear(x.to(weight.dtype), weight, bias)
 
 
 class Head(nn.Module):
     """The MLM head up to the decoder, whose weight is the word embeddings' unless a checkpoint brings another."""
 
-    def __init__(self, config: Shape) -> None:
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -119,5 +107,5 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[M, D] → [M, D] float32."""
-        x = F.gelu(_linear(x, self.dense.weight, self.dense.bias))
+        x = F.gelu(linear(x, self.dense.weight, self.dense.bias))
         return self.norm(x.to(self.norm.weight.dtype))

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
+# How far a layer runs: all its rows, the predicted ones, or its QKV projection only.
+Extent = Literal["all", "predicted", "projection"]
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -27,8 +30,8 @@ class Needs:
         """The deepest layer of which anything must run (its QKV projection at least)."""
         return num_layers if self.rows else max((*self.hidden, *self.qkv, 0))
 
-    def extent(self, layer: int, num_layers: int) -> Literal["all", "predicted", "projection"]:
-        """How far a layer up to ``depth`` must run: all its rows, the predicted ones, or its QKV projection alone."""
+    def extent(self, layer: int, num_layers: int) -> Extent:
+        """How far a layer up to ``depth`` must run."""
         if layer < self.depth(num_layers) or layer in self.hidden:
             return "all"
         if not self.rows:

@@ -18,8 +18,8 @@ def student_config(spec: str, like: EncoderConfig, tokenizer: PreTrainedTokenize
     intermediate width, by default four widths), with family, positions and vocabulary like another's.
 
     It pads by the tokenizer's padding token, whatever the other's config.json says, and its decoder is tied.
-    Raises ValueError for a malformed spec, a width that the heads do not divide, or a tokenizer with ids that the
-    vocabulary or RoBERTa's positions have no place for.
+    Raises ValueError for a malformed spec, a width that the heads do not divide, or a tokenizer that has more ids than the
+    vocabulary or does not fit the family.
     """
     match = re.fullmatch(r"([1-9]\d*)L-([1-9]\d*)H-([1-9]\d*)A(?:-([1-9]\d*)I)?", spec)
     if match is None:
@@ -28,7 +28,7 @@ def student_config(spec: str, like: EncoderConfig, tokenizer: PreTrainedTokenize
     assert layers is not None and width is not None and heads is not None
     if (tokens := tokenizers.entries(tokenizer)) > like.vocab_size:
         raise ValueError(f"the tokenizer has {tokens} tokens, the model {like.vocab_size}; use the model's own")
-    check_padding(tokenizer, like)
+    like.family.check_tokenizer(like, tokenizer)
     return replace(
         like,
         num_layers=layers,
@@ -38,22 +38,6 @@ def student_config(spec: str, like: EncoderConfig, tokenizer: PreTrainedTokenize
         pad_token_id=tokenizer.pad_token_id,
         tied=True,
     )
-
-
-def check_padding(tokenizer: PreTrainedTokenizerBase, config: EncoderConfig) -> None:
-    """Refuse a RoBERTa with a tokenizer that pads by another id than its config.json says.
-
-    transformers gives the text's tokens of config.json's id no position and counts on without them; BERT's positions
-    depend on no id.
-
-    Raises:
-        ValueError: naming both ids.
-    """
-    if config.architecture == "roberta" and tokenizer.pad_token_id != config.pad_token_id:
-        raise ValueError(
-            f"the tokenizer pads by id {tokenizer.pad_token_id}, but config.json's pad_token_id, from which {config.family} counts "
-            f"positions, is {config.pad_token_id}; use the tokenizer that the model was trained with"
-        )
 
 
 @torch.no_grad()
@@ -80,11 +64,9 @@ def init_from_teacher(student: Encoder, teacher: Encoder) -> None:
     state: dict[str, Any] = teacher.state_dict()
     source = {}
     for name in student.state_dict():
-        parts = name.split(".")
-        if parts[0] == "layers":
-            parts[1] = str(int(parts[1]) * t.num_layers // s.num_layers)
-        if ".".join(parts) in state:
-            source[name] = state[".".join(parts)]
+        theirs = re.sub(r"(?<=^layers\.)\d+", lambda i: str(int(i[0]) * t.num_layers // s.num_layers), name)
+        if theirs in state:
+            source[name] = state[theirs]
     student.load_state_dict(source, strict=False)
 
 

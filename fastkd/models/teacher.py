@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from fastkd.models.attention import Setting
 from fastkd.models.captured import Captured
-from fastkd.models.encoder import Encoder, EncoderConfig, Needs, Outputs, Packed
 from fastkd.models.float8 import quantise
-from fastkd.models.hf import Loaded
-from fastkd.models.student import check_padding
 from fastkd.models.tokenizer import entries
+
+if TYPE_CHECKING:
+    from fastkd.models.encoder import Encoder, EncoderConfig, Needs, Outputs, Packed
+    from fastkd.models.hf import Loaded
 
 PROBES = ("Hello World", "naïve Café, don't STOP!", "東京 2024 — état-major", "ﬁne\tline\u00a0break")
 
@@ -67,7 +69,7 @@ class Teacher:
         return self._forward(ids, batch)
 
     def release(self) -> None:
-        """Give back the memory of the CUDA graph: the next forward, of other shapes perhaps, is captured anew."""
+        """Give back the memory of the CUDA graph: the next forward, of other shapes perhaps, is captured again."""
         self._captured = None
 
     def _forward(self, ids: Tensor, batch: Packed) -> Outputs:
@@ -134,14 +136,14 @@ def check_teacher(
         raise ValueError(
             f"teacher {teacher.source} has no MLM head; train one with --method mlm, or use --method minilmv2"
         )
-    if tokenizer_hash(teacher.tokenizer) != tokenizer_hash(tokenizer):
+    if encoding_digest(teacher.tokenizer) != encoding_digest(tokenizer):
         raise ValueError(f"teacher {teacher.source} has another tokenizer than the student; use one for both")
     if (tokens := entries(tokenizer)) > config.vocab_size:
         raise ValueError(
             f"teacher {teacher.source} has embeddings for {config.vocab_size} tokens, the tokenizer {tokens}; use the tokenizer "
             "that it was trained with"
         )
-    check_padding(tokenizer, config)
+    config.family.check_tokenizer(config, tokenizer)
     if needs.logits and config.vocab_size != student.vocab_size:
         raise ValueError(
             f"teacher {teacher.source} has {config.vocab_size} tokens, the student {student.vocab_size}; use equal ones"
@@ -151,9 +153,9 @@ def check_teacher(
         raise ValueError(f"teacher {teacher.source} has {config.num_layers} layers, not {deepest}; lower it")
 
 
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 over the vocabulary (token → id), the special tokens and the ids of a few probe texts, which
-    show the normaliser: tokenizers with equal hashes give texts equal ids."""
+def encoding_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A digest of how texts become ids: sha256 over the vocabulary (token → id), the special tokens and the ids of a few
+    probe texts, which show the normaliser."""
     probed = copy.deepcopy(tokenizer)  # a call sets its padding and truncation, which are exported
     content = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),

@@ -6,14 +6,16 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastkd.files import file_sha256
-from fastkd.models.encoder import EncoderConfig
-from fastkd.models.parameter_names import head_parameters
+from fastkd.models.parameter_names import body_prefix
+
+if TYPE_CHECKING:
+    from fastkd.models.encoder import EncoderConfig
 
 SAFETENSORS = "model.safetensors"
 STORAGES = (SAFETENSORS, f"{SAFETENSORS}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -44,7 +46,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def digest(folder: Path, expected: str | None = None) -> str:
-    """sha256 over the names and contents of config.json and all weight files: of what decides a model's numbers.
+    """sha256 over the names and contents of config.json and all weight files, which decide a model's numbers.
 
     ``expected`` is that of its model.safetensors.
 
@@ -61,15 +63,15 @@ def has_head(found: dict[str, Any], config: EncoderConfig, source: str) -> bool:
     """Whether the checkpoint holds an MLM head, from transformers' report of what it ``found``.
 
     Raises:
-        ValueError: a weight has another shape than config.json says, or something but the whole head is missing.
+        ValueError: a weight has another shape than config.json says, or something is missing that is not the whole head.
     """
     if found["mismatched_keys"]:
         name, stored, wanted = sorted(found["mismatched_keys"])[0]
         raise ValueError(
             f"{source}: {name} is {list(stored)}, but its config.json wants {list(wanted)}; download or export both again"
         )
-    missing, head = set(found["missing_keys"]), head_parameters(config)
-    lacks = sorted(name for name in missing if not name.startswith(("cls.", "lm_head.")))
+    missing, head = set(found["missing_keys"]), config.family.head_in_file(config)
+    lacks = sorted(name for name in missing if name.startswith(body_prefix(config)))
     if head & missing != head:
         lacks += sorted(head & missing)
     if lacks:
