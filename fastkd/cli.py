@@ -1,35 +1,49 @@
-"""How a command ends: its exit codes, and one line for what went wrong."""
+"""Command lines: a parser of a dataclass's fields, exit codes, and one line for what went wrong."""
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import importlib.metadata
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from packaging.version import Version
 
 from fastkd import terminal
 from fastkd.budget import BudgetTooSmall
-from fastkd.loop import Interrupted
 
-EXIT_OK, EXIT_CONFIGURATION, EXIT_BUDGET, EXIT_ROWS, EXIT_INTERRUPTED = 0, 2, 3, 4, 75
+EXIT_OK, EXIT_FAILED, EXIT_CONFIGURATION, EXIT_BUDGET, EXIT_ROWS, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 75
 OLDEST = {"torch": "2.11", "transformers": "5", "datasets": "4"}  # as pyproject.toml asks for
+WORDS = {"yes": True, "true": True, "t": True, "y": True, "1": True} | dict.fromkeys(
+    ("no", "false", "f", "n", "0"), False
+)
 
 
 def answer(work: Callable[[], int]) -> int:
-    """Do a command's work and return its exit code; what it raises becomes one line."""
+    """Do a command's work and return its exit code; what it raises becomes one line on standard error."""
     try:
         check_versions()
         return work()
-    except (ValueError, BudgetTooSmall) as error:
+    except BudgetTooSmall as error:
         terminal.complain(str(error))
-        return EXIT_BUDGET if isinstance(error, BudgetTooSmall) else EXIT_CONFIGURATION
+        return EXIT_BUDGET
+    except ValueError as error:
+        terminal.complain(str(error))
+        return EXIT_CONFIGURATION
+    except ChildProcessError as error:
+        terminal.complain(str(error))
+        return EXIT_FAILED
     except OSError as error:
         terminal.complain(f"{error}: mend it and issue the same command again, what was saved is kept")
-    except (Interrupted, KeyboardInterrupt) as error:
+    except KeyboardInterrupt as error:  # the loop's own says where it stopped
         if os.environ.get("RANK", "0") == "0":
-            terminal.say(str(error) or "stopped outside the training loop; issue the same command again")
+            text = str(error) or "interrupted: what was saved is kept, and the same command continues from there"
+            terminal.say(text, sys.stderr)
     return EXIT_INTERRUPTED
 
 
@@ -46,3 +60,55 @@ def check_versions() -> None:
                 raise ValueError(
                     f"fastkd needs {package} {oldest} or newer, this is {installed}: pip install -U '{package}>={oldest}'"
                 )
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes every field of some dataclasses as an option, with the help of the field's metadata.
+
+    What is not given is left out of the result: presets and files may say otherwise than a field's default.
+    A mistake raises a ValueError of one line, where argparse prints its usage and exits.
+    """
+
+    def __init__(self, classes: Sequence[Any], prog: str, **settings: Any) -> None:
+        super().__init__(prog=prog, allow_abbrev=False, argument_default=argparse.SUPPRESS, **settings)
+        for cls in classes:
+            kinds = get_type_hints(cls)
+            for field in dataclasses.fields(cls):
+                flags = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
+                self.add_argument(*flags, help=field.metadata["help"], **_taken(kinds[field.name]))
+
+    def given(self, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+        """The options of a command line by name, and the words that are none of them.
+
+        Raises:
+            ValueError: a value of the wrong kind, or none where one is needed.
+        """
+        known, unknown = self.parse_known_args(list(argv))
+        return vars(known), unknown
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the message, where argparse exits."""
+        raise ValueError(message)
+
+
+def unknown_option(word: str) -> ValueError:
+    """What to raise for a word that a command does not know."""
+    return ValueError(f"unknown option {word!r}: --help lists them")
+
+
+def _taken(kind: Any) -> dict[str, Any]:
+    """What a field of a kind takes on the command line, in argparse's words."""
+    if get_origin(kind) in (Union, UnionType):  # X | None
+        (kind,) = (each for each in get_args(kind) if each is not NoneType)
+    if get_origin(kind) is Literal:
+        return {"choices": get_args(kind)}
+    if get_origin(kind) is list:
+        return {"type": get_args(kind)[0], "nargs": "+"}
+    return {"type": _truth, "nargs": "?", "const": True} if kind is bool else {"type": kind}
+
+
+def _truth(word: str) -> bool:
+    """A switch's value: ``--compile`` means ``--compile true``."""
+    if word.lower() not in WORDS:
+        raise argparse.ArgumentTypeError(f"takes true or false, got {word!r}")
+    return WORDS[word.lower()]

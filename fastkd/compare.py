@@ -13,10 +13,8 @@ from collections.abc import Sequence
 
 from fastkd import cli, terminal
 from fastkd.cli import EXIT_OK, EXIT_ROWS
-from fastkd.comparison.experiment import Comparison, to_json
-from fastkd.comparison.options import CompareConfig
+from fastkd.comparison.options import CompareConfig, check
 from fastkd.config import split_options
-from fastkd.distributed import joined
 
 __all__ = ["EXIT_OK", "EXIT_ROWS", "main"]
 
@@ -28,7 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    own, shared = split_options(argv, CompareConfig, terminal.called("compare"))
+    own, shared = split_options(argv, CompareConfig, terminal.called("compare"), check)
+    from fastkd.comparison.experiment import Comparison, to_json  # only now: PyTorch takes seconds to load, and
+    from fastkd.distributed import joined  # neither --help nor a mistake needs it
+
     with terminal.kept_for_answer(own.json) as out, joined() as world, terminal.stages(quiet=not world.is_main):
         comparison = Comparison(own, shared, argv, world)
         failed = comparison.run()

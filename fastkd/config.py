@@ -6,24 +6,22 @@ names and the command line.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
-
-import torch
-from transformers import HfArgumentParser
-from transformers.hf_argparser import string_to_bool
+from typing import Any, TypeVar, cast
 
 from fastkd import config_file, methods
+from fastkd.cli import Parser, unknown_option
 from fastkd.run_config import BUDGETS, FREE_TO_CHANGE, PRESENTATION, RunConfig
 
 PRESETS = Path(__file__).parent / "presets"
+AUTO = {"paper-6l": "a CUDA device is at hand", "quickstart": "no CUDA device is at hand"}  # what --preset auto means
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -100,19 +98,6 @@ class Resolved:
         )
 
 
-class _Parser(HfArgumentParser):
-    """argparse says usage and error over many lines; a user's mistake here is one line. A switch without a value means true."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        for action in self._actions:
-            if action.type is string_to_bool:
-                action.nargs, action.const = "?", True
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
 @dataclass(frozen=True)
 class _Nothing:
     """No options beside those of a run."""
@@ -127,65 +112,142 @@ def parse(argv: Sequence[str], prog: str = "python -m fastkd.run") -> Resolved:
     return parse_with(_Nothing, argv, prog)[1]
 
 
-def parse_with(own: Any, argv: Sequence[str], prog: str) -> tuple[Any, Resolved]:
+def parse_with(own: Any, argv: Sequence[str], prog: str, *, needs_budget: bool = True) -> tuple[Any, Resolved]:
     """Read a command line that holds the options of ``own`` (a dataclass) beside those of one run: an ``own``, the run.
 
     Raises:
         ValueError: an unknown preset, method or option, a value of the wrong kind, or one out of range.
     """
-    chosen, _ = _namespace(_parser([RunConfig], prog, add_help=False), argv)
+    chosen, _ = _parser([RunConfig], prog, add_help=False).given(argv)
     file = read_config(chosen.pop("config", None))
-    module = methods.load(_layers(chosen, file)[0]["method"])
-    parser = _parser(
-        [RunConfig, module.Config, own], prog, epilog="--method NAME --help lists another method's options."
-    )
-    explicit, unknown = _namespace(parser, argv)
+    method = _settled(chosen, file, lambda preset: _layers(chosen, file, preset)["method"])
+    module = methods.load(method)
+    epilog = "--method NAME --help lists another method's options."
+    explicit, unknown = _parser([RunConfig, module.Config, own], prog, epilog=epilog).given(argv)
     if unknown:
-        raise ValueError(_explain_unknown(unknown[0], module.METHOD.name))
+        raise _unknown(unknown[0], method)
     explicit.pop("config", None)
-    names = {f.name for f in dataclasses.fields(own)}
-    mine = own(**{k: v for k, v in explicit.items() if k in names})
-    return mine, resolve({k: v for k, v in explicit.items() if k not in names}, file)
+    mine, explicit = _divided(own, explicit)
+    return mine, resolve(explicit, file, needs_budget=needs_budget)
 
 
-def gives_budget(argv: Sequence[str], prog: str) -> bool:
-    """Whether a command line has a budget, or the file that its --config names.
+def split_options(
+    argv: Sequence[str], own: Any, prog: str, check: Callable[[Any, dict[str, Any]], None]
+) -> tuple[Any, dict[str, Any]]:
+    """Read a command line that holds the options of ``own`` (a dataclass) beside those of runs and of all methods.
+
+    Returns an ``own`` and the runs' explicit options, once ``check`` has seen both.
 
     Raises:
-        ValueError: as ``read_config``.
+        ValueError: an unknown option, a value of the wrong kind, or what ``check`` raises.
     """
-    given, _ = _namespace(_parser([RunConfig], prog, add_help=False), argv)
-    file = read_config(given.get("config"))
-    return any(name in given or (file is not None and name in file.run) for name in BUDGETS)
+    classes = [RunConfig, *(methods.load(name).Config for name in methods.available()), own]
+    given, unknown = _parser(classes, prog, conflict_handler="resolve").given(argv)
+    if unknown:
+        raise unknown_option(unknown[0])
+    file = read_config(given.pop("config", None))
+    mine, explicit = _divided(own, given)
+
+    def with_file(preset: str) -> dict[str, Any]:
+        shared = _shared_of(file, preset, {f.name for f in dataclasses.fields(own)}) | explicit
+        check(mine, {"preset": preset} | shared)
+        return shared
+
+    return mine, _settled({}, file, with_file)
 
 
-def resolve(explicit: dict[str, Any], file: ConfigFile | None = None) -> Resolved:
+def _parser(classes: Sequence[Any], prog: str, **settings: Any) -> Parser:
+    """A parser of the dataclasses' options and of ``--config``."""
+    parser = Parser(classes, prog, **settings)
+    text = "options from a TOML file, such as a run's config.toml; those of the command line override them"
+    parser.add_argument("--config", metavar="FILE", help=text)
+    return parser
+
+
+def _divided(own: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Options given on a command line: those of ``own`` as an ``own``, and the others."""
+    names = {f.name for f in dataclasses.fields(own)}
+    mine = own(**{name: value for name, value in given.items() if name in names})
+    return mine, {name: value for name, value in given.items() if name not in names}
+
+
+def _unknown(word: str, method: str) -> ValueError:
+    """What to raise for a word that is no option of a run with a method: it may be another method's."""
+    name = word.lstrip("-").split("=")[0].replace("-", "_")
+    owners = [m for m in methods.available() if name in {f.name for f in dataclasses.fields(methods.load(m).Config)}]
+    if word.startswith("-") and owners:
+        return ValueError(f"--method {method} does not read {word}; it is an option of {', '.join(owners)}")
+    return unknown_option(word)
+
+
+# ---- layers -----------------------------------------------------------------------------------------------------
+
+
+def resolve(explicit: dict[str, Any], file: ConfigFile | None = None, *, needs_budget: bool = True) -> Resolved:
     """The run that explicit options mean, on top of a file, their preset and the defaults.
 
     Raises:
         ValueError: an unknown preset or method, or a value out of range.
     """
-    values, reason = _layers(explicit, file)
+    return _settled(explicit, file, lambda preset: _resolved(explicit, file, preset, needs_budget))
+
+
+def _settled(explicit: dict[str, Any], file: ConfigFile | None, work: Callable[[str], T]) -> T:
+    """What ``work`` makes of the preset that is meant.
+
+    ``auto`` means one of two. PyTorch, which knows of CUDA devices, takes seconds to load: it is asked only where the
+    two presets differ in the answer or in the mistake.
+    """
+    name = _preset_named(explicit, file)
+    if name != "auto":
+        return work(name)
+    answers = {preset: _tried(work, preset) for preset in AUTO}
+    answer, mistake = answers["quickstart"]
+    if answers["paper-6l"] != answers["quickstart"]:
+        import torch
+
+        answer, mistake = answers["paper-6l" if torch.cuda.is_available() else "quickstart"]
+    if mistake is not None:
+        raise ValueError(mistake)
+    return cast(T, answer)
+
+
+def _tried(work: Callable[[str], T], preset: str) -> tuple[T | None, str | None]:
+    """What ``work`` returns, or the message of the ValueError that it raises."""
+    try:
+        return work(preset), None
+    except ValueError as error:
+        return None, str(error)
+
+
+def _preset_named(explicit: dict[str, Any], file: ConfigFile | None) -> str:
+    """The preset that the command line names, else the file; ``auto`` where none does."""
+    return str(explicit.get("preset", file.run.get("preset", "auto") if file else "auto"))
+
+
+def _resolved(explicit: dict[str, Any], file: ConfigFile | None, preset: str, needs_budget: bool) -> Resolved:
+    """``resolve`` with the preset that ``auto`` means."""
+    values = _layers(explicit, file, preset)
     module = methods.load(values["method"])
     if not module.METHOD.uses_teacher:
         values = _without_teacher(values, explicit)
     run = RunConfig(**_fields(RunConfig, values))
-    run.check()
+    run.check(needs_budget=needs_budget)
+    if _preset_named(explicit, file) == "auto":
+        reason = AUTO[preset]
+    else:
+        reason = f"named by {'--preset' if file is None or 'preset' in explicit else file.path}"
     resolved = Resolved(run, module.Config(**_fields(module.Config, values)), reason, frozenset(explicit))
     return resolved if file is None else _of_file(resolved, file)
 
 
-def _layers(explicit: dict[str, Any], file: ConfigFile | None) -> tuple[dict[str, Any], str]:
-    """All values that are given: preset, file, command line, each above the one before; and how the preset was chosen.
+def _layers(explicit: dict[str, Any], file: ConfigFile | None, preset: str) -> dict[str, Any]:
+    """All values that are given: preset, file, command line, each above the one before.
 
     A preset that the command line names is above the file. A layer with a budget takes the place of other budgets.
     """
-    given = dict(file.run) if file else {}
-    name, reason = _choose_preset(explicit.get("preset", given.get("preset", "auto")))
-    preset = read_preset(name)
-    if file and "preset" in given and "preset" not in explicit:
-        reason = f"named by {file.path}"
-    layers = [given, preset, explicit] if "preset" in explicit else [preset, given, explicit]
+    given, chosen = dict(file.run) if file else {}, read_preset(preset)
+    layers = [given, chosen, explicit] if "preset" in explicit else [chosen, given, explicit]
     method = next(layer["method"] for layer in (*reversed(layers), {"method": RunConfig.method}) if "method" in layer)
     if file and method == file.method:
         given |= file.method_options
@@ -194,7 +256,7 @@ def _layers(explicit: dict[str, Any], file: ConfigFile | None) -> tuple[dict[str
         if any(budget in layer for budget in BUDGETS):
             values = {key: value for key, value in values.items() if key not in BUDGETS}
         values |= layer
-    return values | {"preset": name, "method": method}, reason
+    return values | {"preset": preset, "method": method}
 
 
 def _of_file(resolved: Resolved, file: ConfigFile) -> Resolved:
@@ -214,7 +276,44 @@ def _plain(resolved: Resolved) -> Resolved:
     """The run of the same preset, method and start with nothing else given."""
     run = resolved.run
     alike = {"preset": run.preset, "method": run.method, "init_from_teacher": run.init_from_teacher}
-    return resolve(alike | {"budget_tokens": 1.0})
+    return resolve(alike, needs_budget=False)
+
+
+def _without_teacher(values: dict[str, Any], explicit: dict[str, Any]) -> dict[str, Any]:
+    """Scratch training reads no teacher but to start from it; the preset's lends only its tokenizer."""
+    if values.get("init_from_teacher"):
+        return values
+    if explicit.get("teacher"):
+        raise ValueError(
+            f"--method {values['method']} trains without a teacher: leave --teacher out, start from its layers with "
+            "--init-from-teacher, or choose another method"
+        )
+    return values | {"tokenizer": values.get("tokenizer") or values.get("teacher"), "teacher": None}
+
+
+def _fields(cls: Any, values: dict[str, Any]) -> dict[str, Any]:
+    return {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}
+
+
+def _choices(options: Any, changes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What options with some changes say of what is trained."""
+    values = dataclasses.asdict(options) | (changes or {})
+    return {name: value for name, value in values.items() if value is not None and name not in FREE_TO_CHANGE}
+
+
+# ---- files ------------------------------------------------------------------------------------------------------
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The values of a preset.
+
+    Raises:
+        ValueError: no such preset.
+    """
+    known = {path.stem: path for path in sorted(PRESETS.glob("*.toml"))}
+    if name not in known:
+        raise ValueError(f"unknown preset {name!r}: choose auto, {', '.join(known)}, or give a file with --config")
+    return config_file.read(known[name])
 
 
 def read_config(name: str | None) -> ConfigFile | None:
@@ -232,19 +331,7 @@ def read_config(name: str | None) -> ConfigFile | None:
         raise ValueError(f"{path}: {config_file.METHOD_OPTIONS} takes a table, got {table!r}")
     config_file.check_kinds(path, {key: values[key] for key in alike if key in values}, RunConfig)
     try:
-        method = _layers(values, None)[0]["method"]
-        module = methods.load(method)
-        options = config_file.check_kinds(path, table, module.Config)
-        values = config_file.check_kinds(path, values, RunConfig, module.Config)
-        own = {f.name for f in dataclasses.fields(module.Config)}
-        file = ConfigFile(
-            path,
-            {key: value for key, value in values.items() if key not in own},
-            options | {key: value for key, value in values.items() if key in own},
-            method,
-        )
-        budget = {} if any(name in values for name in BUDGETS) else {"budget_tokens": 1.0}
-        resolve(budget | {name: values[name] for name in ("teacher",) if name in values}, file)
+        file = _settled(values, None, lambda preset: _config_of(path, values, table, preset))
     except ValueError as error:
         raise ValueError(str(error) if str(error).startswith(f"{path}: ") else f"{path}: {error}") from error
     if file.folder is not None:
@@ -252,97 +339,25 @@ def read_config(name: str | None) -> ConfigFile | None:
     return file
 
 
-def _shared_of(file: ConfigFile | None, own: set[str]) -> dict[str, Any]:
+def _config_of(path: Path, values: dict[str, Any], table: dict[str, Any], preset: str) -> ConfigFile:
+    """A file's values and its table of method options, checked with the preset that they mean."""
+    method = _layers(values, None, preset)["method"]
+    module = methods.load(method)
+    options = config_file.check_kinds(path, table, module.Config)
+    values = config_file.check_kinds(path, values, RunConfig, module.Config)
+    own = {f.name for f in dataclasses.fields(module.Config)}
+    run = {key: value for key, value in values.items() if key not in own}
+    options |= {key: value for key, value in values.items() if key in own}
+    file = ConfigFile(path, run, options, method)
+    _resolved({key: run[key] for key in ("teacher",) if key in run}, file, preset, needs_budget=False)
+    return file
+
+
+def _shared_of(file: ConfigFile | None, preset: str, own: set[str]) -> dict[str, Any]:
     """What a file says for every row of a comparison: no method, budget or folder, and nothing that is ``own`` to it."""
     if file is None:
         return {}
-    resolved = resolve({"budget_tokens": 1.0}, file)
+    resolved = _resolved({}, file, preset, needs_budget=False)
     values = dataclasses.asdict(resolved.run) | dataclasses.asdict(resolved.method)
     named = resolved.explicit - own - {"method", "charge", "replay", *BUDGETS}
     return {name: values[name] for name in named}
-
-
-def split_options(argv: Sequence[str], own: Any, prog: str) -> tuple[Any, dict[str, Any]]:
-    """Read a command line that holds the options of ``own`` (a dataclass) beside those of runs and of all methods.
-
-    Returns an ``own`` and the run's explicit options.
-
-    Raises:
-        ValueError: an unknown option, or a value of the wrong kind.
-    """
-    types: list[Any] = [RunConfig, *(methods.load(name).Config for name in methods.available()), own]
-    given, unknown = _namespace(_parser(types, prog, conflict_handler="resolve"), argv)
-    if unknown:
-        raise ValueError(f"unknown option {unknown[0]!r}: --help lists them")
-    names = {f.name for f in dataclasses.fields(own)}
-    shared = _shared_of(read_config(given.pop("config", None)), names)
-    return own(**{k: v for k, v in given.items() if k in names}), shared | {
-        k: v for k, v in given.items() if k not in names
-    }
-
-
-def _without_teacher(values: dict[str, Any], explicit: dict[str, Any]) -> dict[str, Any]:
-    """Scratch training reads no teacher but to start from it; the preset's lends only its tokenizer."""
-    if values.get("init_from_teacher"):
-        return values
-    if explicit.get("teacher"):
-        raise ValueError(
-            f"--method {values['method']} trains without a teacher: leave --teacher out, start from its layers with "
-            "--init-from-teacher, or choose another method"
-        )
-    return values | {"tokenizer": values.get("tokenizer") or values.get("teacher"), "teacher": None}
-
-
-def _choices(options: Any, changes: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What options with some changes say of what is trained."""
-    values = dataclasses.asdict(options) | (changes or {})
-    return {name: value for name, value in values.items() if value is not None and name not in FREE_TO_CHANGE}
-
-
-def _namespace(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """The options given on the command line, and what the parser does not know."""
-    for action in parser._actions:
-        if action.dest != "help":
-            action.default = argparse.SUPPRESS
-    known, unknown = parser.parse_known_args(list(argv))
-    return vars(known), unknown
-
-
-def _parser(types: list[Any], prog: str, **options: Any) -> _Parser:
-    """A parser of the dataclasses' options and of ``--config``."""
-    parser = _Parser(types, prog=prog, allow_abbrev=False, **options)
-    text = "options from a TOML file, such as a run's config.toml; those of the command line override them"
-    parser.add_argument("--config", metavar="FILE", help=text)
-    return parser
-
-
-def _choose_preset(name: str) -> tuple[str, str]:
-    if name != "auto":
-        return name, "named by --preset"
-    if torch.cuda.is_available():
-        return "paper-6l", "a CUDA device is at hand"
-    return "quickstart", "no CUDA device is at hand"
-
-
-def read_preset(name: str) -> dict[str, Any]:
-    """The values of a preset.
-
-    Raises:
-        ValueError: no such preset.
-    """
-    known = {path.stem: path for path in sorted(PRESETS.glob("*.toml"))}
-    if name not in known:
-        raise ValueError(f"unknown preset {name!r}: choose auto, {', '.join(known)}, or give a file with --config")
-    return config_file.read(known[name])
-
-
-def _fields(cls: Any, values: dict[str, Any]) -> dict[str, Any]:
-    return {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}
-
-
-def _explain_unknown(token: str, method: str) -> str:
-    name = token.lstrip("-").split("=")[0].replace("-", "_")
-    owners = [m for m in methods.available() if name in {f.name for f in dataclasses.fields(methods.load(m).Config)}]
-    if token.startswith("-") and owners:
-        return f"--method {method} does not read {token}; it is an option of {', '.join(owners)}"
-    return f"unknown option {token!r}: --help lists them"

@@ -30,7 +30,7 @@ ENERGY_S = 1.0  # between readings of the energy while steps follow one another
 SKIPS_TOLERATED = 20  # steps in a row without a finite gradient
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """Asked to stop (Ctrl-C, SIGTERM); the run is saved and can be resumed."""
 
 

@@ -7,14 +7,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastkd import cli, planning, terminal
+from fastkd import cli, terminal
 from fastkd.config import parse_with
-from fastkd.distributed import joined
 from fastkd.files import finite
 from fastkd.run_config import option
-from fastkd.setup import prepare
 from fastkd.terminal import Console
-from fastkd.train import Trainer
 
 
 @dataclass(frozen=True)
@@ -31,6 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     own, resolved = parse_with(PlanOptions, argv, terminal.called("plan"))
+    from fastkd import planning  # only now: PyTorch takes seconds to load, and neither --help nor a mistake needs it
+    from fastkd.distributed import joined
+    from fastkd.setup import prepare
+    from fastkd.train import Trainer
+
     with terminal.kept_for_answer(own.json) as out, joined() as world, terminal.stages(quiet=not world.is_main):
         console = Console(quiet=not world.is_main)
         planning.announce(resolved, console)
@@ -40,7 +42,7 @@ def _main(argv: Sequence[str]) -> int:
             print(json.dumps(finite(plan), allow_nan=False), file=out, flush=True)
         else:
             planning.render(plan, console)
-    return 0
+    return cli.EXIT_OK
 
 
 if __name__ == "__main__":

@@ -8,15 +8,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fastkd import cli, quantities, quickstart, terminal
-from fastkd.config import gives_budget, parse_with
-from fastkd.data import corpus
-from fastkd.data.progress import Shown
-from fastkd.data.shards import Shards
-from fastkd.models import hf
+from fastkd.config import parse_with
 from fastkd.run_config import RunConfig, option
-from fastkd.setup import build_corpus, model_folder
+
+if TYPE_CHECKING:
+    from fastkd.data.shards import Shards
 
 
 @dataclass(frozen=True)
@@ -28,17 +27,17 @@ class PrepareOptions:
     )
 
 
-def prepare(run: RunConfig, tokens: int | None) -> Shards:
-    """Tokenise the corpus of a run, as far as is asked for, in all cores.
+def prepare(run: RunConfig, source: str, tokens: int | None) -> Shards:
+    """Tokenise the corpus of a run with the tokenizer of a model, on all cores; all of it, or about ``tokens``.
 
     Raises:
         ValueError: a corpus or tokenizer that cannot be read, a cache that cannot be written.
     """
-    source = run.tokenizer or run.teacher
-    if source is None:
-        raise ValueError("a corpus is prepared for a tokenizer: give --teacher or --tokenizer, a hub id or a folder")
-    wanted = {"teacher": (source,), "text": run.corpus}
-    quickstart.require(*(what for what, named in wanted.items() if quickstart.NAME in named))
+    from fastkd.data import corpus  # only now: PyTorch takes seconds to load, and neither --help nor a mistake needs it
+    from fastkd.data.progress import Shown
+    from fastkd.models import hf
+    from fastkd.setup import build_corpus, model_folder
+
     corpus.check(run.corpus, text_field=run.text_field)
     _, tokenizer = hf.shape(model_folder(source))
     with Shown(terminal.say, tokens) as progress:
@@ -46,7 +45,7 @@ def prepare(run: RunConfig, tokens: int | None) -> Shards:
 
 
 def describe(shards: Shards) -> str:
-    """What there is of a corpus, and what to do with it."""
+    """What was prepared of a corpus, and what to do with it."""
     sizes, count = shards.sizes, quantities.count
     rest = "the whole corpus" if shards.is_complete else f"of about {count(shards.unique_tokens)}"
     return (
@@ -58,20 +57,23 @@ def describe(shards: Shards) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit codes: 0, 2 for a bad configuration, 75 interrupted: the parts that were written are kept."""
-    return cli.answer(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
+    return cli.answer(lambda: _main(sys.argv[1:] if argv is None else argv))
 
 
-def _main(argv: list[str]) -> int:
-    prog = terminal.called("prepare")
-    budgeted = gives_budget(argv, prog)  # what a run needs, and this command does not
-    own, resolved = parse_with(PrepareOptions, argv if budgeted else [*argv, "--budget-tokens", "1"], prog)
+def _main(argv: Sequence[str]) -> int:
+    own, resolved = parse_with(PrepareOptions, argv, terminal.called("prepare"), needs_budget=False)
     if own.tokens is not None and not 1 <= own.tokens <= 1e15:
         raise ValueError(f"--tokens must be between 1 and 1e15, got {own.tokens:g}")
-    tokens = own.tokens or (resolved.run.budget_tokens if budgeted else None)
+    run, tokens = resolved.run, own.tokens or resolved.run.budget_tokens
+    source = run.tokenizer or run.teacher
+    if source is None:
+        raise ValueError("a corpus is prepared for a tokenizer: give --teacher or --tokenizer, a hub id or a folder")
+    wanted = {"teacher": (source,), "text": run.corpus}
+    quickstart.require(*(what for what, named in wanted.items() if quickstart.NAME in named))
     with terminal.stages():
-        shards = prepare(resolved.run, None if tokens is None else int(tokens))
+        shards = prepare(run, source, None if tokens is None else int(tokens))
     terminal.say(describe(shards))
-    return 0
+    return cli.EXIT_OK
 
 
 if __name__ == "__main__":

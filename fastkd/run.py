@@ -8,10 +8,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from fastkd import cli, pipeline, terminal
+from fastkd import cli, terminal
 from fastkd.cli import EXIT_BUDGET, EXIT_CONFIGURATION, EXIT_INTERRUPTED, EXIT_OK
 from fastkd.config import parse
-from fastkd.distributed import joined
 from fastkd.terminal import Console
 
 __all__ = ["EXIT_BUDGET", "EXIT_CONFIGURATION", "EXIT_INTERRUPTED", "EXIT_OK", "main"]
@@ -24,6 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     resolved = parse(argv, prog=terminal.called("run"))
+    from fastkd import pipeline  # only now: PyTorch takes seconds to load, and neither --help nor a mistake needs it
+    from fastkd.distributed import joined
+
     with joined() as world, terminal.stages(quiet=not world.is_main):
         pipeline.run(resolved, world, Console(quiet=not world.is_main))
     return EXIT_OK

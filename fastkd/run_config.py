@@ -137,13 +137,14 @@ class RunConfig:
             return Budget("gpu-seconds", hours * 3600)
         return Budget("flops", flops) if flops is not None else Budget("tokens", cast(float, tokens))
 
-    def check(self) -> None:
-        """Refuse values outside their range.
+    def check(self, *, needs_budget: bool = True) -> None:
+        """Refuse values outside their range. ``needs_budget``: also where no budget is given.
 
         Raises:
             ValueError: naming the option, its value and its range.
         """
-        _ = self.budget
+        if needs_budget or any(getattr(self, name) is not None for name in BUDGETS):
+            _ = self.budget
         check_texts(dataclasses.asdict(self))
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastkd import compare, config_file, run
-from fastkd.comparison.options import CompareConfig
+from fastkd.comparison.options import CompareConfig, check
 from fastkd.config import parse, resolve, split_options
 from fastkd.run_config import RunConfig
 
@@ -191,7 +191,8 @@ def test_a_file_that_is_not_there(capsys) -> None:
 def test_a_comparison_takes_what_holds_for_every_row(tmp_path: Path) -> None:
     options = ["--method", "logit_kd", "--teacher", "t", "--temperature", "3", "--lr", "1e-3", "--charge", "all"]
     path = written(tmp_path / "x", [*options, "--corpus", "a.txt"])
-    own, shared = split_options(["--config", str(path), "--budget-gpu-hours", "2", "--lr", "2e-3"], CompareConfig, "")
+    argv = ["--config", str(path), "--budget-gpu-hours", "2", "--lr", "2e-3"]
+    own, shared = split_options(argv, CompareConfig, "", check)
     assert own.budget_gpu_hours == [2.0]
     assert shared == {"preset": "quickstart", "teacher": "t", "temperature": 3.0, "corpus": ["a.txt"], "lr": 2e-3}
 

@@ -16,7 +16,7 @@ from fastkd.comparison.options import CompareConfig
 from fastkd.comparison.references import References
 from fastkd.comparison.report import build_comparison
 from fastkd.comparison.results import RESULTS, write_results
-from fastkd.comparison.rows import Row, base_row, circumstances, confounds, parse_row, results_row
+from fastkd.comparison.rows import Row, base_row, circumstances, confounds, parse_rows, results_row
 from fastkd.comparison.scores import Scorer
 from fastkd.comparison.tuning import BUDGET_SHARE, Search, searched, tune
 from fastkd.device import environment
@@ -26,27 +26,18 @@ from fastkd.loop import Interrupted
 from fastkd.run_config import PRESENTATION
 from fastkd.terminal import Console
 
-# Options of a run that a comparison sets itself, or that are for one student only.
-FIXED = ("method", "charge", "replay", "budget_tokens", "push_to_hub")
-
 
 class Comparison:
     """The rows of a comparison, what they share, and where they are."""
 
     def __init__(self, own: CompareConfig, shared: dict[str, Any], argv: Sequence[str], world: World) -> None:
-        own.check()
-        for name in FIXED:
-            if name in shared:
-                raise ValueError(f"--{name.replace('_', '-')} is no option of a comparison: leave it out")
-        if shared.get("init_from_teacher"):
-            raise ValueError("--init-from-teacher is a row's own: write METHOD+init-from-teacher in --methods")
         self.own, self.shared, self.argv, self.world = own, shared, list(argv), world
         self.plans: list[dict[str, Any]] = []
         self.console = Console(quiet=not world.is_main)
         self.folder = Path(own.output_dir or self._default_folder())
         if not own.plan_only:
             files.check_writable(self.folder)
-        self.rows = self._rows()
+        self.rows = parse_rows(own.methods, own.as_released)
         self.scorer = Scorer(own.glue, own.glue_tasks, own.glue_train_rows, own.glue_seeds)
         self.references = References(self.rows, shared, self.folder / "references", self.scorer)
 
@@ -55,19 +46,6 @@ class Comparison:
         kept = {k: v for k, v in sorted(content.items()) if k not in (*PRESENTATION, "plan_only", "json")}
         digest = hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:6]
         return Path("runs") / f"compare-{self.own.match}-{digest}"
-
-    def _rows(self) -> list[Row]:
-        specs = [parse_row(spec) for spec in self.own.methods.split(",") if spec.strip()]
-        if self.own.as_released:
-            plain = [row for row in specs if not row.options]
-            specs += [dataclasses.replace(row, options=("as_released",)) for row in plain if has_released(row.method)]
-        if not specs:
-            raise ValueError("--methods names no row: give, for example, --methods mlm,minilmv2")
-        labels = [row.label for row in specs]
-        doubles = [label for label in labels if labels.count(label) > 1]
-        if doubles:
-            raise ValueError(f"--methods names {doubles[0]} twice: leave one out, and use --seeds for repeats")
-        return specs
 
     # ---- doing it -------------------------------------------------------------------------------------------
 
@@ -210,11 +188,6 @@ def headline(records: list[dict[str, Any]]) -> list[str]:
         tasks.setdefault(name.split()[0], name)
     fine_tuned = [name for task, name in tasks.items() if task != "held-out"]
     return fine_tuned or names
-
-
-def has_released(method: str) -> bool:
-    """Whether a method has an ``as_released`` variant."""
-    return "as_released" in {f.name for f in dataclasses.fields(methods.load(method).Config)}
 
 
 def to_json(comparison: Comparison, failed: int) -> str:

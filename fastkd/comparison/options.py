@@ -1,13 +1,18 @@
-"""The options of ``fastkd.compare`` beside those of its runs."""
+"""The options of ``fastkd.compare`` beside those of its runs, and what it refuses."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
+from fastkd.comparison.rows import parse_rows
+from fastkd.glue.tasks import choose_tasks, parse_limits
 from fastkd.run_config import option
 
 MOST_RATES = 20  # each is twice the one before
+# Options of a run that a comparison sets itself, or that are for one student only.
+FIXED = ("method", "charge", "replay", "budget_tokens", "push_to_hub")
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class CompareConfig:
     json: bool = option(False, "print one JSON object, and nothing else on standard output")
 
     def check(self) -> None:
-        """Refuse what cannot be compared.
+        """Refuse values that are out of range or do not go together.
 
         Raises:
             ValueError: naming the option and the remedy.
@@ -55,3 +60,30 @@ class CompareConfig:
             raise ValueError(f"--tune takes 0 or from 2 to {MOST_RATES} learning rates, got {self.tune}")
         if self.epochs_cap is not None and not 0 < self.epochs_cap < float("inf"):
             raise ValueError(f"--epochs-cap must be above zero and finite, got {self.epochs_cap:g}")
+        self._check_glue()
+
+    def _check_glue(self) -> None:
+        parse_limits(self.glue_train_rows, "--glue-train-rows")
+        if self.glue is None and (self.glue_tasks or self.glue_train_rows):
+            raise ValueError("--glue-tasks and --glue-train-rows need --glue: a folder of labelled data, or hub")
+        if self.glue not in (None, "hub") and not Path(str(self.glue)).is_dir():
+            raise ValueError(f"--glue {self.glue} is not a folder: give the one that holds SST-2, MRPC, …, or hub")
+        choose_tasks(self.glue_tasks.split(",") if self.glue_tasks else (), ())
+
+
+def check(own: CompareConfig, shared: dict[str, Any]) -> None:
+    """Refuse what cannot be compared: options of the comparison, options that all rows share, and each row with these.
+
+    Raises:
+        ValueError: naming the option and the remedy.
+    """
+    own.check()
+    for name in FIXED:
+        if name in shared:
+            raise ValueError(f"--{name.replace('_', '-')} is no option of a comparison: leave it out")
+    if shared.get("init_from_teacher"):
+        raise ValueError("--init-from-teacher is a row's own: write METHOD+init-from-teacher in --methods")
+    budgets = [{"budget_gpu_hours": hours} for hours in own.budget_gpu_hours] or [{"budget_flops": own.budget_flops}]
+    for row in parse_rows(own.methods, own.as_released):
+        for budget in budgets:
+            row.resolved(shared, **budget)

@@ -77,6 +77,28 @@ class Row:
         return resolve(self.run_options(shared) | {"charge": "compute"} | more)
 
 
+def parse_rows(specs: str, as_released: bool) -> list[Row]:
+    """The rows that --methods names, separated by commas.
+
+    Args:
+        as_released: adds a row with the released objective for each plain row whose method has one.
+
+    Raises:
+        ValueError: no row, a row named twice, or one that `parse_row` refuses.
+    """
+    rows = [parse_row(spec) for spec in specs.split(",") if spec.strip()]
+    if as_released:
+        plain = [row for row in rows if not row.options]
+        rows += [dataclasses.replace(row, options=("as_released",)) for row in plain if has_released(row.method)]
+    if not rows:
+        raise ValueError("--methods names no row: give, for example, --methods mlm,minilmv2")
+    labels = [row.label for row in rows]
+    doubles = [label for label in labels if labels.count(label) > 1]
+    if doubles:
+        raise ValueError(f"--methods names {doubles[0]} twice: leave one out, and use --seeds for repeats")
+    return rows
+
+
 def parse_row(spec: str) -> Row:
     """A row from METHOD[+option…][@TEACHER].
 
@@ -95,6 +117,11 @@ def parse_row(spec: str) -> Row:
     if teacher and not module.METHOD.uses_teacher and not row.starts_from_teacher:
         raise ValueError(f"row {spec!r}: {method} trains without a teacher: leave @{teacher} out")
     return row
+
+
+def has_released(method: str) -> bool:
+    """Whether a method has an ``as_released`` variant."""
+    return "as_released" in {f.name for f in dataclasses.fields(methods.load(method).Config)}
 
 
 def base_row(rows: Sequence[Row]) -> Row:

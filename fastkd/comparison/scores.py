@@ -9,7 +9,7 @@ from typing import Any
 
 from fastkd.glue.evaluation import evaluate, require_extra
 from fastkd.glue.scores import AVERAGE
-from fastkd.glue.tasks import TASKS, choose_tasks, parse_limits
+from fastkd.glue.tasks import TASKS, parse_limits
 from fastkd.run_folder import read_run
 
 MLM_LOSS, MLM_ACCURACY = "held-out MLM loss", "held-out MLM accuracy"
@@ -19,22 +19,17 @@ class Scorer:
     """Scores models and finds what was scored before."""
 
     def __init__(self, data: str | None, tasks: str | None, train_rows: str | None, seeds: int) -> None:
-        """Options as ``CompareConfig`` describes them.
+        """Options as ``CompareConfig`` describes and checks them.
 
         Raises:
-            ValueError: a folder that is not there, or tasks without data.
+            ValueError: fine-tuning needs a package that is not installed.
         """
         self.data, self.seeds = data, seeds
         self._fine_tuned: dict[Path, dict[str, float]] = {}
         self.tasks = tasks.split(",") if tasks else None
         self.train_rows = parse_limits(train_rows, "--glue-train-rows")
-        if data is None and (tasks or train_rows):
-            raise ValueError("--glue-tasks and --glue-train-rows need --glue: a folder of labelled data, or hub")
         if data is not None:
             require_extra()
-            if data != "hub" and not Path(data).is_dir():
-                raise ValueError(f"--glue {data} is not a folder: give the one that holds SST-2, MRPC, …, or hub")
-            choose_tasks(self.tasks or (), ())
 
     def fine_tune(self, model: Path | str, output_dir: Path) -> None:
         """Fine-tune and score a model into ``output_dir/glue.json``; what is there already is not repeated."""

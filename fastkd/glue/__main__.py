@@ -5,21 +5,15 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, NoReturn, cast
+from typing import Literal, NoReturn
 
-from transformers import HfArgumentParser
-
-from fastkd.glue.tasks import parse_limits
-from fastkd.terminal import called, complain, say
-
-DONE, BAD_CONFIGURATION, INTERRUPTED = 0, 2, 75
-
-
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with its help text."""
-    return field(default=default, metadata={"help": help})
+from fastkd import cli
+from fastkd.glue.tasks import choose_tasks, parse_limits
+from fastkd.run_config import option
+from fastkd.terminal import called, say
 
 
 @dataclass(frozen=True)
@@ -34,7 +28,8 @@ class GlueOptions:
         None, "for scores and finished fine-tunings; default: the run folder, or runs/glue-…"
     )
     protocol: Literal["headline", "paper"] = option(
-        "headline", "headline: one configuration, 8 tasks, 5 seeds; paper: best of a grid of 8, 7 tasks"
+        "headline",
+        "headline: one configuration, 8 tasks, 5 seeds; paper: best of a grid of 8, 7 tasks; default: headline",
     )
     seeds: int | None = option(None, "number of seeds, from 0; default: 5 (headline), 1 (paper)")
     task_file: str | None = option(
@@ -46,54 +41,54 @@ class GlueOptions:
     predict_test: bool = option(False, "also predict the test sets, in the submission format")
     jobs: int | None = option(None, "fine-tunings side by side; default: one a GPU")
 
+    def check(self) -> None:
+        """Refuse values that are out of range, and tasks that nothing defines.
 
-class _Parser(HfArgumentParser):
-    """A user's mistake is one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+        Raises:
+            ValueError: naming the option.
+        """
+        for name, value in (("seeds", self.seeds), ("jobs", self.jobs)):
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, not {value}")
+        parse_limits(self.train_rows, "--train-rows")
+        choose_tasks(_listed(self.tasks), map(Path, _listed(self.task_file)))
 
 
 def parse(argv: Sequence[str]) -> tuple[str, GlueOptions]:
-    """MODEL and the options of a command line. Raises ValueError for a mistake in it."""
-    parser = _Parser(cast(Any, [GlueOptions]), prog=called("glue"), allow_abbrev=False, description=__doc__)
+    """MODEL and the options of a command line.
+
+    Raises:
+        ValueError: an unknown option, a value of the wrong kind, or no MODEL.
+    """
+    parser = cli.Parser([GlueOptions], called("glue"), description=__doc__)
     parser.add_argument("model", metavar="MODEL", help="run folder, Hugging Face folder, hub id, or 'quickstart'")
-    options, rest, unknown = parser.parse_args_into_dataclasses(
-        list(argv), return_remaining_strings=True, look_for_args_file=False
-    )
+    given, unknown = parser.given(argv)
     if unknown:
-        raise ValueError(f"no option {unknown[0]}: see --help")
-    return rest.model, options
+        raise cli.unknown_option(unknown[0])
+    return given.pop("model"), GlueOptions(**given)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0 done, 2 bad configuration, 75 interrupted and saved."""
+    """The command. Exit codes: 0 done, 1 a process of it died, 2 bad configuration, 75 interrupted and saved."""
     signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        model, options = parse(sys.argv[1:] if argv is None else argv)
-        return _run(model, options)
-    except (ValueError, ChildProcessError) as error:
-        complain(str(error))
-        return BAD_CONFIGURATION if isinstance(error, ValueError) else 1
-    except KeyboardInterrupt:
-        say("interrupted: what finished is saved, and the same command continues after it", sys.stderr)
-        return INTERRUPTED
+    return cli.answer(lambda: _run(*parse(sys.argv[1:] if argv is None else argv)))
 
 
 def _run(model: str, options: GlueOptions) -> int:
+    options.check()
     from huggingface_hub.utils import logging as hub_logging
 
-    from fastkd.glue.evaluation import evaluate  # after --help: this loads transformers' Trainer
+    from fastkd.glue.evaluation import evaluate  # only now: this loads transformers' Trainer, which takes seconds
 
     hub_logging.set_verbosity_error()  # its retries; what comes of them is said in one line
     result = evaluate(
         model,
-        [name.strip() for name in options.tasks.split(",")] if options.tasks else None,
+        _listed(options.tasks) or None,
         options.data,
         options.protocol,
         options.seeds,
         options.output_dir,
-        task_files=[path.strip() for path in options.task_file.split(",")] if options.task_file else (),
+        task_files=_listed(options.task_file),
         train_rows=parse_limits(options.train_rows, "--train-rows"),
         predict_test=options.predict_test,
         jobs=options.jobs,
@@ -102,7 +97,12 @@ def _run(model: str, options: GlueOptions) -> int:
     say(f"\n{result['markdown']}\nwritten to {result['output_dir']}/glue.json and glue.md")
     for path in result["submission"]:
         say(str(path))
-    return DONE
+    return cli.EXIT_OK
+
+
+def _listed(text: str | None) -> list[str]:
+    """The parts of a text between its commas."""
+    return [part.strip() for part in text.split(",")] if text else []
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
