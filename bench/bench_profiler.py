@@ -24,7 +24,9 @@ import torch
 from bench.results import RESULTS, device_folder
 from fastkd import files
 from fastkd.config import parse
-from fastkd.device import environment, profiler
+from fastkd.device import environment
+from fastkd.device.clock import PHASES, PhaseClock
+from fastkd.device.power import PowerMeter
 from fastkd.distributed import World
 from fastkd.setup import prepare
 from fastkd.train import Trainer
@@ -42,7 +44,7 @@ class NoClock:
 def timed_step(trainer: Trainer, number: int, clock: Any, settle: Callable[[], object]) -> float:
     """Wall-clock seconds of one step with this clock, and of what is done with its lap."""
     batches = trainer.parts.stream.step(number)
-    trainer.clock = cast(profiler.PhaseClock, clock)
+    trainer.clock = cast(PhaseClock, clock)
     start = time.perf_counter()
     clock.mark("data")
     loss, _, _ = trainer.step(batches, lr=trainer.parts.lr)
@@ -52,13 +54,13 @@ def timed_step(trainer: Trainer, number: int, clock: Any, settle: Callable[[], o
     return time.perf_counter() - start
 
 
-def calls_of_a_step(device: torch.device, power: profiler.PowerMeter) -> float:
+def calls_of_a_step(device: torch.device, power: PowerMeter) -> float:
     """Seconds of a step's profiler calls on their own, one micro-batch a step."""
-    clock = profiler.PhaseClock(device)
+    clock = PhaseClock(device)
     start = time.perf_counter()
     repeats = 1000
     for _ in range(repeats):
-        for phase in profiler.PHASES:
+        for phase in PHASES:
             clock.mark(phase)
         clock.lap().seconds()
         power.joules_since_last()
@@ -67,8 +69,8 @@ def calls_of_a_step(device: torch.device, power: profiler.PowerMeter) -> float:
 
 def measure(trainer: Trainer, steps: int) -> dict[str, Any]:
     """Seconds of ``steps`` steps of either kind."""
-    power = profiler.PowerMeter([trainer.device])
-    clock = profiler.PhaseClock(trainer.device)
+    power = PowerMeter([trainer.device])
+    clock = PhaseClock(trainer.device)
     kinds: dict[str, tuple[Any, Callable[[], object]]] = {
         "with": (clock, lambda: (clock.lap().seconds(), power.joules_since_last())),
         "without": (NoClock(), lambda: None),

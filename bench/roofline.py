@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from fastkd.device.peaks import PEAKS
 from fastkd.kernels import hidden_mse, linear_kd, packed, score_mse, tiling
 
 
@@ -34,14 +35,21 @@ class Device:
     exponentials: float
 
 
+def _device(name: str, cuda_name: str, single: float, exponentials: float) -> Device:
+    """A device whose bf16 peak and bandwidth are in the table of ``fastkd.device.peaks``."""
+    half, bandwidth = PEAKS[cuda_name]
+    assert bandwidth is not None
+    return Device(name, cuda_name, half, single, bandwidth, exponentials)
+
+
 # FLOPs and bandwidth: the datasheets of the SXM boards, "A100 80GB" (nvidia.com/en-us/data-center/a100), "H100 SXM"
 # (…/h100) and "H200 SXM" (…/h200), dense. Exponentials: 16 a clock and multiprocessor (CUDA C++ Programming Guide,
 # "Arithmetic Instructions", table of native throughput, capabilities 8.0 and 9.0), at the clock of the dense bf16
 # peak: 312e12 / (108 · 2048) = 1.41 GHz, 989.4e12 / (132 · 4096) = 1.83 GHz.
 DEVICES = (
-    Device("A100", "NVIDIA A100-SXM4-80GB", 312e12, 19.5e12, 2.039e12, 16 * 108 * 1.41e9),
-    Device("H100", "NVIDIA H100 80GB HBM3", 989.4e12, 66.9e12, 3.35e12, 16 * 132 * 1.83e9),
-    Device("H200", "NVIDIA H200", 989.4e12, 66.9e12, 4.8e12, 16 * 132 * 1.83e9),
+    _device("A100", "NVIDIA A100-SXM4-80GB", 19.5e12, 16 * 108 * 1.41e9),
+    _device("H100", "NVIDIA H100 80GB HBM3", 66.9e12, 16 * 132 * 1.83e9),
+    _device("H200", "NVIDIA H200", 66.9e12, 16 * 132 * 1.83e9),
 )
 
 

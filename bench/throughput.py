@@ -39,7 +39,8 @@ from transformers import AutoTokenizer, BertConfig
 from bench.results import RESULTS, device_folder, in_words, measured_on
 from bench.variants import Spec
 from fastkd import files, methods, quickstart
-from fastkd.device import environment, profiler
+from fastkd.device import environment
+from fastkd.device.peaks import peak_flops
 from fastkd.models import hf
 from fastkd.models.encoder import Encoder
 from fastkd.models.student import student_config
@@ -124,7 +125,7 @@ def compared(group: Mapping[str, Any], device: str) -> dict[str, Any]:
     out["speedup"] = {row: ours["tokens_per_s"] / values["tokens_per_s"] for row, values in peers.items()}
     out["memory"] = {row: ours["peak_memory_bytes"] / values["peak_memory_bytes"] for row, values in peers.items()}
     out["flop_per_s"] = ours["flops_a_token"] * ours["tokens_per_s"]
-    peak = profiler.peak_flops(torch.device(device))
+    peak = peak_flops(torch.device(device))
     if peak is not None:
         out["mfu"] = out["flop_per_s"] / peak
     if "scratch" in rows:

@@ -42,7 +42,7 @@ from fastkd.config import resolve
 from fastkd.data.assembly import SpecialIds
 from fastkd.data.sequences import Text, permutation
 from fastkd.data.shards import build_shards, cache
-from fastkd.device import profiler
+from fastkd.device.clock import PhaseClock
 from fastkd.distributed import World
 from fastkd.models import hf
 from fastkd.models import student as students
@@ -112,7 +112,7 @@ def fastkd(spec: Spec, clock: Clock) -> dict[str, Any]:
     trainer, tokens, cost = Trainer(parts), 0, 0
     with contextlib.closing(parts.stream.prefetch(0)) as stream:
         for number in range(clock.total):
-            trainer.clock = profiler.PhaseClock(trainer.device)
+            trainer.clock = PhaseClock(trainer.device)
             trainer.step(next(stream), LEARNING_RATE)
             step = parts.step_cost(number)
             tokens, cost = tokens + step.real, cost + sum(step.flops.values())

@@ -18,7 +18,9 @@ from fastkd import checkpoint, schedule
 from fastkd.budget import Ledger, Meter, StepCost, Totals, replayed_progress, surviving_steps
 from fastkd.data.batches import Batch
 from fastkd.data.shards import BuildingFailed
-from fastkd.device import profiler
+from fastkd.device.clock import Lap, PhaseClock
+from fastkd.device.memory import peak_memory_bytes
+from fastkd.device.power import PowerMeter
 from fastkd.distributed import Decision, agree, any_rank, barrier, node_devices
 from fastkd.files import Record, read_jsonl
 from fastkd.monitor import Monitor
@@ -46,7 +48,7 @@ class IssuedStep:
     progress: float
     lr: float
     epoch: float
-    lap: profiler.Lap
+    lap: Lap
     loss: Tensor  # on the host; valid once the lap has ended
     skipped: Tensor
 
@@ -65,7 +67,7 @@ class Loop:
         self.validation_s, self.validations, self._validated_at = 0.0, 0, 0
         self._account_for_the_past()
         self.meter = Meter(self.config.budget, self.totals, step_seconds * self.world.size)
-        self.power = profiler.PowerMeter(node_devices(self.world) if self.world.is_main else [])
+        self.power = PowerMeter(node_devices(self.world) if self.world.is_main else [])
         self.issued: deque[IssuedStep] = deque()
         self.replayed = None if self.config.replay is None else replayed_progress(Path(self.config.replay))
         self.saved_at = time.monotonic()
@@ -123,7 +125,7 @@ class Loop:
                 self._stop_reading()
 
     def _run(self, traced: Callable[[], None]) -> None:
-        self.trainer.clock = profiler.PhaseClock(self.trainer.device)
+        self.trainer.clock = PhaseClock(self.trainer.device)
         self._await_text()
         decision = Decision(0.0)
         while True:
@@ -289,7 +291,7 @@ class Loop:
             "loss": line["loss"], "parts": {name: float(value) for name, value in parts.items()}, "lr": line["lr"],
             "grad_norm": float(norm), "tokens_per_s": (t.tokens["real"] - tokens) / taken,
             "watts": None if t.joules is None else (t.joules - joules) / taken, **asdict(clocks),
-            "peak_memory_bytes": profiler.peak_memory_bytes(self.trainer.device),
+            "peak_memory_bytes": peak_memory_bytes(self.trainer.device),
         })  # fmt: skip
 
     # ---- between steps --------------------------------------------------------------------------------------
@@ -303,7 +305,7 @@ class Loop:
     def record_validation(self, progress: float, *, in_loop: bool) -> None:
         """Validate and write it down. Before the first and after the last step it costs the budget nothing."""
         if not in_loop:
-            self.trainer.clock = profiler.PhaseClock(self.trainer.device)
+            self.trainer.clock = PhaseClock(self.trainer.device)
         found = self.trainer.validate()
         self.validation_s = self.trainer.clock.event("validation")
         self.ledger.event("validation", self.validation_s, in_loop=in_loop, joules=self.power.joules_since_last())

@@ -17,7 +17,8 @@ from filelock import FileLock, Timeout
 from fastkd import files, monitor, planning
 from fastkd.config import Resolved
 from fastkd.data import hub
-from fastkd.device import environment, profiler
+from fastkd.device import environment
+from fastkd.device.clock import now, trace
 from fastkd.distributed import World, barrier, on_main
 from fastkd.loop import Loop
 from fastkd.models import hf
@@ -40,7 +41,7 @@ def run(resolved: Resolved, world: World, console: Console) -> Path:
         BudgetTooSmall: the budget does not pay for one step.
         Interrupted: stopped by a signal, saved.
     """
-    started = profiler.now()
+    started = now()
     folder = Path(resolved.run.output_dir or resolved.default_output_dir())
     monitor.check_loggers(tuple(resolved.run.log_to))
     began = check_folder(folder, resolved)
@@ -62,7 +63,7 @@ def run(resolved: Resolved, world: World, console: Console) -> Path:
         open_folder(folder, resolved, parts, the_plan)
     barrier(world)
     with contextlib.closing(parts.shards), alone_in(folder) if world.is_main else contextlib.nullcontext():
-        train(trainer, folder, measured, setup_seconds=profiler.now() - started)
+        train(trainer, folder, measured, setup_seconds=now() - started)
         if world.is_main:
             export(parts, folder)
             build_report(folder)
@@ -89,7 +90,7 @@ def train(trainer: Trainer, folder: Path, measured: planning.Measurement, setup_
                 loop.ledger.event("compile", measured.compile_seconds)
             if loop.totals.step == 0:
                 loop.record_validation(0.0, in_loop=False)
-            with profiler.trace(folder / "trace.json", config.trace) as traced:
+            with trace(folder / "trace.json", config.trace) as traced:
                 loop.run(traced)
             if loop.totals.step == 0:
                 raise planning.BudgetTooSmall(

@@ -20,7 +20,10 @@ from fastkd.budget import Budget, BudgetTooSmall, Meter, StepCost, Totals
 from fastkd.config import Resolved
 from fastkd.data.batches import Batch
 from fastkd.data.unknown import unknown_remark, unknown_share
-from fastkd.device import environment, profiler, waiting
+from fastkd.device import environment, waiting
+from fastkd.device.clock import PHASES, PhaseClock, now
+from fastkd.device.peaks import measured_matmul_flops, peak_flops
+from fastkd.device.power import PowerMeter
 from fastkd.distributed import mean, node_devices, on_main, smallest
 from fastkd.loop import VALIDATION_SHARE
 from fastkd.models.encoder import EncoderConfig
@@ -59,17 +62,17 @@ def measure(trainer: Trainer) -> Measurement:
     require_a_step(trainer.parts, trainer.parts.step_cost(0))
     log.info("timing steps, for some %.0f seconds", MEASURED_SECONDS)
     saved = {name: value.clone() for name, value in trainer.objective.state_dict().items()}
-    power = profiler.PowerMeter(node_devices(trainer.world) if trainer.world.is_main else [])
+    power = PowerMeter(node_devices(trainer.world) if trainer.world.is_main else [])
     with contextlib.closing(trainer.parts.stream.prefetch(0)) as stream:  # as a run reads them
         first, *_ = warm_up = [_timed_step(trainer, stream, step) for step in range(WARMUP_STEPS)]
         estimate = sum(warm_up[-1].values())
         fitting = int(mean(trainer.world, torch.tensor(MEASURED_SECONDS / estimate)).clamp(3, MEASURED_STEPS))
         count = _ready_steps(trainer, fitting)
         power.joules_since_last()
-        began, queued = profiler.now(), waiting.queued_seconds()
+        began, queued = now(), waiting.queued_seconds()
         laps = [_timed_step(trainer, stream, WARMUP_STEPS + step) for step in range(count)]
         joules = power.joules_since_last()
-        queued_share = (waiting.queued_seconds() - queued) / (profiler.now() - began)
+        queued_share = (waiting.queued_seconds() - queued) / (now() - began)
     step_seconds = sum(sum(lap.values()) for lap in laps) / count
     compile_seconds = trainer.rehearsal_seconds + sum(first.values()) - 2 * step_seconds
     trainer.validate()
@@ -81,11 +84,11 @@ def measure(trainer: Trainer) -> Measurement:
     trainer.optimizer = trainer.new_optimizer()
     mine = Measurement(
         step_seconds=step_seconds,
-        phase_s={phase: sum(lap[phase] for lap in laps) / count for phase in profiler.PHASES},
+        phase_s={phase: sum(lap[phase] for lap in laps) / count for phase in PHASES},
         joules=None if joules is None else joules / count,
         compile_seconds=max(0.0, compile_seconds) if trainer.parts.compile else 0.0,
         validation_seconds=validation_seconds,
-        matmul_flops=profiler.measured_matmul_flops(trainer.device, trainer.parts.dtype),
+        matmul_flops=measured_matmul_flops(trainer.device, trainer.parts.dtype),
         queued_share=queued_share,
     )
     return on_main(trainer.world, lambda: mine)
@@ -99,7 +102,7 @@ def _ready_steps(trainer: Trainer, most: int) -> int:
 
 def _timed_step(trainer: Trainer, stream: Iterator[list[Batch]], step: int) -> dict[str, float]:
     trainer.parts.stream.wait(step)  # for text that is being tokenised, which a run does not charge either
-    trainer.clock = profiler.PhaseClock(trainer.device)
+    trainer.clock = PhaseClock(trainer.device)
     batches = next(stream)
     trainer.clock.mark("data")
     loss, _, _ = trainer.step(batches, lr=trainer.parts.lr)
@@ -236,7 +239,7 @@ def _short_sequences(corpus: dict[str, Any]) -> str | None:
 
 
 def _mfu(parts: Parts, cost: StepCost, measured: Measurement) -> float | None:
-    peak = profiler.peak_flops(parts.world.device)
+    peak = peak_flops(parts.world.device)
     return None if peak is None else sum(cost.flops.values()) / measured.step_seconds / peak / parts.world.size
 
 

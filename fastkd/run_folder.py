@@ -9,7 +9,8 @@ from pathlib import Path
 
 from fastkd import quickstart
 from fastkd.budget import surviving_steps
-from fastkd.device.profiler import PHASES, THROTTLE_BITS
+from fastkd.device.clock import PHASES
+from fastkd.device.power import THROTTLE_BITS
 from fastkd.files import Record, read_jsonl
 
 

@@ -25,7 +25,8 @@ from fastkd.data.progress import Progress, Shown
 from fastkd.data.recipe import FIRST_TOKENS
 from fastkd.data.shards import Shards, build_shards, cache
 from fastkd.data.unknown import require_ordinary, unknown_remark, unknown_share
-from fastkd.device import memory, profiler
+from fastkd.device import memory
+from fastkd.device.peaks import fastest_dtype
 from fastkd.distributed import World, any_rank, barrier, on_main, smallest
 from fastkd.methods import Method
 from fastkd.models import float8, flops, hf
@@ -227,7 +228,7 @@ def compute_dtype(name: str, world: World) -> torch.dtype:
     """The dtype that was asked for; for ``auto`` bfloat16 where every rank's device is faster in it, else float32."""
     if name != "auto":
         return torch.bfloat16 if name == "bfloat16" else torch.float32
-    slow = any_rank(world, profiler.fastest_dtype(world.device) != torch.bfloat16)
+    slow = any_rank(world, fastest_dtype(world.device) != torch.bfloat16)
     return torch.float32 if slow else torch.bfloat16
 
 

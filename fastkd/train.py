@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastkd import optim
 from fastkd.data.batches import Batch
-from fastkd.device import memory, profiler, waiting
+from fastkd.device import memory, waiting
+from fastkd.device.clock import PhaseClock, now
 from fastkd.distributed import any_rank, average, mean
 from fastkd.methods import Method, MethodLoss
 from fastkd.models.encoder import Encoder, Outputs
@@ -35,7 +36,7 @@ class Objective(nn.Module):
         self.student, self.method = student, nn.ModuleDict(method.modules)  # the names in checkpoints
         self._method, self._teacher, self._dropout = method, teacher, dropout
 
-    def forward(self, batch: Batch, teacher: Outputs | None, clock: profiler.PhaseClock) -> MethodLoss:
+    def forward(self, batch: Batch, teacher: Outputs | None, clock: PhaseClock) -> MethodLoss:
         """A mean over the micro-batch; the student's forward and the loss are marked on ``clock``."""
         student = self.student(self._method.text(batch), batch, self._method.student_needs, dropout=self._dropout)
         clock.mark("student")
@@ -64,7 +65,7 @@ class Trainer:
             parts.student.compile_graphs(layerwise=parts.world.size > 1)  # ranks exchange gradients during a backward
         memory.keep_what_is_freed(self.device)
         self.waiting = waiting.of_this_process() if self.device.type == "cpu" else None
-        self.clock = profiler.PhaseClock(self.device)
+        self.clock = PhaseClock(self.device)
         self.model: nn.Module = self.objective
         self._rehearse()
         self.optimizer = self.new_optimizer()
@@ -141,7 +142,7 @@ class Trainer:
         Raises:
             ValueError: not even one pack fits.
         """
-        started = profiler.now()
+        started = now()
         log.info(
             "trying a micro-batch of %d tokens%s", self.parts.micro_tokens, ", compiling" if self.parts.compile else ""
         )
@@ -151,7 +152,7 @@ class Trainer:
         for parameter in self.objective.parameters():
             parameter.requires_grad_(parameter.grad is not None)
         self.objective.zero_grad(set_to_none=True)
-        self.rehearsal_seconds = profiler.now() - started
+        self.rehearsal_seconds = now() - started
         self.clock.lap()
 
     def _fits(self) -> bool:

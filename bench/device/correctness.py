@@ -30,7 +30,7 @@ from bench.device import part, train_step
 from bench.device.part import Context, Row, Rows
 from fastkd import methods
 from fastkd.data.batches import Batch
-from fastkd.device import profiler
+from fastkd.device.clock import PhaseClock
 from fastkd.models import hf
 from fastkd.models.teacher import Teacher
 from fastkd.reports import plots
@@ -47,7 +47,7 @@ FILES = {
     "score_mse": (("score_mse",), 1),
     "attention": (("attention", "packed_attention"), 2),
     "hidden_mse and packing": (("hidden_mse", "scaling", "packed", "tiling"), 1),
-    "profiler": (("profiler",), 1),
+    "clock, peaks and power": (("clock", "peaks", "power"), 1),
 }
 BENCHED = ("linear_kd", "relation_kl", "score_mse", "hidden_mse")
 WORKERS = 8
@@ -202,7 +202,7 @@ def _step(parts: Parts, model: hf.Loaded, batch: Batch, device: torch.device, dt
     objective, batch = Objective(student, method, teacher, 0.0).to(device, wide), batch.to(device)
     taught = None if teacher is None else teacher(method.text(batch), batch)
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        loss = objective(batch, taught, profiler.PhaseClock(device)).loss
+        loss = objective(batch, taught, PhaseClock(device)).loss
     loss.backward()
     found = [torch.zeros_like(p) if p.grad is None else p.grad for p in objective.parameters()]
     return loss.detach().double().cpu(), [gradient.double().cpu() for gradient in found]

@@ -19,7 +19,8 @@ import torch
 from bench.device import part, train_step
 from bench.device.part import Context, Row, Rows
 from fastkd import quantities
-from fastkd.device import profiler
+from fastkd.device.clock import PHASES, PhaseClock
+from fastkd.device.memory import peak_memory_bytes
 from fastkd.reports.tables import Cell, Table, numeric
 from fastkd.setup import Parts
 from fastkd.train import Trainer
@@ -74,7 +75,7 @@ def _steps(parts: Parts) -> Row:
     for number in range(1, WARM + 1):
         trainer.step(parts.stream.step(number), 1e-4)
     batches = [parts.stream.step(WARM + number) for number in range(1, TIMED + 1)]
-    trainer.clock = profiler.PhaseClock(device)
+    trainer.clock = PhaseClock(device)
     laps = []
     for batch in batches:
         loss, *_ = trainer.step(batch, 1e-4)
@@ -86,8 +87,8 @@ def _steps(parts: Parts) -> Row:
         "compile_s": max(0.0, first - 2 * step_s),
         "step_s": step_s,
         "tokens_per_s": text / step_s,
-        "phases": {name: statistics.median(phases[name] for phases in spent) for name in profiler.PHASES},
-        "peak_memory_bytes": profiler.peak_memory_bytes(device),
+        "phases": {name: statistics.median(phases[name] for phases in spent) for name in PHASES},
+        "peak_memory_bytes": peak_memory_bytes(device),
         "micro_tokens": parts.micro_tokens,
         "attention": parts.attention,
         "loss_first": first_loss,

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.device.part import Row
+from fastkd.device.peaks import PEAKS
 
 FLOPS_A_TOKEN = 283.5e6  # of a 6L-768H student with its last layer run whole, forward and backward
-PEAK = 989e12  # dense bf16 FLOP/s of an H100's data sheet
+PEAK = PEAKS["NVIDIA H100 80GB HBM3"].bf16_flops
 SCRATCH = 0.45 * PEAK / FLOPS_A_TOKEN  # tokens/s
 TAX = 1.15  # seconds of teaching over what its arithmetic asks for
 ROOFLINE = 0.70

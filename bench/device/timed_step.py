@@ -27,7 +27,9 @@ from bench.device import worker
 from bench.device.part import Row
 from bench.variants import LEARNING_RATE, Spec, fastkd_parts, memory_bytes
 from fastkd.data.batches import Batch
-from fastkd.device import profiler
+from fastkd.device.clock import PHASES, Lap, PhaseClock
+from fastkd.device.peaks import peak_flops
+from fastkd.device.power import PowerMeter
 from fastkd.loop import STEPS_AHEAD
 from fastkd.models import flops
 from fastkd.models.encoder import Needs
@@ -51,7 +53,7 @@ def measure(spec: Spec, profile_path: Path | None) -> Iterator[Row]:
     with contextlib.closing(trainer.parts.stream.prefetch(0)) as stream:
         first, *_ = _steps(trainer, stream, spec.warmup)[0]
         _start_counting_memory(trainer.device)
-        power = profiler.PowerMeter([trainer.device])
+        power = PowerMeter([trainer.device])
         laps, seconds = _steps(trainer, stream, spec.steps)
         joules, clocks = power.joules_since_last(), power.clocks()
         peak = _peak_memory(trainer.device)
@@ -67,7 +69,7 @@ def measure(spec: Spec, profile_path: Path | None) -> Iterator[Row]:
             "warmup": spec.warmup, "steps": spec.steps, "mean_length": _mean_length(trainer.parts, spec),
             "step_s": statistics.median(step_s), "step_iqr_s": _iqr(step_s), "steps_s": step_s,
             "tokens_per_s": text / seconds, "host_s": statistics.median(issue), "hosts_s": issue,
-            "phases": {name: statistics.median(lap[name] for lap in laps) for name in profiler.PHASES},
+            "phases": {name: statistics.median(lap[name] for lap in laps) for name in PHASES},
             "peak_memory_bytes": peak, "joules_a_token": None if joules is None else joules / text,
             "sm_clock_mhz": clocks.sm_clock_mhz, "throttle": clocks.throttle, "device": _device_name(trainer.device),
             **_arithmetic(trainer, spec, text, seconds),
@@ -79,8 +81,8 @@ def measure(spec: Spec, profile_path: Path | None) -> Iterator[Row]:
 def _steps(trainer: Trainer, stream: Stream, count: int) -> tuple[list[dict[str, float]], float]:
     """Each step's seconds by phase, and the wall clock's of all."""
     _wait(trainer.device)
-    trainer.clock = profiler.PhaseClock(trainer.device)
-    start, laps, issued = time.perf_counter(), list[dict[str, float]](), deque[profiler.Lap]()
+    trainer.clock = PhaseClock(trainer.device)
+    start, laps, issued = time.perf_counter(), list[dict[str, float]](), deque[Lap]()
     for _ in range(count):
         while len(issued) >= STEPS_AHEAD:
             laps.append(issued.popleft().seconds())
@@ -146,7 +148,7 @@ def _mean_length(parts: Parts, spec: Spec) -> float:
 
 def _arithmetic(trainer: Trainer, spec: Spec, text: int, seconds: float) -> Row:
     """FLOPs a token as run, and with layers that ran in part counted whole; MFU by either, of the datasheet's peak."""
-    parts, peak = trainer.parts, profiler.peak_flops(trainer.device)
+    parts, peak = trainer.parts, peak_flops(trainer.device)
     run = sum(sum(parts.step_cost(number).flops.values()) for number in _timed_steps(spec))
     whole = sum(whole_flops(parts, number) for number in _timed_steps(spec))
     return {

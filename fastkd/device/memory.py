@@ -90,6 +90,18 @@ def smaller_micro_batch(micro_tokens: int, pack_tokens: int) -> int | None:
     return None if divisor is None else micro_tokens // divisor
 
 
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The most memory the process had: of the device on CUDA, resident on a CPU; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def optimizer_room(trained: nn.Module, device: torch.device) -> Tensor:
     """Memory of the device as large as what a module's optimiser will hold: gradients and two moments, in float32."""
     count = sum(parameter.numel() for parameter in trained.parameters()) if device.type == "cuda" else 0

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from fastkd.device import profiler
+from fastkd.device import clock
 
 QUEUE = Path("/proc/thread-self/schedstat")  # nanoseconds that this thread ran, and that it stood in a core's queue
 LOOK_SECONDS = 0.5
@@ -36,12 +36,12 @@ class Waiting:
     """How this process's threads wait. Call `look` from the thread that trains, every micro-batch."""
 
     def __init__(self) -> None:
-        self._at, self._queued = profiler.now(), queued_seconds()
+        self._at, self._queued = clock.now(), queued_seconds()
         self._idle: list[_IdleTeam] = []
 
     def look(self) -> None:
         """Measure, at most every half second, whether others want the cores, and let threads wait accordingly."""
-        now = profiler.now()
+        now = clock.now()
         if now - self._at < LOOK_SECONDS:
             return
         queued = queued_seconds()

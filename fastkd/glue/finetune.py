@@ -27,7 +27,8 @@ from transformers import (
 from transformers import logging as hf_logging
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
-from fastkd.device import profiler, waiting
+from fastkd.device import waiting
+from fastkd.device.peaks import fastest_dtype
 from fastkd.glue.encoded import (
     EncodedTask,
     LengthGroupedBatches,
@@ -177,7 +178,7 @@ def _quiet() -> Iterator[None]:
 def fast_bf16() -> bool:
     """Whether bfloat16 is faster than float32 here."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return profiler.fastest_dtype(device) == torch.bfloat16
+    return fastest_dtype(device) == torch.bfloat16
 
 
 class _Trainer(Trainer):
