@@ -43,11 +43,11 @@ class NoClock:
 
 def timed_step(trainer: Trainer, number: int, clock: Any, settle: Callable[[], object]) -> float:
     """Wall-clock seconds of one step with this clock, and of what is done with its lap."""
-    batches = trainer.parts.stream.step(number)
+    batches = trainer.stream.step(number)
     trainer.clock = cast(PhaseClock, clock)
     start = time.perf_counter()
     clock.mark("data")
-    loss, _, _ = trainer.step(batches, lr=trainer.parts.lr)
+    loss, _, _ = trainer.step(batches, lr=trainer.setup.lr)
     float(loss)
     clock.mark("other")
     settle()

@@ -67,16 +67,15 @@ class Worker:
 
 def work(setting: str, options: Sequence[str]) -> None:
     """A worker: builds the trainer, then does as many steps as each line of its input says."""
-    parts = prepare(parse([*RUN, *options]), World())
-    trainer, done = Trainer(parts), 0
+    trainer, done = Trainer(prepare(parse([*RUN, *options]), World())), 0
     if setting != "own":
         trainer.waiting = None
     for line in sys.stdin:
         seconds = []
         for _ in range(int(line)):
-            batches = parts.stream.step(done)
+            batches = trainer.stream.step(done)
             start = time.perf_counter()
-            float(trainer.step(batches, lr=parts.lr)[0])
+            float(trainer.step(batches, lr=trainer.setup.lr)[0])
             seconds.append(time.perf_counter() - start)
             done += 1
         print(json.dumps(seconds), flush=True)

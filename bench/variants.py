@@ -46,7 +46,7 @@ from fastkd.device.clock import PhaseClock
 from fastkd.distributed import World
 from fastkd.models import hf
 from fastkd.models import student as students
-from fastkd.setup import Parts, prepare
+from fastkd.setup import Setup, prepare
 from fastkd.train import Trainer
 
 LEARNING_RATE = 5e-4
@@ -108,22 +108,22 @@ def memory_bytes() -> tuple[int, int]:
 
 def fastkd(spec: Spec, clock: Clock) -> dict[str, Any]:
     """fastkd's own step on its own stream, without a run's ledger and files. Also FLOPs a token."""
-    parts = fastkd_parts(spec)
-    trainer, tokens, cost = Trainer(parts), 0, 0
-    with contextlib.closing(parts.stream.prefetch(0)) as stream:
+    setup = fastkd_setup(spec)
+    trainer, tokens, cost = Trainer(setup), 0, 0
+    with contextlib.closing(trainer.stream.prefetch(0)) as stream:
         for number in range(clock.total):
             trainer.clock = PhaseClock(trainer.device)
             trainer.step(next(stream), LEARNING_RATE)
-            step = parts.step_cost(number)
+            step = trainer.step_cost(number)
             tokens, cost = tokens + step.real, cost + sum(step.flops.values())
             clock.step(step.real)
     return {
-        "flops_a_token": cost / tokens, "compile": parts.compile, "attention": parts.attention,
-        "micro_tokens": parts.micro_tokens,
+        "flops_a_token": cost / tokens, "compile": setup.compile, "attention": setup.attention,
+        "micro_tokens": trainer.micro_tokens,
     }  # fmt: skip
 
 
-def fastkd_parts(spec: Spec) -> Parts:
+def fastkd_setup(spec: Spec) -> Setup:
     """What a run with these options is made of."""
     teacher = "teacher" if methods.load(spec.method).METHOD.uses_teacher else "tokenizer"
     options = {

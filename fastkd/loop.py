@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastkd import checkpoint, schedule
-from fastkd.budget import Ledger, Meter, StepCost, Totals, replayed_progress, surviving_steps
+from fastkd.budget import VALIDATION_SHARE, Ledger, Meter, StepCost, Totals, replayed_progress, surviving_steps
 from fastkd.data.batches import Batch
 from fastkd.data.shards import BuildingFailed
 from fastkd.device.clock import Lap, PhaseClock
@@ -27,7 +27,6 @@ from fastkd.monitor import Monitor
 from fastkd.train import Trainer
 
 STEPS_AHEAD = 2  # of the device: so its clock is the one that counts, and no step waits for the host
-VALIDATION_SHARE = 0.02  # of what is charged: validations that would cost more are left out
 ENERGY_S = 1.0  # between readings of the energy while steps follow one another
 SKIPS_TOLERATED = 20  # steps in a row without a finite gradient
 
@@ -57,8 +56,8 @@ class Loop:
     """Steps until the budget is spent: decides, charges, validates, saves."""
 
     def __init__(self, trainer: Trainer, folder: Path, monitor: Monitor, step_seconds: float) -> None:
-        self.trainer, self.parts, self.world = trainer, trainer.parts, trainer.world
-        self.folder, self.monitor, self.config = folder, monitor, trainer.parts.config
+        self.trainer, self.setup, self.world = trainer, trainer.setup, trainer.world
+        self.folder, self.monitor, self.config = folder, monitor, trainer.setup.config
         self.totals, recent = self._restore()
         self.ledger = Ledger(
             folder / "ledger.jsonl", self.config.charge, self.totals, self.world.size, write=self.world.is_main
@@ -132,7 +131,7 @@ class Loop:
             while len(self.issued) >= STEPS_AHEAD or (self.issued and self.trainer.device.type == "cpu"):
                 self._settle()
             self.trainer.clock.mark("other")
-            if self.parts.stream.enters_part(self.totals.step + len(self.issued)):
+            if self.trainer.stream.enters_part(self.totals.step + len(self.issued)):
                 if any_rank(self.world, self.world.is_main and self._is_spent()):
                     break
                 self._await_text()
@@ -155,19 +154,19 @@ class Loop:
     def _await_text(self) -> None:
         """Have every rank wait for the text of the next step, and shuffle it, before any waits in a decision: for a large
         corpus it takes longer than peers wait for one that may be gone."""
-        number, stream = self.totals.step + len(self.issued), self.parts.stream
+        number, stream = self.totals.step + len(self.issued), self.trainer.stream
         if not stream.is_there(number):
             self.monitor.say("waiting for the next part of the corpus, which is being tokenised")
         with contextlib.suppress(InterruptedError):
             stream.wait(number, lambda: self._interrupted)
-            self.parts.step_cost(number)
+            self.trainer.step_cost(number)
         barrier(self.world)
         self.trainer.clock.mark("data")
 
     def _read(self) -> list[Batch]:
         """This rank's micro-batches of the next step; those of the steps after it are read meanwhile."""
         if self._ahead is None:
-            self._ahead = self.parts.stream.prefetch(self.totals.step + len(self.issued))
+            self._ahead = self.trainer.stream.prefetch(self.totals.step + len(self.issued))
         return next(self._ahead)
 
     def _stop_reading(self) -> None:
@@ -181,7 +180,7 @@ class Loop:
     def _decide(self) -> Decision:
         if not self.world.is_main:
             return Decision(0.0, interrupted=self._interrupted)
-        if self._interrupted and not self.parts.stream.is_there(self.totals.step + len(self.issued)):
+        if self._interrupted and not self.trainer.stream.is_there(self.totals.step + len(self.issued)):
             return Decision(0.0, interrupted=True)  # what the step costs is not known without its text
         progress = self._progress()
         if progress is None:
@@ -197,14 +196,14 @@ class Loop:
         number = self.totals.step + len(self.issued)
         if self.replayed is not None:
             return self.replayed[number] if number < len(self.replayed) else None
-        return self.meter.next_progress(self.parts.step_cost(number), in_flight=len(self.issued))
+        return self.meter.next_progress(self.trainer.step_cost(number), in_flight=len(self.issued))
 
     def _is_spent(self) -> bool:
         """Whether one more step like the last is beyond the budget: then no part of the corpus is built for it."""
         number = self.totals.step + len(self.issued)
         if self.replayed is not None:
             return number >= len(self.replayed)
-        return self.meter.next_progress(self.parts.step_cost(number - 1), in_flight=len(self.issued)) is None
+        return self.meter.next_progress(self.trainer.step_cost(number - 1), in_flight=len(self.issued)) is None
 
     def _validation_due(self, progress: float) -> bool:
         """Whether a multiple of 1/validations was passed, and validating keeps within its share of the cost."""
@@ -224,19 +223,19 @@ class Loop:
         """Give a step to the device; where memory runs out, halve the micro-batch and repeat it."""
         trainer, number = self.trainer, self.totals.step + len(self.issued)
         trainer.clock.mark("data")
-        lr = schedule.learning_rate(progress, self.parts.lr, self.config.warmup)
+        lr = schedule.learning_rate(progress, self.setup.lr, self.config.warmup)
         if self.config.dropout:
             torch.manual_seed(self.config.seed + number * self.world.size + self.world.rank)
-        loss, norm, parts = self._step_within_memory(batches, lr)
+        loss, norm, terms = self._step_within_memory(batches, lr)
         host = torch.empty(2, dtype=torch.float32, pin_memory=loss.is_cuda)
         host.copy_(torch.stack([loss, trainer.skipped]), non_blocking=True)
         trainer.clock.mark("other")
-        epoch = self.parts.stream.epoch_of(number + 1)
-        step = IssuedStep(self.parts.step_cost(number), progress, lr, epoch, trainer.clock.lap(), host[0], host[1])
+        epoch = self.trainer.stream.epoch_of(number + 1)
+        step = IssuedStep(self.trainer.step_cost(number), progress, lr, epoch, trainer.clock.lap(), host[0], host[1])
         self.issued.append(step)
         self._unsaved = True
         if self.monitor.due(number + 1):
-            self._log(norm, parts)
+            self._log(norm, terms)
 
     def _step_within_memory(self, batches: list[Batch], lr: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         while True:
@@ -256,7 +255,7 @@ class Loop:
         phase_s = step.lap.seconds()
         charged = self.ledger.step(
             step.cost, phase_s, progress=step.progress, epoch=step.epoch,
-            unique=self.parts.stream.unique_of(self.totals.step + 1), joules=self._joules(),
+            unique=self.trainer.stream.unique_of(self.totals.step + 1), joules=self._joules(),
             lr=step.lr, loss=float(step.loss),
         )  # fmt: skip
         self.meter.observe(charged)
@@ -276,7 +275,7 @@ class Loop:
             joules = self.totals.joules = None
         return joules
 
-    def _log(self, norm: Tensor, parts: dict[str, Tensor]) -> None:
+    def _log(self, norm: Tensor, terms: dict[str, Tensor]) -> None:
         """Write one line of metrics; the only place in the loop that waits for the device."""
         clocks = self.power.clocks()  # while the device still works on the step
         while self.issued:
@@ -288,7 +287,7 @@ class Loop:
         taken = self.seconds - seconds
         self.monitor.step({
             "step": t.step, "progress": line["progress"], "charged_s": t.charged_s, "tokens": t.tokens["real"],
-            "loss": line["loss"], "parts": {name: float(value) for name, value in parts.items()}, "lr": line["lr"],
+            "loss": line["loss"], "parts": {name: float(value) for name, value in terms.items()}, "lr": line["lr"],
             "grad_norm": float(norm), "tokens_per_s": (t.tokens["real"] - tokens) / taken,
             "watts": None if t.joules is None else (t.joules - joules) / taken, **asdict(clocks),
             "peak_memory_bytes": peak_memory_bytes(self.trainer.device),

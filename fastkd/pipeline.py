@@ -25,7 +25,7 @@ from fastkd.models import hf
 from fastkd.push import destination, push_folder
 from fastkd.reports.run_report import build_report, loss_warning, model_card
 from fastkd.run_folder import Run, read_run
-from fastkd.setup import Parts, prepare
+from fastkd.setup import Setup, prepare
 from fastkd.terminal import Console
 from fastkd.train import Trainer
 
@@ -52,20 +52,20 @@ def run(resolved: Resolved, world: World, console: Console) -> Path:
         return folder
     planning.announce(resolved, console)
     with hub.pinned(on_main(world, lambda: began.environment.get("corpus_sources", []) if began else [])):
-        parts = prepare(with_measured_dtype(resolved, began, world), world)
-    check_inputs(began, parts)
-    trainer = Trainer(parts)
+        setup = prepare(with_measured_dtype(resolved, began, world), world)
+    check_inputs(began, setup)
+    trainer = Trainer(setup)
     measured = planning.measure(trainer)
-    the_plan = planning.make(resolved, parts, measured)
-    parts.stream.want(round(READ_AHEAD * the_plan["steps"]))
+    the_plan = planning.make(resolved, trainer, measured)
+    trainer.stream.want(round(READ_AHEAD * the_plan["steps"]))
     if world.is_main:
         planning.render(the_plan, console)
-        open_folder(folder, resolved, parts, the_plan)
+        open_folder(folder, resolved, setup, the_plan)
     barrier(world)
-    with contextlib.closing(parts.shards), alone_in(folder) if world.is_main else contextlib.nullcontext():
+    with contextlib.closing(setup.shards), alone_in(folder) if world.is_main else contextlib.nullcontext():
         train(trainer, folder, measured, setup_seconds=now() - started)
         if world.is_main:
-            export(parts, folder)
+            export(setup, folder)
             build_report(folder)
             if warning := loss_warning(read_run(folder)):
                 console.print(f"warning: {warning}")
@@ -77,7 +77,7 @@ def run(resolved: Resolved, world: World, console: Console) -> Path:
 
 def train(trainer: Trainer, folder: Path, measured: planning.Measurement, setup_seconds: float) -> None:
     """From the checkpoint, if there is one, to the end of the budget."""
-    config, world = trainer.parts.config, trainer.world
+    config, world = trainer.setup.config, trainer.world
     budget = config.budget
     watch = monitor.Monitor if world.is_main else monitor.SilentMonitor
     log_to = tuple(config.log_to) if world.is_main else ()
@@ -115,11 +115,11 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
-def export(parts: Parts, folder: Path) -> None:
+def export(setup: Setup, folder: Path) -> None:
     """The student as a Hugging Face folder with its model card."""
-    card = model_card(folder, mlm_head=parts.method.trains_mlm_head)
-    head, longest = parts.method.trains_mlm_head, parts.config.seq_length
-    hf.export(parts.student, parts.tokenizer, folder / "final", card=card, mlm_head=head, max_length=longest)
+    card = model_card(folder, mlm_head=setup.method.trains_mlm_head)
+    head, longest = setup.method.trains_mlm_head, setup.config.seq_length
+    hf.export(setup.student, setup.tokenizer, folder / "final", card=card, mlm_head=head, max_length=longest)
 
 
 def pushed_to(resolved: Resolved, world: World) -> str | None:
@@ -167,7 +167,7 @@ def with_measured_dtype(resolved: Resolved, began: Run | None, world: World) -> 
     return replace(resolved, run=replace(resolved.run, dtype=dtype))
 
 
-def check_inputs(began: Run | None, parts: Parts) -> None:
+def check_inputs(began: Run | None, setup: Setup) -> None:
     """Refuse to go on with another corpus or teacher than a run began with.
 
     Raises:
@@ -175,7 +175,7 @@ def check_inputs(began: Run | None, parts: Parts) -> None:
     """
     if began is None:
         return
-    found = parts.inputs.items()
+    found = setup.inputs.items()
     changed = [name.partition("_")[0] for name, version in found if began.environment.get(name, version) != version]
     if changed:
         raise ValueError(
@@ -184,7 +184,7 @@ def check_inputs(began: Run | None, parts: Parts) -> None:
         )
 
 
-def open_folder(folder: Path, resolved: Resolved, parts: Parts, the_plan: dict[str, Any]) -> None:
+def open_folder(folder: Path, resolved: Resolved, setup: Setup, the_plan: dict[str, Any]) -> None:
     """Make the run folder and write what is known before the first step; config.toml last, for it marks a run.
 
     Raises:
@@ -196,8 +196,8 @@ def open_folder(folder: Path, resolved: Resolved, parts: Parts, the_plan: dict[s
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot make {folder} ({error.strerror}): give another --output-dir") from error
-    begun = {"command": resolved.command(), "corpus_sources": parts.shards.first.recipe["sources"]}
-    facts = environment.describe() | begun | parts.inputs
+    begun = {"command": resolved.command(), "corpus_sources": setup.shards.first.recipe["sources"]}
+    facts = environment.describe() | begun | setup.inputs
     files.write(folder / "environment.json", json.dumps(facts, indent=1) + "\n")
     files.write(folder / "plan.json", json.dumps(the_plan, indent=1) + "\n")
     files.write(folder / "config.toml", resolved.to_toml())

@@ -36,8 +36,8 @@ def _main(argv: Sequence[str]) -> int:
     with terminal.kept_for_answer(own.json) as out, joined() as world, terminal.stages(quiet=not world.is_main):
         console = Console(quiet=not world.is_main)
         planning.announce(resolved, console)
-        parts = prepare(resolved, world)
-        plan = planning.make(resolved, parts, planning.measure(Trainer(parts)))
+        trainer = Trainer(prepare(resolved, world))
+        plan = planning.make(resolved, trainer, planning.measure(trainer))
         if own.json and world.is_main:
             print(json.dumps(finite(plan), allow_nan=False), file=out, flush=True)
         else:

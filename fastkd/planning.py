@@ -11,26 +11,28 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastkd import quantities
-from fastkd.budget import Budget, BudgetTooSmall, Meter, StepCost, Totals
-from fastkd.config import Resolved
-from fastkd.data.batches import Batch
+from fastkd.budget import VALIDATION_SHARE, Budget, BudgetTooSmall, Meter, StepCost, Totals
 from fastkd.data.unknown import unknown_remark, unknown_share
 from fastkd.device import environment, waiting
 from fastkd.device.clock import PHASES, PhaseClock, now
 from fastkd.device.peaks import measured_matmul_flops, peak_flops
 from fastkd.device.power import PowerMeter
 from fastkd.distributed import mean, node_devices, on_main, smallest
-from fastkd.loop import VALIDATION_SHARE
-from fastkd.models.encoder import EncoderConfig
 from fastkd.run_folder import ancestors
-from fastkd.setup import Parts
-from fastkd.terminal import Console
-from fastkd.train import Trainer
+
+if TYPE_CHECKING:
+    from fastkd.config import Resolved
+    from fastkd.data.batches import Batch
+    from fastkd.models.encoder import EncoderConfig
+    from fastkd.run_config import RunConfig
+    from fastkd.setup import Setup
+    from fastkd.terminal import Console
+    from fastkd.train import Trainer
 
 log = logging.getLogger("fastkd.plan")
 
@@ -59,11 +61,11 @@ def measure(trainer: Trainer) -> Measurement:
     Raises:
         BudgetTooSmall: the budget does not pay for one step.
     """
-    require_a_step(trainer.parts, trainer.parts.step_cost(0))
+    require_a_step(trainer.setup.config.budget, trainer.step_cost(0))
     log.info("timing steps, for some %.0f seconds", MEASURED_SECONDS)
     saved = {name: value.clone() for name, value in trainer.objective.state_dict().items()}
     power = PowerMeter(node_devices(trainer.world) if trainer.world.is_main else [])
-    with contextlib.closing(trainer.parts.stream.prefetch(0)) as stream:  # as a run reads them
+    with contextlib.closing(trainer.stream.prefetch(0)) as stream:  # as a run reads them
         first, *_ = warm_up = [_timed_step(trainer, stream, step) for step in range(WARMUP_STEPS)]
         estimate = sum(warm_up[-1].values())
         fitting = int(mean(trainer.world, torch.tensor(MEASURED_SECONDS / estimate)).clamp(3, MEASURED_STEPS))
@@ -86,9 +88,9 @@ def measure(trainer: Trainer) -> Measurement:
         step_seconds=step_seconds,
         phase_s={phase: sum(lap[phase] for lap in laps) / count for phase in PHASES},
         joules=None if joules is None else joules / count,
-        compile_seconds=max(0.0, compile_seconds) if trainer.parts.compile else 0.0,
+        compile_seconds=max(0.0, compile_seconds) if trainer.setup.compile else 0.0,
         validation_seconds=validation_seconds,
-        matmul_flops=measured_matmul_flops(trainer.device, trainer.parts.dtype),
+        matmul_flops=measured_matmul_flops(trainer.device, trainer.setup.dtype),
         queued_share=queued_share,
     )
     return on_main(trainer.world, lambda: mine)
@@ -96,33 +98,32 @@ def measure(trainer: Trainer) -> Measurement:
 
 def _ready_steps(trainer: Trainer, most: int) -> int:
     """How many steps to time: those whose text is there, but at least three."""
-    missing = (step for step in range(3, most) if not trainer.parts.stream.is_there(WARMUP_STEPS + step))
+    missing = (step for step in range(3, most) if not trainer.stream.is_there(WARMUP_STEPS + step))
     return int(smallest(trainer.world, next(missing, most)))
 
 
 def _timed_step(trainer: Trainer, stream: Iterator[list[Batch]], step: int) -> dict[str, float]:
-    trainer.parts.stream.wait(step)  # for text that is being tokenised, which a run does not charge either
+    trainer.stream.wait(step)  # for text that is being tokenised, which a run does not charge either
     trainer.clock = PhaseClock(trainer.device)
     batches = next(stream)
     trainer.clock.mark("data")
-    loss, _, _ = trainer.step(batches, lr=trainer.parts.lr)
+    loss, _, _ = trainer.step(batches, lr=trainer.setup.lr)
     float(loss)
     trainer.clock.mark("other")
     return trainer.clock.lap().seconds()
 
 
-def predict(parts: Parts, measured: Measurement) -> dict[str, Any]:
-    """Steps, tokens, epochs and energy that the budget buys.
+def predict(config: RunConfig, trainer: Trainer, measured: Measurement) -> dict[str, Any]:
+    """Steps, tokens, epochs and energy that the budget of ``config`` buys.
 
     Raises:
         BudgetTooSmall: it does not pay for one step.
     """
-    budget, world = parts.config.budget, parts.world
-    cost = parts.step_cost(0)
-    amount = require_a_step(parts, cost, measured.step_seconds * world.size)
+    budget, devices, cost = config.budget, trainer.world.size, trainer.step_cost(0)
+    amount = require_a_step(budget, cost, measured.step_seconds * devices)
     usable = budget.amount
-    if budget.unit == "gpu-seconds" and parts.config.charge != "compute":
-        usable -= measured.compile_seconds * world.size + _validation_seconds(parts, measured, budget.amount)
+    if budget.unit == "gpu-seconds" and config.charge != "compute":
+        usable -= measured.compile_seconds * devices + _validation_seconds(config, measured, devices)
     steps = max(1, int(usable // amount))
     tokens = steps * cost.real
     return {
@@ -130,20 +131,19 @@ def predict(parts: Parts, measured: Measurement) -> dict[str, Any]:
         "tokens_per_s": cost.real / measured.step_seconds,
         "steps": steps,
         "tokens": tokens,
-        "epochs": parts.stream.epoch_of(steps),
+        "epochs": trainer.stream.epoch_of(steps),
         "seconds": steps * measured.step_seconds,
         "flops": {part: steps * value for part, value in cost.flops.items()},
         "joules": None if measured.joules is None else steps * measured.joules,
     }
 
 
-def require_a_step(parts: Parts, cost: StepCost, step_charged: float = 0.0) -> float:
-    """What one step takes of the budget (in GPU-seconds as measured, else exactly).
+def require_a_step(budget: Budget, cost: StepCost, step_charged: float = 0.0) -> float:
+    """What one step takes of the budget: GPU-seconds as measured (``step_charged``), FLOPs and tokens exactly.
 
     Raises:
         BudgetTooSmall: more than all of it.
     """
-    budget = parts.config.budget
     amount = Meter(budget, Totals(), step_charged).step_amount(cost)
     if amount > budget.amount:
         needed = Budget(budget.unit, amount)
@@ -151,33 +151,33 @@ def require_a_step(parts: Parts, cost: StepCost, step_charged: float = 0.0) -> f
     return amount
 
 
-def _validation_seconds(parts: Parts, measured: Measurement, budget_seconds: float) -> float:
-    """GPU-seconds of the validations within the loop: as many as were asked for, but 2% of the budget at most."""
-    each = measured.validation_seconds * parts.world.size
-    affordable = int(VALIDATION_SHARE * budget_seconds // each)
-    return min(parts.config.validations, affordable) * each
+def _validation_seconds(config: RunConfig, measured: Measurement, devices: int) -> float:
+    """GPU-seconds of the validations within the loop: as many as were asked for, but at most 2% of the budget."""
+    each = measured.validation_seconds * devices
+    affordable = int(VALIDATION_SHARE * config.budget.amount // each)
+    return min(config.validations, affordable) * each
 
 
-def make(resolved: Resolved, parts: Parts, measured: Measurement) -> dict[str, Any]:
-    """The plan as plan.json holds it."""
-    config, cost = resolved.run, parts.step_cost(0)
+def make(resolved: Resolved, trainer: Trainer, measured: Measurement) -> dict[str, Any]:
+    """The plan as plan.json holds it. One measurement serves any budget: what was asked for is read from ``resolved`` only."""
+    config, setup, cost = resolved.run, trainer.setup, trainer.step_cost(0)
     total = sum(cost.flops.values())
     per_token = {part: value / cost.real for part, value in cost.flops.items()}
     return {
         "device": environment.device_name(),
-        "devices": parts.world.size,
+        "devices": trainer.world.size,
         "preset": config.preset,
         "preset_reason": resolved.preset_reason,
         "method": config.method,
-        "student": _model(parts.student.config)
+        "student": _model(setup.student.config)
         | {
             "spec": config.student,
-            "parameters": sum(p.numel() for p in parts.student.parameters()),
+            "parameters": sum(p.numel() for p in setup.student.parameters()),
             "start": config.teacher if config.init_from_teacher else None,
         },
-        "teacher": _teacher(parts),
+        "teacher": _teacher(config, setup),
         "ancestors": ancestors(config.teacher),
-        "corpus": _corpus(parts),
+        "corpus": _corpus(config, trainer),
         "budget": asdict(config.budget),
         "charge": config.charge,
         "flops_per_token": per_token,
@@ -186,35 +186,35 @@ def make(resolved: Resolved, parts: Parts, measured: Measurement) -> dict[str, A
         "phase_s": measured.phase_s,
         "flops_per_s": total / measured.step_seconds,
         "matmul_flops_per_s": measured.matmul_flops,
-        "mfu": _mfu(parts, cost, measured),
-        "lr": parts.lr,
+        "mfu": _mfu(trainer, cost, measured),
+        "lr": setup.lr,
         "batch_tokens": config.batch_tokens,
-        "micro_batch": parts.micro_tokens,
-        "attention": parts.attention,
-        "attention_remark": parts.attention_remark,
-        "dtype": str(parts.dtype).removeprefix("torch."),
-        "compile": parts.compile,
+        "micro_batch": trainer.micro_tokens,
+        "attention": setup.attention,
+        "attention_remark": setup.attention_remark,
+        "dtype": str(setup.dtype).removeprefix("torch."),
+        "compile": setup.compile,
         "residual": config.residual,
-        "activation_bytes": parts.activation_bytes(parts.micro_tokens),
+        "activation_bytes": setup.activation_bytes(trainer.micro_tokens),
         "validation_seconds": measured.validation_seconds,
         "queued_share": measured.queued_share,
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-    } | predict(parts, measured)
+    } | predict(config, trainer, measured)
 
 
-def _corpus(parts: Parts) -> dict[str, Any]:
-    """Its sizes; estimates from what is tokenised, until all of it is."""
-    shards = parts.shards
-    tokens, there = shards.unique_tokens, shards.sizes
+def _corpus(config: RunConfig, trainer: Trainer) -> dict[str, Any]:
+    """Sizes of the corpus; estimates until all of it is tokenised."""
+    shards = trainer.setup.shards
+    tokens, sizes = shards.unique_tokens, shards.sizes
     return {
-        "sources": parts.config.corpus,
-        "documents": round(there["documents"]["train"] * tokens / there["tokens"]["train"]),
+        "sources": config.corpus,
+        "documents": round(sizes["documents"]["train"] * tokens / sizes["tokens"]["train"]),
         "unique_tokens": tokens,
         "is_complete": shards.is_complete,
         "held_out_tokens": shards.held_out_tokens,
-        "unknown_share": unknown_share(shards.first.documents()[0], parts.tokenizer.unk_token_id),
-        "mean_sequence": parts.stream.mean_sequence,
-        "seq_length": parts.config.seq_length,
+        "unknown_share": unknown_share(shards.first.documents()[0], trainer.setup.tokenizer.unk_token_id),
+        "mean_sequence": trainer.stream.mean_sequence,
+        "seq_length": config.seq_length,
     }
 
 
@@ -238,9 +238,9 @@ def _short_sequences(corpus: dict[str, Any]) -> str | None:
     )
 
 
-def _mfu(parts: Parts, cost: StepCost, measured: Measurement) -> float | None:
-    peak = peak_flops(parts.world.device)
-    return None if peak is None else sum(cost.flops.values()) / measured.step_seconds / peak / parts.world.size
+def _mfu(trainer: Trainer, cost: StepCost, measured: Measurement) -> float | None:
+    peak = peak_flops(trainer.device)
+    return None if peak is None else sum(cost.flops.values()) / measured.step_seconds / peak / trainer.world.size
 
 
 def _model(config: EncoderConfig) -> dict[str, Any]:
@@ -252,16 +252,16 @@ def _model(config: EncoderConfig) -> dict[str, Any]:
     }
 
 
-def _teacher(parts: Parts) -> dict[str, Any] | None:
-    if parts.teacher is None:
+def _teacher(config: RunConfig, setup: Setup) -> dict[str, Any] | None:
+    if setup.teacher is None:
         return None
-    config = parts.teacher.config
-    return _model(config) | {
-        "parameters": parts.teacher_parameters,
-        "source": parts.config.teacher,
-        "layers_run": parts.teacher.needs.depth(config.num_layers),
-        "attention": parts.teacher.attention,
-        "attention_remark": parts.teacher.attention_remark,
+    teacher = setup.teacher
+    return _model(teacher.config) | {
+        "parameters": setup.teacher_parameters,
+        "source": config.teacher,
+        "layers_run": teacher.needs.depth(teacher.config.num_layers),
+        "attention": teacher.attention,
+        "attention_remark": teacher.attention_remark,
     }
 
 

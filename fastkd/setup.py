@@ -1,6 +1,6 @@
-"""From a command line's meaning to checked, loaded parts. Everything that can be refused is refused here, unspent.
+"""From a command line's meaning to a checked, loaded `Setup`. All that can be refused is refused here, before anything is spent.
 
-The shards' cache is all that this writes, and only after models, method and corpus have been found to fit.
+Only the shards' cache is written, and only once models, method and corpus are known to fit.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from fastkd import methods, quickstart
 from fastkd.budget import StepCost
 from fastkd.config import Resolved
 from fastkd.data import corpus
-from fastkd.data.batches import Batch, BatchStream, SpecialIds, pack_size, validation_batches
+from fastkd.data.batches import Batch, BatchStream, SpecialIds, StepTokens, pack_size, validation_batches
 from fastkd.data.hub_requests import HubUnreachable
 from fastkd.data.progress import Progress, Shown
 from fastkd.data.recipe import FIRST_TOKENS
@@ -41,9 +41,9 @@ log = logging.getLogger(__name__)
 VALIDATION_STEPS = 8  # held-out text is read up to the tokens of this many steps
 
 
-@dataclass
-class Parts:
-    """All that a run is made of, on its device, before the first step."""
+@dataclass(frozen=True)
+class Setup:
+    """All that a run is made of, checked and on its device, before the first step."""
 
     config: RunConfig
     world: World
@@ -55,38 +55,26 @@ class Parts:
     student: Encoder
     method: Method
     teacher: Teacher | None
-    teacher_parameters: int  # of the whole checkpoint, of which only what is read is kept
+    teacher_parameters: int  # of the whole checkpoint: `teacher` keeps only what is read
     teacher_version: str | None  # sha256 of the teacher's files, or its commit on the hub
     shards: Shards
     lr: float
-    micro_tokens: int = 0
-    stream: BatchStream = field(init=False)
-    validation: list[Batch] = field(default_factory=list)
-    _counted: tuple[int, StepCost] | None = field(default=None, init=False)
+    micro_tokens: int  # of the first micro-batch; a `Trainer` that runs out of memory takes smaller ones
 
     @property
     def inputs(self) -> dict[str, str | None]:
-        """What was read from outside, by content: a run that is resumed must find the same."""
+        """Versions of what was read from outside, by content: a run that is resumed must find the same."""
         return {"corpus_version": self.shards.version, "teacher_version": self.teacher_version}
 
-    @property
-    def pack_tokens(self) -> int:
-        """What micro-batches are multiples of."""
-        return pack_size(self.config.seq_length)
-
-    def set_micro_batch(self, tokens: int) -> None:
-        """Cut the training batches into micro-batches of ``tokens``; what a step holds does not depend on it."""
+    def stream(self) -> BatchStream:
+        """The training batches of this rank. What a step holds does not depend on the size of its micro-batches."""
         config, world = self.config, self.world
-        before, self.micro_tokens = self.micro_tokens, tokens
-        if before:
-            self.stream = self.stream.recut(tokens)
-            return
-        self.stream = BatchStream(
+        return BatchStream(
             self.shards,
             SpecialIds.of(self.tokenizer),
             seq_length=config.seq_length,
             batch_tokens=config.batch_tokens,
-            micro_tokens=tokens,
+            micro_tokens=self.micro_tokens,
             mask_rate=config.mask_rate,
             packing=config.packing,
             max_unique_tokens=config.unique_tokens,
@@ -96,57 +84,49 @@ class Parts:
             device=world.device,
         )
 
-    def step_cost(self, step: int) -> StepCost:
+    def validation(self) -> list[Batch]:
+        """This rank's share of the held-out text."""
+        config, world = self.config, self.world
+        return validation_batches(
+            self.shards,
+            SpecialIds.of(self.tokenizer),
+            seq_length=config.seq_length,
+            micro_tokens=self.micro_tokens,
+            mask_rate=config.mask_rate,
+            max_tokens=VALIDATION_STEPS * config.batch_tokens,
+            rank=world.rank,
+            world=world.size,
+            device=world.device,
+            packing=config.packing,
+        )
+
+    def step_cost(self, count: StepTokens) -> StepCost:
         """FLOPs and tokens of a step over all ranks, from real lengths, known before it runs."""
-        if self._counted is not None and self._counted[0] == step:  # asked when a step is decided and when it is issued
-            return self._counted[1]
-        count = self.stream.tokens_of(step)
         shape = {"tokens": self.config.batch_tokens, "pairs": count.pairs, "predicted": count.predicted}
         student = flops.forward_flops(self.student.config, self.method.student_needs, **shape)
         teacher = 0
         if self.teacher is not None:
             teacher = flops.forward_flops(self.teacher.config, self.teacher.needs, **shape)
-        parts = {
+        by_model = {
             "student": student + flops.backward_flops(student),
             "teacher": teacher,
             "loss": self.method.loss_flops(**shape),
         }
-        self._counted = step, StepCost(parts, count.real, count.predicted)
-        return self._counted[1]
+        return StepCost(by_model, count.real, count.predicted)
 
     def activation_bytes(self, tokens: int) -> int:
         """What a forward of ``tokens`` keeps for its backward."""
-        return memory.activation_bytes(
-            self.student.config,
-            self.method.student_needs,
-            tokens=tokens,
-            predicted=round(self.config.mask_rate * tokens),
-            itemsize=self.dtype.itemsize,
-            residual_itemsize=getattr(torch, self.config.residual).itemsize,
-            weight_pairs=tokens * self.config.seq_length if self._keeps_attention_weights else 0,
-        )
-
-    @property
-    def _keeps_attention_weights(self) -> bool:
-        return self.world.device.type == "cpu" and (self.dtype == torch.bfloat16 or self.config.dropout > 0)
+        return _activation_bytes(self.config, self.student.config, self.method, self.dtype, self.world.device, tokens)
 
 
-def prepare(resolved: Resolved, world: World) -> Parts:
+def prepare(resolved: Resolved, world: World) -> Setup:
     """Load and check everything that a run needs.
 
     Raises:
         ValueError: in one line, what does not fit and what to do about it.
     """
     config = resolved.run
-    wanted = {"teacher": (config.teacher, config.tokenizer), "text": config.corpus}
-    quickstart.require(*(what for what, named in wanted.items() if quickstart.NAME in named))
-    dtype = compute_dtype(config.dtype, world)
-    if config.residual == "bfloat16" and dtype == torch.float32:
-        raise ValueError(BFLOAT16_STREAM)
-    with suppress(HubUnreachable):  # what was prepared of it may do; if not, the shards say so
-        corpus.check(config.corpus, text_field=config.text_field)
-    if config.teacher_dtype == "float8":
-        float8.require(world.device)
+    dtype = _check_options(config, world)
     if config.teacher:
         log.info("loading the teacher %s", config.teacher)
     loaded = load_model(config.teacher) if config.teacher else None
@@ -162,64 +142,114 @@ def prepare(resolved: Resolved, world: World) -> Parts:
     method = methods.load(config.method).METHOD(resolved.method, student_config, loaded.config if loaded else None)
     if loaded is not None:
         check_teacher(loaded, student_config, tokenizer, method.teacher_needs or Needs(), config.seq_length)
+    student = _student(config, student_config, method, attention, loaded, world.device)
+    use_compile = world.device.type == "cuda" if config.compile is None else config.compile
+    teacher = _teacher(config, method, loaded, world.device, dtype, use_compile)
+    shards = _shards(config, tokenizer, world)
+    setup = Setup(
+        config=config,
+        world=world,
+        dtype=dtype,
+        attention=attention,
+        attention_remark=setting.remark(attention),
+        compile=use_compile,
+        tokenizer=tokenizer,
+        student=student,
+        method=method,
+        teacher=teacher,
+        teacher_parameters=sum(p.numel() for p in loaded.encoder.parameters()) if loaded else 0,
+        teacher_version=(loaded.sha256 or loaded.revision) if loaded else None,
+        shards=shards,
+        lr=config.lr or method.default_lr,
+        micro_tokens=_micro_batch(config, student_config, method, dtype, world),
+    )
+    if loaded is not None and teacher is not None and config.teacher_dtype == "float8":
+        batch = setup.validation()[0]
+        float8.check(lambda name: _loss_of_teacher(setup, loaded, batch, name), world)
+    return setup
+
+
+def _check_options(config: RunConfig, world: World) -> torch.dtype:
+    """Refuse what the options, the packages and the device tell before a model is loaded; the compute dtype."""
+    wanted = {"teacher": (config.teacher, config.tokenizer), "text": config.corpus}
+    quickstart.require(*(what for what, named in wanted.items() if quickstart.NAME in named))
+    dtype = compute_dtype(config.dtype, world)
+    if config.residual == "bfloat16" and dtype == torch.float32:
+        raise ValueError(BFLOAT16_STREAM)
+    with suppress(HubUnreachable):  # what was prepared of it may do; if not, the shards say so
+        corpus.check(config.corpus, text_field=config.text_field)
+    if config.teacher_dtype == "float8":
+        float8.require(world.device)
+    return dtype
+
+
+def _student(
+    config: RunConfig,
+    shape: EncoderConfig,
+    method: Method,
+    attention: str,
+    loaded: hf.Loaded | None,
+    device: torch.device,
+) -> Encoder:
+    """The student as training starts: random, or from the teacher's layers; the method's own weights too."""
     student = Encoder(
-        student_config, mlm_head=method.trains_mlm_head, attention=attention, residual=getattr(torch, config.residual),
+        shape, mlm_head=method.trains_mlm_head, attention=attention, residual=getattr(torch, config.residual),
         seed=config.seed,
     )  # fmt: skip
-    method.initialise(torch.Generator().manual_seed(config.seed), world.device)
+    method.initialise(torch.Generator().manual_seed(config.seed), device)
     if config.init_from_teacher:
         if loaded is None:
             raise ValueError("--init-from-teacher needs a teacher: give --teacher")
         students.init_from_teacher(student, loaded.encoder)
-    use_compile = world.device.type == "cuda" if config.compile is None else config.compile
-    teacher = None
-    if loaded is not None and method.teacher_needs is not None:
-        teacher = Teacher(
-            loaded, method.teacher_needs, device=world.device, dtype=dtype, longest=config.seq_length,
-            attention=config.attention, compile=use_compile, float8=config.teacher_dtype == "float8",
-        )  # fmt: skip
-    shards = _shards(config, tokenizer, world)
-    student = student.to(world.device)
-    lr = config.lr or method.default_lr
-    teacher_parameters = sum(p.numel() for p in loaded.encoder.parameters()) if loaded else 0
-    teacher_version = (loaded.sha256 or loaded.revision) if loaded else None
-    parts = Parts(
-        config, world, dtype, attention, setting.remark(attention), use_compile, tokenizer, student, method, teacher,
-        teacher_parameters, teacher_version, shards, lr,
+    return student.to(device)
+
+
+def _teacher(
+    config: RunConfig, method: Method, loaded: hf.Loaded | None, device: torch.device, dtype: torch.dtype, compile: bool
+) -> Teacher | None:
+    """The teacher on the device, or None where the method reads none."""
+    if loaded is None or method.teacher_needs is None:
+        return None
+    return Teacher(
+        loaded, method.teacher_needs, device=device, dtype=dtype, longest=config.seq_length, attention=config.attention,
+        compile=compile, float8=config.teacher_dtype == "float8",
     )  # fmt: skip
-    parts.set_micro_batch(_micro_batch(parts))
-    parts.validation = _validation(parts)
-    if loaded is not None and teacher is not None and config.teacher_dtype == "float8":
-        float8.check(lambda name: _loss_of_teacher(parts, loaded, name), world)
-    return parts
 
 
-def _validation(parts: Parts) -> list[Batch]:
-    """This rank's share of the held-out text."""
-    config, world = parts.config, parts.world
-    return validation_batches(
-        parts.shards,
-        SpecialIds.of(parts.tokenizer),
-        seq_length=config.seq_length,
-        micro_tokens=parts.micro_tokens,
-        mask_rate=config.mask_rate,
-        max_tokens=VALIDATION_STEPS * config.batch_tokens,
-        rank=world.rank,
-        world=world.size,
-        device=world.device,
-        packing=config.packing,
+def _activation_bytes(
+    config: RunConfig, student: EncoderConfig, method: Method, dtype: torch.dtype, device: torch.device, tokens: int
+) -> int:
+    keeps_attention_weights = device.type == "cpu" and (dtype == torch.bfloat16 or config.dropout > 0)
+    return memory.activation_bytes(
+        student,
+        method.student_needs,
+        tokens=tokens,
+        predicted=round(config.mask_rate * tokens),
+        itemsize=dtype.itemsize,
+        residual_itemsize=getattr(torch, config.residual).itemsize,
+        weight_pairs=tokens * config.seq_length if keeps_attention_weights else 0,
     )
 
 
-def _loss_of_teacher(parts: Parts, loaded: hf.Loaded, name: str) -> float:
+def _micro_batch(config: RunConfig, student: EncoderConfig, method: Method, dtype: torch.dtype, world: World) -> int:
+    """Tokens of the micro-batch that was asked for, or of the largest that fits the device."""
+    if config.micro_batch != "auto":
+        return int(config.micro_batch)
+    pack_tokens = pack_size(config.seq_length)
+    a_token = _activation_bytes(config, student, method, dtype, world.device, pack_tokens) / pack_tokens
+    rank_tokens = config.batch_tokens // world.size
+    return int(smallest(world, memory.largest_micro_batch(a_token, rank_tokens, pack_tokens, world.device)))
+
+
+def _loss_of_teacher(setup: Setup, loaded: hf.Loaded, batch: Batch, name: str) -> float:
     """The loss of a held-out batch and the untrained student with the teacher in float32, bfloat16 or float8."""
-    device, batch, method, student = parts.world.device, parts.validation[0], parts.method, parts.student
+    device, method, student = setup.world.device, setup.method, setup.student
     dtype = torch.float32 if name == "float32" else torch.bfloat16
     assert method.teacher_needs is not None
-    longest, float8 = parts.config.seq_length, name == "float8"
+    longest, float8 = setup.config.seq_length, name == "float8"
     teacher = Teacher(loaded, method.teacher_needs, device=device, dtype=dtype, longest=longest, float8=float8)
     taught = teacher(method.text(batch), batch)
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=parts.dtype != torch.float32):
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=setup.dtype != torch.float32):
         out = student(method.text(batch), batch, method.student_needs)
         return float(method.compute(out, taught, batch, student, teacher).loss)
 
@@ -291,13 +321,3 @@ def _shards(config: RunConfig, tokenizer: PreTrainedTokenizerBase, world: World)
     if mine.version != version:
         raise ValueError(f"the corpus is another on this node (rank {world.rank}) than on rank 0's: copy it again")
     return mine
-
-
-def _micro_batch(parts: Parts) -> int:
-    """The micro-batch that was asked for, or the largest that fits the device."""
-    if parts.config.micro_batch != "auto":
-        return int(parts.config.micro_batch)
-    a_token = parts.activation_bytes(parts.pack_tokens) / parts.pack_tokens
-    rank_tokens = parts.config.batch_tokens // parts.world.size
-    fits = memory.largest_micro_batch(a_token, rank_tokens, parts.pack_tokens, parts.world.device)
-    return int(smallest(parts.world, fits))

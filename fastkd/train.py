@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +16,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastkd import optim
-from fastkd.data.batches import Batch
+from fastkd.data.sizes import pack_size
 from fastkd.device import memory, waiting
 from fastkd.device.clock import PhaseClock, now
 from fastkd.distributed import any_rank, average, mean
-from fastkd.methods import Method, MethodLoss
-from fastkd.models.encoder import Encoder, Outputs
-from fastkd.models.teacher import Teacher
-from fastkd.setup import Parts
+
+if TYPE_CHECKING:
+    from fastkd.budget import StepCost
+    from fastkd.data.batches import Batch
+    from fastkd.methods import Method, MethodLoss
+    from fastkd.models.encoder import Encoder, Outputs
+    from fastkd.models.teacher import Teacher
+    from fastkd.setup import Setup
 
 log = logging.getLogger(__name__)
 
@@ -55,14 +59,16 @@ class Validation:
 
 
 class Trainer:
-    """Student, method, teacher and optimiser, and the step that trains."""
+    """The step that trains, and all that changes while it does: micro-batches, batches, parameters and optimiser."""
 
-    def __init__(self, parts: Parts) -> None:
-        self.parts, self.world, config = parts, parts.world, parts.config
-        self.device = parts.world.device
-        self.objective = Objective(parts.student, parts.method, parts.teacher, config.dropout)
-        if parts.compile:
-            parts.student.compile_graphs(layerwise=parts.world.size > 1)  # ranks exchange gradients during a backward
+    def __init__(self, setup: Setup) -> None:
+        self.setup, self.world, self.device = setup, setup.world, setup.world.device
+        self.micro_tokens, self.stream = setup.micro_tokens, setup.stream()
+        self.validation = setup.validation()
+        self._last_cost: tuple[int, StepCost] | None = None
+        self.objective = Objective(setup.student, setup.method, setup.teacher, setup.config.dropout)
+        if setup.compile:
+            setup.student.compile_graphs(layerwise=setup.world.size > 1)  # ranks exchange gradients during a backward
         memory.keep_what_is_freed(self.device)
         self.waiting = waiting.of_this_process() if self.device.type == "cpu" else None
         self.clock = PhaseClock(self.device)
@@ -74,7 +80,7 @@ class Trainer:
 
     def new_optimizer(self) -> torch.optim.AdamW:
         """A fresh AdamW over what is trained."""
-        config = self.parts.config
+        config = self.setup.config
         return optim.adamw(
             self.objective.named_parameters(),
             betas=(0.9, config.adam_beta2),
@@ -82,22 +88,30 @@ class Trainer:
             weight_decay=config.weight_decay,
         )
 
+    def step_cost(self, number: int) -> StepCost:
+        """FLOPs and tokens of a step over all ranks, known before it runs."""
+        if (
+            self._last_cost is None or self._last_cost[0] != number
+        ):  # asked when a step is decided and when it is issued
+            self._last_cost = number, self.setup.step_cost(self.stream.tokens_of(number))
+        return self._last_cost[1]
+
     # ---- one step -------------------------------------------------------------------------------------------
 
     def step(self, batches: list[Batch], lr: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """One optimiser step over this rank's micro-batches. Returns the loss, the gradient's norm and the loss by part,
-        all on the device; losses are means over the step, all ranks included."""
+        """One optimiser step over this rank's micro-batches. Returns the loss, the gradient's norm and the loss by
+        term, all on the device; losses are means over the step, all ranks included."""
         losses = []
         for number, batch in enumerate(batches, start=1):
             with self._no_sync(number < len(batches)):
                 out = self.micro_step(batch, 1 / len(batches))
             losses.append(torch.stack([x.detach().float() for x in (out.loss, *out.parts.values())]))
-        loss, *parts = average(self.world, torch.stack(losses).mean(0))
-        norm = optim.clip(self.trained, self.parts.config.clip_norm)
+        loss, *terms = average(self.world, torch.stack(losses).mean(0))
+        norm = optim.clip(self.trained, self.setup.config.clip_norm)
         self.skipped = optim.step_if_finite(self.optimizer, norm, lr)
         self.optimizer.zero_grad(set_to_none=True)
         self.clock.mark("optimizer")
-        return loss, norm, dict(zip(out.parts, parts, strict=True))
+        return loss, norm, dict(zip(out.parts, terms, strict=True))
 
     def micro_step(self, batch: Batch, weight: float) -> MethodLoss:
         """Teacher forward, student forward, loss and backward of one micro-batch."""
@@ -112,15 +126,15 @@ class Trainer:
 
     def teach(self, batch: Batch) -> Outputs | None:
         """What the method reads of the teacher, or None for scratch training."""
-        if self.parts.teacher is None:
+        if self.setup.teacher is None:
             return None
-        out = self.parts.teacher(self.parts.method.text(batch), batch)
+        out = self.setup.teacher(self.setup.method.text(batch), batch)
         self.clock.mark("teacher")
         return out
 
     def autocast(self) -> torch.autocast:
         """The compute dtype for matrix products; parameters stay float32."""
-        enabled = self.parts.dtype != torch.float32
+        enabled = self.setup.dtype != torch.float32
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def _no_sync(self, active: bool) -> contextlib.AbstractContextManager[Any]:
@@ -143,9 +157,8 @@ class Trainer:
             ValueError: not even one pack fits.
         """
         started = now()
-        log.info(
-            "trying a micro-batch of %d tokens%s", self.parts.micro_tokens, ", compiling" if self.parts.compile else ""
-        )
+        compiling = ", compiling" if self.setup.compile else ""
+        log.info("trying a micro-batch of %d tokens%s", self.micro_tokens, compiling)
         while any_rank(self.world, not self._fits()):
             self.objective.zero_grad(set_to_none=True)
             self.halve_micro_batch()
@@ -158,7 +171,7 @@ class Trainer:
     def _fits(self) -> bool:
         try:
             room = memory.optimizer_room(self.objective, self.device)
-            self.micro_step(self.parts.stream.step(0)[0], 1.0)
+            self.micro_step(self.stream.step(0)[0], 1.0)
             del room
         except torch.OutOfMemoryError:
             return False
@@ -170,32 +183,36 @@ class Trainer:
         Raises:
             ValueError: it is one pack already.
         """
-        before = self.parts.micro_tokens
-        smaller = memory.smaller_micro_batch(before, self.parts.pack_tokens)
+        before = self.micro_tokens
+        smaller = memory.smaller_micro_batch(before, pack_size(self.setup.config.seq_length))
         if smaller is None:
             raise ValueError("out of memory with one pack a micro-batch: give a smaller --student or --seq-length")
         log.warning("out of memory: micro-batch %d → %d tokens", before, smaller)
-        self.parts.set_micro_batch(smaller)
-        if self.parts.teacher is not None:
-            self.parts.teacher.release()
-        if self.parts.compile:
+        self.set_micro_batch(smaller)
+        if self.setup.teacher is not None:
+            self.setup.teacher.release()
+        if self.setup.compile:
             torch.compiler.reset()  # graphs of the sizes that do not fit would count against the limit of recompilations
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def set_micro_batch(self, tokens: int) -> None:
+        """Cut the training batches into micro-batches of ``tokens``; what a step holds does not depend on it."""
+        self.micro_tokens, self.stream = tokens, self.stream.recut(tokens)
 
     # ---- validation -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def validate(self) -> Validation:
         """The method's loss on held-out text; where the MLM head is trained, also its cross-entropy and accuracy."""
-        method, model = self.parts.method, self.parts.student
+        method, model = self.setup.method, self.setup.student
         losses: list[float] = []
         mlm = torch.zeros(3, dtype=torch.float64)  # summed cross-entropy, right predictions, predictions
-        for batch in self.parts.validation:
+        for batch in self.validation:
             teacher = self.teach(batch)
             with self.autocast():
                 student = model(method.text(batch), batch, method.student_needs)
-                losses.append(float(method.compute(student, teacher, batch, model, self.parts.teacher).loss))
+                losses.append(float(method.compute(student, teacher, batch, model, self.setup.teacher).loss))
                 if method.trains_mlm_head:
                     assert student.head_rows is not None
                     mlm += self._score_head(student.head_rows, batch)
@@ -205,7 +222,7 @@ class Trainer:
         return Validation(loss, *((entropy / count, right / count) if count else (None, None)))
 
     def _score_head(self, rows_MD: Tensor, batch: Batch) -> Tensor:
-        student = self.parts.student
+        student = self.setup.student
         logits_MV = (rows_MD @ student.decoder_weight.T + student.decoder_bias).float()
         valid = batch.labels >= 0
         entropy = F.cross_entropy(logits_MV, batch.labels, ignore_index=-100, reduction="sum")

@@ -26,7 +26,7 @@ from bench.device import (
 )
 from bench.device.part import Context, Row, Rows
 from bench.device.timer import Timer
-from bench.variants import Spec, fastkd_parts
+from bench.variants import Spec, fastkd_setup
 from fastkd import methods
 from fastkd.kernels import tiling
 from fastkd.models import hf
@@ -199,12 +199,12 @@ def test_rows_come_in_the_order_of_their_worth_and_one_that_fails_costs_no_other
 def test_whole_flops_run_the_last_layer_at_every_row(scratch: Path, tmp_path: Path) -> None:
     teacher, corpus = train_step.files(context("training", tmp_path, scratch), "2L-48H-4A")
     spec = Spec("fastkd", "mlm", "1L-48H-4A", teacher, corpus, "cpu", "float32", 16, 16, warmup=1, steps=1)
-    parts = fastkd_parts(spec)
-    count, tokens, width, inner = parts.stream.tokens_of(0), 256, 48, 192
+    setup = fastkd_setup(spec)
+    count, tokens, width, inner = setup.stream().tokens_of(0), 256, 48, 192
     rest = (tokens - count.predicted) * 4 * (width**2 + width * inner)
     attention = 4 * width * count.pairs - 4 * width * count.pairs * count.predicted // tokens
-    run = sum(parts.step_cost(0).flops.values())
-    assert timed_step.whole_flops(parts, 0) - run == 3 * (rest + attention)
+    run = sum(setup.step_cost(count).flops.values())
+    assert timed_step.whole_flops(setup, count) - run == 3 * (rest + attention)
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ PACK = 16 * 32  # tokens of a pack of the small run
 
 def saved_bytes(options: dict) -> tuple[int, int]:
     """(what a student's forward keeps for its backward, what the closed form says), parameters left out."""
-    parts = prepare(resolve(options), World())
-    parameters = {p.untyped_storage().data_ptr() for p in parts.student.parameters()}
+    setup = prepare(resolve(options), World())
+    parameters = {p.untyped_storage().data_ptr() for p in setup.student.parameters()}
     kept: dict[int, int] = {}
 
     def keep(x: torch.Tensor) -> torch.Tensor:
@@ -37,13 +37,13 @@ def saved_bytes(options: dict) -> tuple[int, int]:
         return x
 
     held: list[torch.Tensor] = []
-    batch = parts.stream.step(0)[0]
+    batch = setup.stream().step(0)[0]
     with (
         torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
-        torch.autocast("cpu", torch.bfloat16, enabled=parts.dtype == torch.bfloat16),
+        torch.autocast("cpu", torch.bfloat16, enabled=setup.dtype == torch.bfloat16),
     ):
-        parts.student(parts.method.text(batch), batch, parts.method.student_needs)
-    return sum(kept.values()), parts.activation_bytes(parts.micro_tokens)
+        setup.student(setup.method.text(batch), batch, setup.method.student_needs)
+    return sum(kept.values()), setup.activation_bytes(setup.micro_tokens)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from transformers import BertForMaskedLM
 
 from bench import throughput
 from bench.eager_methods import EagerStep
-from bench.variants import VARIANTS, Clock, Spec, fastkd_parts
+from bench.variants import VARIANTS, Clock, Spec, fastkd_setup
 from fastkd import methods
 from fastkd.data.shards import build_shards
 from fastkd.models import hf
@@ -41,21 +41,21 @@ def spec(teacher: Path, made_corpus: Path) -> Spec:
 @pytest.mark.parametrize("method", methods.available())
 def test_the_eager_way_has_fastkd_s_loss_and_gradients(method: str, spec: Spec) -> None:
     """All that fastkd leaves out changes nothing: the plain computation gives the same, to 1e-5 in float32."""
-    parts = fastkd_parts(Spec(**vars(spec) | {"method": method}))
+    setup = fastkd_setup(Spec(**vars(spec) | {"method": method}))
     torch.manual_seed(0)
     with torch.no_grad():  # away from the initialisation, where much is nearly zero
-        for parameter in parts.student.parameters():
+        for parameter in setup.student.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    batch = parts.stream.step(0)[0]
-    trainer = Trainer(parts)
+    trainer = Trainer(setup)
+    batch = trainer.stream.step(0)[0]
     expected = trainer.objective(batch, trainer.teach(batch), trainer.clock).loss
     expected.backward()
 
-    student = hf.to_hf_model(parts.student, mlm_head=True) if parts.student.head else None
+    student = hf.to_hf_model(setup.student, mlm_head=True) if setup.student.head else None
     if student is None:
-        student = BertForMaskedLM(hf.to_hf(parts.student.config))
-        student.bert.load_state_dict(hf.to_hf_model(parts.student, mlm_head=False).state_dict())
-    models = [student, BertForMaskedLM.from_pretrained(spec.teacher) if parts.teacher else None]
+        student = BertForMaskedLM(hf.to_hf(setup.student.config))
+        student.bert.load_state_dict(hf.to_hf_model(setup.student, mlm_head=False).state_dict())
+    models = [student, BertForMaskedLM.from_pretrained(spec.teacher) if setup.teacher else None]
     for model in filter(None, models):
         model.eval().set_attn_implementation("eager")
     rows = (batch.input_ids, batch.masked_ids, _labels(batch), torch.ones_like(batch.input_ids))
@@ -64,12 +64,12 @@ def test_the_eager_way_has_fastkd_s_loss_and_gradients(method: str, spec: Spec) 
         pad_sequence(row.split(batch.lengths), batch_first=True, padding_value=value)
         for row, value in zip(rows, padding, strict=True)
     )
-    found = EagerStep(parts.method, *models)(ids, masked, labels, mask.bool())
+    found = EagerStep(setup.method, *models)(ids, masked, labels, mask.bool())
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     found.backward()
-    theirs = hf.from_hf_model(student, mlm_head=parts.student.head is not None)
+    theirs = hf.from_hf_model(student, mlm_head=setup.student.head is not None)
     reached = 0
-    for (name, mine), plain in zip(parts.student.named_parameters(), gradients(student, theirs), strict=True):
+    for (name, mine), plain in zip(setup.student.named_parameters(), gradients(student, theirs), strict=True):
         if mine.grad is not None:
             assert (mine.grad - plain).norm() <= 1e-5 * plain.norm(), name
             reached += 1

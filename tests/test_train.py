@@ -18,17 +18,17 @@ from fastkd.loop import Loop
 from fastkd.models import encoder
 from fastkd.models.teacher import Teacher
 from fastkd.monitor import SilentMonitor
-from fastkd.setup import Parts, load_model, prepare
+from fastkd.setup import Setup, load_model, prepare
 from fastkd.train import Trainer
 
 GPU = World(device=torch.device("cuda", 0))
 
 
 @pytest.fixture
-def parts_of(made_corpus: Path, made_teacher: Path) -> Callable[..., Parts]:
-    """A run's parts on text and with a teacher that no package carries."""
+def setup_of(made_corpus: Path, made_teacher: Path) -> Callable[..., Setup]:
+    """A run's setup, on text and with a teacher that no package carries."""
 
-    def make(method: str, world: World = GPU, **options: object) -> Parts:
+    def make(method: str, world: World = GPU, **options: object) -> Setup:
         uses_teacher = methods.load(method).METHOD.uses_teacher
         values = {
             "preset": "quickstart", "method": method, "corpus": [str(made_corpus)], "student": "2L-96H-12A",
@@ -42,36 +42,36 @@ def parts_of(made_corpus: Path, made_teacher: Path) -> Callable[..., Parts]:
 
 @pytest.mark.parametrize("method", methods.available())
 def test_a_step_is_the_same_in_micro_batches_of_any_size(
-    method: str, parts_of: Callable[..., Parts], tmp_path: Path
+    method: str, setup_of: Callable[..., Setup], tmp_path: Path
 ) -> None:
     """Loss and gradient are means over the step, though some micro-batches have more to predict than others."""
     (tmp_path / "scarce.txt").write_text(made_model.scarce(made_model.texts(100)))
     own = {"student": "2L-192H-12A", "cosine_weight": 1.0} if method == "logit_kd" else {}
     sizes = {"seq_length": 32, "batch_tokens": 2048, "micro_batch": "2048", "mask_rate": 0.6}
-    parts = parts_of(method, World(), corpus=[str(tmp_path / "scarce.txt")], dtype="float32", **sizes, **own)
-    trainer = Trainer(parts)
+    setup = setup_of(method, World(), corpus=[str(tmp_path / "scarce.txt")], dtype="float32", **sizes, **own)
+    trainer = Trainer(setup)
 
     def measured() -> tuple[float, torch.Tensor]:
-        batches = parts.stream.step(0)
+        batches = trainer.stream.step(0)
         losses = [trainer.micro_step(batch, 1 / len(batches)).loss.item() for batch in batches]
         gradient = torch.cat([p.grad.flatten() for p in trainer.trained])
         trainer.objective.zero_grad()
         return sum(losses) / len(losses), gradient
 
     loss, gradient = measured()
-    parts.set_micro_batch(512)
-    assert len({int((batch.labels >= 0).sum()) for batch in parts.stream.step(0)}) > 1
+    trainer.set_micro_batch(512)
+    assert len({int((batch.labels >= 0).sum()) for batch in trainer.stream.step(0)}) > 1
     cut_loss, cut_gradient = measured()
     assert cut_loss == pytest.approx(loss, rel=1e-6)
     assert float((cut_gradient - gradient).norm()) <= 1e-5 * float(gradient.norm())
 
 
 def test_running_out_of_memory_in_the_loop_halves_once(
-    parts_of: Callable[..., Parts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    setup_of: Callable[..., Setup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The steps after it, which were read ahead in the old size, take the new one too."""
-    parts = parts_of("mlm", World(), dtype="float32", micro_batch="4096")
-    trainer, plain, taken = Trainer(parts), Trainer.step, []
+    setup = setup_of("mlm", World(), dtype="float32", micro_batch="4096")
+    trainer, plain, taken = Trainer(setup), Trainer.step, []
 
     def limited(self: Trainer, batches: list[Batch], lr: float) -> object:
         if len(taken) >= 2 and len(batches[0].input_ids) > 2048:
@@ -80,39 +80,40 @@ def test_running_out_of_memory_in_the_loop_halves_once(
         return plain(self, batches, lr)
 
     monkeypatch.setattr(Trainer, "step", limited)
-    budget = parts.config.budget
+    budget = setup.config.budget
     loop = Loop(trainer, tmp_path, SilentMonitor(tmp_path, budget.amount, budget.unit, log_every=1000), 0.01)
     with contextlib.closing(loop.ledger):
         loop.run()
-    assert taken[:2] == [4096, 4096] and set(taken[2:]) == {2048} and parts.micro_tokens == 2048
+    assert taken[:2] == [4096, 4096] and set(taken[2:]) == {2048} and trainer.micro_tokens == 2048
     steps = surviving_steps(tmp_path / "ledger.jsonl")
     assert [line["step"] for line in steps] == list(range(1, len(taken) + 1))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_inductors_step_is_the_plain_one(parts_of: Callable[..., Parts]) -> None:
+def test_inductors_step_is_the_plain_one(setup_of: Callable[..., Setup]) -> None:
     students = []
     for compiled in (False, True):
         torch.compiler.reset()
-        parts = parts_of("mlm", World(), dtype="float32", compile=compiled, micro_batch="4096", student="1L-96H-12A")
-        Trainer(parts).micro_step(parts.stream.step(0)[0], 1.0)
-        students.append(list(parts.student.parameters()))
+        setup = setup_of("mlm", World(), dtype="float32", compile=compiled, micro_batch="4096", student="1L-96H-12A")
+        trainer = Trainer(setup)
+        trainer.micro_step(trainer.stream.step(0)[0], 1.0)
+        students.append(list(setup.student.parameters()))
     for ours, plain in zip(*students, strict=True):
         assert (ours.grad - plain.grad).norm() <= 1e-5 * plain.grad.norm()
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_compiled_layers_survive_a_halving(parts_of: Callable[..., Parts], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_layers_survive_a_halving(setup_of: Callable[..., Setup], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each size is compiled for training, for validation and for the teacher; smaller ones start with a clean slate."""
     monkeypatch.setitem(encoder.GRAPH, "backend", "aot_eager")  # the limit is Dynamo's
     monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 8)
-    parts = parts_of("logit_kd", World(), dtype="float32", compile=True, micro_batch="4096", budget_tokens=1e6)
-    trainer = Trainer(parts)
+    setup = setup_of("logit_kd", World(), dtype="float32", compile=True, micro_batch="4096", budget_tokens=1e6)
+    trainer = Trainer(setup)
     trainer.validate()
     for _ in range(2):
         trainer.halve_micro_batch()
-        trainer.step(parts.stream.step(0), 1e-3)
+        trainer.step(trainer.stream.step(0), 1e-3)
         trainer.validate()
 
 
@@ -120,11 +121,11 @@ def test_compiled_layers_survive_a_halving(parts_of: Callable[..., Parts], monke
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("method", methods.available())
 def test_no_step_waits_for_the_device(
-    method: str, compile: bool, parts_of: Callable[..., Parts], tmp_path: Path
+    method: str, compile: bool, setup_of: Callable[..., Setup], tmp_path: Path
 ) -> None:
     """From the fifth step on, whatever makes the host wait between two lines of the log raises."""
-    trainer = Trainer(parts_of(method, compile=compile))
-    budget = trainer.parts.config.budget
+    trainer = Trainer(setup_of(method, compile=compile))
+    budget = trainer.setup.config.budget
     loop = Loop(trainer, tmp_path, SilentMonitor(tmp_path, budget.amount, budget.unit, log_every=1000), 0.01)
     steps = 0
 
@@ -141,16 +142,17 @@ def test_no_step_waits_for_the_device(
 
 
 @pytest.mark.gpu
-def test_a_compiled_teacher_teaches_the_same(parts_of: Callable[..., Parts], made_teacher: Path) -> None:
-    parts = parts_of("tinybert")
-    assert parts.teacher is not None
+def test_a_compiled_teacher_teaches_the_same(setup_of: Callable[..., Setup], made_teacher: Path) -> None:
+    setup = setup_of("tinybert")
+    assert setup.teacher is not None
     compiled = Teacher(
-        load_model(str(made_teacher)), parts.teacher.needs, device=GPU.device, dtype=torch.bfloat16,
-        longest=parts.config.seq_length, attention=parts.attention, compile=True,
+        load_model(str(made_teacher)), setup.teacher.needs, device=GPU.device, dtype=torch.bfloat16,
+        longest=setup.config.seq_length, attention=setup.attention, compile=True,
     )  # fmt: skip
+    stream = setup.stream()
     for step in range(3):
-        batch = parts.stream.step(step)[0]
-        plain, fast = parts.teacher(batch.input_ids, batch), compiled(batch.input_ids, batch)
+        batch = stream.step(step)[0]
+        plain, fast = setup.teacher(batch.input_ids, batch), compiled(batch.input_ids, batch)
         for layer, hidden in plain.hidden.items():
             error = (fast.hidden[layer] - hidden).norm() / hidden.norm()
             assert error < 1e-2
@@ -158,10 +160,10 @@ def test_a_compiled_teacher_teaches_the_same(parts_of: Callable[..., Parts], mad
 
 
 @pytest.mark.gpu
-def test_a_float8_teacher_teaches_nearly_the_same(parts_of: Callable[..., Parts]) -> None:
+def test_a_float8_teacher_teaches_nearly_the_same(setup_of: Callable[..., Setup]) -> None:
     pytest.importorskip("torchao")
-    parts = parts_of("tinybert", teacher_dtype="float8")  # refused where the loss moves
-    batch = parts.stream.step(0)[0]
-    assert parts.teacher is not None
-    out = parts.teacher(batch.input_ids, batch)
+    setup = setup_of("tinybert", teacher_dtype="float8")  # refused where the loss moves
+    batch = setup.stream().step(0)[0]
+    assert setup.teacher is not None
+    out = setup.teacher(batch.input_ids, batch)
     assert all(hidden.isfinite().all() for hidden in out.hidden.values())

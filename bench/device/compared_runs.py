@@ -60,8 +60,9 @@ def timed(tiny: bool) -> list[Entry]:
 def flops_of(options: dict[str, Any], tokens: float) -> float:
     """What training from scratch on so many tokens takes, by the lengths of its first steps."""
     shared = options | {"dtype": "float32", "compile": False}
-    parts = prepare(parse_row("mlm").resolved(shared, budget_tokens=1e15), World(device=torch.device("cpu")))
-    costs = [parts.step_cost(number) for number in range(8)]
+    setup = prepare(parse_row("mlm").resolved(shared, budget_tokens=1e15), World(device=torch.device("cpu")))
+    stream = setup.stream()
+    costs = [setup.step_cost(stream.tokens_of(number)) for number in range(8)]
     return tokens * sum(sum(cost.flops.values()) for cost in costs) / sum(cost.real for cost in costs)
 
 

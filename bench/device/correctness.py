@@ -35,7 +35,7 @@ from fastkd.models import hf
 from fastkd.models.teacher import Teacher
 from fastkd.reports import plots
 from fastkd.reports.tables import Table, numeric
-from fastkd.setup import Parts
+from fastkd.setup import Setup
 from fastkd.train import Objective
 
 SECONDS = 100
@@ -173,11 +173,11 @@ def _command(selection: Selection, outcomes: Path) -> list[str]:
 def gradients(context: Context, method: str) -> list[Row]:
     """A method's step in each dtype on the device, against float64 on the CPU."""
     sizes = TINY if context.tiny else FULL
-    parts = train_step.parts(replace(context, device="cpu"), method, **sizes, micro_batch=str(sizes["batch_tokens"]),
+    setup = train_step.setup(replace(context, device="cpu"), method, **sizes, micro_batch=str(sizes["batch_tokens"]),
                              compile=False, dtype="float32")  # fmt: skip
     model = hf.load(train_step.files(context, sizes["teacher"])[0])
-    batch = parts.stream.step(0)[0]
-    evaluate = functools.partial(_step, parts, model, batch)
+    batch = setup.stream().step(0)[0]
+    evaluate = functools.partial(_step, setup, model, batch)
     exact = evaluate(torch.device("cpu"), torch.float64)
     return [
         _compared(
@@ -190,10 +190,10 @@ def gradients(context: Context, method: str) -> list[Row]:
 Step = tuple[Tensor, list[Tensor]]  # loss and gradients, in float64 on the CPU
 
 
-def _step(parts: Parts, model: hf.Loaded, batch: Batch, device: torch.device, dtype: torch.dtype) -> Step:
+def _step(setup: Setup, model: hf.Loaded, batch: Batch, device: torch.device, dtype: torch.dtype) -> Step:
     """Loss and gradients of a copy of the student, with a teacher, in this dtype on this device."""
     wide = torch.promote_types(dtype, torch.float32)
-    student, method = copy.deepcopy(parts.student), copy.deepcopy(parts.method)
+    student, method = copy.deepcopy(setup.student), copy.deepcopy(setup.method)
     student.attention, student.residual, teacher = None, wide, None  # the fastest attention that takes this dtype
     if method.teacher_needs is not None:
         teacher = Teacher(model, method.teacher_needs, device=device, dtype=dtype, longest=batch.max_seqlen)

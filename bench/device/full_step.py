@@ -22,7 +22,7 @@ from fastkd import quantities
 from fastkd.device.clock import PHASES, PhaseClock
 from fastkd.device.memory import peak_memory_bytes
 from fastkd.reports.tables import Cell, Table, numeric
-from fastkd.setup import Parts
+from fastkd.setup import Setup
 from fastkd.train import Trainer
 
 SECONDS = 60
@@ -47,8 +47,8 @@ def _measured(context: Context, rows: Rows, compile: bool) -> bool:
     row: Row = {"what": "step", "method": "mlm", "size": "tiny" if context.tiny else "paper-6l", "compile": compile,
                 "batch_tokens": sizes["batch_tokens"], "code": "cached" if _has_code() else "new"}  # fmt: skip
     try:
-        parts = train_step.parts(context, "mlm", **sizes, compile=compile, dtype="bfloat16")
-        rows.add(**row, ok=True, **_steps(parts))
+        setup = train_step.setup(context, "mlm", **sizes, compile=compile, dtype="bfloat16")
+        rows.add(**row, ok=True, **_steps(setup))
         return True
     except Exception as error:
         traceback.print_exc()
@@ -62,19 +62,19 @@ def _has_code() -> bool:
     return folder != Path() and folder.is_dir() and any(folder.iterdir())
 
 
-def _steps(parts: Parts) -> Row:
+def _steps(setup: Setup) -> Row:
     """The first step's seconds, those of a later one by phase, tokens a second and memory."""
-    device = parts.world.device
+    device = setup.world.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
-    trainer = Trainer(parts)  # rehearses a micro-step, forward and backward
-    loss, *_ = trainer.step(parts.stream.step(0), 1e-4)
+    trainer = Trainer(setup)  # rehearses a micro-step, forward and backward
+    loss, *_ = trainer.step(trainer.stream.step(0), 1e-4)
     first_loss = float(loss)
     first = time.perf_counter() - started
     for number in range(1, WARM + 1):
-        trainer.step(parts.stream.step(number), 1e-4)
-    batches = [parts.stream.step(WARM + number) for number in range(1, TIMED + 1)]
+        trainer.step(trainer.stream.step(number), 1e-4)
+    batches = [trainer.stream.step(WARM + number) for number in range(1, TIMED + 1)]
     trainer.clock = PhaseClock(device)
     laps = []
     for batch in batches:
@@ -82,15 +82,15 @@ def _steps(parts: Parts) -> Row:
         laps.append(trainer.clock.lap())
     spent = [lap.seconds() for lap in laps]
     step_s = statistics.median(sum(phases.values()) for phases in spent)
-    text = statistics.mean(parts.stream.tokens_of(WARM + number).real for number in range(1, TIMED + 1))
+    text = statistics.mean(trainer.stream.tokens_of(WARM + number).real for number in range(1, TIMED + 1))
     return {
         "compile_s": max(0.0, first - 2 * step_s),
         "step_s": step_s,
         "tokens_per_s": text / step_s,
         "phases": {name: statistics.median(phases[name] for phases in spent) for name in PHASES},
         "peak_memory_bytes": peak_memory_bytes(device),
-        "micro_tokens": parts.micro_tokens,
-        "attention": parts.attention,
+        "micro_tokens": trainer.micro_tokens,
+        "attention": setup.attention,
         "loss_first": first_loss,
         "loss": float(loss),
     }

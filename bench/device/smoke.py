@@ -26,7 +26,7 @@ from fastkd.kernels import tiling
 from fastkd.models.attention import choose_backend, varlen_attention
 from fastkd.models.captured import Captured
 from fastkd.reports.tables import Table, numeric
-from fastkd.setup import Parts
+from fastkd.setup import Setup
 from fastkd.train import Trainer
 
 SECONDS = 60
@@ -192,8 +192,8 @@ def _written_out(tensors: Sequence[Tensor], queries: Sequence[int], keys: Sequen
 
 def _step(context: Context, method: str) -> str:
     """An eager step leaves a finite loss and a finite gradient."""
-    trainer = Trainer(_parts(context, method))
-    loss, norm, _ = trainer.step(trainer.parts.stream.step(0), 1e-4)
+    trainer = Trainer(_setup(context, method))
+    loss, norm, _ = trainer.step(trainer.stream.step(0), 1e-4)
     if not (loss.isfinite() and norm.isfinite() and norm > 0):
         raise AssertionError(f"loss {float(loss)}, norm of the gradient {float(norm)}")
     return f"loss {float(loss):.4f}, gradient {float(norm):.3g}"
@@ -201,10 +201,11 @@ def _step(context: Context, method: str) -> str:
 
 def _captured(context: Context) -> str:
     """Forwards of a teacher as one CUDA graph equal plain ones, for a batch that it was not captured with too."""
-    parts = _parts(context, "tinybert")
-    teacher, found = parts.teacher, ""
+    setup = _setup(context, "tinybert")
+    teacher, found = setup.teacher, ""
     assert teacher is not None
-    first, second = (parts.stream.step(number)[0] for number in range(2))
+    stream = setup.stream()
+    first, second = (stream.step(number)[0] for number in range(2))
     with torch.inference_mode():
         captured = Captured(teacher, first.input_ids, first)
         for batch in (first, second):
@@ -214,9 +215,9 @@ def _captured(context: Context) -> str:
     return found
 
 
-def _parts(context: Context, method: str) -> Parts:
+def _setup(context: Context, method: str) -> Setup:
     sizes = TINY if context.tiny else FULL
-    return train_step.parts(
+    return train_step.setup(
         context, method, teacher=sizes.teacher, student=sizes.student, seq_length=sizes.length,
         batch_tokens=sizes.sequences * sizes.length, micro_batch=str(sizes.sequences * sizes.length), compile=False,
         dtype="bfloat16",

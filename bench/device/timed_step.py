@@ -25,15 +25,15 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.device import worker
 from bench.device.part import Row
-from bench.variants import LEARNING_RATE, Spec, fastkd_parts, memory_bytes
-from fastkd.data.batches import Batch
+from bench.variants import LEARNING_RATE, Spec, fastkd_setup, memory_bytes
+from fastkd.data.batches import Batch, StepTokens
 from fastkd.device.clock import PHASES, Lap, PhaseClock
 from fastkd.device.peaks import peak_flops
 from fastkd.device.power import PowerMeter
 from fastkd.loop import STEPS_AHEAD
 from fastkd.models import flops
 from fastkd.models.encoder import Needs
-from fastkd.setup import Parts
+from fastkd.setup import Setup
 from fastkd.train import Trainer
 
 ISSUED_ALONE = 5  # steps whose host time is taken with nothing before them in the device's queue
@@ -44,13 +44,13 @@ Stream = Iterator[list[Batch]]
 def measure(spec: Spec, profile_path: Path | None) -> Iterator[Row]:
     """Rows of kind "method" and, with a path, "profile"."""
     torch.manual_seed(0)
-    trainer = Trainer(fastkd_parts(spec))  # rehearses a micro-step, and so compiles all graphs
+    trainer = Trainer(fastkd_setup(spec))  # rehearses a micro-step, and so compiles all graphs
     if trainer.device.type == "cuda":
         torch.cuda.empty_cache()  # others compile now
     worker.say_ready()
     if not sys.stdin.readline():  # whoever asked is gone: timing would disturb others
         return
-    with contextlib.closing(trainer.parts.stream.prefetch(0)) as stream:
+    with contextlib.closing(trainer.stream.prefetch(0)) as stream:
         first, *_ = _steps(trainer, stream, spec.warmup)[0]
         _start_counting_memory(trainer.device)
         power = PowerMeter([trainer.device])
@@ -60,13 +60,13 @@ def measure(spec: Spec, profile_path: Path | None) -> Iterator[Row]:
         issue = [_issue_seconds(trainer, stream) for _ in range(ISSUED_ALONE)]
         step_s = [sum(lap.values()) for lap in laps]
         compiling = trainer.rehearsal_seconds + sum(first.values()) - 2 * statistics.median(step_s)
-        text = _text_tokens(trainer.parts, spec)
+        text = _text_tokens(trainer, spec)
         yield {
             "what": "method", "method": spec.method, "dtype": spec.dtype,
-            "batch_tokens": trainer.parts.config.batch_tokens, "micro_tokens": trainer.parts.micro_tokens,
-            "attention": trainer.parts.attention, "compile": trainer.parts.compile,
-            "compile_s": max(0.0, compiling) if trainer.parts.compile else 0.0,
-            "warmup": spec.warmup, "steps": spec.steps, "mean_length": _mean_length(trainer.parts, spec),
+            "batch_tokens": trainer.setup.config.batch_tokens, "micro_tokens": trainer.micro_tokens,
+            "attention": trainer.setup.attention, "compile": trainer.setup.compile,
+            "compile_s": max(0.0, compiling) if trainer.setup.compile else 0.0,
+            "warmup": spec.warmup, "steps": spec.steps, "mean_length": _mean_length(trainer, spec),
             "step_s": statistics.median(step_s), "step_iqr_s": _iqr(step_s), "steps_s": step_s,
             "tokens_per_s": text / seconds, "host_s": statistics.median(issue), "hosts_s": issue,
             "phases": {name: statistics.median(lap[name] for lap in laps) for name in PHASES},
@@ -135,22 +135,22 @@ def _timed_steps(spec: Spec) -> range:
     return range(spec.warmup, spec.warmup + spec.steps)
 
 
-def _text_tokens(parts: Parts, spec: Spec) -> int:
+def _text_tokens(trainer: Trainer, spec: Spec) -> int:
     """Tokens of the timed steps, fillers not counted."""
-    return sum(parts.stream.tokens_of(number).real for number in _timed_steps(spec))
+    return sum(trainer.stream.tokens_of(number).real for number in _timed_steps(spec))
 
 
-def _mean_length(parts: Parts, spec: Spec) -> float:
+def _mean_length(trainer: Trainer, spec: Spec) -> float:
     """Tokens of a sequence, in the first step that is timed."""
-    sequences = sum(len(batch.lengths) for batch in parts.stream.step(spec.warmup))
-    return parts.stream.tokens_of(spec.warmup).real / sequences
+    sequences = sum(len(batch.lengths) for batch in trainer.stream.step(spec.warmup))
+    return trainer.stream.tokens_of(spec.warmup).real / sequences
 
 
 def _arithmetic(trainer: Trainer, spec: Spec, text: int, seconds: float) -> Row:
     """FLOPs a token as run, and with layers that ran in part counted whole; MFU by either, of the datasheet's peak."""
-    parts, peak = trainer.parts, peak_flops(trainer.device)
-    run = sum(sum(parts.step_cost(number).flops.values()) for number in _timed_steps(spec))
-    whole = sum(whole_flops(parts, number) for number in _timed_steps(spec))
+    peak = peak_flops(trainer.device)
+    run = sum(sum(trainer.step_cost(number).flops.values()) for number in _timed_steps(spec))
+    whole = sum(whole_flops(trainer.setup, trainer.stream.tokens_of(number)) for number in _timed_steps(spec))
     return {
         "flops_a_token": run / text,
         "flops_a_token_whole": whole / text,
@@ -159,16 +159,15 @@ def _arithmetic(trainer: Trainer, spec: Spec, text: int, seconds: float) -> Row:
     }
 
 
-def whole_flops(parts: Parts, step: int) -> int:
+def whole_flops(setup: Setup, count: StepTokens) -> int:
     """FLOPs of a step if the deepest layer of student and teacher, of which a part runs, ran at every row."""
-    count = parts.stream.tokens_of(step)
-    shape = {"tokens": parts.config.batch_tokens, "pairs": count.pairs, "predicted": count.predicted}
-    student, total = parts.student.config, parts.method.loss_flops(**shape)
-    forward = flops.forward_flops(student, _whole(parts.method.student_needs, student.num_layers), **shape)
+    shape = {"tokens": setup.config.batch_tokens, "pairs": count.pairs, "predicted": count.predicted}
+    student, total = setup.student.config, setup.method.loss_flops(**shape)
+    forward = flops.forward_flops(student, _whole(setup.method.student_needs, student.num_layers), **shape)
     total += forward + flops.backward_flops(forward)
-    if parts.teacher is not None:
-        teacher = parts.teacher.config
-        total += flops.forward_flops(teacher, _whole(parts.teacher.needs, teacher.num_layers), **shape)
+    if setup.teacher is not None:
+        teacher = setup.teacher.config
+        total += flops.forward_flops(teacher, _whole(setup.teacher.needs, teacher.num_layers), **shape)
     return total
 
 

@@ -12,7 +12,7 @@ from bench.device.part import Context
 from fastkd import methods
 from fastkd.config import resolve
 from fastkd.distributed import World
-from fastkd.setup import Parts, prepare
+from fastkd.setup import Setup, prepare
 
 
 def files(context: Context, teacher: str) -> tuple[str, list[str]]:
@@ -22,7 +22,7 @@ def files(context: Context, teacher: str) -> tuple[str, list[str]]:
     return str(folder), material.corpus(context, root / ("tiny" if context.tiny else "full"))
 
 
-def parts(context: Context, method: str, *, teacher: str, student: str, **options: Any) -> Parts:
+def setup(context: Context, method: str, *, teacher: str, student: str, **options: Any) -> Setup:
     """What a run with these options is made of, on the part's device."""
     folder, corpus = files(context, teacher)
     name = "teacher" if methods.load(method).METHOD.uses_teacher else "tokenizer"

@@ -84,14 +84,9 @@ class Matching:
             ValueError, BudgetTooSmall: the row cannot work.
         """
         release_memory()
-        parts = prepare(row.resolved(self.shared, **budgets[-1]), self.world)
-        measured = planning.measure(Trainer(parts))
-        plans = []
-        for budget in budgets:
-            resolved = row.resolved(self.shared, **budget)
-            parts.config = resolved.run
-            plans.append(planning.make(resolved, parts, measured))
-        return plans
+        trainer = Trainer(prepare(row.resolved(self.shared, **budgets[-1]), self.world))
+        measured = planning.measure(trainer)
+        return [planning.make(row.resolved(self.shared, **budget), trainer, measured) for budget in budgets]
 
 
 def release_memory() -> None:

@@ -60,7 +60,7 @@ class References:
 
     def _export_untrained(self, folder: Path) -> None:
         plain = dataclasses.replace(base_row(self.rows), options=())
-        parts = prepare(plain.resolved(self.shared, budget_tokens=1), World())
+        setup = prepare(plain.resolved(self.shared, budget_tokens=1), World())
         card = "# An untrained encoder\n\nRandom weights: the reference that a comparison's students start from.\n"
-        longest = parts.config.seq_length  # as that of the trained ones
-        hf.export(parts.student, parts.tokenizer, folder, card=card, mlm_head=False, max_length=longest)
+        longest = setup.config.seq_length  # as that of the trained ones
+        hf.export(setup.student, setup.tokenizer, folder, card=card, mlm_head=False, max_length=longest)
