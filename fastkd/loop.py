@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastkd import checkpoint, schedule
-from fastkd.budget import VALIDATION_SHARE, Ledger, Meter, StepCost, Totals, replayed_progress, surviving_steps
-from fastkd.data.batches import Batch
 from fastkd.data.shards import BuildingFailed
+from fastkd.decide import Decider
 from fastkd.device.clock import Lap, PhaseClock
 from fastkd.device.memory import peak_memory_bytes
 from fastkd.device.power import PowerMeter
 from fastkd.distributed import Decision, agree, any_rank, barrier, node_devices
-from fastkd.files import Record, read_jsonl
-from fastkd.monitor import Monitor
-from fastkd.train import Trainer
+from fastkd.resume import resume
+
+if TYPE_CHECKING:
+    from fastkd.budget import StepCost
+    from fastkd.data.batches import Batch
+    from fastkd.monitor import Monitor
+    from fastkd.train import Trainer
 
 STEPS_AHEAD = 2  # of the device: so its clock is the one that counts, and no step waits for the host
 ENERGY_S = 1.0  # between readings of the energy while steps follow one another
@@ -53,58 +56,30 @@ class IssuedStep:
 
 
 class Loop:
-    """Steps until the budget is spent: decides, charges, validates, saves."""
+    """Steps until the budget is spent: issues, settles, logs, validates and saves."""
 
     def __init__(self, trainer: Trainer, folder: Path, monitor: Monitor, step_seconds: float) -> None:
+        """``step_seconds``: what a step takes on the wall clock, as measured."""
         self.trainer, self.setup, self.world = trainer, trainer.setup, trainer.world
         self.folder, self.monitor, self.config = folder, monitor, trainer.setup.config
-        self.totals, recent = self._restore()
-        self.ledger = Ledger(
-            folder / "ledger.jsonl", self.config.charge, self.totals, self.world.size, write=self.world.is_main
+        self.ledger, self.validations = resume(trainer, folder, monitor)
+        self.totals = self.ledger.totals
+        self.decider = Decider(
+            self.config, self.totals, trainer.step_cost, step_seconds * self.world.size, self.validations
         )
-        self.ledger.complete(recent)
-        self.validation_s, self.validations, self._validated_at = 0.0, 0, 0
-        self._account_for_the_past()
-        self.meter = Meter(self.config.budget, self.totals, step_seconds * self.world.size)
+        self.checkpoints = self.decider.checkpoints
         self.power = PowerMeter(node_devices(self.world) if self.world.is_main else [])
         self.issued: deque[IssuedStep] = deque()
-        self.replayed = None if self.config.replay is None else replayed_progress(Path(self.config.replay))
-        self.saved_at = time.monotonic()
         self.skipped_in_a_row = 0
         self.seconds = 0.0  # of steps, in this process
         self._logged = (self.totals.tokens["real"], 0.0, self.totals.joules or 0.0)
-        self._interrupted = self._unsaved = False
+        self._interrupted = False
         self._ahead: Generator[list[Batch], None, None] | None = None
 
-    # ---- past and end ---------------------------------------------------------------------------------------
-
-    def _restore(self) -> tuple[Totals, list[Record]]:
-        """What was spent, and the ledger's lines of the last steps, at the newest checkpoint."""
-        found = checkpoint.newest(self.folder / "checkpoints")
-        if found is None:
-            return Totals(), []
-        found.restore(self.trainer.objective, self.trainer.optimizer)
-        return Totals(**found.state["totals"]), found.state.get("recent", [])
-
-    def _account_for_the_past(self) -> None:
-        """Take over what the ledger charged after the checkpoint: events as they are, lost steps as a crash."""
-        lines = read_jsonl(self.folder / "ledger.jsonl")
-        if not lines:
-            return
-        lost = [s for s in surviving_steps(self.folder / "ledger.jsonl") if s["step"] > self.totals.step]
-        lost_s = sum(sum(s["phase_s"].values()) for s in lost)
-        beyond = max(line.get("charged_s", 0.0) for line in lines) - self.totals.charged_s
-        self.totals.charged_s += max(0.0, beyond - lost_s * self.world.size)
-        kept = [line for line in lines if line["step"] <= self.totals.step]
-        progress = max((line.get("progress", 0.0) for line in kept), default=0.0)
-        self._validated_at = int(progress * self.config.validations)
-        validations = [line for line in kept if line.get("event") == "validation"]
-        self.validations = sum(line["step"] > 0 for line in validations)
-        self.validation_s = validations[-1]["seconds"] if validations else 0.0
-        self.monitor.rewind(self.totals.step)
-        if lost:
-            self.ledger.event("crash", lost_s, lost_steps=len(lost))
-            self.monitor.say(f"resumed at step {self.totals.step}: {len(lost)} steps after its checkpoint are repeated")
+    @property
+    def number(self) -> int:
+        """Of the next step that is issued, from 0."""
+        return self.totals.step + len(self.issued)
 
     def run(self, traced: Callable[[], None] = lambda: None) -> None:
         """Train until no further step fits; ``traced`` is called after each step.
@@ -131,8 +106,9 @@ class Loop:
             while len(self.issued) >= STEPS_AHEAD or (self.issued and self.trainer.device.type == "cpu"):
                 self._settle()
             self.trainer.clock.mark("other")
-            if self.trainer.stream.enters_part(self.totals.step + len(self.issued)):
-                if any_rank(self.world, self.world.is_main and self._is_spent()):
+            if self.trainer.stream.enters_part(self.number):
+                spent = self.world.is_main and self.decider.is_spent(self.number, len(self.issued))
+                if any_rank(self.world, spent):
                     break
                 self._await_text()
             decision = agree(self.world, self._decide())
@@ -154,7 +130,7 @@ class Loop:
     def _await_text(self) -> None:
         """Have every rank wait for the text of the next step, and shuffle it, before any waits in a decision: for a large
         corpus it takes longer than peers wait for one that may be gone."""
-        number, stream = self.totals.step + len(self.issued), self.trainer.stream
+        number, stream = self.number, self.trainer.stream
         if not stream.is_there(number):
             self.monitor.say("waiting for the next part of the corpus, which is being tokenised")
         with contextlib.suppress(InterruptedError):
@@ -166,7 +142,7 @@ class Loop:
     def _read(self) -> list[Batch]:
         """This rank's micro-batches of the next step; those of the steps after it are read meanwhile."""
         if self._ahead is None:
-            self._ahead = self.trainer.stream.prefetch(self.totals.step + len(self.issued))
+            self._ahead = self.trainer.stream.prefetch(self.number)
         return next(self._ahead)
 
     def _stop_reading(self) -> None:
@@ -175,53 +151,18 @@ class Loop:
             self._ahead.close()
             self._ahead = None
 
-    # ---- rank 0's decisions ---------------------------------------------------------------------------------
-
     def _decide(self) -> Decision:
         if not self.world.is_main:
             return Decision(0.0, interrupted=self._interrupted)
-        if self._interrupted and not self.trainer.stream.is_there(self.totals.step + len(self.issued)):
+        if self._interrupted and not self.trainer.stream.is_there(self.number):
             return Decision(0.0, interrupted=True)  # what the step costs is not known without its text
-        progress = self._progress()
-        if progress is None:
-            return Decision(0.0, stop=True)
-        return Decision(
-            progress,
-            validate=self._validation_due(progress),
-            checkpoint=self._checkpoint_due(),
-            interrupted=self._interrupted,
-        )
-
-    def _progress(self) -> float | None:
-        number = self.totals.step + len(self.issued)
-        if self.replayed is not None:
-            return self.replayed[number] if number < len(self.replayed) else None
-        return self.meter.next_progress(self.trainer.step_cost(number), in_flight=len(self.issued))
-
-    def _is_spent(self) -> bool:
-        """Whether one more step like the last is beyond the budget: then no part of the corpus is built for it."""
-        number = self.totals.step + len(self.issued)
-        if self.replayed is not None:
-            return number >= len(self.replayed)
-        return self.meter.next_progress(self.trainer.step_cost(number - 1), in_flight=len(self.issued)) is None
-
-    def _validation_due(self, progress: float) -> bool:
-        """Whether a multiple of 1/validations was passed, and validating keeps within its share of the cost."""
-        reached = int(progress * self.config.validations)
-        if reached <= self._validated_at or progress >= 1:
-            return False
-        self._validated_at = reached
-        cost = self.validation_s * (self.validations + 1) * self.world.size
-        return cost <= VALIDATION_SHARE * self.totals.charged_s
-
-    def _checkpoint_due(self) -> bool:
-        return self._unsaved and time.monotonic() - self.saved_at >= self.config.checkpoint_minutes * 60
+        return self.decider.decide(self.number, len(self.issued), interrupted=self._interrupted)
 
     # ---- one step, from issue to charge ---------------------------------------------------------------------
 
     def _issue(self, batches: list[Batch], progress: float) -> None:
         """Give a step to the device; where memory runs out, halve the micro-batch and repeat it."""
-        trainer, number = self.trainer, self.totals.step + len(self.issued)
+        trainer, number = self.trainer, self.number
         trainer.clock.mark("data")
         lr = schedule.learning_rate(progress, self.setup.lr, self.config.warmup)
         if self.config.dropout:
@@ -233,7 +174,7 @@ class Loop:
         epoch = self.trainer.stream.epoch_of(number + 1)
         step = IssuedStep(self.trainer.step_cost(number), progress, lr, epoch, trainer.clock.lap(), host[0], host[1])
         self.issued.append(step)
-        self._unsaved = True
+        self.checkpoints.unsaved = True
         if self.monitor.due(number + 1):
             self._log(norm, terms)
 
@@ -258,9 +199,9 @@ class Loop:
             unique=self.trainer.stream.unique_of(self.totals.step + 1), joules=self._joules(),
             lr=step.lr, loss=float(step.loss),
         )  # fmt: skip
-        self.meter.observe(charged)
+        self.decider.meter.observe(charged)
         self.seconds += charged / self.world.size
-        self.monitor.advance(min(1.0, self.meter.charged() / self.config.budget.amount))
+        self.monitor.advance(min(1.0, self.decider.meter.charged() / self.config.budget.amount))
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if step.skipped else 0
         if self.skipped_in_a_row >= SKIPS_TOLERATED:
             raise Diverged(f"the gradient was not finite in {SKIPS_TOLERATED} steps in a row: give a smaller --lr")
@@ -298,7 +239,7 @@ class Loop:
     def _validate_between_steps(self, progress: float) -> None:
         while self.issued:
             self._settle()
-        self.validations += 1
+        self.validations.count += 1
         self.record_validation(progress, in_loop=True)
 
     def record_validation(self, progress: float, *, in_loop: bool) -> None:
@@ -306,8 +247,10 @@ class Loop:
         if not in_loop:
             self.trainer.clock = PhaseClock(self.trainer.device)
         found = self.trainer.validate()
-        self.validation_s = self.trainer.clock.event("validation")
-        self.ledger.event("validation", self.validation_s, in_loop=in_loop, joules=self.power.joules_since_last())
+        self.validations.seconds = self.trainer.clock.event("validation")
+        self.ledger.event(
+            "validation", self.validations.seconds, in_loop=in_loop, joules=self.power.joules_since_last()
+        )
         t = self.totals
         if self.world.is_main:
             self.monitor.validation({
@@ -317,7 +260,7 @@ class Loop:
 
     def save_the_end(self) -> None:
         """Save what the last checkpoint lacks: a validation or an export that fails can be repeated."""
-        if self._unsaved:
+        if self.checkpoints.unsaved:
             self.save(in_loop=False)
 
     def save(self, *, in_loop: bool = True) -> None:
@@ -335,7 +278,7 @@ class Loop:
         """Save without asking peers, who may be gone; of several survivors one writes."""
         while self.issued:
             self._settle()
-        if not self._unsaved:
+        if not self.checkpoints.unsaved:
             return
         claim = self.folder / f".rescue-step-{self.totals.step}"
         with contextlib.suppress(FileExistsError):  # another survivor writes it
@@ -349,7 +292,7 @@ class Loop:
         recent = list(self.ledger.recent)
         state = {"step": self.totals.step, "totals": asdict(self.totals), "recent": recent}
         checkpoint.save(self.folder / "checkpoints", self.trainer.objective, self.trainer.optimizer, state)
-        self.saved_at, self._unsaved = time.monotonic(), False
+        self.checkpoints.saved()
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

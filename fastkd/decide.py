@@ -1,0 +1,98 @@
+"""Rank 0's decisions before each step: the progress it belongs to, whether to stop, to validate and to save."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastkd.budget import VALIDATION_SHARE, Meter, StepCost, Totals, replayed_progress
+from fastkd.distributed import Decision
+
+if TYPE_CHECKING:
+    from fastkd.files import Record
+    from fastkd.run_config import RunConfig
+
+
+class Validations:
+    """When to validate: ``wanted`` times in a budget, as long as all validations stay within a share of what is charged."""
+
+    def __init__(self, wanted: int, devices: int) -> None:
+        self._wanted, self._devices, self._reached = wanted, devices, 0
+        self.count = 0  # within the loop
+        self.seconds = 0.0  # of the last one
+
+    def take_over(self, lines: Sequence[Record]) -> None:
+        """Go on after the lines of a ledger."""
+        progress = max((line.get("progress", 0.0) for line in lines), default=0.0)
+        self._reached = int(progress * self._wanted)
+        validations = [line for line in lines if line.get("event") == "validation"]
+        self.count = sum(line["step"] > 0 for line in validations)
+        self.seconds = validations[-1]["seconds"] if validations else 0.0
+
+    def due(self, progress: float, charged_s: float) -> bool:
+        """Whether ``progress`` passed another multiple of 1/wanted, and one more validation is within its share."""
+        reached = int(progress * self._wanted)
+        if reached <= self._reached or progress >= 1:
+            return False
+        self._reached = reached
+        cost = self.seconds * (self.count + 1) * self._devices
+        return cost <= VALIDATION_SHARE * charged_s
+
+
+class Checkpoints:
+    """When to save: some minutes after the last checkpoint, if a step was issued since then."""
+
+    def __init__(self, minutes: float) -> None:
+        self._minutes = minutes
+        self.saved()
+
+    def saved(self) -> None:
+        """A checkpoint has just been written, or training starts."""
+        self._saved_at, self.unsaved = time.monotonic(), False
+
+    def due(self) -> bool:
+        """Whether to save now."""
+        return self.unsaved and time.monotonic() - self._saved_at >= self._minutes * 60
+
+
+class Decider:
+    """The decisions of one run. A step's progress is what the meter says, or what a replayed ledger says."""
+
+    def __init__(
+        self, config: RunConfig, totals: Totals, step_cost: Callable[[int], StepCost], step_seconds: float,
+        validations: Validations,
+    ) -> None:  # fmt: skip
+        """``step_cost``: of a step by its number. ``step_seconds``: a first guess at a step's charged seconds."""
+        self.meter = Meter(config.budget, totals, step_seconds)
+        self.validations, self.checkpoints = validations, Checkpoints(config.checkpoint_minutes)
+        self._totals, self._step_cost = totals, step_cost
+        self._replayed = None if config.replay is None else replayed_progress(Path(config.replay))
+
+    def decide(self, number: int, in_flight: int, *, interrupted: bool) -> Decision:
+        """What to do before step ``number``; ``in_flight`` steps before it are not charged yet."""
+        progress = self._progress(number, in_flight)
+        if progress is None:
+            return Decision(0.0, stop=True)
+        return Decision(
+            progress,
+            validate=self.validations.due(progress, self._totals.charged_s),
+            checkpoint=self.checkpoints.due(),
+            interrupted=interrupted,
+        )
+
+    def _progress(self, number: int, in_flight: int) -> float | None:
+        """The progress of a step, or None where it does not fit the budget."""
+        if self._replayed is not None:
+            return self._replayed[number] if number < len(self._replayed) else None
+        return self.meter.next_progress(self._step_cost(number), in_flight=in_flight)
+
+    def is_spent(self, number: int, in_flight: int) -> bool:
+        """Whether step ``number`` would not fit if it cost what the one before it did.
+
+        Asked before the text of that step is there: no part of the corpus is built for a step that will not run.
+        """
+        if self._replayed is not None:
+            return number >= len(self._replayed)
+        return self.meter.next_progress(self._step_cost(number - 1), in_flight=in_flight) is None
