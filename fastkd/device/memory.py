@@ -111,7 +111,7 @@ def optimizer_room(trained: nn.Module, device: torch.device) -> Tensor:
 def keep_what_is_freed(device: torch.device) -> None:
     """On a CPU, let glibc keep freed blocks of any size, as the CUDA allocator does: each step asks for the same again.
 
-    By default blocks above 32 MiB go back to the system, and every step pays for zeroed pages anew (13% of an mlm step).
+    By default blocks above 32 MiB go back to the system, and every step pays for zeroed pages again (13% of an mlm step).
     """
     if device.type == "cpu" and sys.platform == "linux":
         libc = ctypes.CDLL(None)

@@ -4,7 +4,7 @@ Shapes: Tq query rows, Tk key rows, B sequences, H heads, d head width. Sequence
 ``cu_seqlens_q[b]:cu_seqlens_q[b + 1]`` and the key rows ``cu_seqlens_k[b]:cu_seqlens_k[b + 1]``; no row sees
 another sequence. Query rows may be fewer than key rows: the last layer asks for its predicted rows only.
 
-A backend's code is imported where it is called: only those that are installed can be.
+The code of a backend is imported where it is called, since not all are installed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def has_function(module: str, function: str) -> bool:
     """Whether a module can be imported and has the function: a package may have another API, or fail to load."""
     try:
         return hasattr(importlib.import_module(module), function)
-    except Exception:  # a library built for another torch raises what it likes
+    except Exception:  # a library built for another torch raises anything
         return False
 
 
@@ -126,7 +126,7 @@ class Setting:
         return override
 
     def remark(self, name: str) -> str | None:
-        """Why a GPU takes ``sdpa``, and what that costs; None of the other backends and of a CPU."""
+        """Why a GPU takes ``sdpa``, and what that costs; None for the other backends and on a CPU."""
         if name != "sdpa" or self.device != "cuda":
             return None
         return f"{self.refusal('varlen_attn') or 'as asked'}; sequences are padded, up to 3 times the rows"
@@ -142,8 +142,8 @@ def choose_backend(
 ) -> str:
     """The backend for heads of ``head_width`` in ``dtype`` on ``device``: the fastest that can do it, or ``override``.
 
-    ``longest`` bounds the tokens of a sequence. Raises ValueError where ``override`` is unknown, not installed, or cannot do
-    what is asked: only ``sdpa`` takes float32, heads of any width, or runs off CUDA, ``triton`` takes sequences of at most 128
+    ``longest`` bounds the tokens of a sequence. Raises ValueError if ``override`` is unknown, not installed, or cannot do it:
+    only ``sdpa`` takes float32, heads of any width, or runs off CUDA, ``triton`` takes sequences of at most 128
     tokens, and neither that nor ``varlen_attn`` can drop attention weights.
     """
     return Setting.on(device, dtype, head_width, dropout, longest).choose(override)
@@ -190,7 +190,7 @@ def varlen_attention(
 def _padded_sdpa(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, dropout: float
 ) -> Tensor:
-    """Pads each sequence to the longest, masks the padded keys, and takes the real query rows back."""
+    """Pads each sequence to the longest, masks the padded keys, and takes back the real query rows."""
     at_q, _ = _padding(cu_q, max_q, q.shape[0])
     at_k, real_k = _padding(cu_k, max_k, k.shape[0])
     # The first key counts as real in an empty sequence: a softmax over nothing would be NaN.
@@ -199,6 +199,7 @@ def _padded_sdpa(
     out = F.scaled_dot_product_attention(
         padded_q, padded_k, padded_v, attn_mask=real_k[:, None, None, :], dropout_p=dropout
     )
+    # Back to packed rows: the number of sequences that end at or before row r is the number of its own.
     row = torch.arange(q.shape[0], device=q.device)
     sequence = torch.searchsorted(cu_q[1:].contiguous(), row, right=True)
     return out[sequence, :, row - cu_q[sequence]]

@@ -5,7 +5,7 @@ keys. Measured on two AVX512-BF16 cores, 32 sequences of 128, 12 heads of 32, fo
 bfloat16 SDPA 53 ms, bfloat16 products 7 ms; float32 SDPA 22 ms, float32 products 28 ms.
 
 Layout of a group: [b·H, S, d], sequence by sequence and head by head, so that one batched product serves all its pairs of
-(sequence, head). All groups lie one after the other in one tensor of padded rows, [Σ b·H·S, d]. The packed tensor [T, H, d]
+(sequence, head). All groups are in one tensor, one after the other, [Σ b·H·S, d]. The packed tensor [T, H, d]
 is read as rows of d too: row t·H + h is token t's head h. ``Side`` holds the index from each of the two to the other.
 """
 

@@ -1,4 +1,4 @@
-"""A forward without gradients as one CUDA graph: the host queues a single launch instead of one a kernel."""
+"""A forward without gradients as one CUDA graph: the host queues one launch instead of one for each kernel."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fastkd.models.encoder import Outputs, Packed
 
-WARM_UP = 2  # forwards before the capture: they compile, and libraries set up what cannot be captured
+WARM_UP = 2  # forwards before the capture: compilation and the set-up of libraries cannot be captured
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a forward reads, in buffers of its own."""
+    """What a forward reads, in buffers that the graph's replays read too."""
 
     ids: Tensor  # [T] int64
     position_ids: Tensor  # [T] int64

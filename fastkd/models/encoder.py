@@ -106,8 +106,8 @@ class Encoder(nn.Module):
         # Functions of the class, so that a copy of this encoder runs its own weights.
         self._graph: Callable[..., Outputs] = Encoder._run
         self._embedding: Callable[..., Tensor] = Encoder.embed
-        D, self.family = config.hidden_size, config.family
-        self.word_embeddings = nn.Embedding(config.vocab_size, D, padding_idx=config.pad_token_id)
+        self.family = config.family  # looked up once: a graph cannot list a folder
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         for name, module in self.family.embeddings(config).items():
             self.add_module(name, module)
         self.layers = nn.ModuleList(self.family.layer(config, number) for number in range(1, config.num_layers + 1))

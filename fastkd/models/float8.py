@@ -1,6 +1,6 @@
-"""A teacher's matrix products in float8, where that moves the loss hardly more than bfloat16 does.
+"""A teacher's matrix products in float8, if that changes the loss hardly more than bfloat16 does.
 
-Weights and activations are float8_e4m3 with a scale for each row, activations' found anew in each product (torchao).
+Weights and activations are float8_e4m3 with a scale for each row; each product computes its activations' scales (torchao).
 GPUs of compute capability 8.9 and above multiply float8 twice as fast as bfloat16.
 """
 
@@ -37,10 +37,10 @@ def quantise(layers: nn.Module) -> None:
 
 
 def check(loss: Callable[[str], float], world: World = ALONE) -> None:
-    """Refuse float8 whose error in the loss exceeds bfloat16's by more than ``MOST_EXCESS`` of the loss.
+    """Refuse float8 if its error in the loss exceeds bfloat16's by more than ``MOST_EXCESS`` of the loss.
 
-    ``loss`` gives a batch's loss with the teacher in ``float32``, ``bfloat16`` or ``float8``; rank 0's counts, for ranks
-    that read different batches could disagree, and would wait for each other. Raises ValueError, on every rank.
+    ``loss`` gives a batch's loss with the teacher in ``float32``, ``bfloat16`` or ``float8``. Rank 0 decides for all: ranks
+    read different batches, and would wait for each other if they disagreed. Raises ValueError, on every rank.
     """
     half, quarter = on_main(world, lambda: _errors(loss))
     if not quarter - half <= MOST_EXCESS:
@@ -50,7 +50,7 @@ def check(loss: Callable[[str], float], world: World = ALONE) -> None:
 
 
 def _errors(loss: Callable[[str], float]) -> tuple[float, float]:
-    """The errors of bfloat16 and float8, as parts of the loss."""
+    """The errors of bfloat16 and float8, as shares of the loss."""
     exact = loss("float32")
     half, quarter = (abs(loss(name) - exact) / abs(exact) for name in ("bfloat16", "float8"))
     return half, quarter

@@ -40,14 +40,14 @@ def load(source: str | Path, *, device: torch.device | str = "cpu", sha256: str 
     """Load a checkpoint of one of ``families`` in float32 with its tokenizer.
 
     source: a hub id, a local Hugging Face folder, or the folder of a finished run (its ``final/``). The
-    encoder has an MLM head only where the checkpoint holds one. Raises ValueError where the source cannot be
-    read, is of another family, holds NaN, or, with ``sha256`` given, where its model.safetensors has another digest.
+    encoder has an MLM head only if the checkpoint holds one. Raises ValueError if the source cannot be
+    read, is of another family, holds NaN, or, with ``sha256`` given, if its model.safetensors has another digest.
     """
     where, revision, hf_config, config = _described(source)
     digest = weights.digest(Path(where), sha256) if revision is None else None
     tokenizer = _tokenizer(where)
     with _readable(source):
-        # Neither class nor attention is left to config.json: no code out of a model folder runs, none is missing.
+        # config.json chooses neither class nor attention: no code from a model folder runs, and no package is missing.
         model, found = config.family.classes[config.model_type].masked_lm.from_pretrained(
             where, config=hf_config, dtype=torch.float32, attn_implementation="eager", output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -59,13 +59,14 @@ def load(source: str | Path, *, device: torch.device | str = "cpu", sha256: str 
 
 
 def shape(source: str | Path) -> tuple[EncoderConfig, PreTrainedTokenizerBase]:
-    """The configuration and tokenizer of what ``load`` would load; weights are not read. Raises as ``load``."""
+    """The configuration and tokenizer that ``load`` would load, without the weights. Raises as ``load``."""
     where, _, _, config = _described(source, weights=False)
     return config, _tokenizer(where)
 
 
 def _described(source: str | Path, *, weights: bool = True) -> tuple[str, str | None, PreTrainedConfig, EncoderConfig]:
-    """Where a model is, its weights only if they are asked for; its commit on the hub; what its config.json says."""
+    """The folder of a model (with its weights only if they are asked for), its commit on the hub, and its configuration as
+    transformers' and as the encoder's."""
     where = _resolve(source, weights=weights)
     revision = None if Path(source).is_dir() else Path(where).name  # …/snapshots/COMMIT
     known = families.available()
@@ -87,7 +88,7 @@ def _tokenizer(where: str) -> PreTrainedTokenizerBase:
 
 @contextlib.contextmanager
 def _readable(source: str | Path) -> Iterator[None]:
-    """transformers' reading, without bars and reports; what it cannot read becomes one line."""
+    """Read by transformers, without its bars and reports; an error becomes one line."""
     try:
         with _quiet():
             yield
@@ -111,7 +112,7 @@ def _resolve(source: str | Path, *, weights: bool) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars and load reports: what they would say is checked here."""
+    """Without transformers' progress bars and load reports: what they report is checked here."""
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -146,7 +147,7 @@ def from_hf_model(model: PreTrainedModel, *, mlm_head: bool) -> Encoder:
 
 
 def _is_tied(model: PreTrainedModel) -> bool:
-    """Whether the decoder is the word embeddings: transformers keeps apart what a file holds apart, whatever the flag."""
+    """Whether the decoder equals the word embeddings: if a file holds two, transformers loads two, whatever config.json says."""
     table, decoder = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     return table is decoder or torch.equal(table, decoder)  # type: ignore[arg-type]
 
@@ -172,8 +173,8 @@ def export(
 ) -> None:
     """Write a Hugging Face folder (weights, configuration, tokenizer, README.md), whole or not at all.
 
-    ``mlm_head`` is whether the head was trained: if not, the bare model is written. ``max_length`` is the longest
-    sequence of the training, which the tokenizer's model_max_length then says. A folder already there is replaced.
+    ``mlm_head``: whether the head was trained; if not, the bare model is written. ``max_length``: the longest sequence of the
+    training, written as the tokenizer's model_max_length. A folder that exists is replaced.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     written = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -191,7 +192,7 @@ def export(
 
 
 def _limited(tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> PreTrainedTokenizerBase:
-    """A tokenizer that names no more tokens than positions were trained."""
+    """A tokenizer whose model_max_length is at most the positions that were trained."""
     if max_length is None or max_length >= tokenizer.model_max_length:
         return tokenizer
     limited = copy.deepcopy(tokenizer)
@@ -200,7 +201,7 @@ def _limited(tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> PreT
 
 
 def _replace(written: Path, folder: Path) -> None:
-    """Put a written folder in another's place, safely on disk."""
+    """Put a written folder in the place of another, so that a crash leaves one of the two."""
     written.chmod(0o755)
     for path in (*written.iterdir(), written):
         files.sync(path)

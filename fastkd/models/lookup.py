@@ -1,7 +1,7 @@
-"""Embedding lookup whose gradient is the same to the bit in every run, inside a compiled graph too.
+"""Embedding lookup whose gradient has the same bits in every run, inside a compiled graph too.
 
-Inductor adds such a gradient's rows up atomically, in whatever order the device takes them. PyTorch's own kernel sorts the
-ids first; a graph keeps it as one call, and the lookup itself is fused as before.
+Inductor adds up the rows of such a gradient atomically, in an order that changes from run to run. PyTorch's own kernel sorts
+the ids first. As a custom operator it stays one call in a graph; the lookup itself is fused as before.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What sentence-transformers reads beside a Hugging Face folder: a text's vector is the mean of its last hidden states."""
+"""The files that sentence-transformers reads in a Hugging Face folder: a text's vector is the mean of its last hidden states."""
 
 import json
 from pathlib import Path
 
-# The names of version 2, which later ones still know.
+# The names of version 2, which later versions still read.
 MODULES = [
     {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
     {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},

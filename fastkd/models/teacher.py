@@ -1,4 +1,4 @@
-"""The frozen teacher: cast once, cut above what is read, never in training mode."""
+"""The frozen teacher: cast once, without the layers that nobody reads, never in training mode."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Teacher:
     """A teacher that computes what ``needs`` reads, on ``device``, without gradients.
 
     Products run in ``dtype``: their weights and the word embeddings are cast to it once, and LayerNorms, positions
-    and the residual stream stay float32, as under autocast. With ``float8`` the layers' products run in that. Layers
-    above the deepest one read, and the MLM head where no logits are, are dropped from memory. It is no nn.Module:
-    nothing can put it into training mode or hand its parameters to an optimiser. ``attention`` names a backend (None:
-    the fastest that takes its head width and sequences of ``longest`` tokens, by default as many as it has positions).
-    With ``compile`` its forward is compiled and, on CUDA, forwards of the first one's shapes are one CUDA graph, whose
-    outputs the next overwrites.
+    and the residual stream stay float32, as under autocast. With ``float8`` the layers' products run in float8. Layers
+    above the deepest one that is read are dropped from memory, and so is the MLM head if no logits are read. It is no
+    nn.Module: nothing can put it into training mode or hand its parameters to an optimiser. ``attention`` names a backend
+    (None: the fastest that takes its head width and sequences of ``longest`` tokens, by default as many as it has
+    positions). With ``compile`` its forward is compiled. On CUDA, forwards of the first one's shapes are then one CUDA
+    graph, and each overwrites the outputs of the one before.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Teacher:
         return self._forward(ids, batch)
 
     def release(self) -> None:
-        """Give back the memory of the CUDA graph: the next forward, of other shapes perhaps, is captured again."""
+        """Give back the memory of the CUDA graph. The next forward, perhaps of other shapes, is captured again."""
         self._captured = None
 
     def _forward(self, ids: Tensor, batch: Packed) -> Outputs:
@@ -103,7 +103,7 @@ def _cast(encoder: Encoder, dtype: torch.dtype) -> Encoder:
         if isinstance(module, nn.Linear) or module is encoder.word_embeddings:
             module.to(dtype)
         if isinstance(module, nn.Linear) and module.weight.device.type == "cpu" and dtype == torch.bfloat16:
-            # Its columns side by side: oneDNN multiplies by that 20% faster than by the weight as it is stored.
+            # Stored column by column: oneDNN multiplies by that 20% faster.
             module.weight.data = module.weight.t().contiguous().t()
     if encoder.head is not None and encoder.head.decoder is not None:
         encoder.head.decoder.data = encoder.head.decoder.data.to(dtype)

@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face folders and hub ids, refused where they could not encode a text for a model."""
+"""Tokenizers of Hugging Face folders and hub ids, refused if they cannot encode a text for a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def load(where: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id; a vocab.txt or merges.txt is converted as transformers does.
 
     Raises:
-        ValueError: it cannot be read, is none of Rust, or lacks a token that batches are made with.
+        ValueError: it cannot be read, is not a fast (Rust) one, or lacks a token that batches are made with.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
@@ -31,7 +31,7 @@ def check(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
         kind = type(tokenizer).__name__
         raise ValueError(f"the tokenizer of {source!r} is a {kind}, which has no tokenizer.json; take another model")
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        # What transformers makes up where it finds no file knows nothing else.
+        # Where it finds no file, transformers makes a tokenizer with the special tokens only.
         raise ValueError(f"{source!r} holds no tokenizer; {REMEDY}")
     missing = [name for name in ("cls", "sep", "mask", "pad") if getattr(tokenizer, f"{name}_token_id") is None]
     if missing:
@@ -42,10 +42,10 @@ def check(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
 
 
 def entries(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Rows that an embedding of its ids needs: one more than the largest, for ids may have gaps."""
+    """Rows that an embedding of its ids needs: one more than the largest id, since ids may have gaps."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def reason(error: Exception) -> str:
-    """The kind of an error and the first sentence of what it says: torch's next one is to allow code out of a file."""
+    """An error's type and the first sentence of its message: torch's second one advises to run code from a file."""
     return f"{type(error).__name__}: {error}".strip().splitlines()[0].partition(". ")[0]

@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face folder: which files hold them, their digest, and whether what was read is usable."""
+"""The weights of a Hugging Face folder: which files hold them, their digest, and whether they are usable."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _shards(index: Path) -> list[Path]:
 def digest(folder: Path, expected: str | None = None) -> str:
     """sha256 over the names and contents of config.json and all weight files, which decide a model's numbers.
 
-    ``expected`` is that of its model.safetensors.
+    ``expected`` is the sha256 of its model.safetensors.
 
     Raises:
         ValueError: as ``files``, or another digest than the expected one.
@@ -86,7 +86,7 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], source: str) -> None:
         ValueError: naming the first such weight.
     """
     for name, tensor in tensors:
-        # A sum reads each number once and writes none; only where it overflows is there anything to look for.
+        # A sum reads each number once and writes none; the slower test runs only where the sum is not finite.
         if not tensor.sum().isfinite() and not tensor.isfinite().all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise ValueError(f"{source}: {name} holds {bad} numbers that are NaN or infinite; take a sound checkpoint")
