@@ -26,6 +26,11 @@ class PrepareOptions:
         None, "tokens to prepare, in whole parts; default: those of --budget-tokens, or the whole corpus"
     )
 
+    def __post_init__(self) -> None:
+        """Refuse a number of tokens out of range."""
+        if self.tokens is not None and not 1 <= self.tokens <= 1e15:
+            raise ValueError(f"--tokens must be between 1 and 1e15, got {self.tokens:g}")
+
 
 def prepare(run: RunConfig, source: str, tokens: int | None) -> Shards:
     """Tokenise the corpus of a run with the tokenizer of a model, on all cores; all of it, or about ``tokens``.
@@ -62,8 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     own, resolved = parse_with(PrepareOptions, argv, terminal.called("prepare"), needs_budget=False)
-    if own.tokens is not None and not 1 <= own.tokens <= 1e15:
-        raise ValueError(f"--tokens must be between 1 and 1e15, got {own.tokens:g}")
     run, tokens = resolved.run, own.tokens or resolved.run.budget_tokens
     source = run.tokenizer or run.teacher
     if source is None:

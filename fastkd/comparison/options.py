@@ -83,9 +83,7 @@ def check(own: CompareConfig, shared: dict[str, Any]) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is no option of a comparison: leave it out")
     if shared.get("init_from_teacher"):
         raise ValueError("--init-from-teacher is a row's own: write METHOD+init-from-teacher in --methods")
-    budgets: list[dict[str, Any]] = [{"budget_gpu_hours": hours} for hours in own.budget_gpu_hours] or [
-        {"budget_flops": own.budget_flops}
-    ]
+    budgets: list[dict[str, Any]] = [{"budget_gpu_hours": hours} for hours in own.budget_gpu_hours]
     for row in parse_rows(own.methods, own.as_released):
-        for budget in budgets:
+        for budget in budgets or [{"budget_flops": own.budget_flops}]:
             row.resolved(shared, **budget)
