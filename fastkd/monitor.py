@@ -1,118 +1,38 @@
-"""What a run tells while it runs: metrics.jsonl, a progress bar or plain lines, optional loggers."""
+"""What a run shows and records while it trains: metrics.jsonl, a progress bar or plain lines, optional loggers."""
+
+from __future__ import annotations
 
 import math
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from fastkd import quantities
 from fastkd.files import Record, cut_jsonl, to_line
+from fastkd.loggers import Guarded, check_loggers, scalars
 from fastkd.terminal import printable, say
 
-LOGGERS = ("tensorboard", "wandb", "trackio")
 PLAIN_INTERVAL_S = 5.0  # off a terminal: seconds between two lines, at least
-REFRESH_INTERVAL_S = 0.25  # on a terminal
-
-
-# ---- loggers ----------------------------------------------------------------------------------------------
-
-
-def check_loggers(names: Iterable[str]) -> None:
-    """Raises ValueError for a logger that fastkd does not know."""
-    for name in names:
-        if name not in LOGGERS:
-            raise ValueError(f"unknown logger {name!r}: --log-to takes {', '.join(LOGGERS)}")
-
-
-class _Sink:
-    """One optional logger. Whatever it raises is told once, and from then on it is left alone."""
-
-    def __init__(self, name: str, run_folder: Path, warn: Callable[[str], None]) -> None:
-        self.name, self.warn, self.broken = name, warn, False
-        self._log: Callable[[dict[str, float], int], object] = lambda values, step: None
-        self._close: Callable[[bool], object] = lambda finished: None
-        if find_spec(name) is None:
-            self._fail(f"{name} is not installed (pip install {name})")
-            return
-        self._guard(lambda: self._open(run_folder))
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        self._guard(lambda: self._log(values, step))
-
-    def close(self, finished: bool) -> None:
-        self._guard(lambda: self._close(finished))
-
-    def _open(self, run_folder: Path) -> None:
-        if self.name == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(str(run_folder / "tensorboard"))
-
-            def add(values: dict[str, float], step: int) -> None:
-                for key, value in values.items():
-                    writer.add_scalar(key, value, step)
-
-            self._log, self._close = add, lambda finished: writer.close()
-        elif self.name == "wandb":
-            import wandb
-
-            # "auto" keeps the run's id under `dir` and takes it up where the last process did not finish.
-            run = wandb.init(project="fastkd", name=run_folder.name, dir=str(run_folder), resume="auto")
-            self._log = lambda values, step: run.log(values, step=step)
-            self._close = lambda finished: run.finish(exit_code=0 if finished else 1)
-        else:
-            import trackio
-
-            run = trackio.init(project="fastkd", name=run_folder.name, resume="allow")
-            self._log = lambda values, step: run.log(values, step=step)
-            self._close = lambda finished: run.finish()
-
-    def _guard(self, action: Callable[[], object]) -> None:
-        if self.broken:
-            return
-        try:
-            action()
-        except Exception as error:  # whatever a logger does, the run goes on
-            self._fail(f"{type(error).__name__}: {error}")
-
-    def _fail(self, reason: str) -> None:
-        self.broken = True
-        self.warn(f"warning: --log-to {self.name} is off for the rest of this run: {reason}")
-
-
-def _scalars(record: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    flat: dict[str, float] = {}
-    for key, value in record.items():
-        if isinstance(value, Mapping):
-            flat |= _scalars(value, f"{prefix}{key}/")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            flat[prefix + key] = value
-    return flat
-
-
-# ---- the monitor ------------------------------------------------------------------------------------------
 
 
 class Monitor:
     """Writes metrics.jsonl and shows the run: a progress bar on a terminal, a line now and then elsewhere.
 
     Args:
-        run_folder: holds metrics.jsonl; made where it is missing, on entering.
+        run_folder: holds metrics.jsonl; made on entering if it is missing.
         total_budget: in `unit` ("gpu-seconds", "flops" or "tokens").
-        log_to: names out of `LOGGERS`.
-        resume: keep the metrics that are there (then call `rewind`); else they start again.
+        log_to: names of `LOGGERS`.
+        resume: keep the metrics of the folder (then call `rewind`); else they start again.
         log_every: steps from one for which `due` is true to the next.
         stream: where the run is shown, standard output unless given.
 
@@ -138,11 +58,17 @@ class Monitor:
         self.path = self.run_folder / "metrics.jsonl"
         self._stream = stream or sys.stdout
         self._console = Console(file=self._stream, highlight=False, soft_wrap=True)
-        self._live: Live | None = None
-        self._sinks: list[_Sink] = []
+        self._bar = Progress(
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
+            TextColumn("{task.description}", markup=False),
+            console=self._console,
+            expand=True,
+        )
+        self._bar.add_task("", total=1.0)
+        (self._task,) = self._bar.tasks
+        self._live: _Display | None = None
+        self._loggers: list[Guarded] = []
         self._record: Record = {}
-        self._progress = 0.0
-        self._pace: deque[tuple[float, float]] = deque(maxlen=64)  # (monotonic seconds, progress)
         self._shown_at = -math.inf
         self._shown_step: int | None = None
 
@@ -150,23 +76,23 @@ class Monitor:
         self.run_folder.mkdir(parents=True, exist_ok=True)
         cut_jsonl(self.path, lambda record: self.resume)  # also removes a torn last line
         self._file = self.path.open("a")
-        self._sinks = [_Sink(name, self.run_folder, self.say) for name in self.log_to]
+        self._loggers = [Guarded(name, self.run_folder, self.say) for name in self.log_to]
         if self._console.is_terminal:
-            self._live = Live(console=self._console, auto_refresh=False)
+            self._live = _Display(console=self._console, get_renderable=self._display)
             self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._show(force=True)
+        self._show_line(at_once=True)
         if self._live is not None:
             with suppress(OSError):
-                self._live.stop()
+                self._live.stop()  # draws it once more
             self._live = None
         self._file.close()
-        for sink in self._sinks:
-            sink.close(finished=kind is None)
+        for logger in self._loggers:
+            logger.close(finished=kind is None)
 
     def rewind(self, step: int) -> None:
         """Cuts the metrics of steps after `step`, atomically: a resumed run writes them again."""
@@ -179,10 +105,9 @@ class Monitor:
         return step <= 1 or step % self.log_every == 0
 
     def advance(self, progress: float) -> None:
-        """Moves the bar to `progress` in [0, 1]; costs nothing to speak of, call it every step."""
-        self._progress = progress
-        self._pace.append((time.monotonic(), progress))
-        self._show()
+        """Moves the bar to `progress` in [0, 1]. It takes next to no time: call it every step."""
+        self._bar.update(self._task.id, completed=progress, description=f"{progress:.1%} {self._spent(progress)}")
+        self._show_line()
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Appends a step's metrics.
@@ -221,38 +146,29 @@ class Monitor:
         self._file.flush()
 
     def _log(self, prefix: str, record: Mapping[str, Any]) -> None:
-        values = _scalars({k: v for k, v in record.items() if k != "step"}, prefix)
-        for sink in self._sinks:
-            sink.log(values, record["step"])
+        values = scalars({k: v for k, v in record.items() if k != "step"}, prefix)
+        for logger in self._loggers:
+            logger.log(values, record["step"])
 
-    def _show(self, force: bool = False) -> None:
-        now = time.monotonic()
-        if self._live is not None:
-            if force or now - self._shown_at >= REFRESH_INTERVAL_S:
-                self._shown_at = now
-                with suppress(OSError):
-                    self._live.update(self._bar(), refresh=True)
-            return
-        step = self._record.get("step")
-        interval_over = now - self._shown_at >= PLAIN_INTERVAL_S
-        if step is not None and step != self._shown_step and (force or interval_over):
+    def _show_line(self, at_once: bool = False) -> None:
+        """Off a terminal, print the last step that was logged, if it is new and the last line is some seconds old."""
+        step, now = self._record.get("step"), time.monotonic()
+        is_due = at_once or now - self._shown_at >= PLAIN_INTERVAL_S
+        if self._live is None and step is not None and step != self._shown_step and is_due:
             self._shown_at, self._shown_step = now, step
-            self.say(f"step {step:,} · {self._progress:.1%} · {self._budget_text()} · {self._state_text()}")
+            progress = self._task.completed
+            self.say(f"step {step:,} · {progress:.1%} · {self._spent(progress)} · {self._state()}")
 
-    def _bar(self) -> Group:
-        row = Table.grid(padding=(0, 1), expand=True)
-        row.add_column(ratio=1)
-        row.add_column(no_wrap=True)
-        spent = f"{self._progress:.1%} {self._budget_text()}"
-        row.add_row(ProgressBar(total=1.0, completed=self._progress), spent)
-        return Group(row, Text(self._state_text()))
+    def _display(self) -> Group:
+        """The bar with what is spent, and the state below it."""
+        return Group(self._bar.make_tasks_table([self._task]), Text(self._state()))
 
-    def _budget_text(self) -> str:
-        return quantities.spent(self._progress * self.total_budget, self.total_budget, self.unit)
+    def _spent(self, progress: float) -> str:
+        return quantities.spent(progress * self.total_budget, self.total_budget, self.unit)
 
-    def _state_text(self) -> str:
+    def _state(self) -> str:
         record = self._record
-        pieces = [self._left_text()]
+        pieces = [self._left()]
         if record:
             pieces += [
                 f"loss {_optional(record.get('loss'))}",
@@ -261,16 +177,22 @@ class Monitor:
             ]
         return " · ".join(piece for piece in pieces if piece)
 
-    def _left_text(self) -> str:
-        if self._progress >= 1:
+    def _left(self) -> str:
+        """What is left of the budget, and for how long it will last if a speed is known."""
+        progress, seconds = self._task.completed, self._task.time_remaining
+        if progress >= 1:
             return ""
         factor, name = quantities.budget_scale(self.total_budget, self.unit)
-        left = (1 - self._progress) * self.total_budget / factor
-        if not self._pace or self._pace[-1][1] <= self._pace[0][1]:
-            return f"{quantities.number(left)} {name} left"
-        (start, first), (end, last) = self._pace[0], self._pace[-1]
-        seconds = max(0.0, (1 - last) * (end - start) / (last - first))
-        return f"{quantities.number(left)} {name} left, in {quantities.duration(seconds)}"
+        left = f"{quantities.number((1 - progress) * self.total_budget / factor)} {name} left"
+        return left if seconds is None else f"{left}, in {quantities.duration(seconds)}"
+
+
+class _Display(Live):
+    """Redrawn by a thread, four times a second. A closed terminal ends neither the thread nor the run."""
+
+    def refresh(self) -> None:
+        with suppress(OSError):
+            super().refresh()
 
 
 def _optional(value: float | None) -> str:
@@ -297,5 +219,5 @@ class SilentMonitor(Monitor):
     def _append(self, record: Mapping[str, Any]) -> None:
         pass
 
-    def _show(self, force: bool = False) -> None:
+    def _show_line(self, at_once: bool = False) -> None:
         pass
