@@ -251,7 +251,7 @@ def _loss_of_teacher(setup: Setup, loaded: hf.Loaded, batch: Batch, name: str) -
     taught = teacher(method.text(batch), batch)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=setup.dtype != torch.float32):
         out = student(method.text(batch), batch, method.student_needs)
-        return float(method.compute(out, taught, batch, student, teacher).loss)
+        return float(method.loss(out, taught, batch).loss)
 
 
 def compute_dtype(name: str, world: World) -> torch.dtype:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from fastkd.budget import StepCost
     from fastkd.data.batches import Batch
     from fastkd.methods import Method, MethodLoss
-    from fastkd.models.encoder import Encoder, Outputs
-    from fastkd.models.teacher import Teacher
+    from fastkd.models.encoder import Encoder
+    from fastkd.models.needs import Outputs
     from fastkd.setup import Setup
 
 log = logging.getLogger(__name__)
@@ -35,16 +35,16 @@ log = logging.getLogger(__name__)
 class Objective(nn.Module):
     """Student and method as one module: all that is trained, and the loss of one micro-batch."""
 
-    def __init__(self, student: Encoder, method: Method, teacher: Teacher | None, dropout: float) -> None:
+    def __init__(self, student: Encoder, method: Method, dropout: float) -> None:
         super().__init__()
         self.student, self.method = student, nn.ModuleDict(method.modules)  # the names in checkpoints
-        self._method, self._teacher, self._dropout = method, teacher, dropout
+        self._method, self._dropout = method, dropout
 
     def forward(self, batch: Batch, teacher: Outputs | None, clock: PhaseClock) -> MethodLoss:
         """A mean over the micro-batch; the student's forward and the loss are marked on ``clock``."""
         student = self.student(self._method.text(batch), batch, self._method.student_needs, dropout=self._dropout)
         clock.mark("student")
-        out = self._method.compute(student, teacher, batch, self.student, self._teacher)
+        out = self._method.loss(student, teacher, batch)
         clock.mark("loss")
         return out
 
@@ -66,7 +66,7 @@ class Trainer:
         self.micro_tokens, self.stream = setup.micro_tokens, setup.stream()
         self.validation = setup.validation()
         self._last_cost: tuple[int, StepCost] | None = None
-        self.objective = Objective(setup.student, setup.method, setup.teacher, setup.config.dropout)
+        self.objective = Objective(setup.student, setup.method, setup.config.dropout)
         if setup.compile:
             setup.student.compile_graphs(layerwise=setup.world.size > 1)  # ranks exchange gradients during a backward
         memory.keep_what_is_freed(self.device)
@@ -105,13 +105,13 @@ class Trainer:
         for number, batch in enumerate(batches, start=1):
             with self._no_sync(number < len(batches)):
                 out = self.micro_step(batch, 1 / len(batches))
-            losses.append(torch.stack([x.detach().float() for x in (out.loss, *out.parts.values())]))
+            losses.append(torch.stack([x.detach().float() for x in (out.loss, *out.terms.values())]))
         loss, *terms = average(self.world, torch.stack(losses).mean(0))
         norm = optim.clip(self.trained, self.setup.config.clip_norm)
         self.skipped = optim.step_if_finite(self.optimizer, norm, lr)
         self.optimizer.zero_grad(set_to_none=True)
         self.clock.mark("optimizer")
-        return loss, norm, dict(zip(out.parts, terms, strict=True))
+        return loss, norm, dict(zip(out.terms, terms, strict=True))
 
     def micro_step(self, batch: Batch, weight: float) -> MethodLoss:
         """Teacher forward, student forward, loss and backward of one micro-batch."""
@@ -212,19 +212,21 @@ class Trainer:
             teacher = self.teach(batch)
             with self.autocast():
                 student = model(method.text(batch), batch, method.student_needs)
-                losses.append(float(method.compute(student, teacher, batch, model, self.setup.teacher).loss))
+                losses.append(float(method.loss(student, teacher, batch).loss))
                 if method.trains_mlm_head:
-                    assert student.head_rows is not None
-                    mlm += self._score_head(student.head_rows, batch)
+                    mlm += _score_head(student, batch)
         loss, entropy, right, count = mean(
             self.world, torch.cat([torch.tensor([sum(losses) / len(losses)], dtype=torch.float64), mlm])
         ).tolist()
         return Validation(loss, *((entropy / count, right / count) if count else (None, None)))
 
-    def _score_head(self, rows_MD: Tensor, batch: Batch) -> Tensor:
-        student = self.setup.student
-        logits_MV = (rows_MD @ student.decoder_weight.T + student.decoder_bias).float()
-        valid = batch.labels >= 0
-        entropy = F.cross_entropy(logits_MV, batch.labels, ignore_index=-100, reduction="sum")
-        right = ((logits_MV.argmax(-1) == batch.labels) & valid).sum()
-        return torch.stack([entropy.double(), right.double(), valid.sum().double()]).cpu()
+
+def _score_head(student: Outputs, batch: Batch) -> Tensor:
+    """Summed cross-entropy, right predictions and predictions of a micro-batch, in float64 on the CPU."""
+    rows_MD, weight, bias = student.head_rows, student.decoder_weight, student.decoder_bias
+    assert rows_MD is not None and weight is not None and bias is not None
+    logits_MV = (rows_MD @ weight.T + bias).float()
+    valid = batch.labels >= 0
+    entropy = F.cross_entropy(logits_MV, batch.labels, ignore_index=-100, reduction="sum")
+    right = ((logits_MV.argmax(-1) == batch.labels) & valid).sum()
+    return torch.stack([entropy.double(), right.double(), valid.sum().double()]).cpu()

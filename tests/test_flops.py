@@ -1,22 +1,25 @@
 """Closed-form FLOPs against torch's counter: on transformers' eager forward, on ours, and on the plain losses."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from packed_text import RAGGED, PackedText, bert, pack
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastkd import methods
-from fastkd.kernels import linear_kd, relation_kl, score_mse
+from fastkd.methods import Padded
 from fastkd.models import flops
 from fastkd.models.encoder import Encoder, EncoderConfig, Needs, Outputs
 from fastkd.models.hf import from_hf_model
 
 EQUAL = (32,) * 8
 STUDENT = EncoderConfig("bert", 997, 96, 3, 4, 384, max_positions=64)
+NARROW = EncoderConfig("bert", 997, 48, 3, 4, 192, max_positions=64)
 TEACHER = EncoderConfig("bert", 997, 96, 6, 4, 384, max_positions=64)
 
 
@@ -77,48 +80,38 @@ def test_partial_forward_and_backward(needs: Needs, lengths: tuple[int, ...]) ->
     assert flops.backward_flops(closed) == pytest.approx(backward, rel=tolerance)
 
 
-def plain_loss(
-    name: str, student: Outputs, teacher: Outputs | None, text: PackedText, decoders: list[Tensor]
-) -> Tensor:
-    """The method's loss by the kernels' plain definitions: the arithmetic that its FLOPs stand for."""
-    cu, bound = text.cu_seqlens, max(text.lengths)
-    labels = text.input_ids[text.predicted]
-    if name in ("mlm", "logit_kd"):
-        towards = {} if teacher is None else {"teacher_hidden": teacher.head_rows, "teacher_weight": decoders[1]}
-        weights = {"ce_weight": 1.0, "kl_weight": float(bool(towards))}
-        return linear_kd.reference(student.head_rows, decoders[0], labels, **towards, **weights).loss
-    assert teacher is not None
-    if name == "tinybert":
-        pairs = [(student.qkv[m], teacher.qkv[2 * m]) for m in (1, 2, 3)]
-        heads = STUDENT.num_heads
-        scores = [score_mse.reference(*s[:2], *t[:2], cu, heads, max_seqlen=bound) for s, t in pairs]
-        hidden = [(student.hidden[m] - teacher.hidden[2 * m]).square().mean() for m in range(4)]
-        return torch.stack(scores + hidden).sum()
-    s, t = student.qkv[3], teacher.qkv[6]
-    if name == "minilm":
-        keys = {"student_key": s[1], "teacher_key": t[1]}
-        attention = relation_kl.reference(s[0], t[0], cu, 4, max_seqlen=bound, **keys)
-        return attention + relation_kl.reference(s[2], t[2], cu, 4, max_seqlen=bound)
-    return torch.stack([relation_kl.reference(a, b, cu, 4, max_seqlen=bound) for a, b in zip(s, t, strict=True)]).sum()
+def as_padded(out: Outputs, layers: int) -> Padded:
+    """What a forward over ``EQUAL`` was asked for, as a plain definition reads it: logits at predicted positions only."""
+    hidden, qkv = ({layer: padded(x) for layer, x in each.items()} for each in (out.hidden, out.qkv))
+    last = {} if out.last_rows is None else {layers: out.last_rows}
+    logits = None if out.head_rows is None else F.linear(out.head_rows, out.decoder_weight, out.decoder_bias)
+    return Padded(logits, hidden | last, qkv)
 
 
+def padded(x: Any) -> Any:
+    """[T, D] of ``EQUAL`` → [B, S, D]; of each where there are several."""
+    return tuple(map(padded, x)) if isinstance(x, tuple) else x.unflatten(0, (len(EQUAL), -1))
+
+
+@pytest.mark.parametrize("student_config", [STUDENT, NARROW], ids=["equal widths", "a narrow student"])
 @pytest.mark.parametrize("name", methods.available())
-def test_a_step_of_every_method(name: str) -> None:
-    """Student forward and backward, teacher forward and loss, all in one count."""
+def test_a_step_of_every_method(name: str, student_config: EncoderConfig) -> None:
+    """Student forward and backward, teacher forward and the plain definition of the loss, all in one count."""
     module, text = methods.load(name), pack(EQUAL, vocab=997)
-    method = module.METHOD(module.Config(), STUDENT, TEACHER if module.METHOD.uses_teacher else None)
-    student, teacher = Encoder(STUDENT, mlm_head=True), Encoder(TEACHER, mlm_head=True)
-    decoders = [student.decoder_weight, teacher.decoder_weight.detach()]
+    method = module.METHOD(module.Config(), student_config, TEACHER if module.METHOD.uses_teacher else None)
+    method.initialise(torch.Generator().manual_seed(0), torch.device("cpu"))
+    student, teacher = Encoder(student_config, mlm_head=True), Encoder(TEACHER, mlm_head=True)
 
     def step() -> None:
         taught = None
         if method.teacher_needs is not None:
             with torch.no_grad():
-                taught = teacher(text.input_ids, text, method.teacher_needs)
-        out = student(text.input_ids, text, method.student_needs)
-        plain_loss(name, out, taught, text, decoders).backward()
+                taught = as_padded(teacher(text.input_ids, text, method.teacher_needs), TEACHER.num_layers)
+        out = as_padded(student(text.input_ids, text, method.student_needs), student_config.num_layers)
+        mask = torch.ones(len(EQUAL), EQUAL[0], dtype=torch.bool)
+        method.plain(out, taught, text.input_ids[text.predicted], mask).backward()
 
-    own = flops.forward_flops(STUDENT, method.student_needs, **shape(text))
+    own = flops.forward_flops(student_config, method.student_needs, **shape(text))
     closed = own + flops.backward_flops(own) + method.loss_flops(**shape(text))
     if method.teacher_needs is not None:
         closed += flops.forward_flops(TEACHER, method.teacher_needs, **shape(text))

@@ -1,12 +1,20 @@
 """Methods as objects: what their options choose of a teacher."""
 
+import importlib
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import pytest
+import torch
+from packed_text import RAGGED, pack
 
+from bench import step_losses
 from fastkd import methods
-from fastkd.models.encoder import EncoderConfig
+from fastkd.data.batches import Batch
+from fastkd.models.encoder import Encoder, EncoderConfig
 
 
 @pytest.mark.parametrize(
@@ -43,3 +51,44 @@ print(sorted({"torch", "transformers"} & sys.modules.keys()))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+STUDENT, TEACHER = (EncoderConfig("bert", 97, width, layers, 4, 100) for width, layers in ((24, 2), (48, 4)))
+
+
+@pytest.mark.parametrize("name", methods.available())
+def test_a_method_names_the_fused_losses_that_it_calls(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The predictions of ``bench.predictions`` stand on it."""
+    called: list[str] = []
+    for kernel in step_losses.LOSSES:
+        module = importlib.import_module(f"fastkd.kernels.{kernel}")
+        monkeypatch.setattr(module, kernel, counting(called, kernel, getattr(module, kernel)))
+    module = methods.load(name)
+    method = module.METHOD(module.Config(), STUDENT, TEACHER if module.METHOD.uses_teacher else None)
+    method.initialise(torch.Generator().manual_seed(0), torch.device("cpu"))
+    text, taught = batch(), None
+    if method.teacher_needs is not None:
+        with torch.no_grad():
+            taught = Encoder(TEACHER, mlm_head=True)(text.input_ids, text, method.teacher_needs)
+    loss = method.loss(Encoder(STUDENT, mlm_head=True)(text.input_ids, text, method.student_needs), taught, text)
+    assert Counter(called) == Counter(kernel for kernel, _ in method.fused_losses())
+    assert loss.loss.requires_grad and not any(term.requires_grad for term in loss.terms.values())
+
+
+def counting(called: list[str], kernel: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which also notes that it was called."""
+
+    def noted(*args: Any, **options: Any) -> Any:
+        called.append(kernel)
+        return function(*args, **options)
+
+    return noted
+
+
+def batch() -> Batch:
+    """Eight sequences in eleven slots."""
+    text = pack(RAGGED, vocab=97)
+    return Batch(
+        text.input_ids, text.input_ids, text.position_ids, text.cu_seqlens, text.predicted,
+        text.input_ids[text.predicted], text.max_seqlen, RAGGED, sum(RAGGED), sum(n * n for n in RAGGED), 1.0, 1.0,
+    )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastkd import methods
 from fastkd.data.batches import Batch
 from fastkd.kernels.relation_kl import relation_kl
-from fastkd.models.encoder import Encoder, EncoderConfig, Outputs
+from fastkd.models.encoder import EncoderConfig, Outputs
 
 STUDENT = EncoderConfig("bert", 211, 48, 2, 4, 100)
 TEACHER = EncoderConfig("bert", 211, 96, 3, 4, 200)
@@ -36,9 +36,7 @@ def loss_of(name: str, text: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
     module = methods.load(name)
     method = module.METHOD(module.Config(), STUDENT, TEACHER)
     student, teacher = projections(48, seed=0, grad=True), projections(96, seed=1, grad=False)
-    out = method.compute(
-        Outputs(qkv={2: student}), Outputs(qkv={3: teacher}), text, Encoder(STUDENT, mlm_head=False, seed=0), None
-    )
+    out = method.loss(Outputs(qkv={2: student}), Outputs(qkv={3: teacher}), text)
     return out.loss.detach(), torch.autograd.grad(out.loss, student)
 
 

@@ -199,7 +199,7 @@ def _step(setup: Setup, model: hf.Loaded, batch: Batch, device: torch.device, dt
         teacher = Teacher(model, method.teacher_needs, device=device, dtype=dtype, longest=batch.max_seqlen)
         if dtype == torch.float64:
             teacher.encoder.double()
-    objective, batch = Objective(student, method, teacher, 0.0).to(device, wide), batch.to(device)
+    objective, batch = Objective(student, method, 0.0).to(device, wide), batch.to(device)
     taught = None if teacher is None else teacher(method.text(batch), batch)
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         loss = objective(batch, taught, PhaseClock(device)).loss

@@ -1,15 +1,17 @@
-"""Methods: one file each. A method says what it reads from student and teacher, and makes one loss of it.
+"""A method is one file of this folder: its formula, its options, its loss, and the plain definition that checks the loss.
 
-A file here defines a frozen dataclass ``Config`` (the method's own options, each with its help text) and one
-subclass of :class:`Method` called ``METHOD``. Commands, tests and benches find it by listing this folder; tests and benches
-also need its plain definition (``docs/methods.md`` lists where). ``--help`` loads every file, and must not load torch:
-functions that compute import it themselves.
+A file defines a frozen dataclass ``Config`` (the method's own options, each with its help text) and one subclass of
+:class:`Method` called ``METHOD``. Commands, tests, benches and model cards find it by listing the folder. ``--help`` loads
+every file, and must not load torch: functions that compute import it themselves.
+
+Shapes: T packed tokens, M predicted positions; B padded sequences of length S; D width, A heads, V vocabulary.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,9 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fastkd.data.batches import Batch
-    from fastkd.models.encoder import Encoder, EncoderConfig
+    from fastkd.models.encoder import EncoderConfig
     from fastkd.models.needs import Needs, Outputs
-    from fastkd.models.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,22 @@ class MethodLoss:
     """A differentiable scalar and the detached terms that it is made of (for the log)."""
 
     loss: Tensor
-    parts: dict[str, Tensor] = field(default_factory=dict)
+    terms: dict[str, Tensor] = field(default_factory=dict)
 
     def __mul__(self, share: float) -> MethodLoss:
-        """Loss and parts times the share that a mean over few positions has in the mean over the whole step."""
+        """Loss and terms times the share that a mean over few positions has in the mean over the whole step."""
         if share == 1:  # nearly always: a text with ordinary tokens enough costs no product
             return self
-        return MethodLoss(self.loss * share, {name: value * share for name, value in self.parts.items()})
+        return MethodLoss(self.loss * share, {name: value * share for name, value in self.terms.items()})
+
+
+@dataclass(frozen=True)
+class Padded:
+    """All that a model computes of a padded batch, for :meth:`Method.plain`. Layers count from 1, as in ``Needs``."""
+
+    logits: Tensor | None  # [B, S, V]; None: no MLM head
+    hidden: Mapping[int, Tensor]  # layer: [B, S, D]; 0 is the embeddings' output
+    qkv: Mapping[int, tuple[Tensor, Tensor, Tensor]]  # layer: queries, keys and values, [B, S, D] each
 
 
 class Method:
@@ -64,14 +74,7 @@ class Method:
         """The ids [T] that student and teacher read: masked or plain text."""
         return batch.masked_ids if self.reads_masked else batch.input_ids
 
-    def compute(
-        self,
-        student: Outputs,
-        teacher: Outputs | None,
-        batch: Batch,
-        student_model: Encoder,
-        teacher_model: Teacher | None,
-    ) -> MethodLoss:
+    def loss(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> MethodLoss:
         """The loss of one micro-batch, so that those of a step, over all ranks, average to the step's own mean.
 
         A mean over tokens is one already, since micro-batches have as many; one over predicted positions takes
@@ -82,6 +85,23 @@ class Method:
     def loss_flops(self, *, tokens: int, pairs: int, predicted: int) -> int:
         """FLOPs of the loss itself, gradient included, for a micro-batch (``pairs`` is the sum of squared lengths)."""
         raise NotImplementedError
+
+    def fused_losses(self) -> list[tuple[str, dict[str, Any]]]:
+        """The fused losses that ``loss`` calls, each with the options of ``bench.step_losses.LOSSES``, which predicts its time."""
+        raise NotImplementedError
+
+    def plain(self, student: Padded, teacher: Padded | None, labels: Tensor, mask: Tensor) -> Tensor:
+        """The same loss in plain PyTorch on padded text: what gradients and FLOPs are checked against, and the paper's way.
+
+        labels: [B, S], −100 where nothing is predicted; mask: [B, S], False at padding. Logits, and hidden states that are
+        read at predicted positions only, may come as [M, …] with labels [M].
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def card_note(cls, options: Mapping[str, Any]) -> str:
+        """What a model card says of this method with these options: what it leaves untrained, what differs from its source."""
+        return ""
 
 
 def available() -> list[str]:
@@ -105,6 +125,14 @@ def descriptions() -> dict[str, str]:
     return {name: (load(name).METHOD.__doc__ or "").partition("\n")[0].rstrip(".") for name in available()}
 
 
+# ---- what several methods say and refuse ------------------------------------------------------------------------------
+
+ENDS_AT_QKV = (
+    "The method trains nothing above the query, key and value projections of the student's last layer: that layer's "
+    "attention output and feed-forward part keep their initial weights until fine-tuning."
+)
+
+
 def require_teacher(name: str, teacher: EncoderConfig | None) -> EncoderConfig:
     """The teacher's configuration of a method that cannot do without."""
     if teacher is None:
@@ -122,3 +150,23 @@ def require_equal_heads(name: str, student: EncoderConfig, teacher: EncoderConfi
             f"teacher {teacher.num_heads}: give --student {teacher.num_heads} heads (…-{teacher.num_heads}A), or use "
             "--method minilmv2"
         )
+
+
+# ---- what several plain definitions read ----------------------------------------------------------------------
+
+
+def plain_scores(x: Tensor, y: Tensor, heads: int) -> Tensor:
+    """[B, S, D] twice → scaled products [B, A, S, S]."""
+    x_BASd, y_BASd = (z.unflatten(-1, (heads, -1)).transpose(1, 2) for z in (x, y))
+    return x_BASd @ y_BASd.transpose(-1, -2) / x_BASd.shape[-1] ** 0.5
+
+
+def plain_relation_kl(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """KL(teacher ‖ student) of the softmaxes of scores [B, A, S, S] over real keys, averaged over heads and real rows."""
+    import torch
+    import torch.nn.functional as F
+
+    padding = ~mask[:, None, None, :]
+    student, teacher = (x.float().masked_fill(padding, torch.finfo(torch.float32).min) for x in (student, teacher))
+    kl = F.kl_div(F.log_softmax(student, -1), F.softmax(teacher, -1), reduction="none").sum(-1)
+    return (kl * mask[:, None]).sum() / (mask.sum() * student.shape[1])

@@ -12,17 +12,18 @@ at these rows only, and at all of them a step of 6L-768H under BERT-base would c
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fastkd import flops
-from fastkd.methods import Method, MethodLoss, require_teacher
+from fastkd.methods import Method, MethodLoss, Padded, require_teacher
 from fastkd.models.needs import Needs, Outputs
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fastkd.data.batches import Batch
-    from fastkd.models.encoder import Encoder, EncoderConfig
-    from fastkd.models.teacher import Teacher
+    from fastkd.models.encoder import EncoderConfig
 
 
 @dataclass(frozen=True)
@@ -72,34 +73,26 @@ class METHOD(Method):
         self.student_needs = Needs(logits=True, last_rows=self.cosine > 0)
         self.teacher_needs = Needs(logits=True, last_rows=self.cosine > 0)
 
-    def compute(
-        self,
-        student: Outputs,
-        teacher: Outputs | None,
-        batch: Batch,
-        student_model: Encoder,
-        teacher_model: Teacher | None,
-    ) -> MethodLoss:
+    def loss(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> MethodLoss:
         import torch
         import torch.nn.functional as F
 
         from fastkd.kernels.linear_kd import linear_kd
 
-        assert teacher is not None and teacher_model is not None
-        assert student.head_rows is not None
+        assert teacher is not None and student.head_rows is not None and student.decoder_weight is not None
         out = linear_kd(
             student.head_rows,
-            student_model.decoder_weight,
+            student.decoder_weight,
             batch.labels,
-            student_bias=student_model.decoder_bias,
+            student_bias=student.decoder_bias,
             teacher_hidden=teacher.head_rows,
-            teacher_weight=teacher_model.decoder_weight,
-            teacher_bias=teacher_model.decoder_bias,
+            teacher_weight=teacher.decoder_weight,
+            teacher_bias=teacher.decoder_bias,
             kl_weight=self.kl_weight,
             ce_weight=self.config.ce_weight,
             temperature=self.temperature,
         )
-        loss, parts = out.loss, {"kl": out.kl, "ce": out.ce}
+        loss, terms = out.loss, {"kl": out.kl, "ce": out.ce}
         if self.cosine:
             assert student.last_rows is not None and teacher.last_rows is not None
             valid = (batch.labels >= 0).float()
@@ -107,10 +100,12 @@ class METHOD(Method):
             distance = 1 - F.cosine_similarity(student.last_rows.float(), h_t_MD, dim=-1)
             cosine = (distance * valid).sum() / valid.sum().clamp(min=1)
             loss = loss + self.cosine * cosine
-            parts["cosine"] = cosine.detach()
-        return MethodLoss(loss, parts) * batch.predicted_share
+            terms["cosine"] = cosine.detach()
+        return MethodLoss(loss, terms) * batch.predicted_share
 
     def loss_flops(self, *, tokens: int, pairs: int, predicted: int) -> int:
+        from fastkd import flops
+
         assert self.teacher_config is not None
         return flops.linear_kd_flops(
             predicted,
@@ -118,3 +113,29 @@ class METHOD(Method):
             self.student_config.hidden_size,
             self.teacher_config.hidden_size,
         )
+
+    def fused_losses(self) -> list[tuple[str, dict[str, Any]]]:
+        weights = {"kl_weight": self.kl_weight, "ce_weight": self.config.ce_weight}
+        return [("linear_kd", weights | {"temperature": self.temperature})]
+
+    def plain(self, student: Padded, teacher: Padded | None, labels: Tensor, mask: Tensor) -> Tensor:
+        import torch.nn.functional as F
+
+        assert teacher is not None and student.logits is not None and teacher.logits is not None
+        T, predicted = self.temperature, labels >= 0
+        log_p, q = F.log_softmax(student.logits.float() / T, -1), F.softmax(teacher.logits.float() / T, -1)
+        kl = F.kl_div(log_p, q, reduction="none").sum(-1)[predicted].mean()
+        ce = F.cross_entropy(student.logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100)
+        loss = self.kl_weight * T * T * kl + self.config.ce_weight * ce
+        if self.cosine:
+            assert self.teacher_config is not None
+            h_s = student.hidden[self.student_config.num_layers][predicted].float()
+            h_t = teacher.hidden[self.teacher_config.num_layers][predicted].float()
+            loss = loss + self.cosine * (1 - F.cosine_similarity(h_s, h_t, dim=-1)).mean()
+        return loss
+
+    @classmethod
+    def card_note(cls, options: Mapping[str, Any]) -> str:
+        if options.get("as_released") or not options.get("cosine_weight"):
+            return ""
+        return "The cosine of last hidden states was that of the masked positions; DistilBERT's is that of all tokens."

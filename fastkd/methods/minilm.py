@@ -7,17 +7,27 @@ over the A attention heads, which student and teacher must share; widths may dif
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fastkd import flops
-from fastkd.methods import Method, MethodLoss, require_equal_heads, require_teacher
+from fastkd.methods import (
+    ENDS_AT_QKV,
+    Method,
+    MethodLoss,
+    Padded,
+    plain_relation_kl,
+    plain_scores,
+    require_equal_heads,
+    require_teacher,
+)
 from fastkd.models.needs import Needs, Outputs
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fastkd.data.batches import Batch
-    from fastkd.models.encoder import Encoder, EncoderConfig
-    from fastkd.models.teacher import Teacher
+    from fastkd.models.encoder import EncoderConfig
 
 
 @dataclass(frozen=True)
@@ -41,14 +51,7 @@ class METHOD(Method):
         self.student_needs = Needs(qkv=(student.num_layers,))
         self.teacher_needs = Needs(qkv=(teacher.num_layers,))
 
-    def compute(
-        self,
-        student: Outputs,
-        teacher: Outputs | None,
-        batch: Batch,
-        student_model: Encoder,
-        teacher_model: Teacher | None,
-    ) -> MethodLoss:
+    def loss(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> MethodLoss:
         from fastkd.kernels.relation_kl import relation_kl
 
         assert teacher is not None and self.teacher_config is not None
@@ -60,6 +63,24 @@ class METHOD(Method):
         return MethodLoss(attention + value, {"attention": attention.detach(), "value": value.detach()})
 
     def loss_flops(self, *, tokens: int, pairs: int, predicted: int) -> int:
+        from fastkd import flops
+
         assert self.teacher_config is not None
         widths = self.student_config.hidden_size, self.teacher_config.hidden_size
         return 2 * flops.relation_kl_flops(pairs, *widths)
+
+    def fused_losses(self) -> list[tuple[str, dict[str, Any]]]:
+        heads = self.student_config.num_heads
+        return [("relation_kl", {"heads": heads, "cross": True}), ("relation_kl", {"heads": heads})]
+
+    def plain(self, student: Padded, teacher: Padded | None, labels: Tensor, mask: Tensor) -> Tensor:
+        assert teacher is not None and self.teacher_config is not None
+        heads = self.student_config.num_heads
+        q_s, k_s, v_s = student.qkv[self.student_config.num_layers]
+        q_t, k_t, v_t = teacher.qkv[self.teacher_config.num_layers]
+        attention = plain_relation_kl(plain_scores(q_s, k_s, heads), plain_scores(q_t, k_t, heads), mask)
+        return attention + plain_relation_kl(plain_scores(v_s, v_s, heads), plain_scores(v_t, v_t, heads), mask)
+
+    @classmethod
+    def card_note(cls, options: Mapping[str, Any]) -> str:
+        return ENDS_AT_QKV

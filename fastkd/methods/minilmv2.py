@@ -8,17 +8,18 @@ may differ. Both models stop at the distilled layer's QKV projection. Source: Wa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fastkd import flops
-from fastkd.methods import Method, MethodLoss, require_teacher
+from fastkd.methods import ENDS_AT_QKV, Method, MethodLoss, Padded, plain_relation_kl, plain_scores, require_teacher
 from fastkd.models.needs import Needs, Outputs
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fastkd.data.batches import Batch
-    from fastkd.models.encoder import Encoder, EncoderConfig
-    from fastkd.models.teacher import Teacher
+    from fastkd.models.encoder import EncoderConfig
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,7 @@ class METHOD(Method):
         self.student_needs = Needs(qkv=(student.num_layers,))
         self.teacher_needs = Needs(qkv=(self.layer,))
 
-    def compute(
-        self,
-        student: Outputs,
-        teacher: Outputs | None,
-        batch: Batch,
-        student_model: Encoder,
-        teacher_model: Teacher | None,
-    ) -> MethodLoss:
+    def loss(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> MethodLoss:
         from fastkd.kernels.relation_kl import relation_kl
 
         assert teacher is not None
@@ -94,9 +88,27 @@ class METHOD(Method):
             relation_kl(s_TD, t_TD, batch.sequences, self.relation_heads, max_seqlen=batch.max_seqlen)
             for s_TD, t_TD in zip(student.qkv[self.student_config.num_layers], teacher.qkv[self.layer], strict=True)
         ]
-        parts = {name: value.detach() for name, value in zip(("query", "key", "value"), relations, strict=True)}
-        return MethodLoss(relations[0] + relations[1] + relations[2], parts)
+        terms = {name: value.detach() for name, value in zip(("query", "key", "value"), relations, strict=True)}
+        return MethodLoss(relations[0] + relations[1] + relations[2], terms)
 
     def loss_flops(self, *, tokens: int, pairs: int, predicted: int) -> int:
+        from fastkd import flops
+
         assert self.teacher_config is not None
         return 3 * flops.relation_kl_flops(pairs, self.student_config.hidden_size, self.teacher_config.hidden_size)
+
+    def fused_losses(self) -> list[tuple[str, dict[str, Any]]]:
+        return 3 * [("relation_kl", {"heads": self.relation_heads})]
+
+    def plain(self, student: Padded, teacher: Padded | None, labels: Tensor, mask: Tensor) -> Tensor:
+        import torch
+
+        assert teacher is not None
+        losses, heads = [], self.relation_heads
+        for x_s, x_t in zip(student.qkv[self.student_config.num_layers], teacher.qkv[self.layer], strict=True):
+            losses.append(plain_relation_kl(plain_scores(x_s, x_s, heads), plain_scores(x_t, x_t, heads), mask))
+        return torch.stack(losses).sum()
+
+    @classmethod
+    def card_note(cls, options: Mapping[str, Any]) -> str:
+        return ENDS_AT_QKV

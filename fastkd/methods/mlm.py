@@ -8,14 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastkd import flops
-from fastkd.methods import Method, MethodLoss
+from fastkd.methods import Method, MethodLoss, Padded
 from fastkd.models.needs import Needs, Outputs
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fastkd.data.batches import Batch
-    from fastkd.models.encoder import Encoder, EncoderConfig
-    from fastkd.models.teacher import Teacher
+    from fastkd.models.encoder import EncoderConfig
 
 
 @dataclass(frozen=True)
@@ -32,30 +32,34 @@ class METHOD(Method):
     default_lr = 1e-3
     reads_masked = True
 
-    def __init__(self, config: Any, student: EncoderConfig, teacher: EncoderConfig | None) -> None:
+    def __init__(self, config: Config, student: EncoderConfig, teacher: EncoderConfig | None) -> None:
         super().__init__(config, student, teacher)
         self.student_needs = Needs(logits=True)
 
-    def compute(
-        self,
-        student: Outputs,
-        teacher: Outputs | None,
-        batch: Batch,
-        student_model: Encoder,
-        teacher_model: Teacher | None,
-    ) -> MethodLoss:
+    def loss(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> MethodLoss:
         from fastkd.kernels.linear_kd import linear_kd
 
-        assert student.head_rows is not None
+        assert student.head_rows is not None and student.decoder_weight is not None
         out = linear_kd(
             student.head_rows,
-            student_model.decoder_weight,
+            student.decoder_weight,
             batch.labels,
-            student_bias=student_model.decoder_bias,
+            student_bias=student.decoder_bias,
             kl_weight=0.0,
             ce_weight=1.0,
         )
         return MethodLoss(out.loss, {"ce": out.ce}) * batch.predicted_share
 
     def loss_flops(self, *, tokens: int, pairs: int, predicted: int) -> int:
+        from fastkd import flops
+
         return flops.linear_kd_flops(predicted, self.student_config.vocab_size, self.student_config.hidden_size, 0)
+
+    def fused_losses(self) -> list[tuple[str, dict[str, Any]]]:
+        return [("linear_kd", {"kl_weight": 0.0, "ce_weight": 1.0})]
+
+    def plain(self, student: Padded, teacher: Padded | None, labels: Tensor, mask: Tensor) -> Tensor:
+        import torch.nn.functional as F
+
+        assert student.logits is not None
+        return F.cross_entropy(student.logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100)

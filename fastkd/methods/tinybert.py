@@ -9,10 +9,9 @@ they do not; scores are q·k/√d before the softmax. Source: Jiao et al. 2020 (
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fastkd import flops
-from fastkd.methods import Method, MethodLoss, require_equal_heads, require_teacher
+from fastkd.methods import Method, MethodLoss, Padded, plain_scores, require_equal_heads, require_teacher
 from fastkd.models.needs import Needs, Outputs
 
 if TYPE_CHECKING:
@@ -20,8 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fastkd.data.batches import Batch
-    from fastkd.models.encoder import Encoder, EncoderConfig
-    from fastkd.models.teacher import Teacher
+    from fastkd.models.encoder import EncoderConfig
 
 
 @dataclass(frozen=True)
@@ -86,14 +84,7 @@ class METHOD(Method):
         d_s, d_t = self.widths
         return d_s != d_t
 
-    def compute(
-        self,
-        student: Outputs,
-        teacher: Outputs | None,
-        batch: Batch,
-        student_model: Encoder,
-        teacher_model: Teacher | None,
-    ) -> MethodLoss:
+    def loss(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> MethodLoss:
         import torch
 
         assert teacher is not None
@@ -119,6 +110,28 @@ class METHOD(Method):
         return hidden_mse(projected, h_t_TD)
 
     def loss_flops(self, *, tokens: int, pairs: int, predicted: int) -> int:
+        from fastkd import flops
+
         d_s, d_t = self.widths
         project = 3 * 2 * tokens * d_s * d_t * len(self.hidden_pairs) if self.projects else 0
         return project + len(self.score_pairs) * flops.score_mse_flops(pairs, d_s, d_t)
+
+    def fused_losses(self) -> list[tuple[str, dict[str, Any]]]:
+        scores = [("score_mse", dict[str, Any]()) for _ in self.score_pairs]
+        return scores + [("hidden_mse", {"projected": self.projects}) for _ in self.hidden_pairs]
+
+    def plain(self, student: Padded, teacher: Padded | None, labels: Tensor, mask: Tensor) -> Tensor:
+        import torch
+
+        assert teacher is not None
+        losses, heads = [], self.student_config.num_heads
+        pairs = (mask[:, None, :, None] & mask[:, None, None, :]).float()
+        for m, g in self.score_pairs:
+            (q_s, k_s, _), (q_t, k_t, _) = student.qkv[m], teacher.qkv[g]
+            error = plain_scores(q_s, k_s, heads) - plain_scores(q_t, k_t, heads)
+            losses.append((error.float().square() * pairs).sum() / (pairs.sum() * heads))
+        for m, g in self.hidden_pairs:
+            h_s = self.modules["projection"](student.hidden[m]) if self.projects else student.hidden[m]
+            errors = (h_s.float() - teacher.hidden[g].float()).square().mean(-1)
+            losses.append((errors * mask).sum() / mask.sum())
+        return torch.stack(losses).sum()

@@ -176,7 +176,10 @@ class Encoder(nn.Module):
         # compiled into it.
         tensors = (ids, batch.position_ids, batch.cu_seqlens, batch.predicted)
         backend = self._backend(ids.device, dropout, batch.max_seqlen)
-        return self._graph(self, *tensors, batch.max_seqlen, needs, dropout, backend)
+        out = self._graph(self, *tensors, batch.max_seqlen, needs, dropout, backend)
+        if needs.logits:  # parameters: as outputs of a graph they would be other tensors, without its gradients
+            out.decoder_weight, out.decoder_bias = self.decoder_weight, self.decoder_bias
+        return out
 
     def _run(
         self,

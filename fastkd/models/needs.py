@@ -45,5 +45,7 @@ class Outputs:
 
     head_rows: Tensor | None = None  # [M, D] after the MLM head's dense, gelu and LayerNorm
     last_rows: Tensor | None = None  # [M, D]
+    decoder_weight: Tensor | None = None  # [V, D]: the model's own, which turns head_rows into logits
+    decoder_bias: Tensor | None = None  # [V]
     hidden: dict[int, Tensor] = field(default_factory=dict)  # layer: [T, D]
     qkv: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)  # layer: 3 of [T, D]

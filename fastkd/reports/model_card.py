@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from fastkd import files, quickstart
+from fastkd import files, methods, quickstart
 from fastkd.data.hub import HubDataset
 from fastkd.run_folder import Run
 
@@ -39,6 +39,14 @@ def front_matter(run: Run, *, mlm_head: bool) -> str:
         eval_results=_held_out(run, datasets) or None,
     )
     return str(card.to_yaml())
+
+
+def method_note(run: Run) -> str:
+    """What the run's method says of its students; nothing where no file of fastkd/methods/ has its name."""
+    name = run.config.get("method", run.plan.get("method"))
+    if name not in methods.available():
+        return ""
+    return str(methods.load(name).METHOD.card_note(run.config.get("method_options", {})))
 
 
 def hub_model(source: str | None) -> str | None:

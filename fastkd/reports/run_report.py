@@ -17,7 +17,7 @@ from fastkd.budget import PARTS
 from fastkd.files import Record
 from fastkd.reports.expenses import arithmetic_table, efficiency_table, seconds_bar, seconds_table
 from fastkd.reports.learning_curves import held_out_table, learning_plots, points_table
-from fastkd.reports.model_card import front_matter
+from fastkd.reports.model_card import front_matter, method_note
 from fastkd.reports.tables import Cell, Table, numeric, share, signed_percent
 from fastkd.run_folder import Run, made_from, read_run
 
@@ -67,7 +67,7 @@ def model_card(run_folder: Path, *, mlm_head: bool) -> str:
         held_out=next((line for line in reversed(run.validations) if line["loss"] is not None), None),
         status=status(run),
         mlm_head=mlm_head,
-        cosine=run.config.get("method_options", {}).get("cosine_weight", 0) > 0,
+        method_note=method_note(run),
     )
 
 
