@@ -2,32 +2,30 @@
 
     python -m bench.audit [--arch 80 90 100 120 gfx942] [--kernel linear_kd]
 
-Every file of ``kernels/`` lists in ``AUDIT`` the variants its launch code can choose (``tiling.Build``); each is
-compiled with the tile that ``tiling.py`` gives it. The table shows, per variant and architecture, registers a
+``bench/audited/`` lists the variants of each kernel that its launch code can choose; each is compiled with the tile that
+``tiling.tile`` gives it. The table shows, per variant and architecture, registers a
 thread, bytes spilled, shared memory, matrix instructions, the widest and the narrowest access to global memory (bytes a
 thread, loads and copies to shared memory, then stores; NVIDIA), and how many programs a multiprocessor holds, with its
 theoretical occupancy. Exits 1 when a kernel spills, needs more shared memory than a block may have, lacks the matrix
-instruction of its architecture, the 16-byte accesses or the resident programs that its ``Build`` asks for, or when a row
+instruction of its architecture, the 16-byte accesses or the resident programs that its ``Build`` asks for, or when a rule
 of ``tiling.TABLE`` is compiled by no variant. Needs Triton but no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.audited import Build, builds
 from fastkd.kernels import tiling
-
-KERNELS = Path(tiling.__file__).parent
 
 
 @dataclass(frozen=True)
@@ -75,14 +73,7 @@ class Report:
     problems: tuple[str, ...]
 
 
-def builds(kernel: str | None = None) -> list[tiling.Build]:
-    """The variants of every kernel file, or of one."""
-    stems = sorted(path.stem for path in KERNELS.glob("*.py")) if kernel is None else [kernel]
-    modules = [importlib.import_module(f"fastkd.kernels.{stem}") for stem in stems]
-    return [build for module in modules for build in getattr(module, "AUDIT", ())]
-
-
-def audit(build: tiling.Build, arch: Architecture) -> Report:
+def audit(build: Build, arch: Architecture) -> Report:
     """Compile one variant for one architecture and read the result."""
     tile = tiling.tile(build.tile, width=build.width, length=build.length, arch=arch.name)
     compiled = _compile(build, tile, arch)
@@ -120,7 +111,7 @@ def audit(build: tiling.Build, arch: Architecture) -> Report:
     )
 
 
-def _compile(build: tiling.Build, tile: tiling.Tile, arch: Architecture) -> Any:
+def _compile(build: Build, tile: tiling.Tile, arch: Architecture) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -175,8 +166,8 @@ def resident(arch: Architecture, registers: int, shared: int, num_warps: int) ->
     return min(by_registers, by_shared, arch.warps // num_warps, 32)
 
 
-def uncompiled_rows(compiled: Iterable[tiling.Build], architectures: Iterable[Architecture]) -> list[str]:
-    """Rows of the table that no variant was compiled with: a tile that nobody audits."""
+def uncompiled_rules(compiled: Iterable[Build], architectures: Iterable[Architecture]) -> list[str]:
+    """Rules of the table that no variant was compiled with: a tile that nobody audits."""
     seen = {
         (build.tile, tiling.tile(build.tile, width=build.width, length=build.length, arch=arch.name))
         for build in compiled
@@ -184,15 +175,15 @@ def uncompiled_rows(compiled: Iterable[tiling.Build], architectures: Iterable[Ar
     }
     names = {arch.name for arch in architectures}
 
-    def wanted(column: int | str, columns: Mapping[int | str, tuple[tiling.Row, ...]]) -> bool:
-        return column in names or (column == "any" and not names <= set(columns))
+    def wanted(arch: int | str, by_arch: tiling.Rules) -> bool:
+        return arch in names or (arch == "any" and not names <= set(by_arch))
 
     return [
-        f"{kernel} on {arch}: {row.tile} is compiled by no AUDIT entry"
-        for kernel, columns in tiling.TABLE.items()
-        for arch, rows in columns.items()
-        for row in rows
-        if wanted(arch, columns) and (kernel, row.tile) not in seen
+        f"{kernel} on {arch}: {rule.tile} is compiled by no AUDIT entry"
+        for kernel, by_arch in tiling.TABLE.items()
+        for arch, rules in by_arch.items()
+        for rule in rules
+        if wanted(arch, by_arch) and (kernel, rule.tile) not in seen
     ]
 
 
@@ -224,7 +215,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.audit", description=(__doc__ or "").split("\n\n")[0])
     names = [str(arch.name) for arch in ARCHITECTURES]
     parser.add_argument("--arch", nargs="+", choices=names, default=names, help="architectures (default: all)")
-    parser.add_argument("--kernel", help="a file of kernels/ without .py (default: all)")
+    parser.add_argument("--kernel", help="a file of bench/audited/ without .py (default: all)")
     return parser.parse_args(argv)
 
 
@@ -239,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with ProcessPoolExecutor() as pool:
         reports = list(pool.map(_audit_named, *zip(*pairs, strict=True)))
     print(f"triton {tiling.triton.__version__}\n\n{table(reports)}\n")
-    missing = uncompiled_rows(chosen, architectures) if arguments.kernel is None else []
+    missing = uncompiled_rules(chosen, architectures) if arguments.kernel is None else []
     failures = [f"{r.build} on {r.architecture} {problem}" for r in reports for problem in r.problems] + missing
     print("\n".join(failures) or f"{len(reports)} kernels compiled, no spills")
     return 1 if failures else 0

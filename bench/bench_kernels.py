@@ -42,7 +42,7 @@ def clock() -> float:
 def test_value_and_gradient(
     benchmark: Any, results: KernelResults, kernel: str, case: Any, contender: Contender
 ) -> None:
-    flops = sum(part.flops for part in roofline.STEPS[kernel](case))
+    flops = sum(part.flops for part in roofline.steps(kernel, case))
     if DEVICE == "cpu" and flops > LARGEST_ON_A_CPU:
         pytest.skip(f"{flops / 1e9:.0f} GFLOP take too long on a CPU")
     if reason := contender.refusal(case, DEVICE):

@@ -13,7 +13,6 @@ What this cannot show: layouts, shared memory and everything else that comes aft
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
 import sys
 from collections.abc import Callable, Sequence
@@ -22,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import roofline
-from bench.contenders import Inputs, definition, step
+from bench import losses
+from bench.contenders import Inputs, definition, scalar, step
 from bench.triton_ir import TYPES, Operation, Pointer, Program, parsed
 from fastkd.kernels import tiling
 
-KERNELS = tuple(roofline.STEPS)
+KERNELS = tuple(losses.available())
 LARGEST = 100_000  # scores, logits or numbers of a case that is run unless it is asked for by name
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 NAMES |= {torch.int32: "i32", torch.int64: "i64"}
@@ -94,9 +93,10 @@ def _aligned(x: Any) -> bool:
 
 
 def launch_compiled(arch: int) -> None:
-    """From now on the Triton backend of every kernel file takes CPU tensors, and runs as it would on ``arch``."""
-    for name in (*KERNELS, "scaling"):
-        module = importlib.import_module(f"fastkd.kernels.{name}")
+    """From now on the Triton backend of every loss takes CPU tensors, and runs as it would on ``arch``."""
+    for name in KERNELS:
+        losses.definition(name)
+    for module in [module for name, module in sys.modules.items() if name.startswith("fastkd.kernels.")]:
         for attribute, kernel in list(vars(module).items()):
             if attribute.endswith("_kernel"):
                 setattr(module, attribute, Launcher(kernel, arch))
@@ -108,7 +108,7 @@ def launch_compiled(arch: int) -> None:
 def errors(kernel: str, case: Any) -> list[float]:
     """‖out − ref‖/‖ref‖ of the loss and of every gradient, or ‖out‖ where the reference is 0."""
     inputs: Inputs = case.inputs()
-    function = getattr(importlib.import_module(f"fastkd.kernels.{kernel}"), kernel)
+    function = getattr(losses.definition(kernel), kernel)
     exact = {
         name: x.double().detach().requires_grad_(x.requires_grad)
         if isinstance(x, Tensor) and x.is_floating_point()
@@ -117,8 +117,7 @@ def errors(kernel: str, case: Any) -> list[float]:
     }
 
     def loss(arguments: Inputs) -> Tensor:
-        out = function(**arguments, backend="triton")
-        return out if isinstance(out, Tensor) else out.loss
+        return scalar(function(**arguments, backend="triton"))
 
     value, gradients = step(loss, inputs)()
     expected, expected_gradients = step(definition(kernel), exact)()
@@ -134,9 +133,7 @@ def _size(case: Any) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compiled", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument(
-        "--kernel", nargs="+", choices=KERNELS, default=KERNELS, help="files of kernels/ (default: all)"
-    )
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS, help="fused losses (default: all)")
     parser.add_argument("--case", nargs="+", help="names of cases (default: all that are not too large)")
     parser.add_argument(
         "--arch", type=int, default=90, help="an NVIDIA architecture whose tiles are taken (default: 90)"
@@ -148,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     launch_compiled(arguments.arch)
     failed = 0
     for kernel in arguments.kernel:
-        for case in importlib.import_module(f"fastkd.kernels.{kernel}").CASES:
+        for case in losses.load(kernel).CASES:
             if case.name in arguments.case if arguments.case else _size(case) <= LARGEST:
                 found = errors(kernel, case)
                 verdict = "ok" if all(error <= case.tolerance for error in found) else "WRONG"

@@ -6,7 +6,6 @@ does not take (biases) is left out, for its float64 oracle too; what it cannot d
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import math
 from collections.abc import Callable
@@ -18,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.roofline import cases
-from fastkd.kernels import linear_kd, packed
+from bench import losses
+from bench.losses.linear_kd import HeadCase
+from bench.losses.packed import PackedCase
+from fastkd.kernels import buckets
 
 ZERO = 1e-12  # norm of a float64 result that would be 0 without rounding
 Inputs = dict[str, Any]  # keyword arguments of a kernel
@@ -63,18 +64,20 @@ def step(loss: Loss, inputs: Inputs) -> Callable[[], tuple[Tensor, tuple[Tensor,
 
 
 def definition(kernel: str) -> Loss:
-    """The kernel file's ``reference`` in the inputs' dtype."""
-    reference = importlib.import_module(f"fastkd.kernels.{kernel}").reference
-    return lambda inputs: _scalar(reference(**inputs))
+    """The loss's ``reference`` in the inputs' dtype."""
+    reference = losses.definition(kernel).reference
+    return lambda inputs: scalar(reference(**inputs))
 
 
-def _scalar(value: Any) -> Tensor:
-    return value.loss if isinstance(value, linear_kd.LinearKD) else value
+def scalar(value: Any) -> Tensor:
+    """The loss that is differentiated, of what a fused loss returns."""
+    loss: Tensor = value if isinstance(value, Tensor) else value.loss
+    return loss
 
 
 def _fused(kernel: str) -> Loss:
-    function = getattr(importlib.import_module(f"fastkd.kernels.{kernel}"), kernel)
-    return lambda inputs: _scalar(function(**inputs))
+    function = getattr(losses.definition(kernel), kernel)
+    return lambda inputs: scalar(function(**inputs))
 
 
 def _compiled(kernel: str) -> Loss:
@@ -159,11 +162,11 @@ def _liger_chunked() -> Loss:
     return loss
 
 
-def _no_teacher(case: linear_kd.Case, device: str) -> str:
+def _no_teacher(case: HeadCase, device: str) -> str:
     return "needs a teacher" if case.teacher_width is None else ""
 
 
-def _liger_triton_refuses(case: linear_kd.Case, device: str) -> str:
+def _liger_triton_refuses(case: HeadCase, device: str) -> str:
     if device != "cuda":
         return "its Triton kernel needs a GPU"
     return _no_teacher(case, device) or ("has no cross-entropy" if case.ce_weight else "")
@@ -182,7 +185,7 @@ def _eager_minilmv2() -> Loss:
     """Batched and eager (MiniLMv2, eq. 5-7): pad, regroup the heads, mask the keys, softmax, KL over valid rows."""
 
     def loss(inputs: Inputs) -> Tensor:
-        rows, valid = packed.padded_rows(inputs["cu_seqlens"], inputs["max_seqlen"])
+        rows, valid = buckets.padded_rows(inputs["cu_seqlens"], inputs["max_seqlen"])
         heads = inputs["num_heads"]
 
         def scores(query: Tensor, key: Tensor | None) -> Tensor:
@@ -226,7 +229,7 @@ def _bertdistiller() -> Loss:
     return loss
 
 
-def _one_length_only(case: packed.Case, device: str) -> str:
+def _one_length_only(case: PackedCase, device: str) -> str:
     return (
         "averages over sequences, not tokens: another loss where lengths differ" if len(set(case.lengths)) > 1 else ""
     )
@@ -260,7 +263,7 @@ def contenders(kernel: str) -> tuple[Contender, ...]:
 
 def entries() -> list[tuple[str, Any, Contender]]:
     """(kernel, case, contender) of every bench."""
-    return [(kernel, case, contender) for kernel, case in cases() for contender in contenders(kernel)]
+    return [(kernel, case, contender) for kernel, case in losses.cases() for contender in contenders(kernel)]
 
 
 def gradient_error(
@@ -292,7 +295,7 @@ def relative_error(out: Tensor, expected: Tensor) -> float:
 
 def first_rows(case: Any) -> Any:
     """The case with the rows that a float64 definition is made of."""
-    if isinstance(case, packed.Case):
+    if isinstance(case, PackedCase):
         fitting = sum(sum(case.lengths[:i]) < 1024 for i in range(len(case.lengths)))
         return replace(case, lengths=case.lengths[:fitting])
     return replace(case, rows=min(case.rows, 512))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from bench.contenders import Contender, contenders, step
-from bench.roofline import cases
+from bench.losses import cases
 
 ROOT = Path(__file__).parents[1]
 # Freed blocks from this size on go back to the system at once, so that none is hidden in the first call's leftovers.

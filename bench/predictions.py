@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from bench import roofline, step_losses, step_model
+from bench import losses, roofline, step_losses, step_model
 from bench.roofline import Device, Step
 from bench.step_losses import HALF
 from bench.step_model import STREAMS, Stream, Work
@@ -118,8 +118,8 @@ def kernel(kernel: str, case: Any, gpu: str, ceilings: Ceilings | None = None) -
     Raises:
         ValueError: an unknown kernel or GPU.
     """
-    if kernel not in roofline.STEPS:
-        raise ValueError(f"no kernel {kernel!r}: choose one of {', '.join(roofline.STEPS)}")
+    if kernel not in losses.available():
+        raise ValueError(f"no kernel {kernel!r}: choose one of {', '.join(losses.available())}")
     steps, device = step_losses.fused(kernel, case), _rates(gpu, ceilings)
     return Prediction(roofline.floor(kernel, case, _device(gpu)), _seconds(steps, device, case.dtype))
 
@@ -234,7 +234,7 @@ def kinds_table() -> str:
 def kernels_table() -> str:
     """Floor and expected microseconds of every bench case."""
     rows = []
-    for name, case in roofline.cases():
+    for name, case in losses.cases():
         predicted = [kernel(name, case, gpu) for gpu in GPUS]
         rows.append((name, case.name, *(f"{1e6 * p.floor_s:.0f} / {1e6 * p.expected_s:.0f}" for p in predicted)))
     return markdown(f"kernel | case | {' | '.join(f'{gpu}, µs' for gpu in GPUS)}", rows, words=2)

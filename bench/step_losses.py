@@ -16,9 +16,11 @@ from typing import Any
 import torch
 
 from bench import roofline
+from bench.losses.linear_kd import HeadCase
+from bench.losses.packed import PackedCase
+from bench.losses.score_mse import ScoreCase
 from bench.roofline import Step
 from bench.step_model import VOCABULARY, Work, product
-from fastkd.kernels import linear_kd, packed, score_mse
 from fastkd.methods import Method
 
 HALF = torch.bfloat16
@@ -68,7 +70,7 @@ def host_operations(method: Method, work: Work) -> int:
 
 def fused(kernel: str, case: Any) -> list[Step]:
     """The launches of one call, and what its gradients and weights take beside."""
-    return roofline.STEPS[kernel](case) + scaling(kernel, case)
+    return roofline.steps(kernel, case) + scaling(kernel, case)
 
 
 def linear_kd_loss(work: Work, *, kl_weight: float, ce_weight: float, temperature: float = 1.0) -> list[Step]:
@@ -78,26 +80,26 @@ def linear_kd_loss(work: Work, *, kl_weight: float, ce_weight: float, temperatur
     is bfloat16 already; and the gradient of the tied word embeddings is added to the decoder's (12).
     """
     D, teacher_width = work.student.hidden_size, work.teacher.hidden_size if kl_weight else None
-    case = linear_kd.Case(
+    case = HeadCase(
         "step", work.predicted, VOCABULARY, D, teacher_width, HALF, kl_weight=kl_weight, ce_weight=ce_weight,
         temperature=temperature,
     )  # fmt: skip
     later = -(-case.rows // CHUNK_ROWS) - 1
     bytes_ = later * (8 * D + 2 * 2 * D + 2 * (teacher_width or 0)) + (6 + 12) * D
     in_float32 = replace(case, dtype=torch.float32)
-    return [*roofline.linear_kd_steps(case), *scaling("linear_kd", in_float32), Step(0, case.vocabulary * bytes_)]
+    return [*roofline.steps("linear_kd", case), *scaling("linear_kd", in_float32), Step(0, case.vocabulary * bytes_)]
 
 
 def relation_kl_loss(work: Work, *, heads: int, cross: bool = False) -> list[Step]:
     """A relation over every sequence of the step, of queries with keys (``cross``) or of one projection with itself."""
     widths = work.student.hidden_size, work.teacher.hidden_size
-    return fused("relation_kl", packed.Case("step", _lengths(work), heads, *widths, HALF, cross=cross))
+    return fused("relation_kl", PackedCase("step", _lengths(work), heads, *widths, HALF, cross=cross))
 
 
 def score_mse_loss(work: Work) -> list[Step]:
     """dq and dk become a gradient of the whole projection, with zeros for dv (14), which the layer adds (6)."""
     widths = work.student.hidden_size, work.teacher.hidden_size
-    case = score_mse.Case("step", _lengths(work), work.student.num_heads, *widths, HALF)
+    case = ScoreCase("step", _lengths(work), work.student.num_heads, *widths, HALF)
     return [*fused("score_mse", case), Step(0, 20 * work.tokens * work.student.hidden_size)]
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastkd.kernels import packed, tiling
 from fastkd.kernels.packed import load_tile, store_tile
-from fastkd.kernels.tiling import Build, jit
+from fastkd.kernels.tiling import Rule, Tile, jit
 
 try:
     import triton.language as tl
@@ -34,9 +34,34 @@ except ImportError:
 LN2 = math.log(2)
 MAX_LENGTH, MAX_WIDTH = 128, 64
 LAUNCHED = 65_520  # sequences of a launch at most: CUDA takes 65,535 in a grid's second dimension; 16 divides it
-_HEADS = 4  # of a program, one after the other
-_LENGTHS = (64, MAX_LENGTH)  # of tiles
+HEADS = 4  # of a program, one after the other
+LENGTHS = (64, MAX_LENGTH)  # of tiles
 _DTYPES = (torch.float16, torch.bfloat16, *((torch.float32,) if tiling.INTERPRETED else ()))
+
+# block_m rows hold a whole sequence; the backward takes block_n of its keys at a time.
+# On sm_90 four warps, or 128 registers with eight, let two programs of 128 tokens share a multiprocessor; on others that limit
+# spills, and with heads of 64 in Triton 3.9 here, too.
+_FORWARD = (Rule(Tile(64, 0, 0, 4, 1), 64, 64), Rule(Tile(128, 0, 0, 8, 1), 64))
+_BACKWARD = (Rule(Tile(64, 64, 0, 4, 1), 64, 64), Rule(Tile(128, 64, 0, 8, 1), 64))
+TILES: dict[str, tiling.Rules] = {
+    "packed_attention.forward": {
+        "any": _FORWARD,
+        90: (
+            Rule(Tile(64, 0, 0, 4, 2, 128), 64, 64),
+            Rule(Tile(128, 0, 0, 8, 1, 128), 32),
+            Rule(Tile(128, 0, 0, 4, 1), 64),
+        ),
+        100: _FORWARD,
+    },
+    "packed_attention.backward": {
+        "any": _BACKWARD,
+        90: (_BACKWARD[0], Rule(Tile(128, 32, 0, 8, 1, 128), 32), Rule(Tile(128, 32, 0, 4, 1), 64)),
+        100: _BACKWARD,
+        120: (Rule(Tile(64, 32, 0, 4, 1), 64, 64), Rule(Tile(128, 64, 0, 8, 1), 32), Rule(Tile(128, 32, 0, 8, 1), 64)),
+        "gfx942": (_BACKWARD[0], Rule(Tile(128, 64, 0, 4, 1), 64)),
+    },
+}
+tiling.register(TILES)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Tensor:
@@ -146,16 +171,16 @@ def _launch(kernel: Any, name: str, like: Tensor, cu_seqlens: Sequence[Tensor], 
     """A launch for each length of a tile that there may be sequences of, and for each LAUNCHED of them."""
     _, heads, width = like.shape
     arch, pad = tiling.architecture(like.device), packed.pad_width(width)
-    constants = {"WIDTH": width, "PAD": pad, "DOT": packed.dot_dtype(like.dtype), "HEADS": _HEADS}
+    constants = {"WIDTH": width, "PAD": pad, "DOT": packed.dot_dtype(like.dtype), "HEADS": HEADS}
     shortest = 1
-    for length in _LENGTHS:
+    for length in LENGTHS:
         if shortest <= longest:
             tile = tiling.tile(f"packed_attention.{name}", width=pad, length=length, arch=arch)
             blocks = {"BLOCK_M": tile.block_m, **({"BLOCK_N": tile.block_n} if tile.block_n else {})}
             for first in range(0, len(cu_seqlens[0]) - 1, LAUNCHED):
                 cu = [x.contiguous()[first : first + LAUNCHED + 1] for x in cu_seqlens]
                 with torch.cuda.device_of(like):
-                    kernel[-(-heads // _HEADS), len(cu[0]) - 1](
+                    kernel[-(-heads // HEADS), len(cu[0]) - 1](
                         *cu, *arguments, SHORTEST=shortest, **constants, **blocks, **tile.options
                     )
         shortest = length + 1
@@ -282,35 +307,3 @@ def packed_attention(
         raise ValueError(f"packed_attention got {bounds} boundaries: give B+1 of the same sequences, twice")
     out, _ = _packed_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, longest)
     return out
-
-
-# ---- for the audit --------------------------------------------------------------------------------------------
-
-
-def _build(kernel: Any, name: str, width: int, shortest: int, length: int) -> Build:
-    """A variant in bfloat16, of heads whose rows are multiples of 16 bytes."""
-    types = {"lse_ptr": "*fp32", "cu_q_ptr": "*i32", "cu_k_ptr": "*i32", "scale": "fp32", "alpha": "fp32"}
-    arguments = () if tl is None else [argument for argument in kernel.arg_names if not argument.isupper()]
-    signature = {x: types.get(x, "*bf16" if x.endswith("_ptr") else "i32") for x in arguments}
-    constants = {"WIDTH": width, "PAD": width, "HEADS": _HEADS, "SHORTEST": shortest}
-    return Build(
-        name=f"packed_attention.{name} {width}, n ≤ {length}",
-        kernel=kernel,
-        signature=signature,
-        constants={**constants, "DOT": None if tl is None else tl.bfloat16},
-        tile=f"packed_attention.{name}",
-        width=width,
-        length=length,
-        blocks=("BLOCK_M",) if name == "forward" else ("BLOCK_M", "BLOCK_N"),
-        divisible=tuple(x for x in arguments if x.endswith("_stride")),
-        wide=True,
-        resident=((90, 2),),  # one program loads, another computes
-    )
-
-
-AUDIT = tuple(
-    _build(kernel, name, width, shortest, length)
-    for kernel, name in ((_forward_kernel, "forward"), (_backward_kernel, "backward"))
-    for width in (16, 32, 64)
-    for shortest, length in zip((1, 65), _LENGTHS, strict=True)
-)

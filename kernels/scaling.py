@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 from fastkd.kernels import tiling
-from fastkd.kernels.tiling import Build, jit
+from fastkd.kernels.tiling import Rule, Tile, jit
 
 try:
     import triton.language as tl
 except ImportError:
     tl = None
+
+TILES: dict[str, tiling.Rules] = {"scaling": {"any": (Rule(Tile(0, 8192, 0, 8, 1)),)}}
+tiling.register(TILES)
 
 
 def early_and_late(factor: float, dtype: torch.dtype) -> tuple[float, float]:
@@ -79,29 +82,3 @@ def _triton(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
             x, factor, out, x.numel(), IN_PLACE=in_place, BLOCK_N=tile.block_n, **tile.options
         )
     return out
-
-
-# ---- what the audit iterates over -----------------------------------------------------------------------------
-
-
-def _build(x: str, out: str, in_place: bool) -> Build:
-    return Build(
-        name=f"scaling {x} → {out}{', in place' if in_place else ''}",
-        kernel=_scale_kernel,
-        signature={"x_ptr": f"*{x}", "factor_ptr": "*fp32", "out_ptr": f"*{out}", "size": "i32"},
-        constants={"IN_PLACE": in_place},
-        tile="scaling",
-        width=0,
-        blocks=("BLOCK_N",),
-        divisible=("size",),
-        matrix=False,
-        wide=True,
-        resident=((90, 4),),
-    )
-
-
-_SAME = ("fp32", "bf16", "fp16")
-AUDIT = (
-    *(_build(x, x, in_place) for x in _SAME for in_place in (True, False)),
-    *(_build("fp32", out, False) for out in ("bf16", "fp16")),
-)

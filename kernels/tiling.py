@@ -1,13 +1,9 @@
-"""Block sizes of the Triton kernels, and what a kernel file shows to the audit.
+"""Which blocks a Triton kernel is launched with, and which backend computes a call.
 
-One table per fused loss: kernel → architecture → rows, of which the first that is wide and long enough serves.
-The launch code and ``bench/audit.py`` read the same table, so what the audit compiles is what runs. A row is a
-safe default (it compiles without spills) until a measurement on a real GPU replaces it; nothing is tuned at run
-time.
-
-Every file in ``kernels/`` exposes ``AUDIT: tuple[Build, ...]``: one entry per variant of a Triton kernel that
-the launch code can choose. The audit compiles each with the blocks of ``tile(build.tile, …)`` for every
-architecture and fails when a row of the table is compiled by no entry.
+TABLE: kernel → architecture, or "any" → rules. The first rule that is wide and long enough gives the tile. Each fused loss has the
+rules of its kernels beside their launches and registers them here. ``bench/audit.py`` reads the same table, so what it compiles
+is what runs. A tile is a safe default (it compiles without spills) until a measurement on a real GPU replaces it; nothing is
+tuned at run time.
 """
 
 from __future__ import annotations
@@ -15,7 +11,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -60,172 +55,67 @@ class Tile(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
-class Row(NamedTuple):
-    """A table row: the tile for widths ≤ max_width and lengths ≤ max_length (None: any)."""
+class Rule(NamedTuple):
+    """The tile for widths ≤ max_width and lengths ≤ max_length (None: any)."""
 
     tile: Tile
     max_width: int | None = None
     max_length: int | None = None
 
     def serves(self, width: int, length: int | None) -> bool:
-        """Whether rows of ``width`` in sequences of ``length`` fit; an unknown length fits only "any"."""
+        """Whether it covers rows of ``width`` in sequences of ``length``; an unknown length fits only "any"."""
         wide = self.max_width is None or width <= self.max_width
         return wide and (self.max_length is None or (length is not None and length <= self.max_length))
 
 
-@dataclass(frozen=True)
-class Build:
-    """One variant of a Triton kernel for the audit to compile, blocks apart."""
-
-    name: str  # what the audit's table calls it
-    kernel: Any  # the @jit function
-    signature: Mapping[str, str]  # argument → Triton type ("*bf16", "*fp32", "i32", "fp32"); constexprs left out
-    constants: Mapping[str, Any]  # constexprs, except the blocks
-    tile: str  # key of the table
-    width: int  # what the launch code looks the tile up with
-    length: int | None = None
-    blocks: tuple[str, ...] = ("BLOCK_M", "BLOCK_N", "BLOCK_K")  # which of the tile's blocks are arguments
-    divisible: tuple[str, ...] = ()  # integer arguments that are multiples of 16; pointers always are
-    matrix: bool = True  # must hold matrix instructions (False: element-wise, or float32 on purpose)
-    wide: bool = False  # must load and store 16 bytes at a time somewhere
-    resident: tuple[tuple[int | str, int], ...] = ()  # (architecture, least programs a multiprocessor must hold)
+Rules = Mapping[int | str, tuple[Rule, ...]]  # of one kernel: architecture, or "any" → rules
+TABLE: dict[str, Rules] = {}
 
 
-Table = Mapping[str, Mapping[int | str, tuple[Row, ...]]]  # kernel → architecture, or "any" → rows
-
-# ---- linear_kd ------------------------------------------------------------------------------------------------
-LINEAR_KD: Table = {
-    "linear_kd.logits": {
-        80: (Row(Tile(128, 128, 64, 8, 3)),),
-        # Up to 512 wide two blocks fit: one's epilogue runs beside the other's products. With 768 (measured: a call of "ce 768"
-        # takes 33 µs less) the products are longer, and a wider tile reads a quarter less from L2.
-        90: (Row(Tile(128, 128, 64, 8, 3), 512), Row(Tile(128, 256, 64, 8, 4))),
-        100: (Row(Tile(128, 256, 64, 8, 3)),),
-        120: (Row(Tile(128, 128, 64, 8, 2)),),  # workstation Blackwell has an older chip's 99 KiB of shared memory
-        "gfx942": (Row(Tile(128, 128, 64, 8, 2)),),
-    },
-    # a width that block_k does not divide: masks in the inner loop take the registers of the wider tile
-    "linear_kd.logits_ragged": {
-        "any": (Row(Tile(128, 128, 64, 8, 3)),),
-        "gfx942": (Row(Tile(128, 128, 64, 8, 2)),),
-    },
-    "linear_kd.logits_float32": {"any": (Row(Tile(64, 64, 32, 4, 2)),)},
-    "linear_kd.sums": {"any": (Row(Tile(0, 4096, 0, 8, 1)),)},  # one program, block_n numbers at a time
-    "linear_kd.offsets": {"any": (Row(Tile(0, 0, 0, 4, 1)),)},  # a row a program
-    # block_m rows a program, block_n logits a step: of as many rows as fit, each a whole tile of columns
-    # (measured on sm_90: a call of "kl 384/768" takes 16 µs less with 128 rows, half as many partial sums of the bias)
-    "linear_kd.gradient": {"any": (Row(Tile(64, 2048, 0, 8, 1)),), 90: (Row(Tile(128, 2048, 0, 8, 1)),)},
-    "linear_kd.gradient_float32": {"any": (Row(Tile(64, 1024, 0, 4, 1)),)},
-}
-
-# ---- relation_kl and score_mse --------------------------------------------------------------------------------
-# block_m is the longest sequence of a launch in the kernels of whole sequences, each tile taking those that are too long for
-# the one before it; a block of rows in the others, which stream block_n columns. In a short tile a warp has 16 whole rows of
-# scores, whose sums then need no exchange between warps; at 128 tokens that fits the registers of sm_90 and of gfx942.
-# Where no tile is long enough, the others serve: sm_120 has no room for 128 × 128 scores beside 64 columns.
-_UP_TO_32, _UP_TO_64 = Row(Tile(32, 0, 0, 2, 1), 64, 32), Row(Tile(64, 0, 0, 4, 1), 64, 64)
-_SHORT = (_UP_TO_32, _UP_TO_64, Row(Tile(128, 0, 0, 8, 1), 64))
-_SHORT_80 = (_UP_TO_32, Row(Tile(64, 0, 0, 4, 1), 32, 64), Row(Tile(64, 0, 0, 4, 1, 255), 64, 64), _SHORT[-1])
-_SHORT_90 = (_UP_TO_32, _UP_TO_64, Row(Tile(128, 0, 0, 4, 1), 64))
-# No tile of 128 tokens is free of spills for all pairs of heads up to 64 in Triton 3.9: the kernels for longer sequences serve.
-_RELATION_90 = (_UP_TO_32, _UP_TO_64, Row(Tile(128, 0, 0, 4, 1), 32), Row(Tile(64, 0, 0, 4, 1), 64))
-_SHORT_120 = (_UP_TO_32, _UP_TO_64, Row(Tile(128, 0, 0, 8, 1), 32), Row(Tile(64, 0, 0, 4, 1), 64))
-_SHORT_FLOAT32 = (Row(Tile(32, 0, 0, 8, 1), 64),)
-_ROWS = (Row(Tile(64, 32, 0, 4, 2), 64), Row(Tile(64, 16, 0, 4, 2)))
-_ROWS_FLOAT32 = (Row(Tile(32, 16, 0, 8, 2), 64), Row(Tile(16, 16, 0, 8, 2)))
-RELATION: Table = {
-    "relation_kl.short": {
-        "any": _SHORT,
-        80: _SHORT_80,
-        90: _RELATION_90,
-        100: _SHORT,
-        120: _SHORT_120,
-        "gfx942": _SHORT_90,
-    },
-    "relation_kl.short_float32": {"any": _SHORT_FLOAT32},
-    "relation_kl.stats": {"any": _ROWS},
-    "relation_kl.stats_float32": {"any": _ROWS_FLOAT32},
-    "relation_kl.self": {
-        "any": _ROWS,
-        # Heads of 16 on an H100, 8×1024: a call takes 920 µs, with two stages 1,149.
-        90: (Row(Tile(64, 32, 0, 4, 1), 16), *_ROWS),
-        100: _ROWS,
-        120: (Row(Tile(64, 16, 0, 4, 2)),),
-    },
-    "relation_kl.self_float32": {"any": _ROWS_FLOAT32},
-    "relation_kl.cross": {
-        "any": _ROWS,
-        100: (Row(Tile(64, 32, 0, 4, 1), 16), *_ROWS),  # two stages spill 16 bytes in Triton 3.9
-        120: (_ROWS[0], Row(Tile(64, 16, 0, 4, 1))),
-    },
-    "relation_kl.cross_float32": {"any": _ROWS_FLOAT32},
-    "score_mse.short": {
-        "any": _SHORT,
-        # 128 tokens spill with heads wider than 16: the kernels for longer sequences serve
-        80: (
-            _UP_TO_32,
-            Row(Tile(64, 0, 0, 4, 1, 255), 64, 64),
-            Row(Tile(128, 0, 0, 8, 1), 16),
-            Row(Tile(64, 0, 0, 4, 1, 255), 64),
-        ),
-        90: _SHORT_90,
-        100: _SHORT,
-        120: _SHORT_120,
-        "gfx942": _SHORT_90,
-    },
-    "score_mse.short_float32": {"any": (Row(Tile(32, 0, 0, 4, 1), 64),)},
-    "score_mse.rows": {"any": _ROWS, 100: (Row(Tile(64, 64, 0, 4, 2), 64), *_ROWS[1:]), 120: _ROWS},
-    "score_mse.rows_float32": {"any": _ROWS_FLOAT32},
-}
-
-# ---- hidden_mse -----------------------------------------------------------------------------------------------
-HIDDEN_MSE: Table = {"hidden_mse": {"any": (Row(Tile(0, 4096, 0, 8, 1)),)}}
-
-# ---- the backward of all of them ------------------------------------------------------------------------------
-SCALING: Table = {"scaling": {"any": (Row(Tile(0, 8192, 0, 8, 1)),)}}
-
-# ---- packed_attention -----------------------------------------------------------------------------------------
-# block_m rows hold a whole sequence; the backward takes block_n of its keys at a time.
-# On sm_90 four warps, or 128 registers with eight, let two programs of 128 tokens share a multiprocessor; on others that limit
-# spills, and with heads of 64 in Triton 3.9 here, too.
-_ATTENTION = (Row(Tile(64, 0, 0, 4, 1), 64, 64), Row(Tile(128, 0, 0, 8, 1), 64))
-_ATTENTION_BACKWARD = (Row(Tile(64, 64, 0, 4, 1), 64, 64), Row(Tile(128, 64, 0, 8, 1), 64))
-PACKED_ATTENTION: Table = {
-    "packed_attention.forward": {
-        "any": _ATTENTION,
-        90: (
-            Row(Tile(64, 0, 0, 4, 2, 128), 64, 64),
-            Row(Tile(128, 0, 0, 8, 1, 128), 32),
-            Row(Tile(128, 0, 0, 4, 1), 64),
-        ),
-        100: _ATTENTION,
-    },
-    "packed_attention.backward": {
-        "any": _ATTENTION_BACKWARD,
-        90: (_ATTENTION_BACKWARD[0], Row(Tile(128, 32, 0, 8, 1, 128), 32), Row(Tile(128, 32, 0, 4, 1), 64)),
-        100: _ATTENTION_BACKWARD,
-        120: (Row(Tile(64, 32, 0, 4, 1), 64, 64), Row(Tile(128, 64, 0, 8, 1), 32), Row(Tile(128, 32, 0, 8, 1), 64)),
-        "gfx942": (_ATTENTION_BACKWARD[0], Row(Tile(128, 64, 0, 4, 1), 64)),
-    },
-}
-
-TABLE: Table = {**LINEAR_KD, **RELATION, **HIDDEN_MSE, **SCALING, **PACKED_ATTENTION}
+def register(rules: Mapping[str, Rules]) -> None:
+    """Add the rules of some kernels to the table."""
+    TABLE.update(rules)
 
 
 @contextmanager
 def using(kernel: str, tile: Tile) -> Iterator[None]:
     """Inside the block every launch of ``kernel`` takes ``tile``, whatever its width, length and architecture."""
-    global TABLE
     assert kernel in TABLE, f"{kernel!r} is none of {', '.join(TABLE)}"
-    kept, TABLE = TABLE, {**TABLE, kernel: {"any": (Row(tile),)}}
+    kept, TABLE[kernel] = TABLE[kernel], {"any": (Rule(tile),)}
     try:
         yield
     finally:
-        TABLE = kept
+        TABLE[kernel] = kept
+
+
+def tile(kernel: str, *, width: int, length: int | None = None, arch: int | str) -> Tile:
+    """The tile of ``kernel`` for rows of ``width`` in sequences of ``length`` on ``arch``."""
+    return next(rule.tile for rule in rules(kernel, arch) if rule.serves(width, length))
+
+
+def rules(kernel: str, arch: int | str) -> tuple[Rule, ...]:
+    """Those of ``kernel`` for ``arch``, else for the closest older NVIDIA architecture, or for gfx942, else for any."""
+    by_arch = TABLE[kernel]
+    if isinstance(arch, str):
+        found = by_arch.get(arch) or by_arch.get("gfx942")
+    else:
+        older = [known for known in by_arch if isinstance(known, int) and known <= arch]
+        found = by_arch[max(older)] if older else None
+    return found or by_arch["any"]
+
+
+def architecture(device: torch.device) -> int | str:
+    """A device's key in the table: 80, 90, 100, … on NVIDIA (10·major + minor), "gfx942" and the like on AMD."""
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName.split(":")[0])
+    if device.type != "cuda":
+        return 80  # the interpreter: the tiles of any architecture compute the same
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def backend(name: str | None, x: Tensor) -> str:
-    """The backend for ``x``: by default "triton" on a GPU (float64 apart), else "blocked".
+    """The backend for ``x``: by default "triton" on a GPU (not for float64), else "blocked".
 
     Raises ValueError for an unknown name, and for "triton" where it cannot run.
     """
@@ -242,29 +132,3 @@ def backend(name: str | None, x: Tensor) -> str:
         if x.dtype == torch.float64:
             raise ValueError("backend='triton' has no float64: use backend='blocked' or 'reference'")
     return name
-
-
-def architecture(device: torch.device) -> int | str:
-    """The key of a device's column: 80, 90, 100, … on NVIDIA (10·major + minor), "gfx942" and the like on AMD."""
-    if torch.version.hip:
-        return str(torch.cuda.get_device_properties(device).gcnArchName.split(":")[0])
-    if device.type != "cuda":
-        return 80  # the interpreter: any column computes the same
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def tile(kernel: str, *, width: int, length: int | None = None, arch: int | str) -> Tile:
-    """The tile of ``kernel`` for rows of ``width`` in sequences of ``length`` on ``arch``."""
-    return next(row.tile for row in rows(kernel, arch) if row.serves(width, length))
-
-
-def rows(kernel: str, arch: int | str) -> tuple[Row, ...]:
-    """The column of ``kernel`` for ``arch``: of the closest older NVIDIA architecture, or gfx942, where it has none."""
-    columns = TABLE[kernel]
-    if isinstance(arch, str):
-        found = columns.get(arch) or columns.get("gfx942")
-    else:
-        older = [column for column in columns if isinstance(column, int) and column <= arch]
-        found = columns[max(older)] if older else None
-    return found or columns["any"]

@@ -37,10 +37,10 @@ def test_every_kernel_compiles_for_sm_80_and_sm_90_without_spills() -> None:
 SPILLS = """
 from bench import audit
 from fastkd.kernels import tiling
-tiling.TABLE = {**tiling.TABLE, "score_mse.rows": {"any": (tiling.Row(tiling.Tile(128, 64, 0, 1, 1)),)}}
 build = next(build for build in audit.builds() if build.name == "score_mse.rows 16/16")
 (hopper,) = (arch for arch in audit.ARCHITECTURES if arch.name == 90)
-print(audit.audit(build, hopper).problems)
+with tiling.using("score_mse.rows", tiling.Tile(128, 64, 0, 1, 1)):
+    print(audit.audit(build, hopper).problems)
 """
 
 
@@ -49,11 +49,11 @@ def test_a_tile_that_spills_is_found() -> None:
     assert done.stdout.startswith("('spills "), done.stdout + done.stderr
 
 
-def test_a_row_of_the_table_that_nothing_compiles_is_found() -> None:
+def test_a_rule_of_the_table_that_nothing_compiles_is_found() -> None:
     hopper = [arch for arch in audit.ARCHITECTURES if arch.name == 90]
-    assert audit.uncompiled_rows(audit.builds(), hopper) == []
+    assert audit.uncompiled_rules(audit.builds(), hopper) == []
     rest = [build for build in audit.builds() if build.tile != "score_mse.rows"]
-    (missing, *_) = audit.uncompiled_rows(rest, hopper)
+    (missing, *_) = audit.uncompiled_rules(rest, hopper)
     assert missing.startswith("score_mse.rows on any: ")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import losses
 from bench.device import correctness, environment, page, part, process, smoke
 from bench.device.__main__ import main
 from bench.device.suite import PLAN, Suite, available
@@ -255,7 +256,9 @@ def test_checks_name_what_fails_and_go_on(scratch: part.Context) -> None:
     assert [name for name in names if name.startswith("one eager step of")] == [
         f"one eager step of {method}" for method in methods.available()
     ]
-    assert {name.split(",")[0] for name in names} >= set(smoke.kernels()) >= {"linear_kd", "relation_kl", "score_mse"}
+    assert (
+        {name.split(",")[0] for name in names} >= set(losses.available()) >= {"linear_kd", "relation_kl", "score_mse"}
+    )
     found = {name: check() for name, check in smoke.checks(scratch) if not name.startswith("one eager step")}
     assert found["attention, width 32, a sequence without queries"] == "sdpa"
     rows = [{"what": "check", "check": "a", "ok": False, "error": "ValueError: no", "seconds": 1.0}]

@@ -270,7 +270,7 @@ def test_searches_name_kernels_of_the_table() -> None:
 @pytest.mark.parametrize(
     "search", tile_search.searches(tiny=False), ids=lambda search: f"{search.kernel} {search.case.name}"
 )
-def test_a_proposed_row_can_be_pasted_and_gives_the_fastest_right_tile(
+def test_a_proposed_rule_can_be_pasted_and_gives_the_fastest_right_tile(
     search: tile_search.Search, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiles = search.tiles(90)
@@ -281,8 +281,8 @@ def test_a_proposed_row_can_be_pasted_and_gives_the_fastest_right_tile(
     wanted = min((row for row in timed if row["ok"]), key=lambda row: row["device_s"])
     found = tile_search.proposal(search, timed, 90)
     assert found is not None and found["tile"] == wanted["tile"]
-    column = eval("{" + found["row"] + "}", {"Row": tiling.Row, "Tile": tiling.Tile})
-    monkeypatch.setattr(tiling, "TABLE", {**tiling.TABLE, search.kernel: {**tiling.TABLE[search.kernel], **column}})
+    column = eval("{" + found["row"] + "}", {"Rule": tiling.Rule, "Tile": tiling.Tile})
+    monkeypatch.setitem(tiling.TABLE, search.kernel, {**tiling.TABLE[search.kernel], **column})
     assert tiling.tile(search.kernel, width=search.width, length=search.length, arch=90) == tuple(wanted["tile"])
 
 

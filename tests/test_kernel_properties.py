@@ -8,7 +8,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from oracle import error, exact, value_and_gradients
 
-from fastkd.kernels import linear_kd, packed, relation_kl, score_mse, tiling
+from bench.losses.linear_kd import HeadCase
+from bench.losses.packed import PackedCase
+from bench.losses.score_mse import ScoreCase
+from fastkd.kernels import linear_kd, relation_kl, score_mse, tiling
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("blocked", "triton") if tiling.INTERPRETED or DEVICE == "cuda" else ("blocked",)
@@ -18,7 +21,7 @@ LENGTHS = st.integers(0, 20) | st.sampled_from([31, 32, 33, 63, 64, 65, 127, 128
 
 
 @st.composite
-def packed_cases(draw: st.DrawFn, kind: type[packed.Case] = packed.Case, **options: Any) -> packed.Case:
+def packed_cases(draw: st.DrawFn, kind: type[PackedCase] = PackedCase, **options: Any) -> PackedCase:
     """Ragged sequences, empty ones among them, of any number of heads of any two widths."""
     lengths = draw(st.lists(LENGTHS, min_size=1, max_size=4).filter(any))
     heads, width_s, width_t = draw(st.integers(1, 3)), draw(st.integers(1, 70)), draw(st.integers(1, 70))
@@ -26,11 +29,11 @@ def packed_cases(draw: st.DrawFn, kind: type[packed.Case] = packed.Case, **optio
 
 
 @st.composite
-def head_cases(draw: st.DrawFn) -> linear_kd.Case:
+def head_cases(draw: st.DrawFn) -> HeadCase:
     """Any rows, vocabulary and widths, with either term or both; a gradient is of 24 numbers at least, for its norm."""
     rows, vocabulary = draw(st.integers(3, 20)), draw(st.integers(8, 600))
     kl_weight, ce_weight = draw(st.sampled_from([(1.0, 0.0), (0.0, 1.0), (0.3, 0.7)]))
-    return linear_kd.Case(
+    return HeadCase(
         "", rows, vocabulary, draw(st.integers(8, 70)), draw(st.integers(1, 70)), draw(DTYPES),
         kl_weight=kl_weight, ce_weight=ce_weight, temperature=draw(st.sampled_from([0.5, 1.0, 3.0])),
         bias=draw(st.booleans()), ignored=draw(st.none() | st.integers(0, rows - 1)),
@@ -49,7 +52,7 @@ def check(function: Any, reference: Any, inputs: dict[str, Any], tolerance: floa
 
 @settings(max_examples=25)
 @given(head_cases(), st.sampled_from([None, 1, 7, 16]))
-def test_linear_kd(case: linear_kd.Case, chunk_rows: int | None) -> None:
+def test_linear_kd(case: HeadCase, chunk_rows: int | None) -> None:
     def loss(function: Any) -> Any:
         return lambda **options: function(**options).loss
 
@@ -63,13 +66,13 @@ def test_linear_kd(case: linear_kd.Case, chunk_rows: int | None) -> None:
 def test_relation_kl(cross: bool) -> None:
     @settings(max_examples=20)
     @given(packed_cases(cross=cross))
-    def agrees(case: packed.Case) -> None:
+    def agrees(case: PackedCase) -> None:
         check(relation_kl.relation_kl, relation_kl.reference, case.inputs(DEVICE), case.tolerance)
 
     agrees()
 
 
 @settings(max_examples=25)
-@given(packed_cases(kind=score_mse.Case))
-def test_score_mse(case: score_mse.Case) -> None:
+@given(packed_cases(kind=ScoreCase))
+def test_score_mse(case: ScoreCase) -> None:
     check(score_mse.score_mse, score_mse.reference, case.inputs(DEVICE), case.tolerance)

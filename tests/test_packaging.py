@@ -2,6 +2,7 @@
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -51,17 +52,28 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_fastkd_kernels_and_no_top_level_kernels(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    assert "fastkd/kernels/linear_kd.py" in names
+    assert "fastkd/kernels/linear_kd/__init__.py" in names
     assert {name.split("/")[0] for name in names} == {"fastkd", "fastkd-0.1.0.dist-info"}
 
 
 def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
     """Presets, templates and all modules, those of a new folder too."""
     source = wheel.parent / "source"
-    kernels = {f"fastkd/kernels/{path.name}" for path in (source / "kernels").glob("*.py")}
+    kernels = {f"fastkd/{path.relative_to(source)}" for path in (source / "kernels").rglob("*.py")}
     rest = {str(path.relative_to(source)) for path in (source / "fastkd").rglob("*") if path.is_file()}
     packaged = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("fastkd/")}
     assert packaged == kernels | {name for name in rest if "/kernels/" not in name and "__pycache__" not in name}
+
+
+def test_the_source_archive_makes_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
+    build = "import sys; from setuptools import build_meta; print(build_meta.build_{}(sys.argv[1]))"
+    options = {"check": True, "capture_output": True, "timeout": 120}
+    argv = [sys.executable, "-c", build.format("sdist"), str(tmp_path)]
+    subprocess.run(argv, cwd=wheel.parent / "source", **options)  # type: ignore[call-overload]
+    shutil.unpack_archive(next(tmp_path.glob("*.tar.gz")), tmp_path, filter="data")
+    argv = [sys.executable, "-c", build.format("wheel"), str(tmp_path)]
+    subprocess.run(argv, cwd=tmp_path / "fastkd-0.1.0", **options)  # type: ignore[call-overload]
+    assert zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist() == zipfile.ZipFile(wheel).namelist()
 
 
 def test_the_installed_command_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
@@ -90,7 +102,7 @@ def imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("part", ["kernels", "data"])
 def test_kernels_and_data_import_nothing_else_of_fastkd(part: str) -> None:
-    for path in (ROOT / "fastkd" / part).resolve().glob("*.py"):
+    for path in (ROOT / "fastkd" / part).resolve().rglob("*.py"):
         strangers = {name for name in imports(path) if not name.startswith(f"fastkd.{part}")}
         assert strangers <= {"fastkd"}, path
 

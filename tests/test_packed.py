@@ -1,4 +1,4 @@
-"""What relation_kl and score_mse share: groups of few shapes, mixed dtypes, empty input, refusals, one graph for all sizes."""
+"""What relation_kl and score_mse share: buckets of few shapes, mixed dtypes, empty input, refusals, one graph for all sizes."""
 
 from typing import Any
 
@@ -7,7 +7,9 @@ import torch
 from oracle import count_graphs, error, exact, value_and_gradients
 from torch import Tensor
 
-from fastkd.kernels import packed, relation_kl, score_mse
+from bench.losses.packed import PackedCase
+from bench.losses.score_mse import ScoreCase
+from fastkd.kernels import buckets, packed, relation_kl, score_mse
 
 LOSSES = {"relation_kl": (relation_kl.relation_kl, relation_kl.reference),
           "score_mse": (score_mse.score_mse, score_mse.reference)}  # fmt: skip
@@ -17,7 +19,7 @@ DEVICES = {"blocked": "cpu", "triton": "cuda" if torch.cuda.is_available() else 
 
 
 def inputs(name: str, lengths: tuple[int, ...] = RAGGED, device: str = "cpu") -> dict[str, Any]:
-    case = packed.Case("", lengths, 2, 32, 48) if name == "relation_kl" else score_mse.Case("", lengths, 2, 32, 48)
+    case = PackedCase("", lengths, 2, 32, 48) if name == "relation_kl" else ScoreCase("", lengths, 2, 32, 48)
     return case.inputs(device)
 
 
@@ -25,14 +27,14 @@ def teachers(given: dict[str, Any]) -> list[str]:
     return [name for name in given if name.startswith("teacher")]
 
 
-def test_groups_hold_each_sequence_once_in_few_shapes() -> None:
+def test_buckets_hold_each_sequence_once_in_few_shapes() -> None:
     lengths = torch.randint(0, 300, (200,), generator=torch.Generator().manual_seed(0))
     cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    groups = list(packed.groups(cu_seqlens, 12, int(cu_seqlens[-1]), 300))
-    rows = torch.cat([group.rows[group.valid] for group in groups])
+    found = list(buckets.by_length(cu_seqlens, 12, int(cu_seqlens[-1]), 300))
+    rows = torch.cat([bucket.rows[bucket.valid] for bucket in found])
     assert torch.equal(rows.sort().values, torch.arange(int(lengths.sum())))
-    assert all(group.length % 16 == 0 and len(group.rows).bit_count() == 1 for group in groups)
-    assert sum(group.rows.numel() for group in groups) < 1.1 * int(lengths.sum())
+    assert all(bucket.length % 16 == 0 and len(bucket.rows).bit_count() == 1 for bucket in found)
+    assert sum(bucket.rows.numel() for bucket in found) < 1.1 * int(lengths.sum())
 
 
 @each_loss
@@ -93,7 +95,7 @@ def test_float64_beside_float32_is_no_work_for_triton(name: str) -> None:
 def test_a_launch_takes_the_lengths_between_two_tiles(name: str, cross: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once each, at the borders too, whether a program has one sequence or goes through all of them."""
     lengths = (32, 33, 0, 64, 128, 65, 1, 31, 63, 0)
-    kind = packed.Case if name == "relation_kl" else score_mse.Case
+    kind = PackedCase if name == "relation_kl" else ScoreCase
     case = kind("", lengths, 2, 32, 32, torch.bfloat16, cross=cross)
     function, reference = LOSSES[name]
     given = case.inputs(DEVICES["triton"])

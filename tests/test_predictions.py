@@ -6,15 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import predictions, roofline, step_model
+from bench import losses, predictions, roofline, step_model
 from bench.predictions import Ceilings
 from fastkd import methods
-from fastkd.kernels import linear_kd
 
 T, D, I = 131_072, 768, 3072  # noqa: E741
 WORK = step_model.work("paper-6l", T)
 PAIRS = list(itertools.product(methods.available(), predictions.PREDICTED))
-CASES = [pytest.param(*entry, id=f"{entry[0]}: {entry[1].name}") for entry in roofline.cases()]
+CASES = [pytest.param(*entry, id=f"{entry[0]}: {entry[1].name}") for entry in losses.cases()]
 
 
 def test_a_full_layer_s_products_take_5_57_teraflop() -> None:
@@ -67,7 +66,7 @@ def test_steps_are_as_measured_on_an_h100(method: str, measured: float) -> None:
     ],
 )  # fmt: skip
 def test_floors_on_an_h100(name: str, floor_us: float) -> None:
-    kernel, case = next(entry for entry in roofline.cases() if entry[1].name == name)
+    kernel, case = next(entry for entry in losses.cases() if entry[1].name == name)
     assert 1e6 * predictions.kernel(kernel, case, "H100").floor_s == pytest.approx(floor_us, rel=1e-2)
 
 
@@ -109,7 +108,7 @@ def test_a_bfloat16_stream_speeds_up_the_student_alone() -> None:
 
 def test_measured_ceilings_replace_the_datasheet() -> None:
     """Those that are expected change nothing; a faster memory speeds up what moves bytes, and leaves the floor."""
-    kernel, case = next(entry for entry in roofline.cases() if entry[0] == "score_mse")
+    kernel, case = next(entry for entry in losses.cases() if entry[0] == "score_mse")
     h100 = roofline.DEVICES[1]
     shares = predictions.CEILING_SHARES
     expected = Ceilings(
@@ -126,9 +125,9 @@ def test_measured_ceilings_replace_the_datasheet() -> None:
 
 
 def test_float32_products_run_on_the_slow_units() -> None:
-    _, case = next(entry for entry in roofline.cases() if entry[0] == "linear_kd" and entry[1].dtype == torch.float32)
+    _, case = next(entry for entry in losses.cases() if entry[0] == "linear_kd" and entry[1].dtype == torch.float32)
     p = predictions.kernel("linear_kd", case, "H100")
-    assert p.expected_s > 8 * predictions.kernel("linear_kd", linear_kd.BENCHES[0], "H100").expected_s
+    assert p.expected_s > 8 * predictions.kernel("linear_kd", losses.load("linear_kd").BENCHES[0], "H100").expected_s
 
 
 def test_gpus_by_the_driver_s_name() -> None:
@@ -156,7 +155,7 @@ def test_unknown_names_are_refused_in_one_line(
 
 
 def test_an_unknown_kernel_is_refused() -> None:
-    with pytest.raises(ValueError, match="no kernel 'softmax': choose one of linear_kd"):
+    with pytest.raises(ValueError, match="no kernel 'softmax': choose one of hidden_mse, linear_kd"):
         predictions.kernel("softmax", None, "H100")
 
 

@@ -1,6 +1,5 @@
 """The backward that the fused losses share: products rounded once, in place only where nobody reads the gradient again."""
 
-import importlib
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from oracle import WithoutGradient, leaves
 from torch import Tensor
 
+from bench import losses
 from fastkd.kernels import tiling
 from fastkd.kernels.scaling import scaled
 
@@ -85,8 +85,8 @@ def test_a_gradient_is_scaled_in_place_where_its_graph_is_freed(factor: float, r
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_retained_graph_gives_the_same_gradients_again(name: str, backend: str) -> None:
     """Of four backwards with factors that round nothing; the last one frees the graph."""
-    module, (chosen, changes) = importlib.import_module(f"fastkd.kernels.{name}"), LOSSES[name]
-    inputs = replace(next(case for case in module.CASES if case.name == chosen), **changes).inputs(DEVICE)
+    module, (chosen, changes) = losses.definition(name), LOSSES[name]
+    inputs = replace(next(case for case in losses.load(name).CASES if case.name == chosen), **changes).inputs(DEVICE)
     out = getattr(module, name)(**inputs, backend=backend)
     loss, students = out if isinstance(out, Tensor) else out.loss, list(leaves(inputs).values())
     first, *others = (
@@ -102,8 +102,8 @@ def test_a_retained_graph_gives_the_same_gradients_again(name: str, backend: str
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_gradient_that_is_none_gives_none(name: str, backend: str) -> None:
     """What another operator's backward may say, of a loss that has no part in the result."""
-    module, (chosen, changes) = importlib.import_module(f"fastkd.kernels.{name}"), LOSSES[name]
-    inputs = replace(next(case for case in module.CASES if case.name == chosen), **changes).inputs(DEVICE)
+    module, (chosen, changes) = losses.definition(name), LOSSES[name]
+    inputs = replace(next(case for case in losses.load(name).CASES if case.name == chosen), **changes).inputs(DEVICE)
     out = getattr(module, name)(**inputs, backend=backend)
     first, *others = leaves(inputs).values()
     (WithoutGradient.apply(out if isinstance(out, Tensor) else out.loss) + first.sum()).backward()
@@ -113,8 +113,8 @@ def test_a_gradient_that_is_none_gives_none(name: str, backend: str) -> None:
 @each_backend
 def test_a_leaf_takes_the_gradient_without_a_copy_that_the_next_one_would_change(backend: str) -> None:
     """What .grad holds after one step stays as it is while another is made."""
-    module = importlib.import_module("fastkd.kernels.linear_kd")
-    inputs = next(case for case in module.CASES if case.name == "tiny-vocabulary").inputs(DEVICE)
+    module = losses.definition("linear_kd")
+    inputs = next(case for case in losses.load("linear_kd").CASES if case.name == "tiny-vocabulary").inputs(DEVICE)
     module.linear_kd(**inputs, backend=backend).loss.backward()
     kept = {name: x.grad.clone() for name, x in leaves(inputs).items()}
     module.linear_kd(**inputs, backend=backend).loss.backward()

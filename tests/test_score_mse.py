@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from oracle import check, check_directional_derivative, in_tiles, value_and_gradients
+from oracle import check, check_directional_derivative, error, exact, in_tiles, value_and_gradients
 
-from fastkd.kernels import score_mse as module
-from fastkd.kernels.score_mse import CASES, reference, score_mse
+from bench.losses.score_mse import CASES
+from fastkd.kernels.score_mse import reference, score_mse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("blocked", "triton")
@@ -15,12 +15,6 @@ BACKENDS = ("blocked", "triton")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_value_and_gradients(case, backend: str) -> None:
     check(score_mse, reference, in_tiles(case, backend, DEVICE), backend, DEVICE)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("case", module.BENCHES, ids=lambda case: case.name)
-def test_bench_shapes_on_a_gpu(case) -> None:
-    check(score_mse, reference, case, "triton", "cuda")
 
 
 @pytest.mark.parametrize("backend", ("reference", *BACKENDS))
@@ -41,6 +35,14 @@ def test_two_runs_give_the_same_bits(backend: str) -> None:
         first, second = (value_and_gradients(score_mse, case.inputs(DEVICE), backend=backend) for _ in range(2))
         assert torch.equal(first[0], second[0])
         assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+
+
+def test_the_linear_time_form_has_the_same_value_and_gradients() -> None:
+    inputs = next(c for c in CASES if c.name == "ragged").inputs(DEVICE)
+    loss, gradients = value_and_gradients(score_mse, inputs, backend="gram")
+    expected, expected_gradients = value_and_gradients(reference, exact(inputs))
+    assert error(loss, expected) <= 1e-5
+    assert all(error(g, e) <= 1e-5 for g, e in zip(gradients, expected_gradients, strict=True))
 
 
 def test_directional_derivative_in_float64() -> None:

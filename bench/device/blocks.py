@@ -1,4 +1,4 @@
-"""Block sizes of the Triton kernels: candidates compiled side by side, timed in turns, and rows for kernels/tiling.py.
+"""Block sizes of the Triton kernels: candidates compiled side by side, timed in turns, and rules for the tables of kernels/.
 
 What the table holds was chosen by a compiler's report; here a GPU has its say. A candidate whose result differs from that
 of today's tile by more than the case's tolerance is not proposed.
@@ -96,7 +96,7 @@ def markdown(rows: list[Row]) -> str:
         lines = "\n".join(
             f'    "{row["kernel"]}": {{{row["row"]}}},  # {row["case"]}: {_gain(row)}' for row in proposed
         )
-        parts.append(f"Rows for kernels/tiling.py:\n\n```\n{lines}\n```\n")
+        parts.append(f"Rules for the tables of kernels/:\n\n```\n{lines}\n```\n")
     parts += [
         f"{row['case']} by chunks of {row['chunk_rows'] or 'the default'}: {row['device_s'] * 1e6:,.1f} µs\n"
         for row in rows

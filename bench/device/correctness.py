@@ -42,14 +42,14 @@ SECONDS = 100
 ROOT = Path(__file__).parents[2]
 # Files of tests by what they test, and in how many processes: each of these takes seconds of a compiler for every case.
 FILES = {
-    "linear_kd": (("linear_kd",), 3),
+    "linear_kd": (("linear_kd", "linear_kd_operator"), 3),
     "relation_kl": (("relation_kl",), 2),
     "score_mse": (("score_mse",), 1),
     "attention": (("attention", "packed_attention"), 2),
     "hidden_mse and packing": (("hidden_mse", "scaling", "packed", "tiling"), 1),
+    "every loss": (("fused_losses",), 1),
     "clock, peaks and power": (("clock", "peaks", "power"), 1),
 }
-BENCHED = ("linear_kd", "relation_kl", "score_mse", "hidden_mse")
 WORKERS = 8
 BENCH_BYTES = 30 << 30  # of a GPU's memory that must be free for the shapes of the benches
 FAILURES = 40  # that become rows
@@ -110,8 +110,7 @@ def _selections(context: Context) -> tuple[Selection, ...]:
         for number in range(1, processes + 1):
             share = f"{number}/{processes}"
             found.append(Selection(name, files, "not interpreted and not bench_shapes", share))
-    benched = tuple(f"tests/test_{stem}.py" for stem in BENCHED)
-    return (*found, Selection("shapes of the benches", benched, "bench_shapes"))
+    return (*found, Selection("shapes of the benches", ("tests/test_fused_losses.py",), "bench_shapes"))
 
 
 def _test(selection: Selection, context: Context, rows: Rows) -> None:

@@ -145,7 +145,7 @@ def _roofline(kernel: str) -> Goal:
         return Finding(text, worst >= ROOFLINE)
 
     def predicted(predictions: Any, gpu: str) -> str:
-        from bench.roofline import cases
+        from bench.losses import cases
 
         shares = []
         for name, case in cases():

@@ -8,21 +8,19 @@ every method. One check that fails does not stop the next.
 from __future__ import annotations
 
 import functools
-import importlib
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bench.contenders import definition, relative_error, step
+from bench import losses
+from bench.contenders import definition, relative_error, scalar, step
 from bench.device import part, train_step
 from bench.device.part import Context, Row, Rows
 from fastkd import methods
-from fastkd.kernels import tiling
 from fastkd.models.attention import choose_backend, varlen_attention
 from fastkd.models.captured import Captured
 from fastkd.reports.tables import Table, numeric
@@ -120,31 +118,21 @@ def _within(bound: float, out: Tensor, expected: Tensor) -> str:
 
 
 def _kernel_checks(device: torch.device) -> Iterator[Check]:
-    for kernel in kernels():
-        cases = importlib.import_module(f"fastkd.kernels.{kernel}").CASES
+    for kernel in losses.available():
+        cases = losses.load(kernel).CASES
         half = next((case for case in cases if case.dtype in (torch.bfloat16, torch.float16)), None)
         for case in (*cases[:2], *((half,) if half is not None else ())):
             yield f"{kernel}, {case.name}, {str(case.dtype)[6:]}", functools.partial(_kernel, kernel, case, device)
 
 
-def kernels() -> list[str]:
-    """The kernel modules that have cases and a definition."""
-    stems = sorted(path.stem for path in Path(tiling.__file__).parent.glob("*.py") if path.stem != "__init__")
-    return [stem for stem in stems if hasattr(importlib.import_module(f"fastkd.kernels.{stem}"), "CASES")]
-
-
 def _kernel(kernel: str, case: Any, device: torch.device) -> str:
     """Value and gradients, of the backend that this device takes, against float64 autograd of the definition."""
-    function = getattr(importlib.import_module(f"fastkd.kernels.{kernel}"), kernel)
+    function = getattr(losses.definition(kernel), kernel)
     inputs = case.inputs(device)
-    value, gradients = step(lambda x: _scalar(function(**x)), inputs)()
+    value, gradients = step(lambda x: scalar(function(**x)), inputs)()
     expected, expected_gradients = step(definition(kernel), in_float64(inputs))()
     pairs = [(value, expected), *zip(gradients, expected_gradients, strict=True)]
     return max((_within(case.tolerance, out, ref) for out, ref in pairs), key=lambda text: float(text.split()[1]))
-
-
-def _scalar(value: Any) -> Tensor:
-    return value if isinstance(value, Tensor) else value.loss
 
 
 def in_float64(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ A kernel is compiled for its case with a few rows, which takes the same code, an
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import statistics
 import sys
@@ -19,13 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.contenders import Inputs, Loss, relative_error, step
+from bench import losses
+from bench.contenders import Inputs, Loss, relative_error, scalar, step
 from bench.device import part, worker
 from bench.device.part import Row
 from bench.device.timer import Timer
-from bench.roofline import cases
+from bench.losses import cases
+from bench.losses.packed import PackedCase
 from fastkd.kernels import linear_kd, packed, tiling
-from fastkd.kernels.tiling import Tile
+from fastkd.kernels.tiling import Rule, Tile
 
 Outputs = tuple[Tensor, ...]
 ROUNDS, ROUND_MS = 3, 3  # of each candidate
@@ -37,37 +38,32 @@ class Search:
     """Candidates for a kernel, timed in a whole call of its loss."""
 
     kernel: str  # key of tiling.TABLE
-    loss: str  # a file of kernels/
+    loss: str  # a folder of kernels/
     case: Any
     width: int  # that the launch code looks the tile up with
     length: int | None
     candidates: tuple[Tile, ...]
 
-    def serving(self, arch: int | str) -> tuple[tuple[tiling.Row, ...], int]:
-        """The table's rows for an architecture, and which of them serves this case."""
-        rows = tiling.rows(self.kernel, arch)
-        return rows, next(number for number, row in enumerate(rows) if row.serves(self.width, self.length))
+    def serving(self, arch: int | str) -> tuple[tuple[Rule, ...], int]:
+        """The table's rules for an architecture, and which of them serves this case."""
+        rules = tiling.rules(self.kernel, arch)
+        return rules, next(number for number, rule in enumerate(rules) if rule.serves(self.width, self.length))
 
     def tiles(self, arch: int | str) -> list[Tile]:
         """Today's tile, then the candidates."""
-        rows, number = self.serving(arch)
-        return list(dict.fromkeys((rows[number].tile, *self.candidates)))
+        rules, number = self.serving(arch)
+        return list(dict.fromkeys((rules[number].tile, *self.candidates)))
 
     def small(self) -> Any:
         """The case with so few rows that its inputs cost nothing; divisible as the whole is."""
-        if isinstance(self.case, packed.Case):
+        if isinstance(self.case, PackedCase):
             return dataclasses.replace(self.case, lengths=self.case.lengths[:2])
         return dataclasses.replace(self.case, rows=min(self.case.rows, 256))
 
     def call(self, inputs: Inputs) -> Callable[[], tuple[Tensor, Outputs]]:
         """Value and gradients on Triton, the interpreter's where there is no GPU."""
-        function = getattr(importlib.import_module(f"fastkd.kernels.{self.loss}"), self.loss)
-
-        def loss(inputs: Inputs) -> Tensor:
-            value = function(**inputs, backend="triton")
-            return value.loss if isinstance(value, linear_kd.LinearKD) else value
-
-        return step(loss, inputs)
+        function = getattr(losses.definition(self.loss), self.loss)
+        return step(lambda inputs: scalar(function(**inputs, backend="triton")), inputs)
 
 
 # ---- what to try ----------------------------------------------------------------------------------------------
@@ -76,7 +72,7 @@ class Search:
 def searches(tiny: bool) -> list[Search]:
     """All searches, the worthiest first; of cases and kernels that are there."""
     if tiny:
-        case = packed.Case("2×16, 32, A=1", (16, 16), 1, 32, 32)
+        case = PackedCase("2×16, 32, A=1", (16, 16), 1, 32, 32)
         return [Search("relation_kl.short_float32", "relation_kl", case, 32, 16, (Tile(16, 0, 0, 4, 1),))]
     found = [
         _linear("linear_kd.logits", "ce 768", _LOGITS),
@@ -206,7 +202,7 @@ def _by_chunks(rows: int | None) -> Loss:
 
 
 def proposal(search: Search, rows: list[Row], arch: int | str) -> Row | None:
-    """The row of ``tiling.TABLE`` that the timing speaks for: the fastest tile whose result is right."""
+    """The rule of ``tiling.TABLE`` that the timing speaks for: the fastest tile whose result is right."""
     good = [row for row in rows if "device_s" in row and row["ok"]]
     now = next((row for row in good if row["now"]), None)
     if now is None:
@@ -222,21 +218,21 @@ def proposal(search: Search, rows: list[Row], arch: int | str) -> Row | None:
 
 
 def _text(search: Search, best: Row, arch: int | str) -> str:
-    """What to write into the table: the architecture's column with one row replaced, or put before it if it serves wider."""
-    rows, number = search.serving(arch)
-    serving, tile, kept = rows[number], Tile(*best["tile"]), list(rows)
+    """What to write into the table: the architecture's rules with one replaced, or put before it if that serves wider ones."""
+    rules, number = search.serving(arch)
+    serving, tile, kept = rules[number], Tile(*best["tile"]), list(rules)
     if serving.max_width in (None, search.width):
         kept[number] = serving._replace(tile=tile)
     elif not best["now"]:
         shorter = ".short" in search.kernel and tile.block_m < serving.tile.block_m
-        kept.insert(number, tiling.Row(tile, search.width, search.length if shorter else serving.max_length))
-    inner = ", ".join(_row_text(row) for row in kept)
+        kept.insert(number, Rule(tile, search.width, search.length if shorter else serving.max_length))
+    inner = ", ".join(_rule_text(rule) for rule in kept)
     return f"{json.dumps(arch)}: ({inner}{',' if len(kept) == 1 else ''})"
 
 
-def _row_text(row: tiling.Row) -> str:
-    """As a row stands in the table: what is None at an end is left out."""
-    return f"Row({_listed([f'Tile({_listed(row.tile)})', row.max_width, row.max_length])})"
+def _rule_text(rule: Rule) -> str:
+    """As a rule stands in the table: what is None at an end is left out."""
+    return f"Rule({_listed([f'Tile({_listed(rule.tile)})', rule.max_width, rule.max_length])})"
 
 
 def _listed(values: Sequence[object]) -> str:

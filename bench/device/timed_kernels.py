@@ -20,13 +20,13 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from bench import roofline
+from bench import losses, roofline
 from bench.contenders import Contender, Inputs, Loss, contenders, first_rows, gradient_error, step
 from bench.device import environment, part, worker
 from bench.device.part import Row
 from bench.device.timer import Timer, broken, give_memory_back
+from bench.losses.packed import PackedCase
 from bench.memory import gpu_peak
-from fastkd.kernels import packed
 
 # By worth; the cases that are left out here only differ in size. A kernel that is not named gives all its cases.
 CE, KL, KL_CE = ("linear_kd", "ce 768"), ("linear_kd", "kl 384/768"), ("linear_kd", "kl+ce 768/768")
@@ -47,19 +47,12 @@ COMPILED, PEERED = {CE, A48, SCORE}, {A48, KL, KL_CE}
 OURS, OTHERS = "fastkd", "others"  # whose turn it is
 ROUNDS, ROUND_MS = 3, 10  # of each contender
 FIRST_S, COMPILE_S = 8.0, 12.0  # of a case, until one was timed, and of torch.compile
-# Which steps of bench.roofline a Triton kernel does, by a word of its name.
-STEPS: dict[str, dict[str, slice]] = {
-    "linear_kd": {"logits": slice(0, -3), "gradient": slice(-3, -2)},
-    "relation_kl": {"short": slice(None), "stats": slice(0, 1), "self": slice(1, 2), "cross": slice(1, 2)},
-    "score_mse": {"short": slice(None), "rows": slice(None)},
-    "hidden_mse": {"difference": slice(None)},
-}
 
 
 def chosen(tiny: bool) -> list[tuple[str, Any]]:
     """(kernel, case) to measure, the worthiest first."""
     named = {kernel for kernel, _ in WANTED}
-    there = {(kernel, case.name): case for kernel, case in roofline.cases()}
+    there = {(kernel, case.name): case for kernel, case in losses.cases()}
     known = [(kernel, there[kernel, name]) for kernel, name in WANTED if (kernel, name) in there]
     found = known + [(kernel, case) for (kernel, _), case in there.items() if kernel not in named]
     return [(kernel, _tiny(case)) for kernel, case in found] if tiny else found
@@ -67,7 +60,7 @@ def chosen(tiny: bool) -> list[tuple[str, Any]]:
 
 def _tiny(case: Any) -> Any:
     """The same case with a few rows."""
-    if isinstance(case, packed.Case):
+    if isinstance(case, PackedCase):
         return dataclasses.replace(case, lengths=tuple(min(n, 32) for n in case.lengths[:2]))
     smaller = {"rows": 32, "vocabulary": 1000}
     known = {field.name for field in dataclasses.fields(case)}
@@ -182,7 +175,7 @@ class Bench:
     def of_roofline(self, kernel: str, case: Any, timed: Row) -> Row:
         """The least seconds that the peaks allow, and their share of those that were measured."""
         device, which = self.ceilings()
-        if device is None or kernel not in roofline.STEPS or "device_s" not in timed:
+        if device is None or "device_s" not in timed:
             return {}
         floor = roofline.floor(kernel, case, device)
         return {"floor_s": floor, "of_roofline": floor / timed["device_s"], "roofline": which}
@@ -204,10 +197,9 @@ class Bench:
         for event in sorted(events, key=lambda event: -event.self_device_time_total)[:8]:
             row = {"what": "launch", "launch": event.key[:150], "calls": event.count}
             row["device_s"] = event.self_device_time_total / 1e6
-            words = STEPS.get(kernel, {}) if event.key.startswith("_") else {}  # Triton keeps a function's name
-            part_of = next((where for word, where in words.items() if word in event.key), None)
-            if device is not None and part_of is not None and row["device_s"]:
-                floor = sum(each.seconds(device, case.dtype) for each in roofline.STEPS[kernel](case)[part_of])
+            steps = [each for each in roofline.steps(kernel, case) if each.kernel and each.kernel in event.key]
+            if device is not None and steps and event.key.startswith("_") and row["device_s"]:  # Triton keeps a name
+                floor = sum(each.seconds(device, case.dtype) for each in steps)
                 row |= {"floor_s": floor, "of_roofline": floor / row["device_s"], "roofline": which}
             yield row
 

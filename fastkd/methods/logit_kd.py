@@ -104,10 +104,10 @@ class METHOD(Method):
         return MethodLoss(loss, terms) * batch.predicted_share
 
     def loss_flops(self, *, tokens: int, pairs: int, predicted: int) -> int:
-        from fastkd import flops
+        from fastkd.kernels.linear_kd import flops
 
         assert self.teacher_config is not None
-        return flops.linear_kd_flops(
+        return flops(
             predicted,
             self.student_config.vocab_size,
             self.student_config.hidden_size,

@@ -63,11 +63,11 @@ class METHOD(Method):
         return MethodLoss(attention + value, {"attention": attention.detach(), "value": value.detach()})
 
     def loss_flops(self, *, tokens: int, pairs: int, predicted: int) -> int:
-        from fastkd import flops
+        from fastkd.kernels.relation_kl import flops
 
         assert self.teacher_config is not None
         widths = self.student_config.hidden_size, self.teacher_config.hidden_size
-        return 2 * flops.relation_kl_flops(pairs, *widths)
+        return 2 * flops(pairs, *widths)
 
     def fused_losses(self) -> list[tuple[str, dict[str, Any]]]:
         heads = self.student_config.num_heads

@@ -92,10 +92,10 @@ class METHOD(Method):
         return MethodLoss(relations[0] + relations[1] + relations[2], terms)
 
     def loss_flops(self, *, tokens: int, pairs: int, predicted: int) -> int:
-        from fastkd import flops
+        from fastkd.kernels.relation_kl import flops
 
         assert self.teacher_config is not None
-        return 3 * flops.relation_kl_flops(pairs, self.student_config.hidden_size, self.teacher_config.hidden_size)
+        return 3 * flops(pairs, self.student_config.hidden_size, self.teacher_config.hidden_size)
 
     def fused_losses(self) -> list[tuple[str, dict[str, Any]]]:
         return 3 * [("relation_kl", {"heads": self.relation_heads})]

@@ -51,9 +51,9 @@ class METHOD(Method):
         return MethodLoss(out.loss, {"ce": out.ce}) * batch.predicted_share
 
     def loss_flops(self, *, tokens: int, pairs: int, predicted: int) -> int:
-        from fastkd import flops
+        from fastkd.kernels.linear_kd import flops
 
-        return flops.linear_kd_flops(predicted, self.student_config.vocab_size, self.student_config.hidden_size, 0)
+        return flops(predicted, self.student_config.vocab_size, self.student_config.hidden_size, 0)
 
     def fused_losses(self) -> list[tuple[str, dict[str, Any]]]:
         return [("linear_kd", {"kl_weight": 0.0, "ce_weight": 1.0})]

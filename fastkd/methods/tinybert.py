@@ -110,11 +110,11 @@ class METHOD(Method):
         return hidden_mse(projected, h_t_TD)
 
     def loss_flops(self, *, tokens: int, pairs: int, predicted: int) -> int:
-        from fastkd import flops
+        from fastkd.kernels.score_mse import flops
 
         d_s, d_t = self.widths
         project = 3 * 2 * tokens * d_s * d_t * len(self.hidden_pairs) if self.projects else 0
-        return project + len(self.score_pairs) * flops.score_mse_flops(pairs, d_s, d_t)
+        return project + len(self.score_pairs) * flops(pairs, d_s, d_t)
 
     def fused_losses(self) -> list[tuple[str, dict[str, Any]]]:
         scores = [("score_mse", dict[str, Any]()) for _ in self.score_pairs]

@@ -1,0 +1,145 @@
+"""Cases of linear_kd, and its launches."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.roofline import Step
+from fastkd.kernels import linear_kd
+from fastkd.kernels.linear_kd import IGNORED
+
+
+@dataclass(frozen=True)
+class HeadCase:
+    """Shapes, dtype and values of one call.
+
+    ``spread`` is the standard deviation of the logits, 8 being a peaked softmax; ``gap`` that of the student's
+    difference from the teacher (None: unrelated models), which needs a teacher at least as wide. ``offset`` is added to
+    hidden states and weights: 1 makes logits near their width, all of whose common part the softmax does not see.
+    """
+
+    name: str
+    rows: int
+    vocabulary: int
+    student_width: int
+    teacher_width: int | None  # None: cross-entropy alone
+    dtype: torch.dtype = torch.float32
+    spread: float = 2.0
+    gap: float | None = None
+    offset: float = 0.0
+    kl_weight: float = 1.0
+    ce_weight: float = 0.0
+    temperature: float = 1.0
+    bias: bool = True
+    ignored: int | None = None  # rows; None: no labels unless the cross-entropy needs them
+
+    @property
+    def tolerance(self) -> float:
+        """‖out − ref‖/‖ref‖ against float64, of the value and of every gradient."""
+        return {torch.float64: 1e-10, torch.float32: 1e-5}.get(self.dtype, 1e-2)
+
+    def inputs(self, device: str | torch.device = "cpu", seed: int = 0) -> dict[str, Any]:
+        """Keyword arguments of ``linear_kd``; the student's tensors ask for gradients."""
+        generator = torch.Generator().manual_seed(seed)
+        m, v, d = self.rows, self.vocabulary, self.student_width
+        draw = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
+        tensors = {"student_hidden": draw(m, d), "student_weight": draw(v, d) * self.spread / math.sqrt(d)}
+        tensors = {name: x + self.offset for name, x in tensors.items()}
+        if self.bias:
+            tensors["student_bias"] = draw(v) / 2
+        if self.teacher_width is not None:
+            tensors |= self._teacher(tensors, self.teacher_width, draw)
+        arguments: dict[str, Any] = {name: x.to(device, self.dtype) for name, x in tensors.items()}
+        for name in ("student_hidden", "student_weight", "student_bias"):
+            if name in arguments:
+                arguments[name].requires_grad_()
+        if self.ignored is not None or self.ce_weight:
+            labels = torch.randint(v, (m,), generator=generator)
+            labels[torch.randperm(m, generator=generator)[: self.ignored or 0]] = IGNORED
+            arguments["labels"] = labels.to(device)
+        terms = {"kl_weight": self.kl_weight, "ce_weight": self.ce_weight, "temperature": self.temperature}
+        return arguments | terms
+
+    def _teacher(self, student: dict[str, Tensor], width: int, draw: Callable[..., Tensor]) -> dict[str, Tensor]:
+        weight = draw(self.vocabulary, width) / math.sqrt(width) * (self.spread if self.gap is None else self.gap)
+        hidden, d = draw(self.rows, width) + self.offset, self.student_width
+        weight += self.offset if self.gap is None else 0.0
+        if self.gap is not None:  # the student's logits plus an independent difference
+            hidden[:, :d] = student["student_hidden"]
+            weight[:, :d] += student["student_weight"]
+        teacher = {"teacher_hidden": hidden, "teacher_weight": weight}
+        if self.bias:
+            near = self.gap is not None
+            teacher["teacher_bias"] = student["student_bias"] if near else draw(self.vocabulary) / 2
+        return teacher
+
+
+_half = torch.bfloat16
+CASES = (
+    HeadCase("kl", 70, 1000, 32, 48),
+    HeadCase("kl-no-bias", 33, 257, 16, 16, bias=False),
+    HeadCase("ce", 40, 1000, 32, None, ce_weight=1.0, kl_weight=0.0, ignored=7),
+    HeadCase("kl-ce", 150, 1500, 40, 24, kl_weight=0.5, ce_weight=0.7, ignored=11),
+    HeadCase("kl-ce-tempered", 70, 1000, 32, 48, kl_weight=0.3, ce_weight=0.7, temperature=2.5, ignored=7),
+    HeadCase("tempered", 64, 1024, 64, 64, temperature=0.5),
+    HeadCase("odd", 123, 507, 252, 77, ce_weight=0.5),
+    HeadCase("one-row", 1, 130, 8, 12, ce_weight=0.5, bias=False),
+    HeadCase("tiny-vocabulary", 20, 5, 8, 8, ce_weight=0.5),
+    HeadCase("last-column-alone", 20, 1025, 24, 24, ce_weight=0.5),
+    HeadCase("all-ignored-but-one", 65, 600, 16, 24, ce_weight=0.5, ignored=64),
+    HeadCase("peaked", 60, 2000, 64, 96, spread=8.0, ce_weight=0.5),
+    HeadCase("near-equal", 60, 2000, 64, 96, spread=1.0, gap=0.1),
+    HeadCase("peaked-near-equal", 60, 2000, 64, 96, spread=8.0, gap=0.1),
+    HeadCase("all-positive", 24, 300, 128, 96, spread=0.5, offset=1.0),
+    HeadCase("uncased", 9, 30522, 48, 64, spread=4.0, ce_weight=0.5, ignored=2),
+    HeadCase("modern", 4, 50368, 32, 48, spread=4.0, ce_weight=0.5),
+    HeadCase("half-kl-ce", 150, 1500, 40, 24, _half, kl_weight=0.5, ce_weight=0.7, temperature=2.0, ignored=11),
+    HeadCase("half-peaked", 60, 2000, 64, 96, _half, spread=8.0, ce_weight=0.5),
+    HeadCase("half-near-equal", 60, 2000, 64, 96, _half, spread=4.0, gap=0.3),
+    HeadCase("half-peaked-near-equal", 60, 2000, 64, 96, _half, spread=8.0, gap=0.1),
+    HeadCase("half-uncased", 9, 30522, 48, 64, _half, spread=4.0, gap=0.3, ignored=2),
+    HeadCase("float16", 60, 2000, 64, 96, torch.float16, spread=4.0, gap=0.3, ce_weight=0.5),
+)
+COUNTED = HeadCase("counted", 40, 300, 24, 32, ce_weight=0.5)
+BENCHES = (
+    HeadCase("kl 384/768", 4096, 30522, 384, 768, _half, spread=4.0),
+    HeadCase("kl 768/1024", 4096, 30522, 768, 1024, _half, spread=4.0),
+    HeadCase("kl+ce 768/768", 4096, 50368, 768, 768, _half, spread=4.0, ce_weight=0.5, temperature=2.0),
+    HeadCase("ce 768", 4096, 30522, 768, None, _half, spread=4.0, kl_weight=0.0, ce_weight=1.0),
+    HeadCase("kl 384/768 float32", 4096, 30522, 384, 768, spread=4.0),
+)
+
+
+def flops(case: HeadCase) -> int:
+    return linear_kd.flops(case.rows, case.vocabulary, case.student_width, case.teacher_width or 0)
+
+
+def steps(case: HeadCase) -> list[Step]:
+    """Logits of each model, dz, dx, dW: 2MV(D_t + 3D_s) FLOPs, and M·V written once and read twice a model.
+
+    Exponentials: one a logit for its tile's sum and one for its probability, again for a second temperature. The
+    gradient of the bias can ride on dz or dW. One chunk of rows is assumed: each further one reads W again and adds
+    to dW.
+    """
+    m, v, d, size = case.rows, case.vocabulary, case.student_width, case.dtype.itemsize
+    tempered = case.teacher_width is not None and case.ce_weight != 0 and case.temperature != 1
+    softmaxes = 1 + tempered
+    models = 1 + (case.teacher_width is not None)
+
+    def logits(width: int, softmaxes: int) -> Step:
+        return Step(2 * m * v * width, size * (m * width + v * width + m * v), softmaxes * m * v, "logits", "logits")
+
+    steps = [logits(d, softmaxes)]
+    if case.teacher_width is not None:
+        steps.append(logits(case.teacher_width, 1))
+    dz = Step(0, size * m * v * (models + 1), (softmaxes + models - 1) * m * v, kernel="gradient")
+    dx = Step(2 * m * v * d, size * (m * v + v * d) + 4 * m * d, kind="product")
+    dw = Step(2 * m * v * d, size * (m * v + m * d) + 4 * v * d, kind="product")
+    return [*steps, dz, dx, dw]

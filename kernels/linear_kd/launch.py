@@ -1,0 +1,321 @@
+"""linear_kd's Triton path: the launches of each chunk of rows, and the tiles of its kernels.
+
+Products take V up to a multiple of ALIGNED as if it were the vocabulary: with 30,522, no multiple of 8, cuBLAS 13 takes kernels of
+an older GPU on an H100, which need 787 µs for the dx and 410 µs for the dW of 4,096 rows, 192 GFLOP each. There W has rows of
+zeros, and dW rows that nobody reads.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd.kernels import tiling
+from fastkd.kernels.linear_kd.head import LOG2E, Gradients, Head, Sums, Terms, check_labels
+from fastkd.kernels.linear_kd.triton import (
+    _gradient_kernel,
+    _labels_kernel,
+    _logits_kernel,
+    _offsets_kernel,
+    _values_kernel,
+)
+from fastkd.kernels.tiling import Rule, Tile
+
+ALIGNED = 64  # divides the vocabulary of a product
+
+TILES: dict[str, tiling.Rules] = {
+    "linear_kd.logits": {
+        80: (Rule(Tile(128, 128, 64, 8, 3)),),
+        # Up to 512 wide two blocks fit: one's epilogue runs beside the other's products. With 768 (measured: a call of "ce 768"
+        # takes 33 µs less) the products are longer, and a wider tile reads a quarter less from L2.
+        90: (Rule(Tile(128, 128, 64, 8, 3), 512), Rule(Tile(128, 256, 64, 8, 4))),
+        100: (Rule(Tile(128, 256, 64, 8, 3)),),
+        120: (Rule(Tile(128, 128, 64, 8, 2)),),  # workstation Blackwell has an older chip's 99 KiB of shared memory
+        "gfx942": (Rule(Tile(128, 128, 64, 8, 2)),),
+    },
+    # a width that block_k does not divide: masks in the inner loop take the registers of the wider tile
+    "linear_kd.logits_ragged": {
+        "any": (Rule(Tile(128, 128, 64, 8, 3)),),
+        "gfx942": (Rule(Tile(128, 128, 64, 8, 2)),),
+    },
+    "linear_kd.logits_float32": {"any": (Rule(Tile(64, 64, 32, 4, 2)),)},
+    "linear_kd.sums": {"any": (Rule(Tile(0, 4096, 0, 8, 1)),)},  # one program, block_n numbers at a time
+    "linear_kd.offsets": {"any": (Rule(Tile(0, 0, 0, 4, 1)),)},  # a row a program
+    # block_m rows a program, block_n logits a step: of as many rows as fit, each a whole tile of columns
+    # (measured on sm_90: a call of "kl 384/768" takes 16 µs less with 128 rows, half as many partial sums of the bias)
+    "linear_kd.gradient": {"any": (Rule(Tile(64, 2048, 0, 8, 1)),), 90: (Rule(Tile(128, 2048, 0, 8, 1)),)},
+    "linear_kd.gradient_float32": {"any": (Rule(Tile(64, 1024, 0, 4, 1)),)},
+}
+tiling.register(TILES)
+
+
+class _Logits(NamedTuple):
+    """Centred logits of a chunk and their tiles' statistics, reused by every chunk."""
+
+    centred: Tensor  # [R, stride]
+    maximum: Tensor  # [R, tiles]
+    total: Tensor  # [R, tiles]: Σ exp((z − max)/τ)
+    total_ce: Tensor | None  # [R, tiles]: Σ exp(z − max)
+
+    @classmethod
+    def empty(cls, head: Head, rows: int, tile: Tile, with_ce: bool) -> _Logits:
+        like, tiles = head.hidden, -(-len(head.weight) // tile.block_n)
+        rows = -(-rows // tile.block_m) * tile.block_m
+        centred = like.new_empty((rows, tiles * tile.block_n))
+        maximum, total, total_ce = (like.new_empty((rows, tiles), dtype=torch.float32) for _ in range(3))
+        return cls(centred, maximum, total, total_ce if with_ce else None)
+
+
+def _logits(head: Head, labels: Tensor | None, out: _Logits, temperature: float, tile: Tile) -> None:
+    """Step 1 for one model: fill ``out``."""
+    rows, width = head.hidden.shape
+    vocabulary = head.weight.shape[0]
+    grid = (-(-rows // tile.block_m), -(-vocabulary // tile.block_n))
+    _logits_kernel[grid](
+        head.hidden,
+        head.weight,
+        head.bias,
+        labels,
+        out.centred,
+        out.maximum,
+        out.total,
+        out.total_ce,
+        rows,
+        vocabulary,
+        out.centred.stride(0),
+        LOG2E / temperature,
+        WIDTH=width,
+        HAS_LABELS=labels is not None,
+        HAS_SUM_CE=out.total_ce is not None,
+        UPCAST=tiling.INTERPRETED,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+class _Partial(NamedTuple):
+    """What each block of rows adds up over the chunks, in the same order in every run."""
+
+    kl: Tensor  # [row blocks, tiles]
+    db: Tensor | None  # [row blocks, stride]
+
+    @classmethod
+    def zeros(cls, logits: _Logits, rows: int, launch: Tile, with_db: bool) -> _Partial:
+        blocks = -(-rows // launch.block_m)
+        db = logits.maximum.new_zeros((blocks, logits.centred.shape[1])) if with_db else None
+        return cls(logits.maximum.new_zeros((blocks, logits.maximum.shape[1])), db)
+
+
+def _offsets(
+    head: Head, student: _Logits, teacher: _Logits | None, labels: Tensor | None, ce: Tensor, terms: Terms
+) -> None:
+    """Step 2: statistics → offsets in the place of both models' sums; fill ``ce`` [R] where there is one."""
+    rows, width = head.hidden.shape
+    tiles = student.maximum.shape[1]
+    launch = tiling.tile("linear_kd.offsets", width=width, arch=tiling.architecture(ce.device))
+    _offsets_kernel[(rows,)](
+        student.maximum,
+        student.total,
+        student.total_ce,
+        None if teacher is None else teacher.maximum,
+        None if teacher is None else teacher.total,
+        labels,
+        head.hidden,
+        head.weight,
+        head.bias,
+        ce,
+        LOG2E / terms.temperature,
+        WIDTH=width,
+        WIDTH_UP=power_of_two(width),
+        TILES=tiles,
+        TILES_UP=power_of_two(tiles),
+        HAS_TEACHER=teacher is not None,
+        HAS_LABELS=labels is not None,
+        HAS_CE=terms.ce_weight != 0,
+        HAS_SUM_CE=student.total_ce is not None,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+
+
+def _gradient(
+    rows: int,
+    student: _Logits,
+    teacher: _Logits | None,
+    labels: Tensor | None,
+    share: Tensor,
+    partial: _Partial,
+    terms: Terms,
+    launch: Tile,
+    write: bool,
+) -> None:
+    """Step 3: add to ``partial``, and leave dz in the student's logits if they are to be written."""
+    tiles, stride = student.maximum.shape[1], student.centred.stride(0)
+    tile = stride // tiles
+    block_m = min(launch.block_m, max(launch.block_n // tile, power_of_two(rows)))  # few rows need no empty steps
+    _gradient_kernel[(tiles, -(-rows // block_m))](
+        student.centred,
+        student.total,
+        student.total_ce if write else None,
+        None if teacher is None else teacher.centred,
+        None if teacher is None else teacher.total,
+        labels,
+        share,
+        partial.kl,
+        partial.db,
+        rows,
+        stride,
+        LOG2E / terms.temperature,
+        terms.kl_weight * terms.temperature,
+        terms.ce_weight,
+        TILE=tile,
+        HAS_TEACHER=teacher is not None,
+        HAS_LABELS=labels is not None,
+        HAS_CE=write and terms.ce_weight != 0,
+        HAS_SUM_CE=write and student.total_ce is not None,
+        HAS_DB=partial.db is not None,
+        WRITE=write,
+        BLOCK_M=block_m,
+        BLOCK_N=launch.block_n,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+
+
+def value_and_gradients(
+    student: Head,
+    teacher: Head | None,
+    labels: Tensor | None,
+    terms: Terms,
+    chunk_rows: int,
+    dtype: torch.dtype,
+    share: Tensor,
+    out: Gradients,
+) -> Sums:
+    """The four steps for each chunk of rows."""
+    vocabulary, x = len(student.weight), student.hidden
+    tile, launch = _logits_tile(dtype, student, teacher), _gradient_tile(dtype, x.device)
+    columns, aligned = round_up(vocabulary, tile.block_n), round_up(vocabulary, ALIGNED)
+    student = student.centred(dtype).cast(dtype, columns, aligned)
+    teacher = None if teacher is None else teacher.centred(dtype).cast(dtype, columns, vocabulary)
+    rows = min(chunk_rows, len(x))
+    logits_s = _Logits.empty(student, rows, tile, terms.two_softmaxes)
+    logits_t = None if teacher is None else _Logits.empty(student, rows, tile, False)
+    ce, partial = x.new_zeros(len(x), dtype=torch.float32), _Partial.zeros(logits_s, rows, launch, out.bias is not None)
+    write = bool(out.wanted)
+    final = out.weight
+    if final is not None and final.dtype != torch.float32 and len(x) > rows:
+        out = out._replace(weight=torch.empty_like(final, dtype=torch.float32))  # the sum over chunks
+    for start in range(0, len(x), chunk_rows):
+        part = slice(start, start + chunk_rows)
+        y, head = None if labels is None else labels[part], student.rows(part)
+        r = len(head.hidden)
+        with torch.cuda.device_of(x):
+            _logits(head, y, logits_s, terms.temperature, tile)
+            if teacher is not None and logits_t is not None:
+                _logits(teacher.rows(part), y, logits_t, terms.temperature, tile)
+            _offsets(head, logits_s, logits_t, y, ce[part], terms)
+            if write or logits_t is not None:
+                _gradient(r, logits_s, logits_t, y, share, partial, terms, launch, write)
+        _products(logits_s.centred[:r, :aligned], head, start, out)
+    if final is not None and out.weight is not None and out.weight is not final:
+        final.copy_(out.weight)
+    if out.bias is not None and partial.db is not None:
+        torch.sum(partial.db[:, :vocabulary], 0, out=out.bias)
+    return Sums(partial.kl, ce)
+
+
+def share_of(labels: Tensor, vocabulary: int) -> Tensor:
+    """1/N in float64, on the device; labels are checked as in ``check_labels``."""
+    launch = tiling.tile("linear_kd.sums", width=0, arch=tiling.architecture(labels.device))
+    share, right = labels.new_empty((), dtype=torch.float64), labels.new_empty((), dtype=torch.int32)
+    with torch.cuda.device_of(labels):
+        _labels_kernel[(1,)](labels, share, right, len(labels), vocabulary, BLOCK_N=launch.block_n, **launch.options)
+    if labels.device.type != "cpu":
+        torch._assert_async(right)
+    elif not right:
+        check_labels(labels, vocabulary)
+    return share
+
+
+def values(sums: Sums, share: Tensor, terms: Terms, with_teacher: bool, out: tuple[Tensor, ...]) -> None:
+    """Fill the loss, KL and CE from their parts."""
+    launch = tiling.tile("linear_kd.sums", width=0, arch=tiling.architecture(share.device))
+    with torch.cuda.device_of(share):
+        _values_kernel[(1,)](
+            sums.kl,
+            sums.ce,
+            share,
+            *out,
+            sums.kl.numel(),
+            sums.ce.numel(),
+            float(terms.temperature**2),
+            float(terms.kl_weight),
+            float(terms.ce_weight),
+            HAS_TEACHER=with_teacher,
+            HAS_CE=terms.ce_weight != 0,
+            BLOCK_N=launch.block_n,
+            **launch.options,
+        )
+
+
+def _logits_tile(dtype: torch.dtype, student: Head, teacher: Head | None) -> Tile:
+    """One tile for both models, since their blocks of columns share dz."""
+    widths = [head.hidden.shape[1] for head in (student, teacher) if head is not None]
+    arch = tiling.architecture(student.hidden.device)
+    tile = tiling.tile(logits_tile_name(dtype, *widths), width=max(widths), arch=arch)
+    assert tile.block_n % ALIGNED == 0, f"{tile}: whole tiles hold the vocabulary of the products"
+    return tile
+
+
+def logits_tile_name(dtype: torch.dtype, *widths: int) -> str:
+    if dtype == torch.float32:
+        return "linear_kd.logits_float32"
+    return "linear_kd.logits_ragged" if any(width % 64 for width in widths) else "linear_kd.logits"
+
+
+def _gradient_tile(dtype: torch.dtype, device: torch.device) -> Tile:
+    return tiling.tile(gradient_tile_name(dtype), width=0, arch=tiling.architecture(device))
+
+
+def gradient_tile_name(dtype: torch.dtype) -> str:
+    return "linear_kd.gradient_float32" if dtype == torch.float32 else "linear_kd.gradient"
+
+
+def _products(dz: Tensor, student: Head, start: int, out: Gradients) -> None:
+    """Step 4 for one chunk: dx of its rows, and its share of dW, which the first chunk writes and the others add to.
+
+    A row of dz starts at a multiple of its tile's columns, so at 16 bytes; cuBLAS wants its leading dimension aligned.
+    """
+    if out.hidden is not None:
+        _product(dz, student.weight, out.hidden[start : start + len(dz)])
+    if out.weight is not None:
+        _product(dz.t(), student.hidden, out.weight, add=start > 0)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    """out = a b, or out += a b, in float32, rounded to the dtype of ``out`` as it is written."""
+    if not a.is_cuda:  # no out_dtype there
+        product = a.float() @ b.float()
+        out.copy_(out + product if add else product)
+        return
+    options: dict[str, Any] = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
+    if add:
+        torch.addmm(out, a, b, out=out, **options)
+    else:
+        torch.mm(a, b, out=out, **options)
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The smallest multiple from ``n`` on."""
+    return -(-n // multiple) * multiple
+
+
+def power_of_two(n: int) -> int:
+    """The smallest from ``n`` on."""
+    return 1 << (n - 1).bit_length()
