@@ -4,8 +4,8 @@
     pytest bench -k linear_kd
 
 On a GPU every case of every kernel; on a CPU those that take seconds there. A bench measures the time of a call, its peak
-memory beyond its inputs, and the error of its gradients against float64; for ``fastkd`` on a GPU also the device's time
-alone, replayed as a CUDA graph, against the least that the roofline allows.
+memory beyond its inputs, and the error of its gradients against float64; for ``fastkd`` on a GPU also the device's own
+time, replayed as a CUDA graph, against the least that the roofline allows.
 """
 
 from __future__ import annotations

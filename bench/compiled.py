@@ -4,7 +4,7 @@
 
 Triton's interpreter runs the Python of a kernel. The compiler has rules of its own for names, loops and constants, and a
 kernel can be right in the one and wrong in the other. Here the launch code launches as on a GPU of ``--arch``; each kernel
-is compiled for that GPU and its IR, as it is before the compiler decides which thread has what, runs on the CPU's memory.
+is compiled for that GPU, and its IR from before the compiler decides which thread has what runs on the CPU's memory.
 The table has the error of the loss and of each gradient against float64. Exits 1 where one is above its case's
 tolerance; a load or store outside its tensor, or two stores to one place, raise. Needs Triton but no GPU.
 What this cannot show: layouts, shared memory and everything else that comes after Triton IR.

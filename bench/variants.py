@@ -81,7 +81,7 @@ class Clock:
         self._started = 0.0
 
     def step(self, tokens: float) -> None:
-        """A step over so many tokens of text (padding not counted) was issued."""
+        """A step over ``tokens`` tokens of text (padding not counted) was issued."""
         self.done += 1
         if self.done > self.spec.warmup:
             self.tokens += tokens
@@ -245,7 +245,7 @@ def student_config(spec: Spec) -> Any:
 
 
 def sequences(spec: Spec, tokenizer: PreTrainedTokenizerBase, count: int, packing: str) -> list[list[int]]:
-    """Token ids of so many sequences of the corpus in random order, with [CLS] and [SEP]; again from the start if short."""
+    """Token ids of ``count`` sequences of the corpus in random order, with [CLS] and [SEP]; again from the start if short."""
     shards = build_shards(spec.corpus, tokenizer, cache(), tokens=count * spec.seq_length)
     tokens, offsets = shards.documents("train")
     special = SpecialIds.of(tokenizer)

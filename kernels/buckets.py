@@ -1,6 +1,7 @@
 """Packed sequences on a CPU and in definitions: gathered into padded buckets of similar length.
 
-Rows of a [T, D] tensor are tokens, sequences lie end to end, and ``cu_seqlens`` says where; a head is a slice of D/A columns.
+Rows of a [T, D] tensor are tokens, sequences follow each other, and ``cu_seqlens`` says where each begins; a head is a slice
+of D/A columns.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ def padded_rows(cu_seqlens: Tensor, bound: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Sequences of similar length, padded to one: ``rows[g, i]`` is the packed row of token i of sequence g.
+    """Sequences of similar length, padded to one: ``rows[b, i]`` is the packed row of token i of sequence b.
 
     Padded rows are zeros: they score zero against every row.
     """
 
-    rows: Tensor  # [G, n] int64, 0 where padded
-    valid: Tensor  # [G, n] bool
+    rows: Tensor  # [B, n] int64, 0 where padded
+    valid: Tensor  # [B, n] bool
     padded: bool
 
     @property
@@ -50,7 +51,7 @@ class Bucket:
         return self.rows.shape[1]
 
     def heads(self, x: Tensor, num_heads: int, *, feature: str | None = None) -> Tensor:
-        """[T, D] → [G·A, n, D/A] in float32 or float64, padded rows zero.
+        """[T, D] → [B·A, n, D/A] in float32 or float64, padded rows zero.
 
         In a padded bucket, ``feature="key"`` appends a column that is 0 for a token and ``MASKED`` for padding, and
         ``feature="query"`` one of ones: their product masks padded keys inside the matrix product, at no extra pass.
@@ -67,7 +68,7 @@ class Bucket:
         return out.flatten(0, 1)
 
     def scatter(self, out: Tensor, heads: Tensor) -> None:
-        """Write [G·A, n, D/A] back to the rows of ``out`` [T, D], zero so far, in its dtype."""
+        """Write [B·A, n, D/A] back to the rows of ``out`` [T, D], zero so far, in its dtype."""
         size, length = self.rows.shape
         tokens = heads.unflatten(0, (size, -1)).transpose(1, 2).reshape(size * length, -1).to(out.dtype)
         if self.padded:  # gradients of padding are zeros: added to row 0 they change nothing, and need no selection
@@ -98,7 +99,7 @@ def by_length(cu_seqlens: Tensor, num_heads: int, rows: int, max_seqlen: int) ->
         members, position = list(similar), torch.arange(length, device=device)
         room = max(1, budget // (num_heads * length * length))
         while members:
-            size = 1 << min(room, len(members)).bit_length() - 1
+            size = 1 << min(room, len(members)).bit_length() - 1  # the largest power of two that fits
             lengths, first = (torch.tensor(column, device=device) for column in zip(*members[:size], strict=True))
             members = members[size:]
             valid = position < lengths[:, None]
@@ -108,6 +109,7 @@ def by_length(cu_seqlens: Tensor, num_heads: int, rows: int, max_seqlen: int) ->
 def blocks(pairs: int, length: int) -> Iterator[tuple[slice, slice]]:
     """Cut the scores [pairs, length, length] of a bucket into (pairs, query rows) with all key columns."""
     budget = _entries()
+    # All rows if everything fits; else the rows of which four pairs fill the budget, and at least 64.
     rows = length if pairs * length * length <= budget else min(length, max(64, budget // (4 * length)))
     step = max(1, min(pairs, budget // (rows * length)))
     for pair in range(0, pairs, step):

@@ -1,7 +1,8 @@
 """Packed sequences in Triton: what the kernels of ``relation_kl``, ``score_mse`` and ``packed_attention`` share.
 
-Rows of a [T, D] tensor are tokens, sequences lie end to end, and ``cu_seqlens`` says where; a head is a slice of D/A columns. Here
-are the checks of the losses' arguments, the tiles of that layout as kernels load and store them, and how a call is launched.
+Rows of a [T, D] tensor are tokens, sequences follow each other, and ``cu_seqlens`` says where each begins; a head is a slice
+of D/A columns. Here are the checks of the losses' arguments, the tiles of that layout as kernels load and store them, and how a
+call is launched.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def row_block(cu_ptr, BLOCK_M: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """Column slices of a wider projection as they are: a kernel takes the stride of a row."""
+    """``x`` if its columns are side by side, as in a slice of a wider projection; else a copy. Kernels take the stride of a row."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 
@@ -120,7 +121,7 @@ def pad_width(width: int) -> int:
 
 
 def dot_dtype(dtype: torch.dtype) -> Any:
-    """The dtype of the kernels' matrix operands. The interpreter multiplies bfloat16 wrongly: float32 there."""
+    """The dtype of the kernels' matrix operands: float32 in the interpreter, which multiplies bfloat16 wrongly."""
     if tiling.INTERPRETED or dtype == torch.float32:
         return tl.float32
     return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]

@@ -123,8 +123,10 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _backward_kernel(  # type: ignore[no-untyped-def]
-    cu_q_ptr, cu_k_ptr, grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
-    dq_ptr, dk_ptr, dv_ptr,
+    cu_q_ptr, cu_k_ptr,  # [B+1]
+    grad_ptr,  # [Tq, H, d]: do
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,  # as in the forward
+    dq_ptr, dk_ptr, dv_ptr,  # as q, k and v
     grad_stride, q_stride, k_stride, v_stride, out_stride, dq_stride, dk_stride, dv_stride, lse_stride, heads, scale, alpha,
     WIDTH: tl.constexpr, PAD: tl.constexpr, DOT: tl.constexpr, HEADS: tl.constexpr,
     SHORTEST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -158,7 +160,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 
 
 def _flat(x: Tensor) -> Tensor:
-    """[T, H, d] as [T, H·d] with columns side by side: a slice of a wider projection as it is."""
+    """[T, H, d] as [T, H·d] with columns side by side; a slice of a wider projection is not copied."""
     return packed.unit_stride(x.flatten(1))
 
 

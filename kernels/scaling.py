@@ -1,10 +1,10 @@
 """What the backward of every fused loss does: gradients that were made in the forward, times the gradient of the loss.
 
-    out = x · factor, in float32 arithmetic, rounded once, as it is written
+    out = x · factor, in float32, rounded once
 
 PyTorch multiplies by a tensor of one number in a kernel that takes one entry at a time, at half of a GPU's bandwidth. Here accesses
-are 16 bytes wide; and where nobody else will read x, it is scaled in its own memory, in which case a factor of 1, the usual
-one, costs the launch only. The factor is read on the device: the host does not wait for it.
+are 16 bytes wide; and where nobody else will read x, it is scaled in its own memory. Then a factor of 1, the usual one, costs only
+the launch. The factor is read on the device: the host does not wait for it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ tiling.register(TILES)
 
 
 def early_and_late(factor: float, dtype: torch.dtype) -> tuple[float, float]:
-    """A constant factor of a gradient, as what its forward and its backward multiply by: all of it early, where it costs nothing.
+    """A constant factor of a gradient, cut in two: what the forward multiplies by, and what the backward.
 
-    In float16 all of it late, since a gradient that is divided by a count would be below the smallest number.
+    All of it early, where it costs nothing; in float16 all of it late, since a gradient that is divided by a count would be below
+    the smallest number.
     """
     return (1.0, factor) if dtype == torch.float16 else (factor, 1.0)
 

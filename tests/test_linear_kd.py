@@ -34,7 +34,7 @@ def test_matches_float64_autograd_of_the_definition(case: HeadCase, device: str,
 def test_a_tiny_divergence_is_more_exact_than_the_definitions_in_float32(
     offset: float, device: str, backend: str
 ) -> None:
-    """Of a student that is 1e-3 from its teacher, over several draws: one alone may be right by chance."""
+    """For a student that is 1e-3 from its teacher, over several draws: one draw may be right by chance."""
     fused, plain = [], []
     for seed in range(3):
         inputs = HeadCase("", 16, 300, 32, 32, spread=1.0, gap=1e-3, offset=offset).inputs(device, seed)
@@ -92,7 +92,7 @@ def test_gradients_add_up_over_chunks(dtype: torch.dtype, device: str, backend: 
 
 @on_every_backend
 def test_small_probabilities_of_many_rows_in_float16(device: str, backend: str) -> None:
-    """Divided by 240 rows, most of what a good student of flat logits has in dz is below float16's normal numbers."""
+    """dz of a good student with flat logits, divided by 240 rows, is mostly below float16's normal numbers."""
     inputs = HeadCase("", 260, 1500, 16, 24, torch.float16, spread=1.0, gap=0.15, ignored=20).inputs(device)
     expected = evaluate(kernel.reference, in_float64(inputs))
     result = evaluate(linear_kd, inputs, backend=backend)
@@ -155,7 +155,7 @@ def test_more_rows_than_are_counted_at_a_time(device: str, backend: str) -> None
         wrong = inputs["labels"].clone()
         wrong[-1] = 300
         if device == "cpu":  # a GPU would stop there for good
-            with pytest.raises(ValueError, match="label 300 lies outside"):
+            with pytest.raises(ValueError, match="label 300 is outside"):
                 linear_kd(**{**inputs, "labels": wrong}, backend=backend)
     for name in expected:
         assert error(result[name], expected[name]) <= 1e-5, name

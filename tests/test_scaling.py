@@ -112,7 +112,7 @@ def test_a_gradient_that_is_none_gives_none(name: str, backend: str) -> None:
 
 @each_backend
 def test_a_leaf_takes_the_gradient_without_a_copy_that_the_next_one_would_change(backend: str) -> None:
-    """What .grad holds after one step stays as it is while another is made."""
+    """What .grad holds after one step does not change while another is made."""
     module = losses.definition("linear_kd")
     inputs = next(case for case in losses.load("linear_kd").CASES if case.name == "tiny-vocabulary").inputs(DEVICE)
     module.linear_kd(**inputs, backend=backend).loss.backward()

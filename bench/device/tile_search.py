@@ -55,7 +55,7 @@ class Search:
         return list(dict.fromkeys((rules[number].tile, *self.candidates)))
 
     def small(self) -> Any:
-        """The case with so few rows that its inputs cost nothing; divisible as the whole is."""
+        """The case with few rows, so that its inputs cost nothing, and as divisible as the whole."""
         if isinstance(self.case, PackedCase):
             return dataclasses.replace(self.case, lengths=self.case.lengths[:2])
         return dataclasses.replace(self.case, rows=min(self.case.rows, 256))

@@ -1,7 +1,7 @@
 """Fused losses and their peers, value and gradient together: ``python -m bench.device.timed_kernels JSON``, for ``kernels``.
 
 In each case fastkd and its definition take turns; once all cases have had them, the others take turns among themselves. On
-a GPU a call is timed on the device alone (``timer``): as a CUDA graph, or by events where a peer cannot be captured. On a
+a GPU the device's own time of a call is taken (``timer``): as a CUDA graph, or by events where a peer cannot be captured. On a
 CPU, in tiny sizes, by the wall clock.
 """
 
@@ -173,7 +173,7 @@ class Bench:
                 yield contender
 
     def of_roofline(self, kernel: str, case: Any, timed: Row) -> Row:
-        """The least seconds that the peaks allow, and their share of those that were measured."""
+        """The least seconds that the peaks allow, and their share of the measured ones."""
         device, which = self.ceilings()
         if device is None or "device_s" not in timed:
             return {}
@@ -225,7 +225,7 @@ def _interleaved(runs: list[Callable[[], Any]], timer: Timer) -> list[Row]:
 
 
 def _survivable(error: Exception) -> str:
-    """The error in one line; raised again where the device lies behind it, for then nothing else would run either."""
+    """The error in one line; raised again where it comes from the device, since then nothing else would run either."""
     if broken(error):
         raise error
     give_memory_back()

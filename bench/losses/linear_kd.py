@@ -22,14 +22,14 @@ class HeadCase:
 
     ``spread`` is the standard deviation of the logits, 8 being a peaked softmax; ``gap`` that of the student's
     difference from the teacher (None: unrelated models), which needs a teacher at least as wide. ``offset`` is added to
-    hidden states and weights: 1 makes logits near their width, all of whose common part the softmax does not see.
+    hidden states and weights: 1 makes logits near their width, a common part that the softmax does not see.
     """
 
     name: str
     rows: int
     vocabulary: int
     student_width: int
-    teacher_width: int | None  # None: cross-entropy alone
+    teacher_width: int | None  # None: cross-entropy only
     dtype: torch.dtype = torch.float32
     spread: float = 2.0
     gap: float | None = None

@@ -8,7 +8,7 @@ With z = x Wᵀ + b for student and teacher, p = softmax(z_s/τ), q = softmax(z_
     dz_s = [kl_weight·τ·(p − q) + ce_weight·(softmax(z_s) − onehot(y))] / N,  dx = dz W,  dW = dzᵀ x,  db = Σ dz.
 
 The loss is a scalar, so its gradient is made in the forward pass, a chunk of rows at a time, and the backward
-only multiplies it by the loss's own. Shapes: M rows, V vocabulary, D width (D_s, D_t), R rows of a chunk, C columns of a block.
+only scales it. Shapes: M rows, V vocabulary, D width (D_s, D_t), R rows of a chunk, C columns of a block.
 """
 
 from __future__ import annotations
@@ -97,11 +97,11 @@ def linear_kd(
             should not be passed: on a GPU an ignored row still takes part in the products that make dx and dW.
         student_bias: [V].
         teacher_hidden, teacher_weight, teacher_bias: [M, D_t], [V, D_t] and [V]; never differentiated. None:
-            cross-entropy alone.
+            cross-entropy only.
         kl_weight, ce_weight: a term with weight 0 is not computed and reads 0.
-        temperature: τ, of the divergence alone.
-        chunk_rows: rows whose logits are in memory at a time; by default up to 4,096 on a GPU, and on a CPU what
-            fits 96 MiB.
+        temperature: τ, of the divergence only.
+        chunk_rows: rows whose logits are in memory at the same time; by default up to 4,096 on a GPU, and on a CPU as
+            many as fit 96 MiB.
         backend: "triton" (the default on a GPU), "blocked" (the default elsewhere) or "reference".
 
     Under autocast the products run in its dtype, else in the widest dtype given. Logits are float32, except that the

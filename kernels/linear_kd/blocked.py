@@ -35,7 +35,7 @@ class _Softmax:
         return block
 
     def close(self) -> None:
-        """Turn the blocks' statistics into each block's factor to a probability. In float64: R × blocks numbers."""
+        """Make each block's factor of the statistics: exponential · factor = probability. In float64: R × blocks numbers."""
         maxima, sums = zip(*self.blocks, strict=True)
         self.maxima, self.sums = torch.stack(maxima).double() * (self.exponent / LOG2E), torch.stack(sums).double()
         self.maximum = self.maxima.amax(0)
@@ -91,7 +91,7 @@ class _Chunk:
     def kl(self) -> Tensor:
         """τ² Σ_rows KL(q‖p), from differences of logits, of maxima and a ratio of totals.
 
-        log-sum-exps are ten times the logits' gap: their float32 rounding would show in a good student's divergence.
+        A log-sum-exp is ten times the gap between a good student's logits and its teacher's: its float32 rounding would show in KL.
         """
         if self.q is None:
             return self.valid.new_zeros(())
@@ -132,7 +132,7 @@ def _sums(block: Tensor) -> Tensor:
 def _exact_sums(block: Tensor) -> Tensor:
     """The same in float64, from sums of C/32 numbers in their own dtype, in twice the time.
 
-    What a float32 sum of 1,024 numbers rounds off is 1e-8 of a divergence, however small that is.
+    A float32 sum of 1,024 numbers has a rounding error of 1e-8, which a small divergence would show.
     """
     whole = block.shape[1] // 32 * 32
     lanes = block[:, :whole].unflatten(1, (-1, 32)).sum(1)
@@ -170,7 +170,7 @@ def value_and_gradients(
     share: Tensor,
     out: Gradients,
 ) -> Sums:
-    """Every chunk of rows. On a CPU ignored rows are left out; elsewhere, finding them would wait for the device.
+    """Every chunk of rows. On a CPU ignored rows are left out; on a GPU the host would have to wait to find them.
 
     Logits are float32 whatever the operands, so that ``dtype`` rounds only those of the products for dx and dW.
     """
@@ -198,7 +198,7 @@ def value_and_gradients(
 
 
 def _gradient_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """``dtype``, but on a CPU half precision only where it multiplies in hardware: else it is a slower float32."""
+    """``dtype``, but on a CPU half precision only where the hardware multiplies it: elsewhere it is slower than float32."""
     fast = device.type != "cpu" or (dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported())
     return dtype if fast else torch.promote_types(dtype, torch.float32)
 
@@ -222,7 +222,7 @@ def _accumulate(chunk: _Chunk, rows: Tensor, dtype: torch.dtype, out: Gradients)
 
 
 def _subtract_one_hot(chunk: _Chunk, dx: Tensor, out: Gradients) -> None:
-    """The label's part of dz, unrounded. Rows of one label are added in a fixed order, on a GPU too (index_add_ is not)."""
+    """The label's part of dz, unrounded. Rows with the same label are added in a fixed order: index_add_ has none on a GPU."""
     assert chunk.labels is not None
     y, ce = chunk.labels.clamp(min=0), (chunk.terms.ce_weight * chunk.share).to(dx.dtype)
     dx -= ce[:, None] * chunk.student.columns(y, dx.dtype)

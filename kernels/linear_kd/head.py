@@ -15,13 +15,14 @@ LOG2E = math.log2(math.e)
 class Head(NamedTuple):
     """One model's side of the loss.
 
-    In full precision the mean row is taken from every row of the weight. The softmax does not see that, and Σ dz = 0 takes
-    it out of dx; but a float32 logit of 130 is known to 1e-5, and dz·W would cancel.
+    In full precision the mean row of the weight is subtracted from every row. That adds one number to all logits of a row, which
+    the softmax does not see, and as Σ dz = 0 it does not change dx. Otherwise large logits are rounded (a float32 logit of 130 is
+    known to 1e-5), and large parts of dz·W cancel.
     """
 
     hidden: Tensor  # [M, D]
     weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]; not centred, since one entry of −1e10, which masks a word, would be all of a mean
+    bias: Tensor | None  # [V]; not centred: one entry of −1e10, which masks a word, would be all of the mean
     centre: Tensor | None = None  # [D]: the mean row, which ``columns`` subtracts
 
     def centred(self, dtype: torch.dtype) -> Head:
@@ -46,7 +47,7 @@ class Head(NamedTuple):
             return Head(self.hidden.to(dtype).contiguous(), self.columns(slice(None), dtype).contiguous(), bias)
         weight = self.weight.new_empty((rows, self.weight.shape[1]), dtype=dtype)
         if self.centre is None:
-            weight[:vocabulary] = self.weight  # cast as it is copied
+            weight[:vocabulary] = self.weight  # the copy casts
         else:
             torch.sub(self.weight.to(dtype), self.centre, out=weight[:vocabulary])
         weight[vocabulary:] = 0.0
@@ -65,10 +66,10 @@ class Terms(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """The gradients, in float32 (float64 for float64) but for ``_weight_dtype``; one that is not wanted is None."""
+    """The gradients, in float32 (float64 for float64); the weight's as the operator's ``_weight_dtype`` says. None: not wanted."""
 
     hidden: Tensor | None
-    weight: Tensor | None  # [V, D], on the Triton path with rows up to a multiple of ALIGNED
+    weight: Tensor | None  # [V, D], on the Triton path with rows up to a multiple of ``launch.ALIGNED``
     bias: Tensor | None
 
     @property
@@ -77,7 +78,7 @@ class Gradients(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums over the rows that are not ignored; from the Triton path what adds up to them, the divergence's without τ²."""
+    """Sums over the rows that are not ignored. From the Triton path: parts that add up to them, KL without τ²."""
 
     kl: Tensor
     ce: Tensor
@@ -91,5 +92,5 @@ def check_labels(labels: Tensor, vocabulary: int) -> None:
     elif wrong.any():
         label = int(labels[wrong][0])
         raise ValueError(
-            f"linear_kd: label {label} lies outside the vocabulary of {vocabulary:,}, and {IGNORED} ignores a row"
+            f"linear_kd: label {label} is outside the vocabulary of {vocabulary:,}, and {IGNORED} ignores a row"
         )

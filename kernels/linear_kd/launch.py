@@ -52,7 +52,7 @@ tiling.register(TILES)
 
 
 class _Logits(NamedTuple):
-    """Centred logits of a chunk and their tiles' statistics, reused by every chunk."""
+    """Centred logits of a chunk and their tiles' statistics: one buffer for all chunks."""
 
     centred: Tensor  # [R, stride]
     maximum: Tensor  # [R, tiles]
@@ -114,7 +114,7 @@ class _Partial(NamedTuple):
 def _offsets(
     head: Head, student: _Logits, teacher: _Logits | None, labels: Tensor | None, ce: Tensor, terms: Terms
 ) -> None:
-    """Step 2: statistics → offsets in the place of both models' sums; fill ``ce`` [R] where there is one."""
+    """Step 2: replace both models' sums by offsets; fill ``ce`` [R] if there is a cross-entropy."""
     rows, width = head.hidden.shape
     tiles = student.maximum.shape[1]
     launch = tiling.tile("linear_kd.offsets", width=width, arch=tiling.architecture(ce.device))
@@ -157,7 +157,7 @@ def _gradient(
     """Step 3: add to ``partial``, and leave dz in the student's logits if they are to be written."""
     tiles, stride = student.maximum.shape[1], student.centred.stride(0)
     tile = stride // tiles
-    block_m = min(launch.block_m, max(launch.block_n // tile, power_of_two(rows)))  # few rows need no empty steps
+    block_m = min(launch.block_m, max(launch.block_n // tile, power_of_two(rows)))  # no empty steps where rows are few
     _gradient_kernel[(tiles, -(-rows // block_m))](
         student.centred,
         student.total,
@@ -208,9 +208,9 @@ def value_and_gradients(
     logits_t = None if teacher is None else _Logits.empty(student, rows, tile, False)
     ce, partial = x.new_zeros(len(x), dtype=torch.float32), _Partial.zeros(logits_s, rows, launch, out.bias is not None)
     write = bool(out.wanted)
-    final = out.weight
+    final = out.weight  # a bfloat16 dW of several chunks is added up in float32, and rounded once
     if final is not None and final.dtype != torch.float32 and len(x) > rows:
-        out = out._replace(weight=torch.empty_like(final, dtype=torch.float32))  # the sum over chunks
+        out = out._replace(weight=torch.empty_like(final, dtype=torch.float32))
     for start in range(0, len(x), chunk_rows):
         part = slice(start, start + chunk_rows)
         y, head = None if labels is None else labels[part], student.rows(part)
@@ -288,7 +288,7 @@ def gradient_tile_name(dtype: torch.dtype) -> str:
 
 
 def _products(dz: Tensor, student: Head, start: int, out: Gradients) -> None:
-    """Step 4 for one chunk: dx of its rows, and its share of dW, which the first chunk writes and the others add to.
+    """Step 4 for one chunk: dx of its rows, and its share of dW, which the first chunk writes and later ones add to.
 
     A row of dz starts at a multiple of its tile's columns, so at 16 bytes; cuBLAS wants its leading dimension aligned.
     """
@@ -299,7 +299,7 @@ def _products(dz: Tensor, student: Head, start: int, out: Gradients) -> None:
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
-    """out = a b, or out += a b, in float32, rounded to the dtype of ``out`` as it is written."""
+    """out = a b, or out += a b, in float32, rounded once, to the dtype of ``out``."""
     if not a.is_cuda:  # no out_dtype there
         product = a.float() @ b.float()
         out.copy_(out + product if add else product)
@@ -312,10 +312,10 @@ def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
 
 
 def round_up(n: int, multiple: int) -> int:
-    """The smallest multiple from ``n`` on."""
+    """The smallest multiple that is at least ``n``."""
     return -(-n // multiple) * multiple
 
 
 def power_of_two(n: int) -> int:
-    """The smallest from ``n`` on."""
+    """The smallest that is at least ``n``."""
     return 1 << (n - 1).bit_length()

@@ -40,10 +40,7 @@ def linear_kd_operator(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, ...]:
-    """The values and the gradients, which are empty where they are not needed.
-
-    The weight's may be the first rows of a few more.
-    """
+    """The values and the gradients; one that is not needed is empty. The weight's may be a view of a matrix with more rows."""
     teacher = None
     if teacher_hidden is not None and teacher_weight is not None:
         teacher = Head(teacher_hidden, teacher_weight, teacher_bias)
@@ -57,7 +54,7 @@ def linear_kd_operator(
     compiled = backend == "triton" and len(student_hidden) > 0
     rows = chunk_rows or _default_chunk(student_hidden, student_weight, teacher is not None, backend)
     share = _share(student_hidden, labels, vocabulary, backend)
-    # dz/N is below float16's smallest number where a softmax is small and N large: there the result is divided.
+    # A small dz divided by a large N is below float16's smallest number: in float16 the result is divided instead.
     early = share if dtype != torch.float16 else torch.ones_like(share)
     with torch.autocast(student_hidden.device.type, enabled=False):
         path = launch if compiled else blocked
@@ -82,7 +79,7 @@ def _default_chunk(hidden: Tensor, weight: Tensor, with_teacher: bool, backend: 
 
 
 def _share(hidden: Tensor, labels: Tensor | None, vocabulary: int, backend: str) -> Tensor:
-    """1/N in float64, a tensor on the device: the host does not wait for the count. Labels are checked."""
+    """1/N in float64, a tensor on the device, so that the host does not wait for the count. Checks the labels."""
     if labels is None:
         return hidden.new_full((), 1 / max(1, len(hidden)), dtype=torch.float64)
     if backend == "triton" and len(labels):
@@ -110,8 +107,8 @@ def _empty_outputs(
 
 
 def _weight_dtype(weight: Tensor, dtype: torch.dtype, backend: str) -> torch.dtype:
-    """Of the dW that the operator returns: bfloat16 for bfloat16 parameters on the Triton path, where the last product or
-    sum rounds as it writes, and the backward seldom has to scale; else float32, or float64."""
+    """Of dW: bfloat16 for bfloat16 parameters on the Triton path, where the last product or sum rounds as it writes and the
+    backward seldom has to scale; else float32, or float64."""
     final = backend == "triton" and weight.dtype == dtype == torch.bfloat16
     return dtype if final else torch.promote_types(dtype, torch.float32)
 

@@ -168,7 +168,7 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     teacher_ptr,  # [R, stride] centred logits
     teacher_offset_ptr,  # [R, tiles]
     labels_ptr,  # [R]
-    share_ptr,  # []: what dz is multiplied with
+    share_ptr,  # []: 1/N, or 1 for float16, whose result is divided later
     kl_ptr,  # [row blocks, tiles], added to: Σ q (log q − log p)
     db_ptr,  # [row blocks, stride], added to: Σ dz
     rows, stride,
@@ -199,7 +199,7 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
         if HAS_LABELS:
             labels = tl.load(labels_ptr + first_row + rows_R, mask=exists, other=_IGNORED)
             counts = labels != _IGNORED
-        # Rows that do not count are not read, for nothing was written there: p = q, and the cross-entropy's factor is 0.
+        # Rows that do not count are not read, since nothing was written there: p = q, and the cross-entropy's factor is 0.
         logits = rows_R[:, None] * stride + columns_C[None, :]
         offsets = (first_row + rows_R) * tl.num_programs(0) + tile
         z_s, log2_p = _log2_probabilities(student_ptr, student_offset_ptr, logits, offsets, counts, exponent)
@@ -226,8 +226,8 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
 def _divergence(p, q, log2_p, log2_q):  # type: ignore[no-untyped-def]
     """Terms whose sum over a row is Σ q (log q − log p).
 
-    Σ(p − q) = 0, and with it every term is ≥ 0 and of second order in p − q: a rounding of the logits moves the sum in second
-    order only, where Σ q (log q − log p) itself cancels for a good student.
+    Σ(p − q) = 0, so it may be added: then every term is ≥ 0 and of second order in p − q, and rounded logits change the sum in
+    second order only. The terms of Σ q (log q − log p) cancel for a good student.
     """
     return q * (log2_q - log2_p) * _LN_2 + (p - q)
 

@@ -5,8 +5,8 @@ Per sequence and relation head, with Z = α_s q kᵀ of the student, Y = α_t Q 
     loss = 1/(A·T) Σ_{heads, rows i} KL(P_i ‖ Q_i),   Q = softmax_row(Z),  P = softmax_row(Y)
 
 With G = Q − P the gradients are dq = α_s G k/(A·T) and dk = α_s Gᵀ q/(A·T). A self-relation has q = k = s, so
-ds = α_s (G + Gᵀ) s/(A·T), and Z_ji = Z_ij: a block of rows finds its G_ji in the tile it has, with the other row's
-softmax statistics, and alone owns its gradient. No atomics, no transpose, the same bits every time. The loss is a
+ds = α_s (G + Gᵀ) s/(A·T), and Z_ji = Z_ij: a block of rows finds G_ji in its own tile, with the other row's softmax
+statistics, and no other block writes its gradient. No atomics, no transpose, the same bits every time. The loss is a
 scalar, so the gradient is made in the forward and scaled in the backward.
 
 Sources: MiniLM (Wang et al. 2020, arXiv 2002.10957, eq. 4-8): query-key attention and value relations. MiniLMv2
@@ -74,7 +74,7 @@ def relation_kl(
 
     ``student`` and ``teacher`` hold queries, keys or values, one row a token, and are regrouped into ``num_heads``
     slices whatever heads the models have. Without keys it is the self-relation of MiniLMv2, with both keys the query-key
-    attention of MiniLM. Sequences lie end to end: ``cu_seqlens`` rises from 0 to T and may repeat T (empty sequences).
+    attention of MiniLM. Sequences follow each other: ``cu_seqlens`` rises from 0 to T and may repeat T (empty sequences).
     ``max_seqlen`` bounds every length; without it the Triton backend assumes T and launches needless programs.
     ``backend``: None takes "triton" on CUDA, else "blocked"; "reference" holds every score.
 

@@ -70,7 +70,9 @@ def _from_maxima(z, y, max_t, NEAR: tl.constexpr):  # type: ignore[no-untyped-de
 
 @jit
 def _stats_kernel(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, qt_ptr, kt_ptr, cu_ptr,
+    q_ptr, k_ptr,  # [T, Ds]
+    qt_ptr, kt_ptr,  # [T, Dt]
+    cu_ptr,  # [B+1]
     stats_ptr,  # [4, A, T]: the teacher's row maxima and reciprocal row sums of powers, then the student's (see _load_stats)
     q_stride, k_stride, qt_stride, kt_stride, total, scale_s, scale_t,
     WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
@@ -91,6 +93,7 @@ def _stats_kernel(  # type: ignore[no-untyped-def]
             kt = load_tile((kt_ptr, kt_stride), start + j, count - j, head, WIDTH_T, BLOCK_N, PAD_T, DOT)
             z = _student_scores(q, k, qt, kt, count - j, scale_s, NEAR)
             y = _teacher_scores(qt, kt, count - j, scale_t)
+            # Online softmax: when a maximum grows, the sum so far shrinks by 2^(old − new).
             new = tl.maximum(max_t, tl.max(y, 1))
             max_s += max_t - new  # the student's maximum counts from the teacher's
             sum_t *= tl.exp2(max_t - new)
@@ -190,13 +193,17 @@ def _self_rows(  # type: ignore[no-untyped-def]
 
 @jit
 def _self_kernel(  # type: ignore[no-untyped-def]
-    s_ptr, r_ptr, cu_ptr, stats_ptr, ds_ptr,
+    s_ptr,  # [T, Ds]
+    r_ptr,  # [T, Dt]
+    cu_ptr,  # [B+1]
+    stats_ptr,  # [4, A, T]
+    ds_ptr,  # [T, Ds], times the first of ``factors``
     loss_ptr,  # [B, blocks, A]: KL in bits, summed over a block's rows
     s_stride, r_stride, total, width, alpha, scale_s, scale_t,
     WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
     DOT: tl.constexpr, NEAR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Program (head, row block, sequence): loss and gradient of a block of rows, which it alone writes."""
+    """Program (head, row block, sequence): loss and gradient of a block of rows, which no other program writes."""
     head = tl.program_id(0)
     first, rows, start, count = row_block(cu_ptr, BLOCK_M)
     loss = 0.0
@@ -273,7 +280,8 @@ def _cross_columns(  # type: ignore[no-untyped-def]
 
 @jit
 def _cross_kernel(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, qt_ptr, kt_ptr, cu_ptr, stats_ptr, dq_ptr, dk_ptr,
+    q_ptr, k_ptr, qt_ptr, kt_ptr, cu_ptr, stats_ptr,  # as in _stats_kernel
+    dq_ptr, dk_ptr,  # [T, Ds], times the first of ``factors``
     loss_ptr,  # [B, blocks, A]: KL in bits, summed over a block's rows
     q_stride, k_stride, qt_stride, kt_stride, total, width, alpha, scale_s, scale_t,
     WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,

@@ -77,6 +77,7 @@ def _short_rows(  # type: ignore[no-untyped-def]
     sum_s = tl.sum(e, 1)
     kl = tl.sum(p * (y - z), 1)
     g = e * (1 / sum_s)[:, None] - p * (1 / sum_t)[:, None]
+    # Σ P (log₂ P − log₂ Q) = Σ p (y − z)/sum_t − log₂ sum_t + log₂ sum_s
     return g.to(DOT), kl / sum_t + tl.log2(sum_s / sum_t)
 
 
@@ -119,10 +120,10 @@ def _short_halves(  # type: ignore[no-untyped-def]
     k = load_tile(key_s, start, count, head, WIDTH_S, LENGTH, PAD_S, DOT)
     loss = tl.zeros([HALF], tl.float32)
     # Two zeros, not one with two names: the compiler would not see that the loop changes ``upper``, and keep its zeros.
-    # Addresses and masks are made anew for each half (no LICM): kept from the first, they do not fit the registers.
+    # Addresses and masks are made again for each half (no LICM): kept from the first, they do not fit the registers.
     upper = tl.zeros([HALF, LENGTH], DOT)
     lower = tl.zeros([HALF, LENGTH], DOT)
-    for i in tl.range(0, LENGTH, HALF, num_stages=1, disable_licm=True):
+    for i in tl.range(0, LENGTH, HALF, num_stages=1, disable_licm=True):  # twice; then G is ``upper`` above ``lower``
         qt = load_tile(query_t, start + i, count - i, head, WIDTH_T, HALF, PAD_T, DOT)
         q = load_tile(query_s, start + i, count - i, head, WIDTH_S, HALF, PAD_S, DOT)
         upper = lower
@@ -133,7 +134,7 @@ def _short_halves(  # type: ignore[no-untyped-def]
     q = load_tile(query_s, start + HALF, count - HALF, head, WIDTH_S, HALF, PAD_S, DOT)
     dk = tl.dot(tl.trans(lower), q, dk, input_precision="ieee")
     halves = tl.join(tl.dot(upper, k, input_precision="ieee"), tl.dot(lower, k, input_precision="ieee"))
-    dq = tl.reshape(tl.permute(halves, (2, 0, 1)), (LENGTH, PAD_S))
+    dq = tl.reshape(tl.permute(halves, (2, 0, 1)), (LENGTH, PAD_S))  # [HALF, PAD_S, 2] → one above the other
     if CROSS:
         store_tile(dk_ptr, width, start, count, head, dk * alpha, WIDTH_S, LENGTH, PAD_S)
     else:
@@ -147,7 +148,7 @@ def _short_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr,  # [T, Ds]; k_ptr is q_ptr in a self-relation
     qt_ptr, kt_ptr,  # [T, Dt]
     cu_ptr,  # [B+1]
-    dq_ptr, dk_ptr,  # [T, Ds], times the first of ``_factors``
+    dq_ptr, dk_ptr,  # [T, Ds], times the first of ``factors``
     loss_ptr,  # [B, A]: KL in bits, summed over the rows of a sequence
     q_stride, k_stride, qt_stride, kt_stride, sequences, shorter, width, alpha, scale_s, scale_t,
     WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,

@@ -70,7 +70,7 @@ def score_mse(
 ) -> Tensor:
     """Mean squared difference of scaled attention scores over heads and the valid pairs (i, j): a float32 scalar.
 
-    Sequences lie end to end: ``cu_seqlens`` rises from 0 to T and may repeat T (empty sequences). ``max_seqlen`` bounds
+    Sequences follow each other: ``cu_seqlens`` rises from 0 to T and may repeat T (empty sequences). ``max_seqlen`` bounds
     every length; without it the Triton backend assumes T and launches needless programs. ``backend``: None takes
     "triton" on CUDA, else "blocked"; "gram" is the linear-time form, which loses digits as the student comes
     close to the teacher; "reference" holds every score.

@@ -145,7 +145,7 @@ def _short_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _rows_kernel(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, qt_ptr, kt_ptr, cu_ptr, dq_ptr, dk_ptr,
+    q_ptr, k_ptr, qt_ptr, kt_ptr, cu_ptr, dq_ptr, dk_ptr,  # as in _short_kernel
     loss_ptr,  # [B, blocks, A]: Σ R² of a block's rows
     q_stride, k_stride, qt_stride, kt_stride, width, alpha_s, alpha_t,
     WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, PAD_S: tl.constexpr, PAD_T: tl.constexpr,
