@@ -19,7 +19,7 @@ from fastkd import run
 from fastkd.device import memory
 from fastkd.files import read_jsonl
 from fastkd.models import families, flops
-from fastkd.models.encoder import Encoder, EncoderConfig, Needs, Outputs
+from fastkd.models.encoder import Encoder, Needs, Outputs
 from fastkd.models.hf import export, from_hf, load, to_hf, to_hf_model
 from fastkd.models.student import init_from_teacher, student_config
 
@@ -38,7 +38,11 @@ PARTIAL = [
 @pytest.mark.parametrize("model_type", families.available())
 @pytest.mark.parametrize("tied", [True, False])
 def test_names_cover_every_parameter(model_type: str, tied: bool) -> None:
-    config = EncoderConfig(model_type, VOCAB, 24, 2, 4, 52, max_positions=64, tied=tied)
+    hf_config = families.of(model_type).classes[model_type].config(
+        vocab_size=VOCAB, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=52, pad_token_id=1,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+    config = from_hf(hf_config)
     names = config.family.body_names(config) | config.family.head_names(config)
     encoder = Encoder(config, mlm_head=True)
     assert names.keys() == encoder.state_dict().keys()
@@ -89,7 +93,7 @@ def read(out: Outputs, needs: Needs) -> list[Tensor]:
     return [*(x for x in rows if x is not None), *(out.hidden[layer] for layer in needs.hidden), *qkv]
 
 
-def test_it_is_refused_until_its_file_is_there(tmp_path: Path) -> None:
+def test_it_is_refused_until_its_file_is_there() -> None:
     with pytest.raises(ValueError, match="model type 'modernbert' is not supported; use one of bert, roberta, xlm-rob"):
         families.of("modernbert")
 

@@ -96,7 +96,7 @@ class Bert(Family):
         for i in range(config.num_layers):
             place = f"encoder.layer.{i}"
             for kind in KINDS:
-                names[f"layers.{i}.qkv.{kind}"] = tuple(f"{place}.attention.self.{part}.{kind}" for part in QKV)
+                names[f"layers.{i}.qkv.{kind}"] = tuple(f"{place}.attention.self.{name}.{kind}" for name in QKV)
                 for ours, theirs in LAYER_NAMES.items():
                     names[f"layers.{i}.{ours}.{kind}"] = (f"{place}.{theirs}.{kind}",)
         return names
