@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.absent_gpu import absent_h100, moved
+from fastkd import methods
 from fastkd.models import encoder as encoder_module
 from fastkd.models.encoder import Encoder, EncoderConfig, Needs, Outputs
 
@@ -163,12 +164,11 @@ class Text:
         )  # fmt: skip
 
 
-def needs_of(method: str, layers: int) -> Needs:
-    """What the loss of a method reads of its student."""
-    if method == "minilmv2":
-        return Needs(qkv=(layers,))
-    every = tuple(range(1, layers + 1))
-    return Needs(hidden=(0, *every), qkv=every) if method == "tinybert" else Needs(logits=True)
+def needs_of(method: str, config: EncoderConfig) -> Needs:
+    """What the loss of a method reads of its student, under a teacher of the same shape."""
+    module = methods.load(method)
+    needs: Needs = module.METHOD(module.Config(), config, config).student_needs
+    return needs
 
 
 def student(config: EncoderConfig, residual: str, layerwise: bool) -> Encoder:
@@ -203,7 +203,7 @@ def step(encoder: Encoder, text: Text, needs: Needs, reading: Reading) -> dict[s
 def read(config: EncoderConfig, tokens: int, method: str, residual: str, layerwise: bool) -> tuple[dict[str, Any], str]:
     """A step's work by direction with the CPU seconds that tracing, scheduling and writing code took, and that code."""
     torch._dynamo.reset()
-    reading, needs = Reading(tokens, config.hidden_size), needs_of(method, config.num_layers)
+    reading, needs = Reading(tokens, config.hidden_size), needs_of(method, config)
     with (
         FakeTensorMode(),
         inductor_config.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
@@ -235,9 +235,7 @@ def line(name: str, work: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Print what a step does, and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--method", choices=("mlm", "minilmv2", "tinybert"), default="mlm", help="whose outputs are read"
-    )
+    parser.add_argument("--method", choices=methods.available(), default="mlm", help="whose outputs are read")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--heads", type=int, default=12)

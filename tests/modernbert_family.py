@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import ModernBertConfig, ModernBertForMaskedLM, ModernBertModel
 
 from fastkd.models.attention import Sequences, varlen_attention
-from fastkd.models.encoder import EncoderConfig, Extent
+from fastkd.models.encoder import EncoderConfig
 from fastkd.models.families import Classes, Family, Names
 from fastkd.models.layer import linear
+from fastkd.models.needs import Extent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

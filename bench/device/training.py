@@ -22,6 +22,7 @@ from bench.device.alone import alone, is_free
 from bench.device.part import Context, Row, Rows
 from bench.throughput import SIZES
 from bench.variants import Spec
+from fastkd import methods
 
 SECONDS = 200  # every method has graphs of its own to compile
 PROFILED = ("mlm", "minilmv2")
@@ -57,7 +58,9 @@ def entries(tiny: bool) -> list[Entry]:
     """All rows, the worthiest first."""
     if tiny:
         return [Entry("tiny", "mlm"), Entry("tiny", "minilmv2"), Entry("tiny", "mlm", "paper", DOCUMENTS)]
-    first, others, sizes = ("mlm", "minilmv2"), ("logit_kd", "tinybert", "minilm"), ("quickstart", "paper-12l")
+    first, sizes = ("mlm", "minilmv2"), ("quickstart", "paper-12l")
+    others: tuple[str, ...] = ("logit_kd", "tinybert", "minilm")
+    others = (*others, *(name for name in methods.available() if name not in first + others))
     return [
         *(Entry("paper-6l", method) for method in first + others),
         *(Entry("paper-6l", method, packing=DOCUMENTS) for method in first),
