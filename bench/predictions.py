@@ -4,8 +4,8 @@
 
 A launch is predicted from its roofline (``bench.roofline``) and the share of the peaks that its kind may reach (KINDS,
 with the reason of each); a training step is the sum of its launches (``bench.step_model``), or what the host needs to
-issue them where that is more. Shares are an H100's, measured in part (KINDS says which), and taken for the other GPUs as
-they are. One GPU; every sequence has full length; the whole step is one micro-batch, whether or not the GPU's memory holds it.
+issue them where that is more. Shares are an H100's, some of them measured (KINDS says which), and the same for the other
+GPUs. One GPU; every sequence has full length; the whole step is one micro-batch, whether or not the GPU's memory holds it.
 """
 
 from __future__ import annotations

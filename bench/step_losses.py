@@ -31,7 +31,7 @@ def scaling(kernel: str, case: Any) -> list[Step]:
     """The passes that a floor takes for free, with a loss whose own gradient is 1: nothing is scaled then.
 
     linear_kd reads dx in float32 and writes it in the operands' dtype, where that is another, and copies half-precision
-    weights whose rows products cannot take as they are; score_mse's dq and dk still lack the factor 2/(A·Σ n²).
+    weights whose rows are not aligned for products; score_mse's dq and dk still lack the factor 2/(A·Σ n²).
     """
     size = case.dtype.itemsize
     if kernel == "linear_kd" and size < 4:

@@ -79,7 +79,7 @@ def config(spec: str) -> EncoderConfig:
 
 
 def work(size: str, tokens: int) -> Work:
-    """The models of a size of ``bench.throughput`` and so many tokens.
+    """The models of a size of ``bench.throughput``, and this many tokens.
 
     Raises:
         ValueError: an unknown size, or tokens that are no whole packs.
@@ -119,7 +119,7 @@ def layer_products(c: EncoderConfig, extent: str, work: Work) -> list[Step]:
 
 
 def attention(c: EncoderConfig, rows: int, work: Work) -> tuple[Step, Step]:
-    """``packed_attention`` forward and backward for the queries of so many rows, keys and values of all.
+    """``packed_attention`` forward and backward for the queries of ``rows`` rows, keys and values of all.
 
     Forward: reads q, k, v, writes the output. Backward: reads these and the output's gradient, writes dq, dk, dv. Five
     products instead of two.
@@ -145,7 +145,7 @@ def layer_backward(c: EncoderConfig, extent: str, work: Work, stream_bytes: int)
     """Two products for each, attention, and elementwise kernels.
 
     These: the stream's; the sums over rows for four biases (10 D + 2 I); gelu's (6 I).
-    Where predicted rows alone ask, keys and values still have all rows, and the gradient of x gathers both.
+    Where only predicted rows are read, keys and values still have all rows, and the gradient of x gathers both.
     """
     T, D, I = work.tokens, c.hidden_size, c.intermediate_size  # noqa: E741
     products = 2 * layer_products(c, extent, work)

@@ -218,7 +218,7 @@ def test_an_untied_teacher_teaches_by_its_own_decoder(tmp_path: Path) -> None:
     assert loaded.encoder.head is not None and loaded.encoder.head.decoder is not None
     for dtype in (torch.float32, torch.bfloat16):
         teacher = Teacher(loaded, Needs(logits=True), device="cpu", dtype=dtype)
-        assert torch.equal(teacher.decoder_weight, loaded.encoder.head.decoder.to(dtype))
+        assert torch.equal(teacher.encoder.decoder_weight, loaded.encoder.head.decoder.to(dtype))
     config = student_config("1L-24H-4A-52I", loaded.config, loaded.tokenizer)
     assert config.tied  # a student's is
     init_from_teacher(Encoder(config, mlm_head=False), loaded.encoder)

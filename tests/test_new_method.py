@@ -27,7 +27,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fastkd.methods import Method, MethodLoss, Padded, require_teacher
+from fastkd.methods import FusedLosses, Method, MethodLoss, Padded, require_teacher
 from fastkd.models.needs import Needs, Outputs
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class METHOD(Method):
         d_s, d_t = self.widths
         return 3 * 2 * tokens * d_s * d_t
 
-    def fused_losses(self) -> list[tuple[str, dict[str, Any]]]:
+    def fused_losses(self) -> FusedLosses:
         return [("hidden_mse", {"projected": True})]
 
     def plain(self, student: Padded, teacher: Padded | None, labels: Tensor, mask: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ def test_more_tokens_take_longer_and_a_small_step_waits_for_the_host(method: str
     assert "waiting for the host" not in steps[-1].parts
 
 
-def test_a_bfloat16_stream_speeds_up_the_student_alone() -> None:
+def test_a_bfloat16_stream_speeds_up_only_the_student() -> None:
     wide = predictions.step("minilmv2", "paper-6l", "H100")
     narrow = predictions.step("minilmv2", "paper-6l", "H100", residual="bfloat16")
     assert {part for part in wide.parts if narrow.parts[part] < wide.parts[part]} == {

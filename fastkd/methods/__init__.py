@@ -35,7 +35,7 @@ class MethodLoss:
 
     def __mul__(self, share: float) -> MethodLoss:
         """Loss and terms times the share that a mean over few positions has in the mean over the whole step."""
-        if share == 1:  # nearly always: a text with ordinary tokens enough costs no product
+        if share == 1:  # nearly always: where a text has enough ordinary tokens, no product is computed
             return self
         return MethodLoss(self.loss * share, {name: value * share for name, value in self.terms.items()})
 
@@ -47,6 +47,11 @@ class Padded:
     logits: Tensor | None  # [B, S, V]; None: no MLM head
     hidden: Mapping[int, Tensor]  # layer: [B, S, D]; 0 is the embeddings' output
     qkv: Mapping[int, tuple[Tensor, Tensor, Tensor]]  # layer: queries, keys and values, [B, S, D] each
+
+
+FusedLosses = list[
+    tuple[str, dict[str, Any]]
+]  # name of a folder of kernels/, options of its function in bench.step_losses
 
 
 class Method:
@@ -86,8 +91,8 @@ class Method:
         """FLOPs of the loss itself, gradient included, for a micro-batch (``pairs`` is the sum of squared lengths)."""
         raise NotImplementedError
 
-    def fused_losses(self) -> list[tuple[str, dict[str, Any]]]:
-        """The fused losses that ``loss`` calls, each with the options of ``bench.step_losses.LOSSES``, which predicts its time."""
+    def fused_losses(self) -> FusedLosses:
+        """The fused losses that ``loss`` calls: what ``bench.predictions`` predicts the time of."""
         raise NotImplementedError
 
     def plain(self, student: Padded, teacher: Padded | None, labels: Tensor, mask: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fastkd.methods import Method, MethodLoss, Padded, require_teacher
+from fastkd.methods import FusedLosses, Method, MethodLoss, Padded, require_teacher
 from fastkd.models.needs import Needs, Outputs
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class METHOD(Method):
             self.teacher_config.hidden_size,
         )
 
-    def fused_losses(self) -> list[tuple[str, dict[str, Any]]]:
+    def fused_losses(self) -> FusedLosses:
         weights = {"kl_weight": self.kl_weight, "ce_weight": self.config.ce_weight}
         return [("linear_kd", weights | {"temperature": self.temperature})]
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastkd.methods import (
     ENDS_AT_QKV,
+    FusedLosses,
     Method,
     MethodLoss,
     Padded,
@@ -69,7 +70,7 @@ class METHOD(Method):
         widths = self.student_config.hidden_size, self.teacher_config.hidden_size
         return 2 * flops(pairs, *widths)
 
-    def fused_losses(self) -> list[tuple[str, dict[str, Any]]]:
+    def fused_losses(self) -> FusedLosses:
         heads = self.student_config.num_heads
         return [("relation_kl", {"heads": heads, "cross": True}), ("relation_kl", {"heads": heads})]
 

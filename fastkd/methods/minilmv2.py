@@ -12,7 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fastkd.methods import ENDS_AT_QKV, Method, MethodLoss, Padded, plain_relation_kl, plain_scores, require_teacher
+from fastkd.methods import (
+    ENDS_AT_QKV,
+    FusedLosses,
+    Method,
+    MethodLoss,
+    Padded,
+    plain_relation_kl,
+    plain_scores,
+    require_teacher,
+)
 from fastkd.models.needs import Needs, Outputs
 
 if TYPE_CHECKING:
@@ -97,7 +106,7 @@ class METHOD(Method):
         assert self.teacher_config is not None
         return 3 * flops(pairs, self.student_config.hidden_size, self.teacher_config.hidden_size)
 
-    def fused_losses(self) -> list[tuple[str, dict[str, Any]]]:
+    def fused_losses(self) -> FusedLosses:
         return 3 * [("relation_kl", {"heads": self.relation_heads})]
 
     def plain(self, student: Padded, teacher: Padded | None, labels: Tensor, mask: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ Source: Devlin et al. 2019 (BERT), without next-sentence prediction; RECIPES of 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fastkd.methods import Method, MethodLoss, Padded
+from fastkd.methods import FusedLosses, Method, MethodLoss, Padded
 from fastkd.models.needs import Needs, Outputs
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class METHOD(Method):
 
         return flops(predicted, self.student_config.vocab_size, self.student_config.hidden_size, 0)
 
-    def fused_losses(self) -> list[tuple[str, dict[str, Any]]]:
+    def fused_losses(self) -> FusedLosses:
         return [("linear_kd", {"kl_weight": 0.0, "ce_weight": 1.0})]
 
     def plain(self, student: Padded, teacher: Padded | None, labels: Tensor, mask: Tensor) -> Tensor:

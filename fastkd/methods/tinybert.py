@@ -9,9 +9,9 @@ they do not; scores are q·k/√d before the softmax. Source: Jiao et al. 2020 (
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fastkd.methods import Method, MethodLoss, Padded, plain_scores, require_equal_heads, require_teacher
+from fastkd.methods import FusedLosses, Method, MethodLoss, Padded, plain_scores, require_equal_heads, require_teacher
 from fastkd.models.needs import Needs, Outputs
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class METHOD(Method):
             hidden=tuple(g for _, g in self.hidden_pairs), qkv=tuple(g for _, g in self.score_pairs)
         )
         self.widths = student.hidden_size, teacher.hidden_size
+        self.projects = student.hidden_size != teacher.hidden_size
 
     def initialise(self, generator: torch.Generator, device: torch.device) -> None:
         from torch import nn
@@ -78,36 +79,29 @@ class METHOD(Method):
             nn.init.normal_(projection.weight, std=self.student_config.initializer_range, generator=generator)
             self.modules["projection"] = projection.to(device)
 
-    @property
-    def projects(self) -> bool:
-        """Whether the widths differ, so that W is learned."""
-        d_s, d_t = self.widths
-        return d_s != d_t
+    def _projected(self, hidden: Tensor) -> Tensor:
+        """W h, of the teacher's width."""
+        return self.modules["projection"](hidden) if self.projects else hidden
 
     def loss(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> MethodLoss:
         import torch
 
-        assert teacher is not None
-        scores = [self._score_error(student, teacher, batch, m, g) for m, g in self.score_pairs]
-        hidden = [self._hidden_error(student.hidden[m], teacher.hidden[g]) for m, g in self.hidden_pairs]
-        score, state = torch.stack(scores).sum(), torch.stack(hidden).sum()
-        return MethodLoss(score + state, {"score": score.detach(), "hidden": state.detach()})
-
-    def _score_error(self, student: Outputs, teacher: Outputs, batch: Batch, m: int, g: int) -> Tensor:
+        from fastkd.kernels.hidden_mse import hidden_mse
         from fastkd.kernels.score_mse import score_mse
 
-        q_s, k_s, _ = student.qkv[m]
-        q_t, k_t, _ = teacher.qkv[g]
-        error = score_mse(
-            q_s, k_s, q_t, k_t, batch.sequences, self.student_config.num_heads, max_seqlen=batch.max_seqlen
-        )
-        return error * batch.pairs_share  # the mean over the pairs of the whole batch, not of this micro-batch
-
-    def _hidden_error(self, h_s_TD: Tensor, h_t_TD: Tensor) -> Tensor:
-        from fastkd.kernels.hidden_mse import hidden_mse
-
-        projected = self.modules["projection"](h_s_TD) if self.projects else h_s_TD
-        return hidden_mse(projected, h_t_TD)
+        assert teacher is not None
+        sequences, heads = batch.sequences, self.student_config.num_heads
+        scores, states = [], []
+        for m, g in self.score_pairs:
+            (q_s, k_s, _), (q_t, k_t, _) = student.qkv[m], teacher.qkv[g]
+            error = score_mse(q_s, k_s, q_t, k_t, sequences, heads, max_seqlen=batch.max_seqlen)
+            scores.append(
+                error * batch.pairs_share
+            )  # the mean over the pairs of the whole batch, not of this micro-batch
+        for m, g in self.hidden_pairs:
+            states.append(hidden_mse(self._projected(student.hidden[m]), teacher.hidden[g]))
+        score, hidden = torch.stack(scores).sum(), torch.stack(states).sum()
+        return MethodLoss(score + hidden, {"score": score.detach(), "hidden": hidden.detach()})
 
     def loss_flops(self, *, tokens: int, pairs: int, predicted: int) -> int:
         from fastkd.kernels.score_mse import flops
@@ -116,8 +110,8 @@ class METHOD(Method):
         project = 3 * 2 * tokens * d_s * d_t * len(self.hidden_pairs) if self.projects else 0
         return project + len(self.score_pairs) * flops(pairs, d_s, d_t)
 
-    def fused_losses(self) -> list[tuple[str, dict[str, Any]]]:
-        scores = [("score_mse", dict[str, Any]()) for _ in self.score_pairs]
+    def fused_losses(self) -> FusedLosses:
+        scores: FusedLosses = [("score_mse", {}) for _ in self.score_pairs]
         return scores + [("hidden_mse", {"projected": self.projects}) for _ in self.hidden_pairs]
 
     def plain(self, student: Padded, teacher: Padded | None, labels: Tensor, mask: Tensor) -> Tensor:
@@ -131,7 +125,6 @@ class METHOD(Method):
             error = plain_scores(q_s, k_s, heads) - plain_scores(q_t, k_t, heads)
             losses.append((error.float().square() * pairs).sum() / (pairs.sum() * heads))
         for m, g in self.hidden_pairs:
-            h_s = self.modules["projection"](student.hidden[m]) if self.projects else student.hidden[m]
-            errors = (h_s.float() - teacher.hidden[g].float()).square().mean(-1)
+            errors = (self._projected(student.hidden[m]).float() - teacher.hidden[g].float()).square().mean(-1)
             losses.append((errors * mask).sum() / mask.sum())
         return torch.stack(losses).sum()

@@ -77,16 +77,6 @@ class Teacher:
             out: Outputs = self.encoder(ids, batch, self.needs)
             return out
 
-    @property
-    def decoder_weight(self) -> Tensor:
-        """[V, D] in the compute dtype."""
-        return self.encoder.decoder_weight
-
-    @property
-    def decoder_bias(self) -> Tensor:
-        """[V] float32: it is added to float32 sums."""
-        return self.encoder.decoder_bias
-
 
 def _cut(encoder: Encoder, needs: Needs) -> Encoder:
     """A frozen copy without the layers and the head that nobody reads."""
