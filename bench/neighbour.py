@@ -2,10 +2,10 @@
 
     python -m bench.neighbour [--rounds 8] [--settings default,own,passive] [--neighbours 0,1,2] [options of a run]
 
-``own`` is what fastkd does (``fastkd/waiting.py``); ``default``, ``passive`` and numbers of spins are libgomp's own settings.
-A process for each trains, and they take turns, a few steps each, alone and beside busy loops, which run in sessions
-of their own as a program from another window does. Whatever else the machine does affects all of them; "alone" needs a machine
-with nothing else to do, and the result says what the load was before.
+``own`` is what fastkd does (``fastkd/device/waiting.py``); ``default``, ``passive`` and numbers of spins are settings of libgomp.
+A process for each setting trains. They take turns, a few steps each, by themselves and beside busy loops, which run in
+sessions of their own as a program in another window does. Whatever else the machine does affects all of them; "alone" needs
+a machine with nothing else to do, and the result says what the load was before.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from bench.device import (
     training,
     worker,
 )
-from bench.device.part import Context, Row, Rows
+from bench.device.part import Context, Recorder, Row
 from bench.device.timer import Timer
 from bench.variants import Spec, fastkd_setup
 from fastkd import methods
@@ -54,7 +54,7 @@ def context(name: str, out: Path, scratch: Path) -> Context:
 def rows_of(name: str, out: Path, scratch: Path) -> list[Row]:
     """Run a part, show what it found, and return its rows."""
     module, given = PARTS[name], context(name, out, scratch)
-    module.run(given, Rows(given))
+    module.run(given, Recorder(given))
     rows = part.read(out / f"{name}.jsonl")
     module.draw(rows, out / f"{name}.png")
     assert (out / f"{name}.png").stat().st_size > 5000
@@ -171,7 +171,7 @@ def test_training(tmp_path: Path, scratch: Path) -> None:
 
 def test_a_row_without_time_is_left_out_with_its_reason(tmp_path: Path, scratch: Path) -> None:
     given = Context("training", str(tmp_path), DEVICE, 3.0, False, None, str(scratch))
-    training.run(given, Rows(given))
+    training.run(given, Recorder(given))
     rows = part.read(tmp_path / "training.jsonl")
     assert len(rows) == len(training.entries(tiny=False)) and all("s were left" in row["skipped"] for row in rows)
     assert "* paper-6l, mlm: left out" in training.markdown(rows)
@@ -195,7 +195,7 @@ def test_rows_come_in_the_order_of_their_worth_and_one_that_fails_costs_no_other
     assert {len(group) for group in groups} == {1, training.TOGETHER}
     monkeypatch.setattr(train_step, "files", lambda *_: (_ for _ in ()).throw(OSError("no disk")))
     given = Context("training", str(tmp_path), DEVICE, 300.0, False, None, str(scratch))
-    training.run(given, Rows(given))
+    training.run(given, Recorder(given))
     rows = part.read(tmp_path / "training.jsonl")
     assert len(rows) == 20 and all(row["error"] == "OSError: no disk" for row in rows)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.device import part, worker
-from bench.device.part import Context, Row, Rows
+from bench.device.part import Context, Recorder, Row
 
 if TYPE_CHECKING:
     from bench.device.tile_search import Search
@@ -24,7 +24,7 @@ COMPILING = 0.6  # of the time at most
 SEARCH_S = 2.5  # of timing one search
 
 
-def run(context: Context, rows: Rows) -> None:
+def run(context: Context, rows: Recorder) -> None:
     """Compile all, then time search after search."""
     if context.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, as the imports below do
@@ -50,7 +50,7 @@ def run(context: Context, rows: Rows) -> None:
             rows.add(**row)
 
 
-def _prepared(context: Context, rows: Rows, searches: list[Search]) -> dict[tuple[str, str], Any]:
+def _prepared(context: Context, rows: Recorder, searches: list[Search]) -> dict[tuple[str, str], Any]:
     """Every case's inputs; meanwhile, on a GPU, several processes fill Triton's cache.
 
     What is not compiled by then is compiled when it is timed.

@@ -20,7 +20,7 @@ from pathlib import Path
 from bench.device import compared_runs, material, train_step, worker
 from bench.device.alone import alone
 from bench.device.compared_runs import FLOPS, GPU_SECONDS, Entry
-from bench.device.part import Context, Row, Rows
+from bench.device.part import Context, Recorder, Row
 
 SECONDS = 110
 TOKENS = 8e6  # of the scratch runs that the others have the FLOPs of
@@ -28,7 +28,7 @@ BUDGET_S = 8.0  # of the runs matched by GPU-seconds
 SIDE_BY_SIDE = 0.7  # of the time at most
 
 
-def run(context: Context, rows: Rows) -> None:
+def run(context: Context, rows: Recorder) -> None:
     """Run what the time allows."""
     shared = options(context)
     digest = hashlib.sha256(json.dumps(shared).encode()).hexdigest()[:8]  # runs with other options are other runs

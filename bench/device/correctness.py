@@ -27,7 +27,7 @@ from torch import Tensor
 
 from bench.contenders import relative_error
 from bench.device import part, train_step
-from bench.device.part import Context, Row, Rows
+from bench.device.part import Context, Recorder, Row
 from fastkd import methods
 from fastkd.data.batches import Batch
 from fastkd.device.clock import PhaseClock
@@ -72,7 +72,7 @@ class Selection:
     share: str = "1/1"
 
 
-def run(context: Context, rows: Rows) -> None:
+def run(context: Context, rows: Recorder) -> None:
     """Tests in as many processes as there are cores for; the steps beside them, in this one."""
     with ThreadPoolExecutor(_workers()) as pool:
         running = [pool.submit(_test, selection, context, rows) for selection in _selections(context)]
@@ -85,7 +85,7 @@ def _workers() -> int:
     return max(1, min(WORKERS, (os.cpu_count() or 1) // 2))
 
 
-def _steps(context: Context, rows: Rows) -> None:
+def _steps(context: Context, rows: Recorder) -> None:
     for method in methods.available():
         if rows.left < 2:
             rows.add(what="gradient", method=method, skipped="no time was left")
@@ -113,7 +113,7 @@ def _selections(context: Context) -> tuple[Selection, ...]:
     return (*found, Selection("shapes of the benches", ("tests/test_fused_losses.py",), "bench_shapes"))
 
 
-def _test(selection: Selection, context: Context, rows: Rows) -> None:
+def _test(selection: Selection, context: Context, rows: Recorder) -> None:
     """Run a selection; a row that sums it up, then one for each failure. What is cut off has told of the tests before."""
     number, of = selection.share.split("/")
     names: Row = {"what": "tests", "selection": selection.name + (f", part {number} of {of}" if of != "1" else "")}

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from bench.device import part
-from bench.device.part import Context, Row, Rows
+from bench.device.part import Context, Recorder, Row
 from bench.results import in_words, measured_on
 from bench.roofline import Device, device_named
 from fastkd import quantities
@@ -46,7 +46,7 @@ REPEATS = 20
 EXPONENTIALS = 256  # of an element, so that its load and store do not count
 
 
-def run(context: Context, rows: Rows) -> None:
+def run(context: Context, rows: Recorder) -> None:
     """The facts, then each ceiling."""
     rows.add(what="facts", **_facts(context))
     for name, unit, rate in _ceilings(context):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bench.device import part, train_step
-from bench.device.part import Context, Row, Rows
+from bench.device.part import Context, Recorder, Row
 from fastkd import quantities
 from fastkd.device.clock import PHASES, PhaseClock
 from fastkd.device.memory import peak_memory_bytes
@@ -32,7 +32,7 @@ FULL: dict[str, Any] = {"teacher": TEACHER, "student": "6L-768H-12A", "seq_lengt
 TINY: dict[str, Any] = {"teacher": "2L-48H-4A", "student": "1L-48H-4A", "seq_length": 16, "batch_tokens": 256}
 
 
-def run(context: Context, rows: Rows) -> None:
+def run(context: Context, rows: Recorder) -> None:
     """Compiled; where that fails, also eager, which says whether the compiler is to blame.
 
     A rehearsal is eager: on a CPU the compiler takes longer than the part has.
@@ -42,7 +42,7 @@ def run(context: Context, rows: Rows) -> None:
     _measured(context, rows, compile=False)
 
 
-def _measured(context: Context, rows: Rows, compile: bool) -> bool:
+def _measured(context: Context, rows: Recorder, compile: bool) -> bool:
     sizes = TINY if context.tiny else FULL
     row: Row = {"what": "step", "method": "mlm", "size": "tiny" if context.tiny else "paper-6l", "compile": compile,
                 "batch_tokens": sizes["batch_tokens"], "code": "cached" if _has_code() else "new"}  # fmt: skip

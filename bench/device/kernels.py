@@ -9,13 +9,13 @@ import json
 from pathlib import Path
 
 from bench.device import worker
-from bench.device.part import Context, Row, Rows
+from bench.device.part import Context, Recorder, Row
 
 SECONDS = 110
 START_S = 15.0  # of a process that measures one case
 
 
-def run(context: Context, rows: Rows) -> None:
+def run(context: Context, rows: Recorder) -> None:
     """Measure what the time allows."""
     begun: list[Row] = []
 

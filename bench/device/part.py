@@ -56,7 +56,7 @@ class Context:
         return Path(self.out) / f"{self.part}{suffix}"
 
 
-class Rows:
+class Recorder:
     """A part's rows: one JSON object a line in ``OUT/<part>.jsonl``, on the disk before the next is measured."""
 
     def __init__(self, context: Context, started: float | None = None) -> None:
@@ -120,7 +120,7 @@ def main(argv: list[str]) -> None:
         show(module, context)
         return
     try:
-        module.run(context, Rows(context, started))
+        module.run(context, Recorder(context, started))
     finally:
         show(module, context)
 

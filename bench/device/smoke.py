@@ -19,7 +19,7 @@ from torch import Tensor
 from bench import losses
 from bench.contenders import definition, relative_error, scalar, step
 from bench.device import part, train_step
-from bench.device.part import Context, Row, Rows
+from bench.device.part import Context, Recorder, Row
 from fastkd import methods
 from fastkd.models.attention import choose_backend, varlen_attention
 from fastkd.models.captured import Captured
@@ -49,7 +49,7 @@ Check = tuple[
 ]  # what, and a call that raises where it fails; it may have something to say
 
 
-def run(context: Context, rows: Rows) -> None:
+def run(context: Context, rows: Recorder) -> None:
     """Every check, one after the other."""
     for name, check in checks(context):
         if rows.left < 1:

@@ -19,7 +19,7 @@ from typing import Any
 
 from bench.device import material, part, train_step, worker
 from bench.device.alone import alone, is_free
-from bench.device.part import Context, Row, Rows
+from bench.device.part import Context, Recorder, Row
 from bench.throughput import SIZES
 from bench.variants import Spec
 from fastkd import methods
@@ -83,7 +83,7 @@ def groups(rows: Sequence[Entry]) -> list[list[Entry]]:
     return found
 
 
-def run(context: Context, rows: Rows) -> None:
+def run(context: Context, rows: Recorder) -> None:
     """Measure what the time allows."""
     Training(context, rows).run()
 
@@ -91,7 +91,7 @@ def run(context: Context, rows: Rows) -> None:
 class Training:
     """The rows of one run."""
 
-    def __init__(self, context: Context, rows: Rows) -> None:
+    def __init__(self, context: Context, rows: Recorder) -> None:
         self.context, self.rows = context, rows
         self.measured: dict[Entry, Row] = {}
         self.begun = False
