@@ -5,7 +5,7 @@
 
 ``with`` is what a run does: a mark after each phase, a lap, its seconds, the joules. ``without`` has a clock whose marks
 do nothing. Steps of both kinds alternate on the same trainer, so that a machine that slows down slows both. ``calls`` is
-the time of a step's profiler calls alone, which a difference of two noisy medians cannot resolve.
+the time of a step's profiler calls only, which a difference of two noisy medians cannot resolve.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class NoClock:
 
 
 def timed_step(trainer: Trainer, number: int, clock: Any, settle: Callable[[], object]) -> float:
-    """Wall-clock seconds of one step with this clock, and of what is done with its lap."""
+    """Wall-clock seconds of one step with this clock, the reading of its lap included."""
     batches = trainer.stream.step(number)
     trainer.clock = cast(PhaseClock, clock)
     start = time.perf_counter()

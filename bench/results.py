@@ -1,4 +1,4 @@
-"""Where results lie, the device that they are filed under, and what they were measured on."""
+"""Where results are kept, by device, and what they were measured on."""
 
 from __future__ import annotations
 

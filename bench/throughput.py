@@ -171,7 +171,7 @@ def _ratio(value: float | None) -> str:
 
 
 def write(groups: list[dict[str, Any]], folder: Path) -> Path:
-    """Put the groups in the place of what was measured of the same size, dtype and method before."""
+    """Write the groups; each replaces an earlier one of the same size, dtype and method."""
     path = folder / "throughput.json"
 
     def key(group: Mapping[str, Any]) -> tuple[str, str, str]:

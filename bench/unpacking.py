@@ -23,7 +23,7 @@ INDEX = "bundle.json"
 PARTS = ("teacher", "shards", "glue")
 NEEDED = ("teacher/config.json", "shards/part-00000/index.json")  # glue/ may be missing
 # Weights in bfloat16 and token ids grow about 1.5 and 2 times, text 3 to 5 times.
-LARGEST_FACTOR, LEAST_BYTES = 20, 100_000_000  # of what an archive's size allows, and of what every one may have
+LARGEST_FACTOR, LEAST_BYTES = 20, 100_000_000  # an archive may unpack to 20 times its size, and to 100 MB in any case
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ CHARGED_EVENTS: dict[str, frozenset[str]] = {
 VALIDATION_SHARE = 0.02  # of what is charged: validations that would cost more are left out
 LAST_STEP_MARGIN = 0.25  # of a step: with less than this to spare after one more step, the step counts as the last
 PARTS = ("student", "teacher", "loss")
-RECENT = 3  # lines of the ledger that a checkpoint keeps: more than the steps by which ranks can be apart
+RECENT = 3  # lines of the ledger that a checkpoint keeps: ranks are never that many steps apart
 
 
 class BudgetTooSmall(Exception):
@@ -50,7 +50,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class StepCost:
-    """What one step takes that is known before it runs: FLOPs by part and tokens, over all ranks."""
+    """What is known of one step before it runs: FLOPs of student, teacher and loss, and tokens, over all ranks."""
 
     flops: dict[str, int]
     real: int
@@ -157,16 +157,16 @@ class Ledger:
         return charged
 
     def complete(self, recent: Sequence[dict[str, Any]]) -> None:
-        """Write those of a checkpoint's last lines that rank 0 died before it could write, while another rank saved."""
+        """Write the last lines of a checkpoint that are missing: rank 0 died before it wrote them, and another rank saved."""
         written = {line["step"] for line in surviving_steps(self._path)} if recent else set()
         for line in recent:
             if line["step"] not in written:
                 self._write(line)
 
     def event(self, name: str, seconds: float, *, in_loop: bool = True, **details: Any) -> None:
-        """Record what happens between steps, in wall-clock seconds, and charge it where the policy says so.
+        """Record an event between steps, in wall-clock seconds, and charge it if the policy says so.
 
-        What happens after the last step is never charged: the budget is spent by then.
+        After the last step nothing is charged: the budget is spent by then.
         """
         charged = name in CHARGED_EVENTS[self.charge] and (in_loop or name == "setup")
         if charged:
@@ -191,9 +191,9 @@ class Ledger:
 
 
 def replayed_progress(path: Path) -> list[float]:
-    """The progress of each step of a finished run's ledger, for a run that takes it from there and not from the clock.
+    """The progress of each step of a finished run's ledger, for a run that replays it instead of reading the clock.
 
-    It need not rise at every step: a step that was faster than predicted leaves the next one behind.
+    It need not rise at every step: after a step that was faster than predicted, the next one may be lower.
 
     Raises:
         ValueError: the file is no ledger of a run from its first step on.

@@ -1,7 +1,7 @@
 """Checkpoints: safetensors and JSON, written atomically, verified at load, two kept.
 
 A checkpoint is a folder ``step-N`` with ``model.safetensors``, ``optimizer.safetensors``, ``state.json`` and, written
-last, ``manifest.json`` with the sha256 of each. It is built beside its place, synced to the disk, and renamed into it.
+last, ``manifest.json`` with the sha256 of each. It is built in a hidden folder beside, synced to the disk, and then renamed.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def save(root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: 
 
 
 def newest(root: Path) -> Checkpoint | None:
-    """The newest checkpoint that verifies, or None. One that does not is passed over, for an older one may."""
+    """The newest checkpoint whose files match its manifest, or None. A damaged one is skipped for an older one."""
     for folder in sorted(_folders(root), key=_step, reverse=True):
         if _verifies(folder):
             return Checkpoint(folder, json.loads((folder / "state.json").read_text()))

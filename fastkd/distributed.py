@@ -1,7 +1,7 @@
 """Several GPUs: set-up under torchrun, rank 0's decisions, and what differs between one process and many.
 
 Every rank does the same steps in the same order because only rank 0 reads clocks and decides; one small all-reduce on
-the host a step carries its decisions out and everybody's interrupts in.
+the host a step carries its decisions to all ranks, and every rank's interrupt to it.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def node_devices(world: World) -> list[torch.device]:
 def start(timeout: timedelta = TIMEOUT) -> World:
     """Join the process group that torchrun describes, or be the only process. Host collectives use gloo, device ones NCCL.
 
-    Ranks may be minutes late (``JOINING``); once all have met, whoever is missing in a collective for ``timeout`` ends
-    the job. Torchrun ends it where a rank dies before that.
+    Ranks may be minutes late (``JOINING``). Once all have met, a rank that is missing in a collective for ``timeout`` ends
+    the job. If a rank dies before that, torchrun ends it.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -78,7 +78,7 @@ def start(timeout: timedelta = TIMEOUT) -> World:
 
 @contextmanager
 def joined(timeout: timedelta = TIMEOUT) -> Iterator[World]:
-    """`start`, and `finish` whatever happens in between."""
+    """`start`, and `finish` at the end, even after an error."""
     world = start(timeout)
     try:
         yield world
@@ -87,7 +87,7 @@ def joined(timeout: timedelta = TIMEOUT) -> Iterator[World]:
 
 
 def _meet(device: torch.device) -> None:
-    """One collective on the host and one on the device, waited for: what either connects at its first is connected."""
+    """One collective on the host and one on the device, waited for: the first one makes all connections."""
     for place in dict.fromkeys((torch.device("cpu"), device)):  # in the same order on every rank
         present = torch.ones(1, device=place)
         dist.all_reduce(present)
@@ -95,7 +95,7 @@ def _meet(device: torch.device) -> None:
 
 
 def finish(world: World) -> None:
-    """Leave the process group; a peer that died already must not turn a clean exit into an error."""
+    """Leave the process group; a peer that is dead already does not turn a clean exit into an error."""
     if world.size > 1 and dist.is_initialized():
         _patient_group.cache_clear()
         with suppress(RuntimeError):
@@ -156,7 +156,7 @@ def mean(world: World, values: torch.Tensor) -> torch.Tensor:
 
 
 def average(world: World, values: torch.Tensor) -> torch.Tensor:
-    """The mean of a tensor on the device over ranks: beside the gradients, with which ranks wait for each other anyway."""
+    """The mean of a tensor on the device over ranks. It costs no extra wait: ranks wait for each other's gradients anyway."""
     if world.size > 1:
         dist.all_reduce(values)
         values /= world.size

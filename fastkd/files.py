@@ -1,4 +1,4 @@
-"""Files of a run: written whole or not at all, told apart by their SHA-256, and JSON lines that are read after a kill."""
+"""Files of a run: written whole or not at all; SHA-256 of a file's content; JSON lines that can be read after a kill."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Record = dict[str, Any]
 
 
 def write(path: Path, content: str | bytes) -> Path:
-    """Write a file whole or not at all, whatever stops the process; its folder is made where it is missing."""
+    """Write a file whole or not at all, even if the process is killed; its folder is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with partial.open("wb") as file:
@@ -27,11 +27,11 @@ def write(path: Path, content: str | bytes) -> Path:
 
 
 def check_writable(folder: Path, *files: Path) -> None:
-    """Refuse a run folder that cannot be made or written, before anything is: a file is tried where it will lie.
+    """Refuse a run folder that cannot be made or written, before anything is written: a file is tried in it.
 
     Args:
-        folder: it, or the nearest folder above that is there, must take a new file.
-        files: where files are to be written; none of them may be a folder.
+        folder: this one, or the nearest folder above that exists, must take a new file.
+        files: files that will be written; none of them may be a folder.
 
     Raises:
         ValueError: naming what is in the way and --output-dir.
@@ -49,7 +49,7 @@ def check_writable(folder: Path, *files: Path) -> None:
 
 
 def _is_there(path: Path) -> bool:
-    """Whether a name is taken, be it by a link to nowhere. Raises OSError where it cannot be, such as a name too long."""
+    """Whether a path exists, even as a link to nowhere. Raises OSError if it cannot, such as a name that is too long."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -77,7 +77,7 @@ def file_sha256(path: Path) -> str:
 
 
 def read_jsonl(path: Path) -> list[Record]:
-    """The objects of a JSON-lines file, `[]` where there is none.
+    """The objects of a JSON-lines file, `[]` if there is no file.
 
     A process that is killed while it writes leaves a torn last line; that line is left out.
 
@@ -108,7 +108,7 @@ def _parse(line: bytes) -> Record | None:
 
 
 def drop_torn_line(path: Path) -> None:
-    """Cuts off a last line without an end, as a kill leaves it, so that what is appended has its own."""
+    """Cuts off a last line without an end, as a kill leaves it, so that the next line starts on its own."""
     if path.exists():
         with path.open("rb+") as file:
             whole = file.read().rfind(b"\n") + 1
@@ -123,7 +123,7 @@ def cut_jsonl(path: Path, keep: Callable[[Record], bool]) -> None:
 
 
 def to_line(record: Mapping[str, Any]) -> str:
-    """One line of strict JSON; numbers that are not finite become null, which strict JSON has no word for."""
+    """One line of strict JSON; numbers that are not finite become null: strict JSON has no word for them."""
     return json.dumps(finite(record), allow_nan=False) + "\n"
 
 

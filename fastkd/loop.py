@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fastkd.monitor import Monitor
     from fastkd.train import Trainer
 
-STEPS_AHEAD = 2  # of the device: so its clock is the one that counts, and no step waits for the host
+STEPS_AHEAD = 2  # of the device: its clock counts, and no step waits for the host
 ENERGY_S = 1.0  # between readings of the energy while steps follow one another
 SKIPS_TOLERATED = 20  # steps in a row without a finite gradient
 
@@ -91,7 +91,7 @@ class Loop:
             try:
                 self._run(traced)
             except (RuntimeError, BuildingFailed):
-                # A peer is gone, the device failed, or there is no more text: what this rank holds is the last whole step.
+                # A peer is gone, the device failed, or there is no more text: this rank holds the last whole step.
                 with contextlib.suppress(RuntimeError, OSError):
                     self._rescue()
                 raise
@@ -128,8 +128,10 @@ class Loop:
             raise Interrupted(f"stopped at step {self.totals.step}; issue the same command again to resume")
 
     def _await_text(self) -> None:
-        """Have every rank wait for the text of the next step, and shuffle it, before any waits in a decision: for a large
-        corpus it takes longer than peers wait for one that may be gone."""
+        """Every rank waits for the text of the next step, and shuffles it, before any of them waits in a decision.
+
+        For a large corpus this takes longer than ranks wait for a peer before they take it for dead.
+        """
         number, stream = self.number, self.trainer.stream
         if not stream.is_there(number):
             self.monitor.say("waiting for the next part of the corpus, which is being tokenised")
@@ -146,7 +148,7 @@ class Loop:
         return next(self._ahead)
 
     def _stop_reading(self) -> None:
-        """Forget what was read ahead: the next step is read again, in micro-batches of the size that holds then."""
+        """Forget what was read ahead: the next step is read again, in micro-batches of the new size."""
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
@@ -207,9 +209,9 @@ class Loop:
             raise Diverged(f"the gradient was not finite in {SKIPS_TOLERATED} steps in a row: give a smaller --lr")
 
     def _joules(self) -> float | None:
-        """Joules since the last reading; None for good once one is missing, for a part of a total is none.
+        """Joules since the last reading. Once one is missing it stays None: a total that lacks a part is no total.
 
-        Read about once a second, and with the last step before anything else happens: what an event draws is not a step's.
+        Read about once a second, and with the last step before anything else happens: energy of an event is not a step's.
         """
         joules = self.power.joules_since_last(ENERGY_S if self.issued else 0.0)
         if joules is None or (self.totals.step > 0 and self.totals.joules is None):
@@ -259,7 +261,7 @@ class Loop:
             })  # fmt: skip
 
     def save_the_end(self) -> None:
-        """Save what the last checkpoint lacks: a validation or an export that fails can be repeated."""
+        """Save the steps after the last checkpoint, so that a validation or an export that fails can be repeated."""
         if self.checkpoints.unsaved:
             self.save(in_loop=False)
 
@@ -275,7 +277,7 @@ class Loop:
         self.ledger.event("checkpoint", seconds, in_loop=in_loop, joules=self.power.joules_since_last())
 
     def _rescue(self) -> None:
-        """Save without asking peers, who may be gone; of several survivors one writes."""
+        """Save without asking the other ranks, which may be gone; if several survived, one of them writes."""
         while self.issued:
             self._settle()
         if not self.checkpoints.unsaved:

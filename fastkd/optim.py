@@ -37,7 +37,7 @@ def clip(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
 
 
 def step_if_finite(optimizer: torch.optim.AdamW, norm: Tensor, lr: float) -> Tensor:
-    """Step at learning rate ``lr`` unless the gradient's norm is not finite; then leave every parameter as it was.
+    """Step at learning rate ``lr`` if the gradient's norm is finite; else change no parameter.
 
     The decision is taken on the device, through the fused optimiser's ``found_inf`` flag. Returns that flag: a float32
     scalar, 1 where the step was skipped.

@@ -31,7 +31,7 @@ from fastkd.terminal import Console
 from fastkd.train import Trainer
 
 FILES = ("config.toml", "environment.json", "plan.json", "ledger.jsonl", "metrics.jsonl", "report.html")
-READ_AHEAD = 1.05  # of the planned steps: text is tokenised so far before it is asked for
+READ_AHEAD = 1.05  # text is tokenised ahead of time for this many times the planned steps
 
 
 def run(resolved: Resolved, world: World, console: Console) -> Path:
@@ -124,7 +124,7 @@ def export(setup: Setup, folder: Path) -> None:
 
 
 def pushed_to(resolved: Resolved, world: World) -> str | None:
-    """The repository on the hub that the student is to go to, checked before anything is spent; None where to none.
+    """The repository on the hub that will get the student, checked before anything is spent; None without --push-to-hub.
 
     Raises:
         ValueError: a name that cannot be, or a token that may not write there.
@@ -134,10 +134,10 @@ def pushed_to(resolved: Resolved, world: World) -> str | None:
 
 
 def push(folder: Path, repository: str | None, world: World, console: Console) -> None:
-    """Send the finished student to the hub, if it is to go there.
+    """Send the finished student to the hub, if that was asked for.
 
     Raises:
-        NotPushed: it is saved, and the same command sends it again.
+        NotPushed: the student is saved, and the same command sends it again.
     """
     if repository and world.is_main:
         console.print(f"pushed to {push_folder(folder / 'final', repository)}")
@@ -161,7 +161,7 @@ def check_folder(folder: Path, resolved: Resolved) -> Run | None:
 
 
 def with_measured_dtype(resolved: Resolved, began: Run | None, world: World) -> Resolved:
-    """``--dtype auto`` goes on with what it meant when the run began: a second measurement may come out otherwise."""
+    """``--dtype auto`` keeps the dtype that the run began with: a second measurement may choose another one."""
     dtype = on_main(world, lambda: began.plan.get("dtype") if began else None)
     if dtype is None or resolved.run.dtype != "auto":
         return resolved
@@ -186,7 +186,7 @@ def check_inputs(began: Run | None, setup: Setup) -> None:
 
 
 def open_folder(folder: Path, resolved: Resolved, setup: Setup, the_plan: dict[str, Any]) -> None:
-    """Make the run folder and write what is known before the first step; config.toml last, for it marks a run.
+    """Make the run folder and write what is known before the first step; config.toml last: it marks the folder as a run.
 
     Raises:
         ValueError: the folder cannot be made.

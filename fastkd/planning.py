@@ -1,7 +1,7 @@
 """The plan of a run, measured before anything is spent.
 
-A few real steps are timed, their effect on the parameters is undone, and what they predict is printed; a run's folder
-keeps it beside what then happened.
+A few real steps are timed and their effect on the parameters is undone. The plan that follows is printed, and kept in the run
+folder.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ log = logging.getLogger("fastkd.plan")
 WARMUP_STEPS = 2
 MEASURED_STEPS = 20
 MEASURED_SECONDS = 8.0
-SHORT = 0.5  # of --seq-length: sequences that are shorter on average are worth a warning
+SHORT = 0.5  # of --seq-length: if the average sequence is shorter, the plan warns
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Measurement:
     compile_seconds: float
     validation_seconds: float
     matmul_flops: float  # FLOP/s of a large matrix product on this device
-    queued_share: float = 0.0  # of the time of these steps, that the process waited for a core which others had
+    queued_share: float = 0.0  # of the time of these steps: how long the process waited for a core that others used
 
 
 def measure(trainer: Trainer) -> Measurement:
@@ -97,13 +97,13 @@ def measure(trainer: Trainer) -> Measurement:
 
 
 def _ready_steps(trainer: Trainer, most: int) -> int:
-    """How many steps to time: those whose text is there, but at least three."""
+    """How many steps to time: those whose text is tokenised already, but at least three."""
     missing = (step for step in range(3, most) if not trainer.stream.is_there(WARMUP_STEPS + step))
     return int(smallest(trainer.world, next(missing, most)))
 
 
 def _timed_step(trainer: Trainer, stream: Iterator[list[Batch]], step: int) -> dict[str, float]:
-    trainer.stream.wait(step)  # for text that is being tokenised, which a run does not charge either
+    trainer.stream.wait(step)  # while text is tokenised, for which a run is not charged either
     trainer.clock = PhaseClock(trainer.device)
     batches = next(stream)
     trainer.clock.mark("data")
@@ -229,7 +229,7 @@ def _corpus_line(corpus: dict[str, Any]) -> str:
 
 
 def _short_sequences(corpus: dict[str, Any]) -> str | None:
-    """A warning where sequences are far from full."""
+    """A warning if sequences are far from full."""
     if corpus["mean_sequence"] >= SHORT * corpus["seq_length"]:
         return None
     return (
@@ -309,5 +309,5 @@ def announce(resolved: Resolved, console: Console) -> None:
 
 
 def _attention(model: dict[str, Any]) -> str:
-    """A backend, and why it is a slow one."""
+    """A backend, and if it is a slow one, why."""
     return model["attention"] + (f" ({model['attention_remark']})" if model["attention_remark"] else "")

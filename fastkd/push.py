@@ -46,7 +46,7 @@ def push_folder(folder: Path, repository: str) -> str:
     """Send a Hugging Face folder; returns its address.
 
     Raises:
-        NotPushed: the hub did not take it. Nothing is lost: to call this again sends it again.
+        NotPushed: the hub did not take it. Nothing is lost: call this again to send it again.
     """
     from huggingface_hub import HfApi
 

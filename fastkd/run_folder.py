@@ -15,10 +15,10 @@ from fastkd.files import Record, read_jsonl
 
 
 def ancestors(model: str | None) -> list[str]:
-    """A model that a run reads, by the name it was given, then those that this one was made from, as its plan says.
+    """A model by the name it was given, then the models that it was made from, as its plan says.
 
-    ``quickstart`` is among them where one of them is that teacher, whatever it is called. A ``final/`` that was copied
-    out of its run has lost what it was made from.
+    ``quickstart`` is among them if one of them is that teacher, under any name. For a ``final/`` that was copied out of its
+    run, the models that it was made from are not known.
     """
     if model is None or model == quickstart.NAME:
         return [model] if model else []
@@ -30,7 +30,7 @@ def ancestors(model: str | None) -> list[str]:
 
 
 def made_from(plan: Record) -> list[str]:
-    """The models that a planned student is made from; an older plan names its teacher alone."""
+    """The models that a planned student is made from; an older plan names only its teacher."""
     teacher = plan.get("teacher") or {}
     return list(plan["ancestors"]) if "ancestors" in plan else ancestors(teacher.get("source"))
 
@@ -60,7 +60,7 @@ class EventSum:
 
 @dataclass(frozen=True)
 class Run:
-    """The files of a run folder; what is missing is empty. Steps that a crash lost are not in `steps`."""
+    """The files of a run folder; a missing file is empty. `steps` leaves out steps that a crash lost."""
 
     folder: Path
     config: Record
@@ -189,7 +189,7 @@ class Run:
         return spent.get
 
     def bins(self, most: int = 120) -> list[Bin]:
-        """The steps as at most `most` points; some five steps a point where there are not many steps."""
+        """The steps as at most `most` points; about five steps a point if there are few steps."""
         size = max(-(-len(self.steps) // most), min(5, len(self.steps) // 20), 1)
         return [self._bin(start, start + size) for start in range(0, len(self.steps), size)]
 

@@ -176,7 +176,7 @@ def _check_options(config: RunConfig, world: World) -> torch.dtype:
     dtype = compute_dtype(config.dtype, world)
     if config.residual == "bfloat16" and dtype == torch.float32:
         raise ValueError(BFLOAT16_STREAM)
-    with suppress(HubUnreachable):  # what was prepared of it may do; if not, the shards say so
+    with suppress(HubUnreachable):  # shards that were prepared may be enough; if not, they say so
         corpus.check(config.corpus, text_field=config.text_field)
     if config.teacher_dtype == "float8":
         float8.require(world.device)
@@ -263,7 +263,7 @@ def compute_dtype(name: str, world: World) -> torch.dtype:
 
 
 def model_folder(source: str) -> str | Path:
-    """Where a model is: a hub id or folder as it is, and the packaged folder for the name ``quickstart``.
+    """The place of a model: its hub id or folder; for the name ``quickstart`` the packaged folder.
 
     Raises:
         ValueError: the package is not installed.
@@ -291,7 +291,7 @@ def build_corpus(
     """The corpus of a run, tokenised as far as ``tokens`` of its training split; None: all of it.
 
     Raises:
-        ValueError: it cannot be read, or the tokenizer knows next to nothing of it.
+        ValueError: it cannot be read, or the tokenizer knows almost none of its words.
     """
     build = partial(
         build_shards, config.corpus, tokenizer, cache(), text_field=config.text_field, progress=progress,

@@ -113,7 +113,7 @@ def test_what_is_replayed_is_the_progress_of_the_steps_that_count(tmp_path: Path
         '{"event": "setup", "seconds": 1}\n{"step": 1, "progress": 0.5}\n{"step": 2, "progress": 0.9}\n'
         '{"event": "crash", "step": 1}\n{"step": 2, "progress": 0.4}\n{"step": 3, "progress": 1.0}\n'
     )
-    assert replayed_progress(path) == [0.5, 0.4, 1.0]  # the step after a fast one may lie behind it
+    assert replayed_progress(path) == [0.5, 0.4, 1.0]  # the step after a fast one may be behind it
 
 
 def test_a_checkpoint_fills_in_what_rank_0_died_before_writing(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The suite's page: goals are judged by their worst case, by whole parts and by rows of a GPU alone."""
+"""The suite's page: goals are judged by their worst case, by whole parts and only by rows of a GPU."""
 
 import json
 from collections.abc import Callable

@@ -37,7 +37,7 @@ sys.exit(run.main())
 def test_two_ranks_equal_one_with_twice_the_micro_batch(
     method: str, compile: str, light: list[str], from_scratch: list[str], tmp_path: Path
 ) -> None:
-    """And where each rank compiles its layers, which one rank alone would compile as one graph; on a text of which some
+    """And where each rank compiles its layers, which a single rank would compile as one graph; on a text of which some
     packs have less to predict than others."""
     (tmp_path / "scarce.txt").write_text(made_model.scarce(made_model.texts(100)))
     options = [*(from_scratch if method == "mlm" else light), "--method", method, "--budget-tokens", "8500"]

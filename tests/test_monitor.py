@@ -101,14 +101,14 @@ def test_a_loss_that_is_not_finite_is_null_in_strict_json(tmp_path: Path) -> Non
     assert "loss not finite" in stream.getvalue()
 
 
-def test_a_new_run_starts_its_metrics_anew_and_a_resumed_one_keeps_them(tmp_path: Path) -> None:
+def test_a_new_run_starts_its_metrics_again_and_a_resumed_one_keeps_them(tmp_path: Path) -> None:
     for resume, kept in ((False, [1]), (True, [1, 1]), (False, [1])):
         with monitor(tmp_path, resume=resume) as shown:
             shown.step(step_line(1))
         assert [line["step"] for line in read_jsonl(tmp_path / "metrics.jsonl")] == kept
 
 
-def test_a_resume_cuts_what_lies_beyond_its_checkpoint(tmp_path: Path) -> None:
+def test_a_resume_cuts_what_is_beyond_its_checkpoint(tmp_path: Path) -> None:
     with monitor(tmp_path) as shown:
         for step in (10, 20, 30):
             shown.step(step_line(step))
@@ -158,7 +158,7 @@ def test_a_resume_writes_on_after_a_torn_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("log_every", "due"), [(1, [0, 1, 2, 3, 4, 5, 6]), (3, [0, 1, 3, 6])])
-def test_due_is_the_first_step_and_every_so_many(tmp_path: Path, log_every: int, due: list[int]) -> None:
+def test_due_is_the_first_step_and_every_log_every(tmp_path: Path, log_every: int, due: list[int]) -> None:
     shown = monitor(tmp_path, log_every=log_every)
     assert [step for step in range(7) if shown.due(step)] == due
 

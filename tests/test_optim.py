@@ -1,4 +1,4 @@
-"""The optimiser: decay of matrices alone, and steps that are not finite leave no trace."""
+"""The optimiser: only matrices decay, and steps that are not finite leave no trace."""
 
 import pytest
 import torch

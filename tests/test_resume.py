@@ -1,4 +1,4 @@
-"""Killed or interrupted anywhere, the same command again gives the parameters of the run that was left alone."""
+"""Killed or interrupted anywhere, the same command again gives the parameters of a run that was not interrupted."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Schedules are functions of progress alone, and end where the budget does."""
+"""Schedules are functions of only the progress, and end where the budget does."""
 
 import math
 from itertools import pairwise

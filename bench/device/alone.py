@@ -1,6 +1,6 @@
 """Whose turn the machine is: what is timed waits until nothing else of a suite computes there.
 
-A run of parts that time nothing holds a shared lock, one for all runs of a user on a machine; what is timed asks for it alone.
+Parts that time nothing hold a shared lock, one for all runs of a user on a machine; parts that time hold it exclusively.
 The system lets go of it when a process ends, however it ends.
 """
 

@@ -58,7 +58,7 @@ def timed(tiny: bool) -> list[Entry]:
 
 
 def flops_of(options: dict[str, Any], tokens: float) -> float:
-    """What training from scratch on so many tokens takes, by the lengths of its first steps."""
+    """FLOPs of training from scratch on ``tokens`` tokens, by the lengths of its first steps."""
     shared = options | {"dtype": "float32", "compile": False}
     setup = prepare(parse_row("mlm").resolved(shared, budget_tokens=1e15), World(device=torch.device("cpu")))
     stream = setup.stream()
@@ -149,7 +149,7 @@ def summary(folder: Path) -> Row:
 
 
 def main() -> None:
-    """Print the rows. Runs matched by FLOPs go on beside others; those matched by seconds are kept alone by who starts them."""
+    """Print the rows. Runs matched by FLOPs go on beside others; for those matched by seconds the starter keeps others out."""
     comparison = Comparison(**json.loads(sys.argv[1]))
     timed = any(Entry(*fields).match == GPU_SECONDS for fields in comparison.runs)
     with nullcontext() if timed else beside_others():

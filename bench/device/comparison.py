@@ -1,9 +1,9 @@
 """The paper's experiment in miniature: methods at equal FLOPs and at equal GPU-seconds, scored on held-out text.
 
-What is matched by FLOPs need not be timed, and a small student keeps a GPU busy for a part of the time that its host takes to
-issue a step: so those runs go on side by side, a process a row with its seeds in turn. Then those that are matched by
-GPU-seconds, alone. Runs lie in the scratch folder, so that a part that is cut off goes on where it was when it runs again
-there. With random weights and generated text nothing can be learnt from a teacher: losses mean something with a bundle alone.
+Runs matched by FLOPs need not be timed, and a small student keeps a GPU busy for a part of the time that its host takes to
+issue a step: so they go on side by side, a process a row with its seeds in turn. Then come the runs matched by GPU-seconds,
+with nothing beside them. Runs are kept in the scratch folder: a part that is cut off continues there when it runs again.
+With random weights and generated text nothing can be learnt from a teacher: losses mean something only with a bundle.
 """
 
 from __future__ import annotations

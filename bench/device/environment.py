@@ -1,6 +1,6 @@
 """What the machine is, and what it gives at best: the ceilings that every later share is a share of.
 
-A ceiling is the median of repeats of one operation alone: a copy (bytes read and written), matrix products in bfloat16 at
+A ceiling is the median of repeats of one operation: a copy (bytes read and written), matrix products in bfloat16 at
 the sizes of a 6L-768H step and at a square one, a float32 product, and base-2 exponentials held in registers.
 """
 
@@ -93,7 +93,7 @@ def _facts(context: Context) -> Row:
 
 
 def _installed(package: str) -> bool:
-    with suppress(Exception):  # a package may lie there in pieces
+    with suppress(Exception):  # a package may be broken
         return importlib.util.find_spec(package) is not None
     return False
 

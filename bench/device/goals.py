@@ -121,7 +121,7 @@ def _pairs(results: Results, kernel: str, field: str, contenders: Callable[[str]
 
 
 def _times(claim: str, kernel: str, least: float, contenders: Callable[[str], bool], field: str = "device_s") -> Goal:
-    """At least so many times better than each of the contenders, in each case."""
+    """At least ``least`` times better than each of the contenders, in each case."""
 
     def settle(results: Results) -> Finding | None:
         found = sorted((ratio, where) for where, ratio in _pairs(results, kernel, field, contenders))

@@ -1,4 +1,4 @@
-"""A plugin of pytest that writes each test's outcome down as soon as it is known, so that a run that is cut off has told.
+"""A plugin of pytest that writes each test's outcome as soon as it is known: a run that is cut off leaves those it had.
 
 pytest -p bench.device.outcomes --outcomes FILE tests        a line of JSON a test; with xdist, of all workers
     … --share 2/3                                            the second of three shares of the tests

@@ -42,7 +42,7 @@ class Context:
     part: str  # its module's name
     out: str  # the folder of the results
     device: str  # cuda or cpu
-    seconds: float  # after which it is cut off; it had better be done
+    seconds: float  # after which it is cut off
     tiny: bool  # sizes for a rehearsal without a GPU
     bundle: str | None = None  # an unpacked archive of ``bench.bundle``: teacher/, shards/ and, if given, glue/
     scratch: str | None = None  # a folder that the parts of a run share
@@ -92,7 +92,7 @@ def in_one_line(error: BaseException) -> str:
 
 
 def show(module: ModuleType, context: Context) -> None:
-    """Write the table of the rows that are there, and the picture of those parts that have one."""
+    """Write the table of the rows so far, and the picture if the part draws one."""
     rows = read(context.path(".jsonl"))
     with _told():
         files.write(context.path(".md"), module.markdown(rows))
@@ -103,7 +103,7 @@ def show(module: ModuleType, context: Context) -> None:
 
 @contextlib.contextmanager
 def _told() -> Iterator[None]:
-    """What goes wrong is printed and passed over: a table must not cost a picture, nor either the rows."""
+    """An error is printed and ignored: a table that fails must not cost the picture, and neither may cost the rows."""
     try:
         yield
     except Exception:

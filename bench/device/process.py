@@ -24,7 +24,7 @@ class Ended:
 
 
 def run(argv: Sequence[str], *, environment: Mapping[str, str], log: Path, seconds: float) -> Ended:
-    """Run a command for at most so many seconds, its two outputs appended to ``log``.
+    """Run a command for at most ``seconds`` seconds, its two outputs appended to ``log``.
 
     It leads a session of its own. At the limit, and where this is interrupted, the whole session is asked to end
     (SIGTERM) and, `GRACE` seconds later, killed; what the command leaves behind when it ends by itself is killed too.
@@ -44,7 +44,7 @@ def run(argv: Sequence[str], *, environment: Mapping[str, str], log: Path, secon
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Nothing of the session stays."""
+    """End every process of the session."""
     if process.poll() is None:
         _signal(process, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):

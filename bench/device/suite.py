@@ -45,7 +45,7 @@ from fastkd.files import file_sha256
 
 PLAN = ("environment", "smoke", "full_step", "correctness", "training", "kernels", "blocks", "comparison")
 ROOT = Path(__file__).parents[2]  # of the checkout
-UNTIMED = {"smoke", "correctness"}  # a run of these alone may go on beside another one, which waits with what it times
+UNTIMED = {"smoke", "correctness"}  # a run of only these may go on beside another one, which waits before it times
 LOG_BYTES = 1 << 20  # of each log's end that goes into the archive
 
 
@@ -222,7 +222,7 @@ class Run:
         }  # fmt: skip
 
     def _write_page(self) -> None:
-        """The page of what is there, and all in one archive. That the page fails must not cost the rows."""
+        """The page of the rows so far, and all in one archive. A page that fails must not cost the rows."""
         try:
             page.write(self._out)
             self._has_page = True
@@ -235,7 +235,7 @@ class Run:
         self._pack()
 
     def _pack(self) -> None:
-        """All results in one file, of each log the end; that there is no room beside the folder costs this file alone."""
+        """All results in one file, of each log the end; without room beside the folder only this file is missing."""
         whole = archive(self._out)
         partial = whole.with_name(f".{whole.name}.partial")
         try:

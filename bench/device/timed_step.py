@@ -2,8 +2,8 @@
 
 It reads two lines: a ``bench.variants.Spec`` as JSON, with ``profile``, a file for the longest kernels of one step, or "";
 then, once it has compiled its graphs and said that it is ready, one that lets it go on. So several may import and compile
-side by side, and each is timed alone. Steps are issued as the training loop does, at most two ahead of the device, so that
-the clock is the device's.
+side by side, and each is timed while nothing else runs. Steps are issued as in the training loop, at most two ahead of the
+device, so that the clock is the device's.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def waits(run: Callable[[], Any]) -> bool:
 
 
 def broken(error: Exception) -> bool:
-    """Whether the device lies behind an error, for then nothing else runs in this process either."""
+    """Whether the device caused an error: then nothing else runs in this process either."""
     text = str(error)
     return "CUDA error" in text and "captur" not in text
 

@@ -2,8 +2,8 @@
 
 Each row is a process of its own (``timed_step``, for peers ``bench.variants``), cut off at its share of the time, so that
 one that runs out of memory or hangs costs no other. Two of them compile their graphs side by side, while the next two import
-what they need; then each is timed alone. Rows come in the order of their worth; none is begun that would hardly
-end in time. Sequences are full unless a row says that they are the corpus's documents, most of which are short.
+what they need; then each is timed by itself. The most important rows come first; a row that would hardly end in
+time is not begun. Sequences are full unless a row says that they are the corpus's documents, most of which are short.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class Training:
             return False
 
     def is_ready(self, entry: Entry, until: float) -> bool:
-        """Whether a row's process is; if not, it is ended, for what others take would not be theirs alone."""
+        """Whether a row's process is ready; if not, it is ended: it would disturb the timing of others."""
         if self.standing[entry].is_ready(until - time.monotonic()):
             return True
         reason = self.standing.pop(entry).wait(0)
@@ -174,7 +174,7 @@ class Training:
         return False
 
     def time(self, ready: Sequence[Entry]) -> None:
-        """One after the other, each alone."""
+        """One after the other, with nothing beside it."""
         with alone(self.rows.left - 2 - TIMING_S * len(ready)) as quiet:
             self.about["alone"] = quiet
             for entry in ready:

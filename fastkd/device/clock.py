@@ -18,7 +18,7 @@ PHASES = ("data", "teacher", "student", "loss", "backward", "optimizer", "commun
 
 
 def now() -> float:
-    """Seconds of a clock that only moves forward, suspended time included; a changed wall clock changes nothing."""
+    """Seconds of a clock that only moves forward, suspended time included. It does not follow the wall clock."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
@@ -32,7 +32,7 @@ class _HostStamp:
         return (later.at - self.at) * 1e3
 
     def synchronize(self) -> None:
-        """The host's past is always known."""
+        """Nothing to wait for."""
 
 
 class Lap:
@@ -73,7 +73,7 @@ class PhaseClock:
         return lap
 
     def event(self, name: str) -> float:
-        """Close an interval that is one event between steps; its seconds, whatever was marked within."""
+        """Close an interval that is one event between steps; returns all its seconds, those of marks within it too."""
         self.mark(name)
         return sum(self.lap().seconds().values())
 

@@ -103,18 +103,20 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 
 
 def optimizer_room(trained: nn.Module, device: torch.device) -> Tensor:
-    """Memory of the device as large as what a module's optimiser will hold: gradients and two moments, in float32."""
+    """A tensor as large as a module's gradients and two moments in float32: it keeps room for the optimiser."""
     count = sum(parameter.numel() for parameter in trained.parameters()) if device.type == "cuda" else 0
     return torch.empty(3 * count, dtype=torch.float32, device=device)
 
 
 def keep_what_is_freed(device: torch.device) -> None:
-    """On a CPU, let glibc keep freed blocks of any size, as the CUDA allocator does: each step asks for the same again.
+    """On a CPU, let glibc keep freed blocks of any size, as the CUDA allocator does: each step asks for the same blocks.
 
     By default blocks above 32 MiB go back to the system, and every step pays for zeroed pages again (13% of an mlm step).
     """
     if device.type == "cpu" and sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):  # musl has none
-            libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # old ones' largest
+            libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(
+                M_MMAP_THRESHOLD, 32 << 20
+            )  # the most that old versions take
             libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)

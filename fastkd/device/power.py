@@ -15,8 +15,8 @@ from fastkd.device.clock import now
 
 N = TypeVar("N", int, float)
 
-# Why a GPU's clock is below what it could be: bits of NVML's clocks event reasons (nvml.h). Idleness and clocks that
-# someone set are no throttling.
+# Why a GPU's clock is lower than it could be: bits of NVML's clocks event reasons (nvml.h). An idle GPU, or clocks that
+# someone set, are not throttling.
 THROTTLE_BITS: dict[str, int] = {
     "power cap": 0x04,
     "hardware slowdown": 0x08,
@@ -27,14 +27,14 @@ THROTTLE_BITS: dict[str, int] = {
 
 @dataclass(frozen=True)
 class ClockReading:
-    """What NVML says of some GPUs at one moment; None where it says nothing."""
+    """What NVML says of some GPUs at one moment; None if it says nothing."""
 
     sm_clock_mhz: float | None = None  # the slowest GPU's
     throttle: list[str] | None = None  # names of THROTTLE_BITS, of any GPU
 
 
 def throttle_reasons(bits: int) -> list[str]:
-    """NVML's clocks event reasons in words, those that throttle alone."""
+    """NVML's clocks event reasons in words, only those that throttle."""
     return [name for name, mask in THROTTLE_BITS.items() if bits & mask]
 
 
@@ -45,7 +45,7 @@ class PowerMeter:
         self._nvml: Any = None
         self._handles: list[Any] = []
         if devices and all(device.type == "cuda" for device in devices):
-            with suppress(Exception):  # NVML is an extra reading: no driver, no permission, no problem
+            with suppress(Exception):  # NVML is optional: without driver or permission nothing is read
                 import pynvml
 
                 pynvml.nvmlInit()
@@ -57,8 +57,8 @@ class PowerMeter:
     def joules_since_last(self, rest_s: float = 0.0) -> float | None:
         """Joules of all GPUs since the last reading (or the start); None where one of them does not count.
 
-        NVML takes some 3 ms a reading, as long as a step of a small student: within ``rest_s`` seconds of the last one nothing
-        is read, and the answer is 0; the next reading has it all.
+        NVML takes about 3 ms a reading, as long as a step of a small student. Within ``rest_s`` seconds of the last one nothing
+        is read, and the answer is 0; the next reading includes it.
         """
         if self._last is not None and now() - self._read_at < rest_s:
             return 0.0
