@@ -1,4 +1,4 @@
-"""``fastkd COMMAND …``, also ``python -m fastkd COMMAND …``: each command is a module that loads when it is asked for."""
+"""``fastkd COMMAND …``, also ``python -m fastkd COMMAND …``: only the module of that command is loaded."""
 
 from __future__ import annotations
 

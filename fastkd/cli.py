@@ -25,7 +25,7 @@ WORDS = {"yes": True, "true": True, "t": True, "y": True, "1": True} | dict.from
 
 
 def answer(work: Callable[[], int]) -> int:
-    """Do a command's work and return its exit code; what it raises becomes one line on standard error."""
+    """Do a command's work and return its exit code. An error becomes one line on standard error."""
     try:
         check_versions()
         return work()
@@ -63,10 +63,10 @@ def check_versions() -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes every field of some dataclasses as an option, with the help of the field's metadata.
+    """A parser with an option for each field of some dataclasses; the help is in the field's metadata.
 
-    What is not given is left out of the result: presets and files may say otherwise than a field's default.
-    A mistake raises a ValueError of one line, where argparse prints its usage and exits.
+    Only options that are given are in the result, since presets and files override the defaults of fields.
+    A mistake raises a ValueError of one line, where argparse would print the usage and exit.
     """
 
     def __init__(self, classes: Sequence[Any], prog: str, **settings: Any) -> None:
@@ -78,7 +78,7 @@ class Parser(argparse.ArgumentParser):
                 self.add_argument(*flags, help=field.metadata["help"], **_taken(kinds[field.name]))
 
     def given(self, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-        """The options of a command line by name, and the words that are none of them.
+        """The options of a command line by name, and the words that it does not know.
 
         Raises:
             ValueError: a value of the wrong kind, or none where one is needed.
@@ -87,17 +87,17 @@ class Parser(argparse.ArgumentParser):
         return vars(known), unknown
 
     def error(self, message: str) -> NoReturn:
-        """Raise the message, where argparse exits."""
+        """Raise the message, where argparse would exit."""
         raise ValueError(message)
 
 
 def unknown_option(word: str) -> ValueError:
-    """What to raise for a word that a command does not know."""
+    """The error for a word that a command does not know."""
     return ValueError(f"unknown option {word!r}: --help lists them")
 
 
 def _taken(kind: Any) -> dict[str, Any]:
-    """What a field of a kind takes on the command line, in argparse's words."""
+    """The arguments of ``add_argument`` for a field of this type."""
     if get_origin(kind) in (Union, UnionType):  # X | None
         (kind,) = (each for each in get_args(kind) if each is not NoneType)
     if get_origin(kind) is Literal:
@@ -108,7 +108,7 @@ def _taken(kind: Any) -> dict[str, Any]:
 
 
 def _truth(word: str) -> bool:
-    """A switch's value: ``--compile`` means ``--compile true``."""
+    """The value of a switch such as ``--compile true``."""
     if word.lower() not in WORDS:
-        raise argparse.ArgumentTypeError(f"takes true or false, got {word!r}")
+        raise argparse.ArgumentTypeError(f"takes true or false (yes, no, t, f, y, n, 1 and 0 too), got {word!r}")
     return WORDS[word.lower()]

@@ -1,9 +1,9 @@
-"""The paper's experiment in one command: every method under one matched budget, then one table that can be believed.
+"""The paper's experiment in one command: every method under one matched budget, then one table.
 
 ``python -m fastkd.compare --budget-gpu-hours 1 --methods mlm,logit_kd,tinybert,minilmv2 --match gpu-seconds``
 
-A row is a run of ``fastkd.run`` in a folder of its own, so it is planned, charged, resumed and reported like any other;
-rows differ only in their method, and whatever else differs is listed beside them.
+A row is a run as ``fastkd.run`` makes it, in its own folder: planned, charged, resumed and reported like any other.
+Rows differ only in their method; whatever else differs is listed beside them.
 """
 
 from __future__ import annotations

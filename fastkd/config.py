@@ -1,7 +1,7 @@
 """How a command line becomes the options of a run.
 
-Values come, in rising priority, from the dataclass's defaults, the preset (``presets/*.toml``), the file that ``--config``
-names and the command line.
+Values come from the dataclass's defaults, the preset (``presets/*.toml``), the file that ``--config`` names and the command
+line; the later ones override the earlier ones.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """What ``--config`` read: options of a run, and those of its method."""
+    """The file that ``--config`` names: options of a run, and those of its method."""
 
     path: Path
     run: dict[str, Any]
@@ -35,7 +35,7 @@ class ConfigFile:
 
     @property
     def folder(self) -> Path | None:
-        """The run folder that the file is in, where a run wrote it."""
+        """The run folder that the file is in, None if no run wrote the file."""
         written = self.path.name == "config.toml" and (self.path.parent / "environment.json").is_file()
         return self.path.parent if written else None
 
@@ -48,10 +48,10 @@ class Resolved:
     method: Any
     preset_reason: str
     explicit: frozenset[str]
-    folder: Path | None = None  # of the run whose config.toml was read, where this is the same run
+    folder: Path | None = None  # of the run whose config.toml was read, if this is the same run
 
     def default_output_dir(self) -> Path:
-        """``runs/PRESET-METHOD-BUDGET[-HASH]``: the hash stands for all other options given, if any."""
+        """``runs/PRESET-METHOD-BUDGET[-HASH]``, with a hash of all other options that were given."""
         if self.folder is not None:
             return self.folder
         budget = self.run.budget
@@ -83,11 +83,11 @@ class Resolved:
         return argv
 
     def to_toml(self) -> str:
-        """The resolved configuration, as config.toml holds it; options that are not set are left out."""
+        """The text of config.toml: all options, but those that are None."""
         return config_file.to_toml(dataclasses.asdict(self.run), dataclasses.asdict(self.method))
 
     def continues(self, toml: str) -> bool:
-        """Whether a config.toml, perhaps an older one, means this run: an option that it lacks had its default."""
+        """Whether a config.toml means this run. An older one may lack options: these had their defaults."""
         try:
             run = tomllib.loads(toml)
         except tomllib.TOMLDecodeError:
@@ -172,7 +172,7 @@ def _divided(own: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def _unknown(word: str, method: str) -> ValueError:
-    """What to raise for a word that is no option of a run with a method: it may be another method's."""
+    """The error for a word that a run does not know. It may be an option of another method."""
     name = word.lstrip("-").split("=")[0].replace("-", "_")
     owners = [m for m in methods.available() if name in {f.name for f in dataclasses.fields(methods.load(m).Config)}]
     if word.startswith("-") and owners:
@@ -193,10 +193,10 @@ def resolve(explicit: dict[str, Any], file: ConfigFile | None = None, *, needs_b
 
 
 def _settled(explicit: dict[str, Any], file: ConfigFile | None, work: Callable[[str], T]) -> T:
-    """What ``work`` makes of the preset that is meant.
+    """The result of ``work`` with the preset that is meant.
 
-    ``auto`` means one of two. PyTorch, which knows of CUDA devices, takes seconds to load: it is asked only where the
-    two presets differ in the answer or in the mistake.
+    ``auto`` means one of two presets. Only PyTorch knows which, by the CUDA devices, and it takes seconds to load. So both
+    are tried first, and PyTorch is asked only if their results or mistakes differ.
     """
     name = _preset_named(explicit, file)
     if name != "auto":
@@ -213,7 +213,7 @@ def _settled(explicit: dict[str, Any], file: ConfigFile | None, work: Callable[[
 
 
 def _tried(work: Callable[[str], T], preset: str) -> tuple[T | None, str | None]:
-    """What ``work`` returns, or the message of the ValueError that it raises."""
+    """The result of ``work`` and None, or None and the message of the ValueError that it raises."""
     try:
         return work(preset), None
     except ValueError as error:
@@ -221,12 +221,12 @@ def _tried(work: Callable[[str], T], preset: str) -> tuple[T | None, str | None]
 
 
 def _preset_named(explicit: dict[str, Any], file: ConfigFile | None) -> str:
-    """The preset that the command line names, else the file; ``auto`` where none does."""
+    """The preset that the command line or else the file names; ``auto`` if none does."""
     return str(explicit.get("preset", file.run.get("preset", "auto") if file else "auto"))
 
 
 def _resolved(explicit: dict[str, Any], file: ConfigFile | None, preset: str, needs_budget: bool) -> Resolved:
-    """``resolve`` with the preset that ``auto`` means."""
+    """``resolve`` with a preset in place of ``auto``."""
     values = _layers(explicit, file, preset)
     module = methods.load(values["method"])
     if not module.METHOD.uses_teacher:
@@ -242,9 +242,9 @@ def _resolved(explicit: dict[str, Any], file: ConfigFile | None, preset: str, ne
 
 
 def _layers(explicit: dict[str, Any], file: ConfigFile | None, preset: str) -> dict[str, Any]:
-    """All values that are given: preset, file, command line, each above the one before.
+    """All values that are given: preset, file, command line. Each layer overrides the one before.
 
-    A preset that the command line names is above the file. A layer with a budget takes the place of other budgets.
+    A preset that the command line names overrides the file. A layer with a budget drops the budgets of those before it.
     """
     given, chosen = dict(file.run) if file else {}, read_preset(preset)
     layers = [given, chosen, explicit] if "preset" in explicit else [chosen, given, explicit]
@@ -260,7 +260,7 @@ def _layers(explicit: dict[str, Any], file: ConfigFile | None, preset: str) -> d
 
 
 def _of_file(resolved: Resolved, file: ConfigFile) -> Resolved:
-    """A run read from a file: what is explicit of it is what its preset and the defaults do not say."""
+    """A run read from a file: its explicit options are those that differ from its preset and the defaults."""
     values, plain = (
         dataclasses.asdict(each.run) | dataclasses.asdict(each.method) for each in (resolved, _plain(resolved))
     )
@@ -273,14 +273,14 @@ def _of_file(resolved: Resolved, file: ConfigFile) -> Resolved:
 
 
 def _plain(resolved: Resolved) -> Resolved:
-    """The run of the same preset, method and start with nothing else given."""
+    """The run with the same preset, method and start, and no other option given."""
     run = resolved.run
     alike = {"preset": run.preset, "method": run.method, "init_from_teacher": run.init_from_teacher}
     return resolve(alike, needs_budget=False)
 
 
 def _without_teacher(values: dict[str, Any], explicit: dict[str, Any]) -> dict[str, Any]:
-    """Scratch training reads no teacher but to start from it; the preset's lends only its tokenizer."""
+    """Values without a teacher, which scratch training reads only to start from. Its tokenizer is kept."""
     if values.get("init_from_teacher"):
         return values
     if explicit.get("teacher"):
@@ -296,7 +296,7 @@ def _fields(cls: Any, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _choices(options: Any, changes: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What options with some changes say of what is trained."""
+    """The options that decide what is trained, with some changes."""
     values = dataclasses.asdict(options) | (changes or {})
     return {name: value for name, value in values.items() if value is not None and name not in FREE_TO_CHANGE}
 
@@ -317,10 +317,12 @@ def read_preset(name: str) -> dict[str, Any]:
 
 
 def read_config(name: str | None) -> ConfigFile | None:
-    """What ``--config`` names: a run's config.toml, or some options by hand; a method's own in [method_options] or not.
+    """Read the file that ``--config`` names: a run's config.toml, or one written by hand.
+
+    Options of a method may be in the table [method_options] or beside the others.
 
     Raises:
-        ValueError: not to be read, or unknown keys, wrong kinds and values out of range; naming the file and the key.
+        ValueError: a file that cannot be read, an unknown key, a wrong type or a value out of range; names file and key.
     """
     if name is None:
         return None
@@ -340,7 +342,7 @@ def read_config(name: str | None) -> ConfigFile | None:
 
 
 def _config_of(path: Path, values: dict[str, Any], table: dict[str, Any], preset: str) -> ConfigFile:
-    """A file's values and its table of method options, checked with the preset that they mean."""
+    """The file of these values and this table of method options, checked with a preset."""
     method = _layers(values, None, preset)["method"]
     module = methods.load(method)
     options = config_file.check_kinds(path, table, module.Config)
@@ -354,7 +356,7 @@ def _config_of(path: Path, values: dict[str, Any], table: dict[str, Any], preset
 
 
 def _shared_of(file: ConfigFile | None, preset: str, own: set[str]) -> dict[str, Any]:
-    """What a file says for every row of a comparison: no method, budget or folder, and nothing that is ``own`` to it."""
+    """The options in a file that hold for every row of a comparison: no method, no budget, none of the comparison's ``own``."""
     if file is None:
         return {}
     resolved = _resolved({}, file, preset, needs_budget=False)

@@ -1,4 +1,4 @@
-"""Options in a TOML file: what a run writes as config.toml, and what ``--config`` and the presets are read from."""
+"""Options in a TOML file: a run's config.toml, what ``--config`` names, and the presets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KINDS = {str: "text in quotes", int: "a whole number", float: "a number", bool: 
 
 
 def to_toml(values: dict[str, Any], method_options: dict[str, Any]) -> str:
-    """Options, and those of their method in a table of its own; None is left out, for TOML has no word for it."""
+    """The text of config.toml: options, and a table of their method's options. None is left out: TOML has no null."""
     given, table = ({k: v for k, v in each.items() if v is not None} for each in (values, method_options))
     return tomli_w.dumps(given | {METHOD_OPTIONS: table})
 
@@ -24,7 +24,7 @@ def read(path: Path) -> dict[str, Any]:
     """The file's values.
 
     Raises:
-        ValueError: no such file, or no TOML; naming it, and the line.
+        ValueError: the file cannot be read or is not TOML; names the file and the line.
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -36,7 +36,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def check_kinds(path: Path, values: dict[str, Any], *classes: Any) -> dict[str, Any]:
-    """The values as the dataclasses have them: each must be a field of one of them, and of its kind.
+    """The values, whole numbers as floats where a field is a float. Each must be a field of a dataclass, and of its type.
 
     Raises:
         ValueError: naming the file and the key.
@@ -56,7 +56,7 @@ def kinds(*classes: Any) -> dict[str, Any]:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a value of a TOML file is of a field's kind; a whole number is a number too."""
+    """Whether a value of a TOML file has a field's type. A float may be written as a whole number."""
     origin, choices = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return any(fits(value, choice) for choice in choices)
@@ -70,12 +70,12 @@ def fits(value: Any, kind: Any) -> bool:
 
 
 def is_number(kind: Any) -> bool:
-    """Whether a kind is a number with a fraction, or none."""
+    """Whether a type is float or ``float | None``."""
     return kind is float or float in get_args(kind)
 
 
 def in_words(kind: Any) -> str:
-    """A kind for people."""
+    """A type in words."""
     origin, choices = get_origin(kind), [choice for choice in get_args(kind) if choice is not NoneType]
     if origin is Literal:
         return ", ".join(repr(choice) for choice in choices[:-1]) + f" or {choices[-1]!r}"

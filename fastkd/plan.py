@@ -1,4 +1,4 @@
-"""The plan of a run, and nothing else: ``python -m fastkd.plan --budget-gpu-hours 24``."""
+"""Print the plan of a run: ``python -m fastkd.plan --budget-gpu-hours 24``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastkd.terminal import Console
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Options of a plan beside those of the run that it is for."""
+    """Options beside those of the run that is planned."""
 
     json: bool = option(False, "print the plan as one JSON object, and nothing else on standard output")
 

@@ -33,7 +33,7 @@ class PrepareOptions:
 
 
 def prepare(run: RunConfig, source: str, tokens: int | None) -> Shards:
-    """Tokenise the corpus of a run with the tokenizer of a model, on all cores; all of it, or about ``tokens``.
+    """Tokenise the corpus of a run with the tokenizer of ``source``, on all cores: all of it, or about ``tokens``.
 
     Raises:
         ValueError: a corpus or tokenizer that cannot be read, a cache that cannot be written.

@@ -12,7 +12,7 @@ from fastkd.budget import Budget, Charge, replayed_progress
 from fastkd.data.sizes import check_sizes, pack_size
 from fastkd.terminal import LOST
 
-# The range of each number, both ends included; None where an option may be left out.
+# The range of each number, both ends included. It does not hold for None.
 RANGES: dict[str, tuple[float, float]] = {
     "warmup": (0, 0.99),
     "dropout": (0, 0.99),
@@ -30,7 +30,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),
 }
 BFLOAT16_STREAM = "--residual bfloat16 needs --dtype bfloat16: the products of a float32 run would round their inputs"
-# Options that change what is shown or where it is written, not what is trained: no part of a run's name.
+# Options that change what is shown or where it is written, but not what is trained. A run's name leaves them out.
 PRESENTATION = ("output_dir", "push_to_hub", "log_to", "log_every", "trace")
 METHODS = "; ".join(f"{name} ({line})" for name, line in methods.descriptions().items()).replace("%", "%%")
 BUDGETS = ("budget_gpu_hours", "budget_flops", "budget_tokens")
@@ -106,9 +106,7 @@ class RunConfig:
     )
     compile: bool | None = option(None, "torch.compile student and teacher; default: on CUDA only")
     checkpoint_minutes: float = option(10.0, "minutes between checkpoints; 0 saves after every step")
-    validations: int = option(
-        10, "validations over the budget, of which those are left out that would cost over 2%% of it"
-    )
+    validations: int = option(10, "validations over the budget; fewer where they would cost over 2%% of it")
     replay: str | None = option(
         None, "ledger.jsonl of a finished run: take each step's progress from it instead of the clock"
     )
@@ -138,7 +136,7 @@ class RunConfig:
         return Budget("flops", flops) if flops is not None else Budget("tokens", cast(float, tokens))
 
     def check(self, *, needs_budget: bool = True) -> None:
-        """Refuse values outside their range. ``needs_budget``: also where no budget is given.
+        """Refuse values outside their range, and a run without a budget if ``needs_budget``.
 
         Raises:
             ValueError: naming the option, its value and its range.
@@ -166,7 +164,7 @@ class RunConfig:
 
 
 def check_texts(values: dict[str, Any]) -> None:
-    """Refuse a path whose bytes are no text: neither a configuration file nor a tokenizer could hold it.
+    """Refuse a path whose bytes are not UTF-8: config.toml could not hold it.
 
     Raises:
         ValueError: naming the option and the path.

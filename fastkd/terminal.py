@@ -1,4 +1,4 @@
-"""Where a command talks: whole lines, at once, each text as it is; what a long set-up is doing; how it was called."""
+"""What a command prints: whole lines at once, without markup; the stages of a long set-up; the name it was called by."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import TextIO
 
 STARTED = time.monotonic()
-LOST = re.compile("[\ud800-\udfff]")  # bytes of a file's name that are no text, as Python keeps them
+LOST = re.compile("[\ud800-\udfff]")  # bytes of a file name that are not UTF-8, as Python stores them
 
 
 def printable(text: str, stream: TextIO) -> str:
-    """The text, with another character for each that the stream cannot write."""
+    """The text, with a replacement for each character that the stream cannot write."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return LOST.sub("\N{REPLACEMENT CHARACTER}", text).encode(encoding, "replace").decode(encoding)
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print a line at once. It is never read as markup; a closed pipe or terminal ends no work."""
+    """Print a line at once, never as markup. A closed pipe or terminal does not stop the work."""
     stream = stream or sys.stdout
     with contextlib.suppress(OSError):
         print(printable(text, stream), file=stream, flush=True)
@@ -34,7 +34,7 @@ def complain(text: str) -> None:
 
 
 def called(name: str) -> str:
-    """How this process was asked for a command: ``fastkd run``, ``python -m fastkd run`` or ``python -m fastkd.run``."""
+    """The name that this process's command was called by: ``fastkd run``, ``python -m fastkd run`` or ``python -m fastkd.run``."""
     program = Path(sys.argv[0])
     if program.stem == "fastkd":
         return f"fastkd {name}"
@@ -44,7 +44,7 @@ def called(name: str) -> str:
 
 
 class Console:
-    """Standard output as it is at the time; a quiet one (of every rank but 0) prints nothing."""
+    """Prints to what is standard output at that time. A quiet one, on every rank but 0, prints nothing."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
@@ -56,7 +56,7 @@ class Console:
 
 
 class Stages(logging.Handler):
-    """Prints what fastkd logs: what a set-up is about to do, with the seconds since this process began; and warnings."""
+    """Prints what fastkd logs: what a set-up does next, with the seconds since this process began, and warnings."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """One line; a warning goes to standard error."""
@@ -68,7 +68,7 @@ class Stages(logging.Handler):
 
 @contextlib.contextmanager
 def stages(quiet: bool = False) -> Iterator[None]:
-    """Show stages and warnings while a command works; a quiet one shows only warnings, as Python does by itself."""
+    """Show stages and warnings while a command works. If quiet, only warnings, as Python does without a handler."""
     log, handler = logging.getLogger("fastkd"), Stages()
     level = log.level
     if not quiet:
@@ -83,7 +83,7 @@ def stages(quiet: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def kept_for_answer(active: bool) -> Iterator[TextIO]:
-    """Standard output for one answer to a program: what is printed meanwhile goes to standard error."""
+    """Standard output for one answer to a program. While ``active``, all else that is printed goes to standard error."""
     out = sys.stdout
     with contextlib.redirect_stdout(sys.stderr) if active else contextlib.nullcontext():
         yield out

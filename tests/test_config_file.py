@@ -1,6 +1,7 @@
 """``--config``: what a run wrote is the same run, flags override, mistakes are one line; any text survives the file."""
 
 import dataclasses
+import re
 import shutil
 import tomllib
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastkd import compare, config_file, run
+from fastkd import compare, config_file, files, run
 from fastkd.comparison.options import CompareConfig, check
 from fastkd.config import parse, resolve, split_options
 from fastkd.run_config import RunConfig
@@ -19,20 +20,47 @@ SURROGATE = st.characters(categories=["Cs"])
 TEXT = st.text(st.one_of(st.characters(), SURROGATE, st.sampled_from("'\"\\\n\r\t\x00\x07\x1b\x7f\x85\u2028#[]=")))
 
 
-@given(corpus=st.lists(TEXT, min_size=1, max_size=3), text=TEXT, folder=TEXT)
-def test_any_text_reads_back_or_is_refused_in_one_line(corpus: list[str], text: str, folder: str) -> None:
-    values = {"preset": "quickstart", "budget_tokens": 5.0, "corpus": corpus, "text_field": text, "output_dir": folder}
-    texts = [*corpus, text, folder]
-    if any("\ud800" <= character <= "\udfff" for each in texts for character in each):
+CHECKED = {"preset", "method", "micro_batch", "replay"}  # options that take some texts only
+OPTIONS = {name: kind for name, kind in config_file.kinds(RunConfig).items() if name not in CHECKED}
+TEXTS = {name: TEXT for name, kind in OPTIONS.items() if kind in (str, str | None)} | {
+    name: st.lists(TEXT, min_size=1, max_size=3) for name, kind in OPTIONS.items() if kind == list[str]
+}
+
+
+def test_texts_are_options() -> None:
+    assert {"teacher", "tokenizer", "student", "corpus", "text_field", "output_dir", "push_to_hub", "log_to"} <= set(
+        TEXTS
+    )
+
+
+@given(texts=st.fixed_dictionaries({}, optional=TEXTS))
+def test_any_text_reads_back_or_is_refused_before_anything_is_written(
+    texts: dict[str, str | list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    values = {"preset": "quickstart", "budget_tokens": 5.0} | texts
+    if any("\ud800" <= character <= "\udfff" for text in texts.values() for each in text for character in each):
         with pytest.raises(ValueError, match="is no UTF-8 text") as refused:
             resolve(values)
         assert len(str(refused.value).splitlines()) == 1
         str(refused.value).encode()  # and can be printed
         return
     resolved = resolve(values)
-    read = tomllib.loads(resolved.to_toml().encode().decode())
-    assert read["corpus"] == corpus and read["text_field"] == text and read["output_dir"] == folder
-    assert resolved.continues(resolved.to_toml())
+    path = files.write(tmp_path_factory.mktemp("text") / "config.toml", resolved.to_toml())
+    assert tomllib.loads(path.read_bytes().decode()).items() >= texts.items()
+    again = parse(["--config", str(path)])
+    assert again.run == resolved.run and again.method == resolved.method
+    assert again.continues(resolved.to_toml()) and resolved.continues(path.read_text("utf-8"))
+
+
+NAMES = TEXT.map(lambda text: re.sub("[\0/\ud800-\udfff]", "_", text)[:60]).filter(
+    lambda name: name not in ("", ".", "..")
+)
+
+
+@given(name=NAMES)
+def test_a_run_goes_on_in_a_folder_of_any_name(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = written(tmp_path_factory.mktemp("any") / name, ["--output-dir", f"somewhere/{name}"])
+    assert parse(["--config", str(path)]).default_output_dir() == path.parent
 
 
 @given(
