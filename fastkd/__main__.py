@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from fastkd import __version__
+from fastkd import __version__, terminal
 
 COMMANDS = {
     "run": ("fastkd.run", "train a student under one budget: plan, train, export, report"),
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif name in ("--version", "-V"):
         print(f"fastkd {__version__}")
     elif name not in COMMANDS:
-        print(f"error: unknown command {name!r}: fastkd takes {', '.join(COMMANDS)}", file=sys.stderr)
+        terminal.complain(f"unknown command {name!r}: fastkd takes {', '.join(COMMANDS)}")
         return 2
     else:
         return int(import_module(COMMANDS[name][0]).main(rest))

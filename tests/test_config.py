@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastkd import config, methods, run_config
 from fastkd.config import parse, read_preset, resolve
@@ -37,6 +38,24 @@ def test_presets_name_options_alone(path: Path) -> None:
     values = read_preset(path.stem)
     assert set(values) <= {f.name for f in dataclasses.fields(RunConfig)}
     assert resolve({"preset": path.stem, "budget_tokens": 1}).run.student == values["student"]
+
+
+@pytest.mark.parametrize(
+    ("is_there", "preset", "reason", "tokens"),
+    [(True, "paper-6l", "a CUDA device is at hand", 131072), (False, "quickstart", "no CUDA device is at hand", 4096)],
+)
+def test_the_preset_auto_asks_for_a_device(
+    is_there: bool, preset: str, reason: str, tokens: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: is_there)
+    resolved = parse(BUDGET)
+    assert (resolved.run.preset, resolved.preset_reason) == (preset, reason)
+    path = tmp_path / "mine.toml"
+    path.write_text("lr = 1e-3")
+    of_file = parse(["--config", str(path), *BUDGET])
+    assert (of_file.run.preset, of_file.preset_reason, of_file.run.lr) == (preset, reason, 1e-3)
+    with pytest.raises(ValueError, match=f"--batch-tokens is {tokens}, no positive multiple of 1600"):
+        parse([*BUDGET, "--seq-length", "100"])
 
 
 def test_the_command_line_overrides_the_preset() -> None:
