@@ -24,7 +24,9 @@ from fastkd.loggers import check_loggers
 from fastkd.loop import Loop
 from fastkd.models import hf
 from fastkd.push import destination, push_folder
-from fastkd.reports.run_report import build_report, loss_warning, model_card
+from fastkd.reports.descriptions import loss_warning
+from fastkd.reports.model_card import model_card
+from fastkd.reports.run_report import build_report
 from fastkd.run_folder import Run, read_run
 from fastkd.setup import Setup, prepare
 from fastkd.terminal import Console

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import processes
 import pytest
-from test_report import Page
+from report_page import Page
 
 from fastkd import compare, run
 from fastkd.comparison.report import build_comparison

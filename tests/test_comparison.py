@@ -8,7 +8,8 @@ from statistics import mean, stdev
 from typing import Any
 
 import pytest
-from test_report import Page, make_run
+from made_run import make_run
+from report_page import Page
 
 from fastkd.comparison.report import build_comparison
 from fastkd.comparison.results import read_results, row_from_run, write_results

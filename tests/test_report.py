@@ -1,4 +1,4 @@
-"""report.html and the model card: every number is the run folder's, and whatever is missing leaves a page."""
+"""report.html: every number is the run folder's, and whatever is missing leaves a page."""
 
 import json
 import os
@@ -6,116 +6,19 @@ import re
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard
+from made_run import PHASES, PLAN, event_line, make_run, step_line, write_lines
+from report_page import Page
 
-from fastkd.reports.run_report import build_report, loss_warning, model_card
+from fastkd.reports.descriptions import loss_warning
+from fastkd.reports.model_card import model_card
+from fastkd.reports.run_report import build_report
 from fastkd.reports.tables import Table, numeric
-from fastkd.run_folder import ancestors, made_from, read_run
-
-PHASES = ("data", "teacher", "student", "loss", "backward", "optimizer", "communication", "other")
-PLAN = {
-    "device": "A processor, 2 cores", "devices": 1, "preset": "quickstart",
-    "preset_reason": "no CUDA device is at hand",
-    "method": "minilmv2",
-    "student": {"layers": 3, "width": 384, "heads": 12, "vocabulary": 30522, "parameters": 17_248_506,
-                "spec": "3L-384H-12A"},
-    "teacher": {"layers": 6, "width": 384, "heads": 12, "vocabulary": 30522, "parameters": 22_565_376,
-                "source": "quickstart", "layers_run": 5},
-    "ancestors": ["quickstart"],
-    "corpus": {"sources": ["quickstart"], "documents": 10_033, "unique_tokens": 1_134_022},
-    "budget": {"unit": "gpu-seconds", "amount": 72.0}, "charge": "loop", "tokens_per_s": 3400.0, "step_seconds": 1.2,
-    "steps": 60, "tokens": 240_000.0, "epochs": 0.21,
-    "flops_per_token": {"student": 5.2e7, "teacher": 2.0e7, "loss": 4.0e5}, "teacher_share": 0.43,
-    "teacher_seconds_share": 0.19, "flops_per_s": 2.4e11, "matmul_flops_per_s": 5e11, "mfu": 0.24, "lr": 6e-4,
-    "batch_tokens": 4096, "micro_batch": 2048,
-    "attention": "sdpa", "dtype": "bfloat16", "compile": False, "activation_bytes": 412_000_000,
-}  # fmt: skip
-
-
-def step_line(step: int, charged_s: float, seconds: float = 1.0, joules: float | None = None) -> dict[str, Any]:
-    parts = (0.01, 0.2, 0.2, 0.08, 0.42, 0.05, 0.0, 0.04)
-    return {
-        "step": step, "progress": step / 60, "charged_s": charged_s,
-        "phase_s": {name: part * seconds for name, part in zip(PHASES, parts, strict=True)},
-        "flops": {"student": 213_000_000_001 * step, "teacher": 82_000_000_003 * step, "loss": 1_600_000_007 * step},
-        "tokens": {"real": 4_091 * step, "predicted": 614 * step, "unique": min(4_091 * step, 1_134_022)},
-        "epoch": 4_091 * step / 1_134_022, "joules": joules, "lr": 6e-4 * (1 - step / 60), "loss": 4.6 - step / 20,
-    }  # fmt: skip
-
-
-def event_line(event: str, seconds: float, step: int, charged: bool, charged_s: float) -> dict[str, Any]:
-    return {"event": event, "seconds": seconds, "step": step, "charged": charged, "charged_s": charged_s}
-
-
-def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def make_run(folder: Path, *, devices: int = 1, joules: bool = False, plan: dict[str, Any] | None = None) -> Path:
-    """A finished run of 57 steps with two validations and a checkpoint between them."""
-    folder.mkdir(parents=True)
-    ledger = [event_line("setup", 6.4, 0, False, 0.0), event_line("validation", 0.5, 0, False, 0.0)]
-    metrics = [{"event": "validation", "step": 0, "progress": 0.0, "charged_s": 0.0, "tokens": 0, "loss": 4.7,
-                "accuracy": None}]  # fmt: skip
-    charged = 0.0
-    for step in range(1, 58):
-        seconds = 1.0 + 0.003 * (step % 7)
-        charged += seconds * devices
-        ledger.append(step_line(step, charged, seconds, 310.5 * step if joules else None))
-        if step == 1 or step % 10 == 0:
-            parts = {"query": 1.5 - step / 100, "key": 1.4 - step / 100, "value": 1.3 - step / 100}
-            metrics.append({"step": step, "progress": step / 60, "charged_s": charged, "tokens": 4_091 * step,
-                            "loss": 4.6 - step / 20, "parts": parts, "lr": 5e-4, "grad_norm": 1.0,
-                            "tokens_per_s": 3412.3, "peak_memory_bytes": 10**9 + step,
-                            "watts": 309.0 if joules else None, "sm_clock_mhz": 1500.0 + step if joules else None,
-                            "throttle": ["power cap"] * (step == 10) if joules else None})  # fmt: skip
-        if step == 30:
-            for event, taken in (("validation", 0.41), ("checkpoint", 0.23)):
-                charged += taken * devices
-                ledger.append(event_line(event, taken, step, True, charged))
-            metrics.append({"event": "validation", "step": step, "progress": 0.5, "charged_s": charged,
-                            "tokens": 4_091 * step, "loss": 2.9, "accuracy": 0.231})  # fmt: skip
-    ledger.append(event_line("export", 0.9, 57, False, charged))
-    write_lines(folder / "ledger.jsonl", ledger)
-    write_lines(folder / "metrics.jsonl", metrics)
-    (folder / "plan.json").write_text(json.dumps((plan or PLAN) | {"devices": devices}))
-    (folder / "config.toml").write_text('method = "minilmv2"\nseed = 3\n[method_options]\nrelation_heads = 48\n')
-    environment = {"command": ["python", "-m", "fastkd.run", "--teacher", "a b"], "packages": {"torch": "2.13.0"}}
-    (folder / "environment.json").write_text(json.dumps(environment))
-    (folder / "final").mkdir()
-    return folder
-
-
-class Page(HTMLParser):
-    """The named numbers of a page, the tags and the ids it uses, and what it would fetch."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.text = path.read_text()
-        self.numbers: dict[str, float] = {}
-        self.tags: set[str] = set()
-        self.ids: list[str] = []
-        self.fetched: list[str] = []
-        self.feed(self.text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = {key: value or "" for key, value in attrs}
-        self.tags.add(tag)
-        if tag == "data":
-            assert values["data-name"] not in self.numbers
-            self.numbers[values["data-name"]] = float(values["value"])
-        if "id" in values:
-            self.ids.append(values["id"])
-        for key in ("src", "href", "xlink:href", "action", "poster", "data"):
-            if not values.get(key, "#").startswith("#"):
-                self.fetched.append(values[key])
-
+from fastkd.run_folder import read_run
 
 # ---- numbers ------------------------------------------------------------------------------------------------
 
@@ -327,33 +230,6 @@ def test_the_teachers_note_is_shown_for_the_quickstart_teacher_alone(tmp_path: P
     assert "paraphrase" not in Page(build_report(make_run(tmp_path / "bert", plan=another))).text
 
 
-def test_the_quickstart_teacher_is_known_by_any_name_and_by_its_weights(
-    quickstart_teacher: Path, tmp_path: Path
-) -> None:
-    assert ancestors(None) == [] and ancestors("google-bert/bert-base-uncased") == ["google-bert/bert-base-uncased"]
-    assert ancestors("quickstart") == ["quickstart"]
-    hub = "sentence-transformers/all-MiniLM-L6-v2"
-    assert ancestors(hub) == [hub, "quickstart"]
-    (tmp_path / "copy").symlink_to(quickstart_teacher)
-    copy = str(tmp_path / "copy")
-    assert ancestors(copy) == [copy, "quickstart"]
-    student = make_run(tmp_path / "student", plan=PLAN | {"ancestors": [copy, "quickstart"]})
-    (tmp_path / "final").symlink_to(student)
-    for place in (student, student / "final", tmp_path / "final"):
-        assert ancestors(str(place)) == [str(place), copy, "quickstart"]
-    older = {name: value for name, value in PLAN.items() if name != "ancestors"}
-    assert made_from(older) == ["quickstart"] and made_from(older | {"teacher": None}) == []
-
-
-def test_names_that_are_no_folders_have_nothing_to_do_with_a_plan_that_lies_about(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "plan.json").write_text("[1, 2]")
-    for name in ("quickstart", "bert-base-uncased"):
-        assert ancestors(name) == [name]
-
-
 @pytest.mark.parametrize(
     ("end", "words"),
     [
@@ -396,53 +272,12 @@ def test_a_long_run_is_drawn_with_few_points(tmp_path: Path) -> None:
     assert len(build_report(tmp_path).read_bytes()) < 600_000
 
 
-# ---- tables and the card ------------------------------------------------------------------------------------
+# ---- tables -------------------------------------------------------------------------------------------------
 
 
 def test_a_table_is_the_same_in_markdown() -> None:
     table = Table(("method", "loss"), [("a|b", numeric("x", 1.5)), ("c\nd", numeric("y", None))])
     assert table.markdown() == "| method | loss |\n| --- | ---: |\n| a\\|b | 1.500 |\n| c d | – |\n"
-
-
-@pytest.mark.parametrize("mlm_head", [True, False])
-def test_the_model_card_is_one_the_hub_reads(tmp_path: Path, mlm_head: bool) -> None:
-    content = model_card(make_run(tmp_path / "run", joules=True), mlm_head=mlm_head)
-    card = ModelCard(content)
-    assert card.data.license == "unknown" and card.data.library_name == "transformers"
-    assert card.data.pipeline_tag == ("fill-mask" if mlm_head else "feature-extraction")
-    assert card.data.tags == ["fastkd", "knowledge-distillation", "minilmv2", "sentence-transformers"]
-    assert card.data.base_model == "sentence-transformers/all-MiniLM-L6-v2", (
-        "the packaged teacher, by its name on the hub"
-    )
-    results = {result.metric_type: result.metric_value for result in card.data.eval_results or []}
-    assert results == {"loss": 2.9, "accuracy": 0.231}
-    assert ("head was trained" in content) == mlm_head
-    assert ("head was **not** trained" in content) != mlm_head
-    for text in (
-        "58.15 GPU-seconds",
-        "233.2 k",
-        "student 12.14 TFLOP",
-        "17.70 kJ",
-        "NLI and paraphrase",
-    ):
-        assert text in content
-    table = [line for line in content.splitlines() if line.startswith("|")]
-    assert all(line.count("|") == 3 for line in table)
-
-
-@pytest.mark.parametrize("weight", [0.0, 1.0])
-def test_the_model_card_says_which_tokens_the_cosine_takes(tmp_path: Path, weight: float) -> None:
-    folder = make_run(tmp_path / "run")
-    (folder / "config.toml").write_text(f'method = "logit_kd"\n[method_options]\ncosine_weight = {weight}\n')
-    assert ("that of the masked positions" in model_card(folder, mlm_head=True)) == (weight > 0)
-
-
-def test_the_model_card_of_scratch_training_names_no_teacher(tmp_path: Path) -> None:
-    content = model_card(make_run(tmp_path / "run", plan=PLAN | {"method": "mlm", "teacher": None}), mlm_head=True)
-    assert (
-        ModelCard(content).data.tags == ["fastkd", "mlm", "sentence-transformers"] and "| teacher | none |" in content
-    )
-    assert "energy" not in content
 
 
 def test_a_rounded_residual_stream_is_told(tmp_path: Path) -> None:

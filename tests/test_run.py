@@ -18,7 +18,7 @@ from fastkd.budget import surviving_steps
 from fastkd.files import read_jsonl
 from fastkd.glue.source import find_model
 from fastkd.models import hf
-from fastkd.reports.run_report import QUICKSTART_TEACHER_NOTE
+from fastkd.reports.page import QUICKSTART_TEACHER_NOTE
 from fastkd.run_folder import read_run
 
 BUDGET = ["--budget-tokens", "12000"]

@@ -20,7 +20,8 @@ from fastkd.comparison.tables import (
 )
 from fastkd.files import Record
 from fastkd.reports import bars, plots
-from fastkd.reports.run_report import NOT_INCLUDED, render, settings_table, teacher_note
+from fastkd.reports.page import NOT_INCLUDED, render, teacher_note
+from fastkd.reports.tables import settings_table
 
 
 def build_comparison(folder: Path) -> Path:

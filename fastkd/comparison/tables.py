@@ -6,9 +6,8 @@ from fastkd import quantities
 from fastkd.comparison.results import SCRATCH, Group, Results, Spread, differences
 from fastkd.files import Record
 from fastkd.reports import bars, plots
-from fastkd.reports.tables import Cell, Table, numeric
+from fastkd.reports.tables import Cell, Cells, Table, numeric
 
-Row = tuple[Cell | str, ...]
 # field: (head, how it is written)
 COST: dict[str, tuple[str, Callable[[float], str]]] = {
     "charged_s": ("GPU-seconds", quantities.number),
@@ -39,7 +38,7 @@ def agreement(groups: list[Group]) -> Iterator[str]:
 def main_table(results: Results, groups: list[Group]) -> Table:
     """A row for each label, match and budget: what it cost, and the headline scores as mean ± standard deviation."""
     names = [name for name in results.headline if name in results.score_names()]
-    rows: list[Row] = [
+    rows: list[Cells] = [
         (
             *_labels(groups, group),
             *(_spread_cell(f"{group.key}.{name}", group.spread(name), write) for name, (_, write) in COST.items()),
@@ -61,7 +60,7 @@ def score_table(results: Results, groups: list[Group]) -> Table:
     names = results.score_names()
     if set(names) <= set(results.headline):
         return Table(("",), [])
-    rows: list[Row] = [
+    rows: list[Cells] = [
         (
             *_labels(groups, group),
             *(_score_cell(results, f"all/{group.key}", name, group.score(name)) for name in names),
@@ -79,7 +78,7 @@ def score_table(results: Results, groups: list[Group]) -> Table:
 def scratch_table(results: Results, groups: list[Group]) -> Table:
     """Each label's scores less those of scratch training under the same budget, seed by seed."""
     scratch = {(group.match, group.budget): group for group in groups if group.label == SCRATCH}
-    rows: list[Row] = []
+    rows: list[Cells] = []
     for group in groups:
         base = scratch.get((group.match, group.budget))
         if base is not None and group is not base:
@@ -93,7 +92,7 @@ def seconds_table(groups: list[Group]) -> Table:
     means = [(group, group.mean_of("phase_s")) for group in groups if group.rows]
     names = sorted({name for _, table in means for name, value in table.items() if value}, key=bars.phase_order)
     largest = max((value for _, table in means for value in table.values()), default=0.0)
-    rows: list[Row] = [
+    rows: list[Cells] = [
         (*_labels(groups, group), *(_phase_cell(group, name, table.get(name), largest) for name in names))
         for group, table in means
         if table
@@ -107,7 +106,7 @@ def _phase_cell(group: Group, name: str, seconds: float | None, largest: float) 
 
 def seed_table(results: Results) -> Table:
     """Every row as it ran: what it cost and the headline scores of each seed."""
-    rows: list[Row] = [
+    rows: list[Cells] = [
         (
             row["label"],
             str(row["match"]),
@@ -139,8 +138,8 @@ def _label_head(groups: list[Group]) -> tuple[str, ...]:
     return ("method", *several, "seeds")
 
 
-def _labels(groups: list[Group], group: Group) -> Row:
-    colour = plots.STYLES[_style(groups, group.label)][0]
+def _labels(groups: list[Group], group: Group) -> Cells:
+    colour = plots.LINE_STYLES[_style(groups, group.label)][0]
     seeds = f"{len(group.rows)}" + (f", {group.failed} failed" if group.failed else "")
     cells: dict[str, Cell | str] = {
         "method": Cell(group.label, colour=colour),
@@ -160,7 +159,7 @@ def budget_text(group: Group) -> str:
 
 
 def _style(groups: list[Group], label: str) -> int:
-    return list(dict.fromkeys(group.label for group in groups)).index(label) % len(plots.STYLES)
+    return list(dict.fromkeys(group.label for group in groups)).index(label) % len(plots.LINE_STYLES)
 
 
 def _written(name: str, value: float | None, write: Callable[[float], str]) -> Cell:

@@ -1,5 +1,7 @@
 """Stacked bars of a report: what seconds or FLOPs were spent on, as inline SVG."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +13,7 @@ from matplotlib.ticker import FuncFormatter
 
 from fastkd.reports.plots import BLACK, BLUE, GREEN, INK, ORANGE, PURPLE, SKY, STYLE, VERMILLION, YELLOW, tick, to_svg
 
-# Where the seconds go. Neighbours differ in lightness; what is not a step is grey.
+# Phases and events in a bar's order. Neighbours differ in lightness; events, which are no part of a step, are grey.
 PHASE_COLOURS = {
     "teacher": ORANGE,
     "student": BLUE,
@@ -36,16 +38,15 @@ def stacked_bars(
     title: str,
     x_label: str,
     legend: bool = True,
-    width: float = 9.6,
 ) -> Markup:
-    """One horizontal bar a row, split by phase in the order of `PHASE_COLOURS`, as an inline SVG.
+    """One horizontal bar for each of `rows` (label, amount by phase), split in the order of `PHASE_COLOURS`: an inline SVG.
 
-    Pieces wide enough carry their share of the bar. `legend=False` where a table explains the colours.
+    A piece that is wide enough shows its share of the bar. `legend=False` if a table explains the colours.
     """
     names = sorted({phase for _, parts in rows for phase in parts if parts[phase]}, key=phase_order)
     longest = max((sum(parts.values()) for _, parts in rows), default=0.0) or 1.0
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name, "axes.grid.axis": "x"}):
-        figure = Figure(figsize=(width, 0.75 + 0.32 * len(rows) + 0.3 * legend), layout="constrained")
+        figure = Figure(figsize=(9.6, 0.75 + 0.32 * len(rows) + 0.3 * legend), layout="constrained")
         axes = figure.add_subplot()
         lefts = [0.0] * len(rows)
         for phase in names:
@@ -89,7 +90,7 @@ def _legend(figure: Any, names: Sequence[str]) -> None:
 
 
 def phase_order(name: str) -> tuple[int, str]:
-    """Sorts phases and events as stacked bars hold them; unknown ones come last."""
+    """A sort key: phases and events in the order of stacked bars, unknown ones last."""
     order = list(PHASE_COLOURS)
     return (order.index(name) if name in order else len(order)), name
 

@@ -1,17 +1,21 @@
 """What a run's budget was spent on: GPU-seconds by phase and event, FLOPs by part, energy."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from markupsafe import Markup
 
 from fastkd import quantities
 from fastkd.reports import bars
-from fastkd.reports.tables import Cell, Table, numeric, share
-from fastkd.run_folder import EventSum, Run
+from fastkd.reports.tables import Cell, Cells, Table, numeric, share
 
-Row = tuple[Cell | str, ...]
+if TYPE_CHECKING:
+    from fastkd.run_folder import EventSum, Run
 
 
 def seconds_bar(run: Run) -> Markup:
-    """The pieces of `charged_s` as one bar; nothing where nothing was charged. `seconds_table` is its legend."""
+    """The parts of `charged_s` as one bar, whose legend is `seconds_table`; empty if nothing was charged."""
     if not run.accounted_s:
         return Markup()
     pieces = [("", run.seconds_by_kind)]
@@ -19,7 +23,7 @@ def seconds_bar(run: Run) -> Markup:
 
 
 def seconds_table(run: Run) -> Table:
-    """Phases, charged events, their sum beside the ledger's charge, and what was not charged."""
+    """GPU-seconds of phases and charged events, their sum beside the ledger's charge, then events not charged."""
     charged = sorted(
         (event for event in run.event_sums if event.charged), key=lambda event: bars.phase_order(event.name)
     )
@@ -31,17 +35,17 @@ def seconds_table(run: Run) -> Table:
     return Table(("", "GPU-seconds", "share", "ms each"), rows, sums=3 + len(free), kind="narrow")
 
 
-def _phase_row(run: Run, name: str) -> Row:
+def _phase_row(run: Run, name: str) -> Cells:
     each = run.phase_s[name] / len(run.steps) * 1e3 if run.steps else None
     return _row(run, name, name, f"phase.{name}", run.phase_s[name], each)
 
 
-def _event_row(run: Run, event: EventSum) -> Row:
+def _event_row(run: Run, event: EventSum) -> Cells:
     label = f"{event.name} × {event.times}"
     return _row(run, event.name, label, f"event.{event.name}", event.seconds, event.seconds / event.times * 1e3)
 
 
-def _row(run: Run, kind: str, label: str, name: str, seconds: float, each_ms: float | None) -> Row:
+def _row(run: Run, kind: str, label: str, name: str, seconds: float, each_ms: float | None) -> Cells:
     return (
         Cell(label, colour=bars.phase_colour(kind)),
         _seconds(run, name, seconds),
@@ -54,7 +58,7 @@ def _seconds(run: Run, name: str, seconds: float) -> Cell:
     return numeric(name, seconds, quantities.aligned(seconds, run.accounted_s))
 
 
-def _totals(run: Run) -> list[Row]:
+def _totals(run: Run) -> list[Cells]:
     whole = run.accounted_s
     totals = (
         ("sum of the above", "accounted_s", whole),
@@ -66,13 +70,13 @@ def _totals(run: Run) -> list[Row]:
     ]
 
 
-def _free_row(run: Run, event: EventSum) -> Row:
+def _free_row(run: Run, event: EventSum) -> Cells:
     label = f"not charged: {event.name} × {event.times}"
     return label, _seconds(run, f"free.{event.name}", event.seconds), "", ""
 
 
 def arithmetic_table(run: Run) -> Table:
-    """FLOPs by part, a token and a GPU-second, with the whole as the last row; empty before the first step."""
+    """FLOPs by part, per token and per GPU-second, the total in the last row; empty before the first step."""
     if run.last is None:
         return Table(("",), [])
     parts = dict(run.last["flops"])
@@ -81,7 +85,7 @@ def arithmetic_table(run: Run) -> Table:
     return Table(("", "FLOPs", "share", "a token", "a GPU-second of steps"), rows, sums=1)
 
 
-def _flops_row(run: Run, part: str, value: int, whole: int) -> Row:
+def _flops_row(run: Run, part: str, value: int, whole: int) -> Cells:
     tokens = run.last["tokens"]["real"] if run.last else 0
     each = value / tokens if tokens else None
     rate = value / run.step_s if run.step_s else None
@@ -95,13 +99,13 @@ def _flops_row(run: Run, part: str, value: int, whole: int) -> Row:
 
 
 def efficiency_table(run: Run) -> Table:
-    """Use of the device and energy; what the device does not tell, or no table knows, is blank."""
+    """Use of the device, energy, clocks and memory; what was not measured is blank."""
     joules = run.last["joules"] if run.last else None
     tokens = run.last["tokens"]["real"] if run.last else 0
     each = joules / tokens if joules is not None and tokens else None
     power = joules / run.step_s if joules is not None and run.step_s else None
     memory = max((line.get("peak_memory_bytes") or 0 for line in run.metrics), default=0) or None
-    rows: list[Row] = [
+    rows: list[Cells] = [
         _use_row(run, "matmul_share", "of a measured matrix product", run.plan.get("matmul_flops_per_s")),
         _use_row(run, "mfu", "MFU: of the data sheet's peak", run.peak_flops),
         ("energy of the steps", numeric("joules", joules, quantities.scaled(joules or 0.0, "J"))),
@@ -114,13 +118,13 @@ def efficiency_table(run: Run) -> Table:
     return Table(("", ""), rows)
 
 
-def _throttle_rows(run: Run) -> list[Row]:
+def _throttle_rows(run: Run) -> list[Cells]:
     shares = run.throttle_shares
     if shares is None:
         return [("readings throttled", numeric("throttled", None))]
     return [(f"readings throttled: {name}", share(f"throttled.{name}", value, 1.0)) for name, value in shares.items()]
 
 
-def _use_row(run: Run, name: str, label: str, possible: float | None) -> Row:
+def _use_row(run: Run, name: str, label: str, possible: float | None) -> Cells:
     use = run.flops_per_s / possible if run.flops_per_s is not None and possible else None
     return label, numeric(name, use, f"{use or 0:.1%}")

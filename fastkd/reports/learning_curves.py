@@ -1,20 +1,22 @@
 """How a run learned: loss, learning rate and throughput against the budget, as plots and as their numbers."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
 from fastkd import quantities
-from fastkd.files import Record
 from fastkd.reports import plots
-from fastkd.reports.tables import Cell, Table, numeric
-from fastkd.run_folder import Bin, Run
+from fastkd.reports.tables import Cells, Table, numeric
 
-Row = tuple[Cell | str, ...]
+if TYPE_CHECKING:
+    from fastkd.files import Record
+    from fastkd.run_folder import Bin, Run
 
 
 def learning_plots(run: Run) -> list[Markup]:
-    """Training loss, held-out loss, learning rate, throughput and the loss's parts; nothing before the first step."""
+    """Training loss, held-out loss, learning rate, throughput and the loss's parts; empty before the first step."""
     bins = run.bins()
     if not bins:
         return []
@@ -64,12 +66,12 @@ def _parts_plot(run: Run, shared: Record) -> list[Markup]:
 
 
 def held_out_table(run: Run) -> Table:
-    """Every validation; the accuracy is blank where no MLM head is trained."""
+    """Every validation; the accuracy is blank if no MLM head is trained."""
     head = ("step", "GPU-seconds", "tokens", "held-out loss", "accuracy")
     return Table(head, [_validation_row(line) for line in run.validations])
 
 
-def _validation_row(line: Record) -> Row:
+def _validation_row(line: Record) -> Cells:
     key, accuracy = f"validation.{line['step']}", line.get("accuracy")
     return (
         numeric(f"{key}.step", line["step"]),
@@ -81,12 +83,12 @@ def _validation_row(line: Record) -> Row:
 
 
 def points_table(run: Run) -> Table:
-    """The numbers behind `learning_plots`, a row for each point."""
+    """The numbers of `learning_plots`, a row for each point."""
     head = ("steps", f"{run.unit} spent", "mean loss", "lowest", "highest", "learning rate", "tokens/s")
     return Table(head, [_point_row(point) for point in run.bins()])
 
 
-def _point_row(point: Bin) -> Row:
+def _point_row(point: Bin) -> Cells:
     first, last = point.steps
     fields = ("spent", "loss", "low", "high", "lr", "tokens_per_s")
     label = f"{first:,}–{last:,}" if last > first else f"{last:,}"

@@ -1,4 +1,4 @@
-"""The metadata of a model card, which the hub shows, filters and ranks by: its front matter in YAML."""
+"""The model card of a student: its text, the metadata that the hub shows and ranks by, and results added later."""
 
 from __future__ import annotations
 
@@ -9,23 +9,59 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from fastkd import files, methods, quickstart
+from fastkd import files, methods, quantities, quickstart
+from fastkd.budget import PARTS
 from fastkd.data.hub import HubDataset
-from fastkd.run_folder import Run
+from fastkd.reports.descriptions import budget_text, corpus_text, loss_warning, model_text
+from fastkd.reports.page import render, teacher_note
+from fastkd.run_folder import Run, made_from, read_run
 
-METRICS = {
+# A metric of fastkd.glue: its name on the hub, where that is another.
+HUB_METRICS = {
     "matthews": "matthews_correlation",
     "spearman": "spearmanr",
     "pearson": "pearsonr",
     "macro_f1": "f1",
-}  # the hub's names
-QUICKSTART_MODEL = "sentence-transformers/all-MiniLM-L6-v2"  # whose weights the packaged teacher has
+}
+QUICKSTART_MODEL = "sentence-transformers/all-MiniLM-L6-v2"  # the hub's name of the packaged teacher
 
 
-def front_matter(run: Run, *, mlm_head: bool) -> str:
-    """YAML for a student: its teacher and data where they are on the hub, and its held-out loss as a result."""
-    datasets = hub_datasets(run)
-    teacher = hub_model((run.plan.get("teacher") or {}).get("source"))
+def model_card(run_folder: Path, *, mlm_head: bool) -> str:
+    """README.md of a student: what it is, what it cost, what it is not good for.
+
+    Args:
+        run_folder: of the run that trained it, with its complete ledger.
+        mlm_head: whether the masked-language-modelling head was trained.
+    """
+    run = read_run(run_folder)
+    last = run.last or {"flops": dict.fromkeys(PARTS, 0), "tokens": {"real": 0}, "epoch": 0.0, "joules": None}
+    return render(
+        "model_card.md",
+        metadata=_front_matter(run, mlm_head=mlm_head),
+        method=run.plan.get("method", run.config.get("method", "unknown")),
+        student=model_text(run.plan.get("student")),
+        teacher=model_text(run.plan.get("teacher")),
+        teacher_note=teacher_note(made_from(run.plan)),
+        corpus=corpus_text(run.plan.get("corpus")),
+        seq_length=run.config.get("seq_length"),
+        budget=budget_text(run),
+        charge=run.plan.get("charge", "unknown"),
+        charged=quantities.number(run.charged_s),
+        tokens=quantities.count(last["tokens"]["real"]),
+        epochs=quantities.number(last["epoch"], 3),
+        flops={part: quantities.scaled(last["flops"][part], "FLOP") for part in PARTS},
+        joules=None if last["joules"] is None else quantities.scaled(last["joules"], "J"),
+        warning=loss_warning(run),
+        held_out=next((line for line in reversed(run.validations) if line["loss"] is not None), None),
+        mlm_head=mlm_head,
+        method_note=_method_note(run),
+    )
+
+
+def _front_matter(run: Run, *, mlm_head: bool) -> str:
+    """The card's metadata in YAML: teacher and corpus if they are on the hub, and the held-out loss as a result."""
+    datasets = _hub_datasets(run)
+    teacher = _hub_model((run.plan.get("teacher") or {}).get("source"))
     method = str(run.plan.get("method", run.config.get("method", "unknown")))
     distilled = ["knowledge-distillation"] if run.plan.get("teacher") else []
     card = ModelCardData(
@@ -41,16 +77,16 @@ def front_matter(run: Run, *, mlm_head: bool) -> str:
     return str(card.to_yaml())
 
 
-def method_note(run: Run) -> str:
-    """What the run's method says of its students; nothing where no file of fastkd/methods/ has its name."""
+def _method_note(run: Run) -> str:
+    """What the run's method says of its students; empty if no file of fastkd/methods/ has its name."""
     name = run.config.get("method", run.plan.get("method"))
     if name not in methods.available():
         return ""
     return str(methods.load(name).METHOD.card_note(run.config.get("method_options", {})))
 
 
-def hub_model(source: str | None) -> str | None:
-    """The hub id of a model that a run names; None where it is not on the hub."""
+def _hub_model(source: str | None) -> str | None:
+    """The hub's name of a model that a run names; None if it is not on the hub."""
     if source == quickstart.NAME:
         return QUICKSTART_MODEL
     if not source or source.count("/") > 1 or source[0] in "./~" or Path(source).exists():
@@ -58,7 +94,7 @@ def hub_model(source: str | None) -> str | None:
     return source
 
 
-def hub_datasets(run: Run) -> list[str]:
+def _hub_datasets(run: Run) -> list[str]:
     """The hub's names of a run's corpora; files and the quickstart corpus have none."""
     specs = [str(spec).removesuffix("+join") for spec in run.config.get("corpus", [])]
     found = [HubDataset.parse(spec) for spec in specs if not Path(spec).exists() and "/" in spec]
@@ -66,7 +102,7 @@ def hub_datasets(run: Run) -> list[str]:
 
 
 def _held_out(run: Run, datasets: Sequence[str]) -> list[EvalResult]:
-    """Loss, and accuracy where there is one, on the held-out text."""
+    """The last loss on the held-out text, and the accuracy if there is one."""
     last = next((line for line in reversed(run.validations) if line["loss"] is not None), None)
     if last is None:
         return []
@@ -88,19 +124,22 @@ def _held_out(run: Run, datasets: Sequence[str]) -> list[EvalResult]:
 
 
 def add_results(path: Path, results: Sequence[EvalResult]) -> None:
-    """Put results into a card's metadata, in the place of older ones of the same tasks; a card without is given some."""
+    """Put results into the metadata of a card, in place of older results of the same tasks.
+
+    A card without metadata gets some; a file that is missing is made.
+    """
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     front = "" if text.startswith("---") else "---\ntags:\n- fastkd\n---\n"
     card = ModelCard(front + text, ignore_metadata_errors=True)
     data: Any = card.data
-    new = {_what(result) for result in results}
-    data.eval_results = [*(result for result in data.eval_results or [] if _what(result) not in new), *results]
+    new = {_measured_on(result) for result in results}
+    data.eval_results = [*(result for result in data.eval_results or [] if _measured_on(result) not in new), *results]
     data.model_name = data.model_name or path.absolute().parent.name
     files.write(path, str(card))
 
 
-def _what(result: EvalResult) -> tuple[str | None, ...]:
-    """What a result was measured on."""
+def _measured_on(result: EvalResult) -> tuple[str | None, ...]:
+    """The data that a result was measured on."""
     return result.dataset_type, result.dataset_config, result.dataset_split
 
 
@@ -114,7 +153,7 @@ def glue_results(scores: Mapping[str, Any]) -> list[EvalResult]:
             dataset_name=task.title,
             dataset_config=task.config or task.name,
             dataset_split="validation",
-            metric_type=METRICS.get(metric, metric),
+            metric_type=HUB_METRICS.get(metric, metric),
             metric_name=metric.replace("_", " "),
             metric_value=round(values["mean"] / 100, 5),
         )

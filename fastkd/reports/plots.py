@@ -1,8 +1,10 @@
-"""Plots of a report as inline SVG: curves and scores, the same bytes for the same numbers.
+"""Plots of a report as inline SVG: curves and scores. The same numbers give the same bytes.
 
-Colours are Okabe and Ito's, told apart by the colour-blind; line styles, markers and labels tell them apart
-in black and white.
+The colours are Okabe and Ito's, which the colour-blind can tell apart; line styles, markers and labels do it in black
+and white.
 """
+
+from __future__ import annotations
 
 import re
 from collections.abc import Sequence
@@ -19,8 +21,8 @@ from fastkd import quantities
 
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY, YELLOW, BLACK = "#E69F00", "#56B4E9", "#F0E442", "#000000"
-# (colour, line style, marker), in the order in which a plot's lines take them
-STYLES: tuple[tuple[str, Any, str], ...] = (
+# (colour, dashes, marker) of a plot's first line, second line, …
+LINE_STYLES: tuple[tuple[str, Any, str], ...] = (
     (BLUE, "-", "o"),
     (VERMILLION, (0, (5, 1.5)), "s"),
     (GREEN, (0, (1, 1)), "^"),
@@ -64,15 +66,15 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Line:
-    """A curve. `band`: lowest and highest values behind it. Points whose y is None are gaps."""
+    """A curve. `band`: the lowest and highest values around it. A point whose y is None is a gap."""
 
     label: str
     x: Sequence[float]
     y: Sequence[float | None]
     band: tuple[Sequence[float | None], Sequence[float | None]] | None = None
     marked: bool = False
-    solid: bool = False  # whatever the style's dashes are
-    style: int | None = None  # index into STYLES; its place among the lines unless given
+    solid: bool = False  # without the style's dashes
+    style: int | None = None  # index into LINE_STYLES; default: its place among the lines
 
 
 def curves(
@@ -81,7 +83,6 @@ def curves(
     *,
     title: str,
     x_label: str,
-    y_label: str = "",
     x_scale: float = 1.0,
     x_max: float | None = None,
     from_zero: bool = False,
@@ -90,8 +91,8 @@ def curves(
     """Lines over one x-axis, as an inline SVG.
 
     Args:
-        name: unique in the page; makes the SVG's ids so, and the bytes the same each time.
-        x_scale: x is divided by it, so that `x_label` may say GPU-hours.
+        name: unique in the page; it makes the SVG's ids unique, and the bytes the same each time.
+        x_scale: x is divided by it, so that `x_label` can say GPU-hours.
         x_max: right end of the x-axis, before scaling.
         from_zero: the y-axis starts at 0.
     """
@@ -99,10 +100,9 @@ def curves(
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         for place, line in enumerate(lines):
-            _draw(axes, line, STYLES[(place if line.style is None else line.style) % len(STYLES)], x_scale)
+            _draw(axes, line, LINE_STYLES[(place if line.style is None else line.style) % len(LINE_STYLES)], x_scale)
         axes.set_title(title)
         axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
         if x_max:
             axes.set_xlim(-0.02 * x_max / x_scale, 1.02 * x_max / x_scale)
         if from_zero:
@@ -130,42 +130,41 @@ def _gaps(values: Sequence[float | None]) -> list[float]:
 
 @dataclass(frozen=True)
 class Points:
-    """Scores of one label: a point (x, y, deviation of y or None) for each budget, and the seeds behind them.
+    """Scores of one label: a mean (x, y, deviation of y or None) for each budget, and a point (x, y) for each seed.
 
-    `joined`: the points are one method at several budgets, and a line leads from one to the next.
+    `joined`: a line joins the means.
     """
 
     label: str
     means: Sequence[tuple[float, float, float | None]]
-    seeds: Sequence[tuple[float, float]] = ()
-    joined: bool = False
+    seeds: Sequence[tuple[float, float]]
+    joined: bool
 
 
 def scores(
     name: str,
     series: Sequence[Points],
-    levels: Sequence[tuple[str, float]] = (),
+    levels: Sequence[tuple[str, float]],
     *,
     title: str,
     x_label: str,
-    x_scale: float = 1.0,
-    size: tuple[float, float] = (4.7, 3.3),
+    x_scale: float,
 ) -> Markup:
-    """Scores against the budget: means with one standard deviation, seeds as small points, references as levels.
+    """Scores against the budget: means with one standard deviation, seeds as small points, references as `levels`.
 
-    Where all spent the same, to 5%, points stand side by side around it on an axis that starts at 0; where budgets
-    lie far apart, the axis is logarithmic.
+    If all spent the same within 5%, the points are side by side around it, on an axis that starts at 0. If the largest
+    is at least 5 times the smallest, the axis is logarithmic.
     """
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=(4.7, 3.3), layout="constrained")
         axes = figure.add_subplot()
         spent = [x / x_scale for points in series for x, _, _ in points.means]
         same = max(spent) <= 1.05 * min(spent)
         for place, points in enumerate(series):
             if not points.means:
-                continue  # this label lacks the score; its colour stays its own
+                continue  # this label lacks the score; the others keep their colours
             aside = (place - (len(series) - 1) / 2) * 0.03 * max(spent) if same else 0.0
-            _draw_points(axes, points, STYLES[place % len(STYLES)], x_scale, aside)
+            _draw_points(axes, points, LINE_STYLES[place % len(LINE_STYLES)], x_scale, aside)
         for label, value in levels:
             axes.axhline(value, color="#999999", linewidth=0.9, linestyle=(0, (6, 3)), zorder=1)
             axes.annotate(label, (0.995, value), xycoords=("axes fraction", "data"), ha="right", va="bottom",
@@ -204,19 +203,20 @@ def tick(value: float) -> str:
 
 
 def x_axis(total: float | None, unit: str, reached: float) -> tuple[float, str]:
-    """Divisor and label of an axis of budget spent, at the scale of the budget (or of what was reached)."""
+    """Divisor and label of an axis of budget spent, for a budget of `total` (None: unknown), or what was `reached`."""
     scale, name = quantities.budget_scale(total or reached or 1.0, unit)
     return scale, f"{name} spent"
 
 
 def to_svg(figure: Any, name: str, alt: str) -> Markup:
+    """A figure as an inline SVG. `name`: unique in the page. `alt`: what the drawing shows, for those who cannot see it."""
     buffer = StringIO()
     figure.savefig(buffer, format="svg")
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    # The metadata hold the date and the version of the library: not what the numbers say.
+    # The metadata hold the date and matplotlib's version, which change the bytes.
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    # Several drawings share a page: ids are made unique by the drawing's name.
+    # Several drawings share a page: the name makes each id unique.
     text = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{name}-", text)
     label = f'<svg class="plot" role="img" aria-label="{escape(alt)}" '
     return Markup(text.replace("<svg ", label, 1))

@@ -1,19 +1,22 @@
-"""Tables of a report: cells that carry their exact number, written as HTML or as Markdown."""
+"""Tables of a report. Each number carries its exact value; `templates/tables.html` writes a table as HTML."""
+
+from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-
-from markupsafe import Markup, escape
+from functools import cached_property
+from typing import Any
 
 from fastkd import quantities
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Text for people beside the number it stands for; no number is a blank.
+    """A text, and the number that it stands for.
 
-    `name` identifies the number in the page (`<data data-name="…" value="…">`), so that a program finds it
-    there; `colour` puts a swatch before the text, which makes the table a plot's legend.
+    `name` marks a number (`<data data-name="…" value="…">`), so that a program finds it in the page; a marked number
+    that is None is not known. `colour` puts a swatch before the text: the table is then the legend of a plot.
     """
 
     text: str
@@ -21,25 +24,19 @@ class Cell:
     name: str | None = None
     colour: str | None = None
 
-    def html(self) -> Markup:
-        """The cell's content."""
-        if self.name is None:
-            swatch = Markup('<i class="swatch" style="background:{}"></i>').format(self.colour)
-            return (swatch if self.colour else Markup()) + escape(self.text)
-        if self.value is None:
-            return Markup('<span class="blank" title="not known">–</span>')
-        return Markup('<data data-name="{}" value="{}">{}</data>').format(self.name, self.value, self.text)
+
+Cells = tuple[Cell | str, ...]  # a row of a table; a string is a cell without a number
 
 
 def numeric(name: str, value: float | None, text: str | None = None) -> Cell:
-    """A cell for a number, blank where it is None."""
+    """A cell for a number, blank if it is None."""
     if value is None:
         return Cell("–", None, name)
     return Cell(quantities.number(value) if text is None else text, value, name)
 
 
 def percent(part: float, whole: float) -> str:
-    """`part` / `whole` in percent; nothing where there is no whole."""
+    """`part` / `whole` in percent; empty if the whole is 0."""
     return f"{part / whole:.1%}".replace("-0.0%", "0.0%") if whole else ""
 
 
@@ -49,60 +46,51 @@ def signed_percent(value: float | None) -> str:
 
 
 def share(name: str, part: float, whole: float) -> Cell:
-    """A cell for `part` / `whole` in percent, blank where there is no whole."""
+    """A cell for `part` / `whole` in percent, blank if the whole is 0."""
     return numeric(name, part / whole if whole else None, percent(part, whole))
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under a head; columns of numbers are set right. `sums`: the last so many rows."""
+    """Rows of cells under a head; columns of numbers are aligned right. The last `sums` rows are totals."""
 
     head: tuple[str, ...]
-    rows: list[tuple[Cell | str, ...]]
-    caption: str = ""
+    rows: list[Cells]
     sums: int = 0
-    kind: str = field(default="", kw_only=True)  # a class for the style sheet
+    kind: str = field(default="", kw_only=True)  # a class of the style sheet
 
-    def html(self) -> Markup:
-        """The table as HTML."""
-        parts = [Markup('<table class="{}">').format(self.kind)]
-        if self.caption:
-            parts.append(Markup("<caption>{}</caption>").format(self.caption))
-        if any(self.head):
-            cells = Markup("").join(
-                Markup('<th class="{}">{}</th>').format(self._side(column), title)
-                for column, title in enumerate(self.head)
-            )
-            parts.append(Markup("<thead><tr>{}</tr></thead>").format(cells))
-        parts.append(Markup("<tbody>"))
-        parts += [self._row(row, i >= len(self.rows) - self.sums) for i, row in enumerate(self.rows)]
-        parts.append(Markup("</tbody></table>"))
-        return Markup("\n").join(parts)
-
-    def _row(self, row: tuple[Cell | str, ...], is_sum: bool) -> Markup:
-        cells = Markup("").join(
-            Markup('<{0} class="{1}">{2}</{0}>').format(
-                "th" if column == 0 else "td", self._side(column), _cell(cell).html()
-            )
-            for column, cell in enumerate(row)
-        )
-        return Markup('<tr class="{}">{}</tr>').format("sum" if is_sum else "", cells)
-
-    def _side(self, column: int) -> str:
-        named = any(_cell(row[column]).name for row in self.rows if column < len(row))
-        return "right" if named else "left"
+    @cached_property
+    def sides(self) -> list[str]:
+        """Each column's alignment: right if it holds a number, else left."""
+        columns = max(map(len, (self.head, *self.rows)))
+        return ["right" if any(_is_number(row, column) for row in self.rows) else "left" for column in range(columns)]
 
     def markdown(self) -> str:
         """The table in Markdown."""
-        sides = ["---:" if self._side(column) == "right" else "---" for column in range(len(self.head))]
-        lines = [_markdown_row(self.head), _markdown_row(sides)]
-        lines += [_markdown_row([_cell(cell).text for cell in row]) for row in self.rows]
-        return "\n".join(lines) + "\n"
+        rules = ("---:" if side == "right" else "---" for side in self.sides)
+        texts = ((cell if isinstance(cell, str) else cell.text for cell in row) for row in self.rows)
+        return "".join(map(_markdown_row, (self.head, rules, *texts)))
 
 
-def _cell(cell: Cell | str) -> Cell:
-    return Cell(cell) if isinstance(cell, str) else cell
+def _is_number(row: Cells, column: int) -> bool:
+    cell = row[column] if column < len(row) else ""
+    return isinstance(cell, Cell) and cell.name is not None
 
 
-def _markdown_row(texts: tuple[str, ...] | list[str]) -> str:
-    return "| " + " | ".join(re.sub(r"\s+", " ", text).replace("|", "\\|") for text in texts) + " |"
+def _markdown_row(texts: Iterable[str]) -> str:
+    return "| " + " | ".join(re.sub(r"\s+", " ", text).replace("|", "\\|") for text in texts) + " |\n"
+
+
+def settings_table(settings: Mapping[str, Any], head: str) -> Table:
+    """Nested settings as rows of name and value, without those that are empty."""
+    return Table((head, "value"), list(_flat(settings)), kind="settings")
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[Cells]:
+    for key in sorted(settings):
+        value = settings[key]
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif value not in (None, "", [], ()):
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            yield f"{prefix}{key}", text

@@ -1,0 +1,34 @@
+"""What the pages share: the templates' environment, and the notes at the top and at the foot of a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from fastkd import quickstart
+
+QUICKSTART_TEACHER_NOTE = (
+    "The quickstart teacher, all-MiniLM-L6-v2, was fine-tuned on NLI and paraphrase pairs: what a student "
+    "learns from it is not pretraining alone."
+)
+NOT_INCLUDED = "The teacher's own pretraining is not included in any number here; fine-tuning (GLUE) has its own line."
+
+
+def render(template: str, **contents: Any) -> str:
+    """A file of `fastkd/reports/templates/` filled with `contents`; a template that ends in .html escapes them."""
+    environment = Environment(
+        loader=PackageLoader("fastkd.reports", "templates"),
+        autoescape=lambda name: bool(name and name.endswith(".html")),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template).render(**contents)
+
+
+def teacher_note(models: Iterable[str]) -> str:
+    """What readers must know if a student was made from the quickstart teacher: it is one of `models`; else empty."""
+    return QUICKSTART_TEACHER_NOTE if quickstart.NAME in models else ""
