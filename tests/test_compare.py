@@ -1,4 +1,4 @@
-"""A comparison: matched budgets, rows that resume, failures that stay single, marks on what differs."""
+"""A comparison: matched budgets, rows that resume, failures that stay single, what else differs."""
 
 import json
 import signal
@@ -10,8 +10,9 @@ import pytest
 from report_page import Page
 
 from fastkd import compare, run
+from fastkd.comparison import differences
 from fastkd.comparison.report import build_comparison
-from fastkd.comparison.rows import ROW_OPTIONS, Row, base_row, circumstances, confounds, parse_row, teachers
+from fastkd.comparison.rows import ROW_OPTIONS, Row, base_row, parse_row, teachers
 from fastkd.comparison.scores import Scorer
 from fastkd.comparison.tuning import candidates, searched, tune
 from fastkd.distributed import World
@@ -48,9 +49,9 @@ def test_charged_seconds_agree_within_a_step(seconds_matched: Path) -> None:
 
 
 def test_rows_differ_in_their_method_alone_but_for_what_is_listed(seconds_matched: Path) -> None:
-    marks = {row["method"]: row["confounds"] for row in results(seconds_matched)["rows"]}
-    assert marks["mlm"] == []
-    assert marks["minilmv2"] == ["learning rate 0.0006, mlm has 0.001"]
+    found = {row["method"]: row["confounds"] for row in results(seconds_matched)["rows"]}
+    assert found["mlm"] == []
+    assert found["minilmv2"] == ["learning rate 0.0006, mlm has 0.001"]
 
 
 def test_scores_and_references_are_there(seconds_matched: Path) -> None:
@@ -143,7 +144,7 @@ def test_two_ranks_search_match_flops_and_agree(light: list[str], seconds_matche
     budget = scratch['{"budget_gpu_hours": 0.0007}']["flops"]
     for row in rows:
         assert row["status"] == "ok" and row["budget"] == budget
-        assert any("chosen among 2" in mark for mark in row["confounds"])
+        assert any("chosen among 2" in text for text in row["confounds"])
         run = read_run(next((folder / "rows").glob(f"{row['method']}-*")))
         assert run.devices == 2 and 0 <= budget - row["flops"] <= 1.1 * row["flops"] / len(run.steps)
         assert run.config["lr"] == searched(next((folder / "tuning").glob(f"{row['method']}-*"))).lr
@@ -251,23 +252,25 @@ def test_scratch_may_start_from_a_teacher_and_is_then_no_baseline() -> None:
     assert base_row(rows) == Row("mlm")
     shared = {"preset": "quickstart"}
     assert [row.resolved(shared, budget_tokens=1).run.teacher for row in rows] == ["quickstart", "quickstart", None]
-    assert confounds(rows[0], rows, shared, 1e-3, 1e-3) == [ROW_OPTIONS["init_from_teacher"]]
+    assert differences.of_options(rows[0], rows, shared, 1e-3, 1e-3) == [ROW_OPTIONS["init_from_teacher"]]
     assert parse_row("mlm+init-from-teacher@runs/big").teacher == "runs/big"
     with pytest.raises(ValueError, match="trains without a teacher"):
         parse_row("mlm@runs/big")
 
 
-def test_marks_name_every_difference() -> None:
+def test_every_difference_is_named() -> None:
     rows = [
         parse_row(spec) for spec in ("mlm", "minilmv2", "tinybert", "logit_kd@runs/big", "minilmv2+init-from-teacher")
     ]
     shared = {"preset": "quickstart"}
-    assert confounds(rows[0], rows, shared, 1e-3, 1e-3) == []
-    assert confounds(rows[3], rows, shared, 5e-4, 1e-3) == [
+    assert differences.of_options(rows[0], rows, shared, 1e-3, 1e-3) == []
+    assert differences.of_options(rows[3], rows, shared, 5e-4, 1e-3) == [
         "learning rate 0.0005, mlm has 0.001",
         "teacher runs/big, other rows have quickstart",
     ]
-    assert any("starts from teacher layers" in mark for mark in confounds(rows[4], rows, shared, 1e-3, 1e-3))
+    assert any(
+        "starts from teacher layers" in text for text in differences.of_options(rows[4], rows, shared, 1e-3, 1e-3)
+    )
 
 
 def test_rates_are_tried_around_the_default() -> None:
@@ -283,7 +286,7 @@ def test_a_row_of_another_teacher_keeps_the_student_of_the_others(mlm_run: Path)
     assert teachers(rows[:1], shared) == []
 
 
-def test_what_ran_elsewhere_or_throttled_is_marked(tmp_path: Path) -> None:
+def test_another_device_and_slowed_clocks_are_differences(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("mlm", "minilmv2")]
     for folder, device in zip(folders, ("A", "B"), strict=True):
         folder.mkdir()
@@ -293,8 +296,8 @@ def test_what_ran_elsewhere_or_throttled_is_marked(tmp_path: Path) -> None:
         (folder / "plan.json").write_text(json.dumps(plan))
     lines = [{"step": step, "throttle": ["thermal"] if step == 1 else []} for step in (1, 2, 3, 4)]
     (folders[1] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert circumstances(folders[0], folders[0], Row("mlm")) == []
-    assert circumstances(folders[1], folders[0], Row("mlm")) == [
+    assert differences.of_surroundings(folders[0], folders[0], Row("mlm")) == []
+    assert differences.of_surroundings(folders[1], folders[0], Row("mlm")) == [
         "device B, mlm had A",
         "dtype bfloat16, mlm had float32",
         "clocks held down by thermal in 25% of readings",

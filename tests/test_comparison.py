@@ -201,7 +201,7 @@ def test_a_page_needs_nothing_from_elsewhere(built: Path) -> None:
     assert len(page.ids) == len(set(page.ids)) > 0
 
 
-def test_results_md_shows_the_plots_that_lie_beside_it(built: Path) -> None:
+def test_results_md_shows_the_plots_beside_it(built: Path) -> None:
     shown = re.findall(r"!\[[^]]*\]\((plots/[^)]+)\)", (built / "RESULTS.md").read_text())
     assert sorted(shown) == sorted(f"plots/{path.name}" for path in (built / "plots").iterdir())
     assert len(shown) == 2 * 2 + 2 + 2  # two scores in two units, two stacked bars, two methods' losses
@@ -228,7 +228,7 @@ def test_several_budgets_make_a_curve_and_several_matches_a_column(tmp_path: Pat
     make(tmp_path, rows)
     head = table((tmp_path / "RESULTS.md").read_text(), "What each method made of its budget")[0]
     assert head[:4] == ["method", "match", "budget", "seeds"]
-    assert len(read_results(tmp_path).groups()) == 12
+    assert len(read_results(tmp_path).arms) == 12
 
 
 def test_all_scores_have_their_table_where_the_headline_leaves_some_out(built: Path, tmp_path: Path) -> None:

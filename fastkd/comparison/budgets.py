@@ -1,4 +1,4 @@
-"""Matching: the budgets that all rows of a comparison get, and what each row would make of them."""
+"""The budgets that all rows of a comparison get, and each row's plan under them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ from typing import Any
 import torch
 
 from fastkd import files, planning
-from fastkd.comparison.rows import Row
+from fastkd.comparison.rows import BudgetOption, Row
 from fastkd.distributed import World, on_main
 from fastkd.setup import prepare
 from fastkd.train import Trainer
 
-Amount = dict[str, float]  # the one budget option of a run, with its value
 
-
-class Matching:
-    """Budgets of a comparison. What scratch training makes of one is measured once and kept in ``scratch.json``."""
+class MatchedBudgets:
+    """Budgets that match. A scratch run's plan under one is measured once and kept in ``scratch.json``."""
 
     def __init__(self, shared: dict[str, Any], folder: Path, world: World) -> None:
         self.shared, self.world, self.path = shared, world, folder / "scratch.json"
@@ -34,14 +32,17 @@ class Matching:
             raise ValueError(f"{self.path} holds no JSON object: remove it, and it is measured again") from error
 
     def keep(self) -> None:
-        """Write what was measured of scratch training, if anything."""
+        """Write scratch.json, if a scratch run was planned."""
         if self.scratch and self.world.is_main:
             files.write(self.path, json.dumps(self.scratch, indent=1) + "\n")
 
-    def budgets(self, match: str, hours: list[float], flops: float | None) -> list[Amount]:
-        """The budget of every row, one a point of the curve, the largest last.
+    def budgets(self, match: str, hours: list[float], flops: float | None) -> list[BudgetOption]:
+        """The budgets that every row gets, the largest last.
 
-        With ``match`` "flops" and no FLOPs given: those of a scratch run in that time.
+        Args:
+            match: "gpu-seconds" or "flops".
+            hours: GPU-hours; with "flops", the FLOPs of a scratch run in that time.
+            flops: the FLOPs themselves, None to take ``hours``.
         """
         times = [{"budget_gpu_hours": value} for value in sorted(set(hours))]
         if match == "gpu-seconds":
@@ -50,8 +51,8 @@ class Matching:
             return [{"budget_flops": flops}]
         return [{"budget_flops": self.scratch_plan(time)["flops"]} for time in times]
 
-    def scratch_plan(self, budget: Amount) -> dict[str, float]:
-        """FLOPs and tokens of a scratch run under a budget, as first measured, and the tokens of the corpus."""
+    def scratch_plan(self, budget: BudgetOption) -> dict[str, float]:
+        """FLOPs and tokens of a scratch run under a budget, as first planned, and the tokens of the corpus."""
         key = json.dumps(budget)
         if key not in self.scratch:
             (planned,) = self.plans_of(Row("mlm"), [budget])
@@ -62,11 +63,11 @@ class Matching:
             }
         return self.scratch[key]
 
-    def unique_tokens(self, budget: Amount, epochs: float) -> int:
-        """How much of the corpus a scratch run under the budget reads ``epochs`` times.
+    def unique_tokens(self, budget: BudgetOption, epochs: float) -> int:
+        """The tokens of the part of the corpus that a scratch run under the budget reads ``epochs`` times.
 
         Raises:
-            ValueError: the corpus holds less.
+            ValueError: the corpus holds fewer.
         """
         scratch = self.scratch_plan(budget)
         unique, held = int(scratch["tokens"] / epochs), int(scratch["corpus_tokens"])
@@ -77,8 +78,8 @@ class Matching:
             )
         return unique
 
-    def plans_of(self, row: Row, budgets: list[Amount]) -> list[dict[str, Any]]:
-        """A row's plan under each budget, from one measurement that is the same on every rank.
+    def plans_of(self, row: Row, budgets: list[BudgetOption]) -> list[dict[str, Any]]:
+        """A row's plan under each budget, from one measurement, the same on every rank.
 
         Raises:
             ValueError, BudgetTooSmall: the row cannot work.
@@ -90,8 +91,10 @@ class Matching:
 
 
 def release_memory() -> None:
-    """Give back what earlier rows held: each row finds the same device, its own peak is counted, and graphs of other
-    rows' shapes do not count against the limit of recompilations, at which a whole graph would be refused."""
+    """Free what earlier rows held, so that each row finds the same device and counts its own peak of memory.
+
+    Compiled graphs go too: with those of other rows, a row could reach the limit of recompilations.
+    """
     torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():

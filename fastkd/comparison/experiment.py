@@ -9,15 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastkd import files, methods, pipeline
+from fastkd import files, pipeline
 from fastkd.budget import Budget
-from fastkd.comparison.budgets import Matching, release_memory
+from fastkd.comparison import differences
+from fastkd.comparison.budgets import MatchedBudgets, release_memory
 from fastkd.comparison.options import CompareConfig
 from fastkd.comparison.references import References
 from fastkd.comparison.report import build_comparison
-from fastkd.comparison.results import RESULTS, write_results
-from fastkd.comparison.rows import Row, base_row, circumstances, confounds, parse_rows, results_row
-from fastkd.comparison.scores import Scorer
+from fastkd.comparison.results import RESULTS, record_of, write_results
+from fastkd.comparison.rows import BudgetOption, Row, RowRun, base_row, parse_rows
+from fastkd.comparison.scores import Scorer, headline
 from fastkd.comparison.tuning import BUDGET_SHARE, Search, searched, tune
 from fastkd.device import environment
 from fastkd.distributed import World, any_rank, on_main
@@ -28,119 +29,100 @@ from fastkd.terminal import Console
 
 
 class Comparison:
-    """The rows of a comparison, what they share, and where they are."""
+    """The rows of a comparison, the options that they share, and the folder that holds them."""
 
     def __init__(self, own: CompareConfig, shared: dict[str, Any], argv: Sequence[str], world: World) -> None:
         self.own, self.shared, self.argv, self.world = own, shared, list(argv), world
         self.plans: list[dict[str, Any]] = []
         self.console = Console(quiet=not world.is_main)
-        self.folder = Path(own.output_dir or self._default_folder())
+        self.folder = Path(own.output_dir or default_folder(own, shared))
         if not own.plan_only:
             files.check_writable(self.folder)
         self.rows = parse_rows(own.methods, own.as_released)
         self.scorer = Scorer(own.glue, own.glue_tasks, own.glue_train_rows, own.glue_seeds)
         self.references = References(self.rows, shared, self.folder / "references", self.scorer)
 
-    def _default_folder(self) -> Path:
-        content = dataclasses.asdict(self.own) | self.shared
-        kept = {k: v for k, v in sorted(content.items()) if k not in (*PRESENTATION, "plan_only", "json")}
-        digest = hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:6]
-        return Path("runs") / f"compare-{self.own.match}-{digest}"
-
-    # ---- doing it -------------------------------------------------------------------------------------------
-
     def run(self) -> int:
-        """Plan every row, run what is not done yet, score, and report; returns how many rows failed.
+        """Plan every row, run what is not done yet, score, and report; returns how many runs failed.
 
         Raises:
             ValueError, BudgetTooSmall: a row cannot work; nothing was written.
         """
-        matching = Matching(self.shared, self.folder, self.world)
-        budgets = matching.budgets(self.own.match, self.own.budget_gpu_hours, self.own.budget_flops)
+        matched = MatchedBudgets(self.shared, self.folder, self.world)
+        budgets = matched.budgets(self.own.match, self.own.budget_gpu_hours, self.own.budget_flops)
         if self.own.epochs_cap is not None:
-            unique = self.shared["unique_tokens"] = matching.unique_tokens(budgets[-1], self.own.epochs_cap)
+            unique = self.shared["unique_tokens"] = matched.unique_tokens(budgets[-1], self.own.epochs_cap)
             self.console.print(f"corpus cut to {unique:,} tokens, read {self.own.epochs_cap:g} times by a scratch run")
-        for row in self.rows:
-            for planned in matching.plans_of(row, budgets):
-                self.plans.append({"row": row.label} | planned)
-                self.console.print(plan_line(row, planned))
+        self.plan(matched, budgets)
         if self.own.plan_only:
             return 0
-        matching.keep()
+        matched.keep()
         on_main(self.world, self.references.fine_tune)
-        todo = [(row, budget, seed) for budget in budgets for seed in range(self.own.seeds) for row in self.rows]
-        finished = on_main(self.world, lambda: [each for each in todo if (self.row_folder(*each) / "final").is_dir()])
+        return self.run_rows(budgets)
+
+    def plan(self, matched: MatchedBudgets, budgets: list[BudgetOption]) -> None:
+        """Plan every row under every budget, and print the plans."""
+        for row in self.rows:
+            for planned in matched.plans_of(row, budgets):
+                self.plans.append({"row": row.label} | planned)
+                self.console.print(plan_line(row, planned))
+
+    def run_rows(self, budgets: list[BudgetOption]) -> int:
+        """Run every row under every budget with every seed, and report after each; returns how many failed."""
+        seeds = range(self.own.seeds)
+        runs = [RowRun(row, budget, seed, self.folder) for budget in budgets for seed in seeds for row in self.rows]
+        finished = on_main(self.world, lambda: [run for run in runs if run.finished])
         errors: dict[Path, str | None] = {}
-        # What is finished comes first: the report that is there keeps their scores until all of them are read again.
-        for number, (row, budget, seed) in enumerate(sorted(todo, key=lambda each: each not in finished), start=1):
-            folder = self.row_folder(row, budget, seed)
-            self.console.print(f"\nrow {number} of {len(todo)}: {row.label}, seed {seed}, {folder}")
-            errors[folder] = self.run_row(row, budget, seed, folder)
-            if errors[folder] is not None:
-                self.console.print(f"row failed: {errors[folder]}")
+        # Finished runs come first and make no report: the last one stays until all their scores are read again.
+        for number, run in enumerate(sorted(runs, key=lambda run: run not in finished), start=1):
+            self.console.print(f"\nrow {number} of {len(runs)}: {run.row.label}, seed {run.seed}, {run.folder}")
+            errors[run.folder] = self.run_row(run)
+            if errors[run.folder] is not None:
+                self.console.print(f"row failed: {errors[run.folder]}")
             if number >= len(finished):
-                on_main(self.world, lambda: self.report(todo, errors))
+                on_main(self.world, lambda: self.report(runs, errors))
         return sum(error is not None for error in errors.values())
 
-    def run_row(self, row: Row, budget: dict[str, float], seed: int, folder: Path) -> str | None:
-        """Train and score a row, or what is left of it; the error that ended it, if one did."""
+    def run_row(self, run: RowRun) -> str | None:
+        """Train and score, or do what is left of it; returns the error that ended it, if one did."""
         error = None
         release_memory()
         try:
-            more: dict[str, Any] = {"seed": self.shared.get("seed", 0) + seed, "output_dir": str(folder)}
+            more: dict[str, Any] = {"seed": self.shared.get("seed", 0) + run.seed, "output_dir": str(run.folder)}
             if self.own.tune:
-                more["lr"] = self.tuned(row, budget).lr
-            pipeline.run(row.resolved(self.shared, **budget, **more), self.world, self.console)
-            on_main(self.world, lambda: self.scorer.fine_tune(folder, folder))
+                more["lr"] = self.tuned(run).lr
+            pipeline.run(run.row.resolved(self.shared, **run.budget, **more), self.world, self.console)
+            on_main(self.world, lambda: self.scorer.fine_tune(run.folder, run.folder))
         except (Interrupted, KeyboardInterrupt):
             raise
-        except Exception as caught:  # whatever a row does, the others go on
+        except Exception as caught:  # whatever ends one row, the others go on
             error = f"{type(caught).__name__}: {caught}".splitlines()[0]
         failed = any_rank(self.world, error is not None)
         return error or ("failed on another rank" if failed else None)
 
-    def tuned(self, row: Row, budget: dict[str, float]) -> Search:
-        """The row's learning rate by search."""
-        unit, amount = next(iter(budget.items()))
+    def tuned(self, run: RowRun) -> Search:
+        """Search for the learning rate, or read what a search found before."""
+        ((option, amount),) = run.budget.items()
 
         def try_rate(rate: float, where: Path) -> None:
-            more = {unit: amount * BUDGET_SHARE, "lr": rate, "output_dir": str(where)}
-            pipeline.run(row.resolved(self.shared, **more), self.world, self.console)
+            more = {option: amount * BUDGET_SHARE, "lr": rate, "output_dir": str(where)}
+            pipeline.run(run.row.resolved(self.shared, **more), self.world, self.console)
 
-        return tune(self.default_rate(row), self.own.tune, try_rate, self.tuning_folder(row, budget), self.world)
+        default = run.row.default_rate(self.shared)
+        return tune(default, self.own.tune, try_rate, run.tuning_folder, self.world)
 
-    def tuning_folder(self, row: Row, budget: dict[str, float]) -> Path:
-        """Where the search for a row's learning rate is."""
-        return self.folder / "tuning" / f"{row.slug}-{next(iter(budget.values())):g}".replace("+", "")
-
-    def default_rate(self, row: Row) -> float:
-        """The learning rate of a row that is not tuned."""
-        return float(self.shared.get("lr") or methods.load(row.method).METHOD.default_lr)
-
-    def row_folder(self, row: Row, budget: dict[str, float], seed: int) -> Path:
-        """Where a row's run is."""
-        amount = next(iter(budget.values()))
-        return self.folder / "rows" / f"{row.slug}-{amount:g}-seed{seed}".replace("+", "")
-
-    def report(self, todo: list[tuple[Row, dict[str, float], int]], errors: dict[Path, str | None]) -> None:
-        """results.json, RESULTS.md and report.html of the rows that were tried, now or before."""
-        folders = [self.row_folder(*each) for each in todo]
-        tried = [
-            (each, folder)
-            for each, folder in zip(todo, folders, strict=True)
-            if folder in errors or (folder / "final").is_dir()
-        ]
+    def report(self, runs: list[RowRun], errors: dict[Path, str | None]) -> None:
+        """Write results.json, RESULTS.md and report.html of the runs that were tried, now or before."""
+        tried = [run for run in runs if run.folder in errors or run.finished]
         records = [
-            results_row(
-                row,
-                folder=folder,
-                seed=seed,
-                budget=row.resolved(self.shared, **budget).run.budget.amount,
-                scores=self.scorer.of(folder),
-                error=errors.get(folder),
-                marks=self.marks(row, budget, seed),
+            record_of(
+                run,
+                budget=run.row.resolved(self.shared, **run.budget).run.budget.amount,
+                scores=self.scorer.of(run.folder),
+                error=errors.get(run.folder),
+                differences=self.differences_of(run),
             )
-            for (row, budget, seed), folder in tried
+            for run in tried
         ]
         write_results(
             self.folder,
@@ -149,25 +131,35 @@ class Comparison:
             ancestors=self.references.ancestors,
             environment=environment.describe(),
             command=["python", "-m", "fastkd.compare", *self.argv],
-            references=self.references.records([folder for (row, *_), folder in tried if not row.starts_from_teacher]),
-            headline=headline(records),
+            references=self.references.records([run.folder for run in tried if not run.row.starts_from_teacher]),
+            headline=headline(name for record in records for name in record.get("scores", ())),
         )
         build_comparison(self.folder)
 
-    def marks(self, row: Row, budget: dict[str, float], seed: int) -> list[str]:
-        """Everything besides the method that sets a row apart, and what finding its learning rate took."""
-        base = base_row(self.rows)
-        rates: list[float | None] = [self.default_rate(each) for each in (row, base)]
-        tuning = []
-        if self.own.tune:
-            found = [searched(self.tuning_folder(each, budget)) for each in (row, base)]
-            rates = [search.lr if search else None for search in found]
-            if found[0] is not None:
-                cost = f"{found[0].charged_s:.1f} GPU-seconds beside its budget"
-                tuning = [f"learning rate chosen among {self.own.tune}, {cost}"]
-        folder, base_folder = (self.row_folder(each, budget, seed) for each in (row, base))
-        apart = circumstances(folder, base_folder, base) if folder.is_dir() else []
-        return confounds(row, self.rows, self.shared, *rates) + tuning + apart
+    def differences_of(self, run: RowRun) -> list[str]:
+        """How a run differs from the base row's besides the method, and what finding its learning rate took."""
+        base = dataclasses.replace(run, row=base_row(self.rows))
+        found = differences.of_options(run.row, self.rows, self.shared, self.rate(run), self.rate(base))
+        if self.own.tune and (search := searched(run.tuning_folder)):
+            found.append(differences.of_search(search, self.own.tune))
+        if run.folder.is_dir():
+            found += differences.of_surroundings(run.folder, base.folder, base.row)
+        return found
+
+    def rate(self, run: RowRun) -> float | None:
+        """The learning rate of a run, None if it is searched for and not found yet."""
+        if not self.own.tune:
+            return run.row.default_rate(self.shared)
+        search = searched(run.tuning_folder)
+        return search.lr if search else None
+
+
+def default_folder(own: CompareConfig, shared: dict[str, Any]) -> Path:
+    """The folder of a comparison without --output-dir: the same for the same options."""
+    content = dataclasses.asdict(own) | shared
+    kept = {k: v for k, v in sorted(content.items()) if k not in (*PRESENTATION, "plan_only", "json")}
+    digest = hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:6]
+    return Path("runs") / f"compare-{own.match}-{digest}"
 
 
 def plan_line(row: Row, planned: dict[str, Any]) -> str:
@@ -180,19 +172,9 @@ def plan_line(row: Row, planned: dict[str, Any]) -> str:
     )
 
 
-def headline(records: list[dict[str, Any]]) -> list[str]:
-    """The scores of the main table: the first metric of each fine-tuning task, else the held-out ones."""
-    names = list(dict.fromkeys(name for record in records for name in record.get("scores", ())))
-    tasks: dict[str, str] = {}
-    for name in names:
-        tasks.setdefault(name.split()[0], name)
-    fine_tuned = [name for task, name in tasks.items() if task != "held-out"]
-    return fine_tuned or names
-
-
 def to_json(comparison: Comparison, failed: int) -> str:
-    """What ``--json`` prints: ``plans`` (a row's label beside what plan.json holds), the ``folder``, how many rows
-    ``failed``, and ``results``, which is results.json; the last three are null where only plans were asked for."""
+    """What ``--json`` prints: ``plans`` (a row's label and what plan.json holds), the ``folder``, how many runs
+    ``failed``, and ``results``, which is results.json. With ``--plan-only`` the last three are null."""
     path = None if comparison.own.plan_only else comparison.folder / RESULTS
     content = {
         "plans": comparison.plans,

@@ -1,4 +1,4 @@
-"""What the rows' scores of a comparison lie between: the teachers, and the student before its first step."""
+"""Models that a comparison's rows are scored against: the teachers, and the student before its first step."""
 
 from __future__ import annotations
 
@@ -18,49 +18,53 @@ from fastkd.setup import model_folder, prepare
 
 
 class References:
-    """Rows without a cost."""
+    """The teachers and the untrained student, each with a label and scores, but no cost."""
 
     def __init__(self, rows: Sequence[Row], shared: dict[str, Any], folder: Path, scorer: Scorer) -> None:
-        """``folder``: holds a folder for each of them."""
+        """``folder``: holds a folder for each reference."""
         self.rows, self.shared, self.folder, self.scorer = rows, shared, folder, scorer
 
     def teachers(self) -> dict[str, str]:
-        """The teachers of the rows by their label, that of most rows first."""
+        """The rows' teachers by label; the one that most rows have comes first."""
         found = teachers(self.rows, self.shared)
         labels = ["teacher", *(f"teacher {Path(name).name}" for name in found[1:])]
-        return dict(zip(labels, found, strict=False))  # none where no row has a teacher
+        return dict(zip(labels, found, strict=False))  # empty if no row has a teacher
 
     @cached_property
     def ancestors(self) -> list[str]:
-        """The teachers, and the models that these were made from."""
+        """The teachers, and the models that they were made from."""
         return list(dict.fromkeys(model for name in self.teachers().values() for model in ancestors(name)))
 
     def fine_tune(self) -> None:
-        """Fine-tune and score all of them; what was done before is not repeated."""
+        """Fine-tune and score all references; what was done before is not repeated."""
         if self.scorer.data is None:
             return
         for label, teacher in self.teachers().items():
-            self.scorer.fine_tune(model_folder(teacher), self._place(label))
-        untrained = self._place("untrained")
+            self.scorer.fine_tune(model_folder(teacher), self._folder_of(label))
+        untrained = self._folder_of("untrained")
         if not (untrained / "final").is_dir():
             self._export_untrained(untrained / "final")
         self.scorer.fine_tune(untrained, untrained)
 
     def records(self, run_folders: Sequence[Path]) -> list[Record]:
-        """Labels and scores; the untrained student's on held-out text are what a run began with."""
+        """Labels and scores. The untrained student's held-out scores are those that a run began with.
+
+        Args:
+            run_folders: of rows whose student starts at random.
+        """
         starts = [read_run(folder).validations[:1] for folder in run_folders if (folder / "metrics.jsonl").exists()]
         untrained = next((found for start in starts if start and (found := mlm_scores(start[0]))), {})
         return [
-            *({"label": label, "scores": self.scorer.glue(self._place(label))} for label in self.teachers()),
-            {"label": "untrained student", "scores": self.scorer.glue(self._place("untrained")) | untrained},
+            *({"label": label, "scores": self.scorer.fine_tuned(self._folder_of(label))} for label in self.teachers()),
+            {"label": "untrained student", "scores": self.scorer.fine_tuned(self._folder_of("untrained")) | untrained},
         ]
 
-    def _place(self, label: str) -> Path:
+    def _folder_of(self, label: str) -> Path:
         return self.folder / label.replace(" ", "-")
 
     def _export_untrained(self, folder: Path) -> None:
         plain = dataclasses.replace(base_row(self.rows), options=())
         setup = prepare(plain.resolved(self.shared, budget_tokens=1), World())
         card = "# An untrained encoder\n\nRandom weights: the reference that a comparison's students start from.\n"
-        longest = setup.config.seq_length  # as that of the trained ones
+        longest = setup.config.seq_length  # as in the trained students
         hf.export(setup.student, setup.tokenizer, folder, card=card, mlm_head=False, max_length=longest)

@@ -1,63 +1,56 @@
-"""RESULTS.md and report.html of a comparison, from results.json alone: the same file gives the same bytes."""
+"""RESULTS.md, its plots and report.html of a comparison, from results.json: the same file gives the same bytes."""
+
+from __future__ import annotations
 
 import shlex
 from pathlib import Path
-
-from markupsafe import Markup
+from typing import TYPE_CHECKING
 
 from fastkd import files, quantities
-from fastkd.comparison.results import Group, Results, read_results
-from fastkd.comparison.tables import (
-    agreement,
-    budget_text,
-    confound_table,
-    failure_table,
-    main_table,
-    score_table,
-    scratch_table,
-    seconds_table,
-    seed_table,
-)
-from fastkd.files import Record
+from fastkd.comparison import tables
+from fastkd.comparison.results import Arm, Results, read_results
 from fastkd.reports import bars, plots
 from fastkd.reports.page import NOT_INCLUDED, render, teacher_note
 from fastkd.reports.tables import settings_table
 
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+    from fastkd.files import Record
+
 
 def build_comparison(folder: Path) -> Path:
-    """Writes `RESULTS.md`, its `plots/` and `report.html` from `results.json`; returns the page's path.
+    """Writes `RESULTS.md`, its `plots/` and `report.html` from `results.json`; returns the path of report.html.
 
     Raises:
         ValueError: there is no results.json.
     """
     folder, results = Path(folder), read_results(folder)
-    contents = _contents(results)
-    drawings: dict[str, Markup] = contents["plots"]
+    drawings = _plots(results)
     (folder / "plots").mkdir(exist_ok=True)
     for stale in (folder / "plots").glob("*.svg"):
         stale.unlink()
     for name, drawing in drawings.items():
         files.write(folder / "plots" / f"{name}.svg", str(drawing))
+    contents = _contents(results) | {"plots": drawings}
     files.write(folder / "RESULTS.md", render("comparison.md", **contents))
     return files.write(folder / "report.html", render("comparison.html", **contents))
 
 
 def _contents(results: Results) -> Record:
-    groups = results.groups()
-    count = len({group.label for group in groups})
+    count = len(results.labels)
     recipes = f"{count} recipes" if count > 1 else "1 recipe"
-    matches = " and on ".join(dict.fromkeys(group.match for group in groups)) or results.match
+    matches = " and on ".join(dict.fromkeys(arm.match for arm in results.arms)) or results.match
     return {
         "title": f"From scratch or distilled: {recipes}, matched on {matches}",
-        "agreement": list(agreement(groups)),
-        "main": main_table(results, groups),
-        "scores": score_table(results, groups),
-        "against_scratch": scratch_table(results, groups),
-        "seconds": seconds_table(groups),
-        "seeds": seed_table(results),
-        "confounds": confound_table(groups),
-        "failures": failure_table(results),
-        "plots": _plots(results, groups),
+        "agreement": list(tables.agreement(results)),
+        "main": tables.main_table(results),
+        "scores": tables.score_table(results),
+        "against_scratch": tables.scratch_table(results),
+        "seconds": tables.seconds_table(results),
+        "seeds": tables.seed_table(results),
+        "differences": tables.differences_table(results),
+        "failures": tables.failure_table(results),
         "environment": settings_table(results.environment, "environment"),
         "command": shlex.join(results.command),
         "not_included": NOT_INCLUDED,
@@ -65,24 +58,25 @@ def _contents(results: Results) -> Record:
     }
 
 
-def _plots(results: Results, groups: list[Group]) -> dict[str, Markup]:
+def _plots(results: Results) -> dict[str, Markup]:
+    """The plots by name, which is that of the file."""
     drawn: dict[str, Markup] = {}
-    for place, name in enumerate(results.headline):
+    for place, score in enumerate(results.headline):
         for field, unit in (("charged_s", "gpu-seconds"), ("flops", "flops")):
-            drawn |= _score_plot(results, groups, name, field, unit, f"score-{place}-{unit}")
-    drawn |= _bars(groups, "seconds", "phase_s", "Where the GPU-seconds went", "gpu-seconds")
-    drawn |= _bars(groups, "arithmetic", "flops_by_part", "Where the FLOPs went", "flops")
-    return drawn | _loss_plots(groups)
+            drawn |= _score_plot(results, score, field, unit, f"score-{place}-{unit}")
+    drawn |= _bars(results, "seconds", "phase_s", "Where the GPU-seconds went", "gpu-seconds")
+    drawn |= _bars(results, "arithmetic", "flops_by_part", "Where the FLOPs went", "flops")
+    return drawn | _loss_plots(results)
 
 
-def _bars(groups: list[Group], name: str, field: str, title: str, unit: str) -> dict[str, Markup]:
-    rows = [(_bar_label(groups, group), parts) for group in groups if (parts := group.mean_of(field))]
+def _bars(results: Results, name: str, field: str, title: str, unit: str) -> dict[str, Markup]:
+    rows = [(_bar_label(results, arm), parts) for arm in results.arms if (parts := arm.mean_of(field))]
     totals = [sum(parts.values()) for _, parts in rows]
     if not totals or min(totals) <= 0:
         return {}
     scale, label = quantities.budget_scale(max(totals), unit)
     scales = [scale] * len(rows)
-    if max(totals) > 2 * min(totals):  # budgets lie apart: each bar is a whole
+    if max(totals) > 2 * min(totals):  # budgets differ much: each bar is 100%
         scales, label = [total / 100 for total in totals], f"% of the row's {label}"
     scaled = [
         (text, {part: value / own for part, value in parts.items()})
@@ -91,33 +85,14 @@ def _bars(groups: list[Group], name: str, field: str, title: str, unit: str) -> 
     return {name: bars.stacked_bars(name, scaled, title=title, x_label=f"{label}, mean over seeds")}
 
 
-def _bar_label(groups: list[Group], group: Group) -> str:
-    pieces = [group.label]
-    if len({other.match for other in groups}) > 1:
-        pieces.append(group.match)
-    if len({other.budget for other in groups}) > 1:
-        pieces.append(budget_text(group))
-    return ", ".join(filter(None, pieces))
+def _bar_label(results: Results, arm: Arm) -> str:
+    varied = {"match": arm.match, "budget": tables.budget_text(arm)}
+    return ", ".join(filter(None, (arm.label, *(varied[name] for name in results.varied))))
 
 
-def _score_plot(
-    results: Results, groups: list[Group], score: str, field: str, unit: str, name: str
-) -> dict[str, Markup]:
-    series = []
-    for label in dict.fromkeys(group.label for group in groups):
-        members = [group for group in groups if group.label == label]
-        means = [
-            (x.mean, y.mean, y.deviation)
-            for group in members
-            if (x := group.spread(field)) is not None and (y := group.score(score)) is not None
-        ]
-        seeds = [
-            (row[field], row["scores"][score])
-            for group in members
-            for row in group.rows
-            if row[field] is not None and row["scores"].get(score) is not None
-        ]
-        series.append(plots.Points(label, means, seeds, joined=len({group.match for group in groups}) == 1))
+def _score_plot(results: Results, score: str, field: str, unit: str, name: str) -> dict[str, Markup]:
+    """A score against what was spent: a field in a budget's unit."""
+    series = [_points(results, label, score, field) for label in results.labels]
     reached = max((x for points in series for x, _, _ in points.means), default=0.0)
     if not reached:
         return {}
@@ -128,14 +103,29 @@ def _score_plot(
     return {name: plots.scores(name, series, levels, title=score, x_label=f"{unit_name} spent", x_scale=scale)}
 
 
-def _loss_plots(groups: list[Group]) -> dict[str, Markup]:
-    # One small plot a label: losses of different methods are different quantities.
+def _points(results: Results, label: str, score: str, field: str) -> plots.Points:
+    members = [arm for arm in results.arms if arm.label == label]
+    means = [
+        (x.mean, y.mean, y.deviation)
+        for arm in members
+        if (x := arm.spread(field)) is not None and (y := arm.score(score)) is not None
+    ]
+    seeds = [
+        (row[field], row["scores"][score])
+        for arm in members
+        for row in arm.rows
+        if row[field] is not None and row["scores"].get(score) is not None
+    ]
+    return plots.Points(label, means, seeds, joined="match" not in results.varied)
+
+
+def _loss_plots(results: Results) -> dict[str, Markup]:
+    """One small plot for each label: losses of different methods are different quantities."""
     drawn: dict[str, Markup] = {}
-    labels = dict.fromkeys(group.label for group in groups)
-    reached = max((point[0] for group in groups for row in group.rows for point in row["curves"]), default=0.0)
+    reached = max((point[0] for arm in results.arms for row in arm.rows for point in row["curves"]), default=0.0)
     scale, unit = quantities.budget_scale(reached or 1.0, "gpu-seconds")
-    for place, label in enumerate(labels):
-        rows = [row for group in groups if group.label == label for row in group.rows if row["curves"]]
+    for place, label in enumerate(results.labels):
+        rows = [row for arm in results.arms if arm.label == label for row in arm.rows if row["curves"]]
         lines = [
             plots.Line(
                 "",

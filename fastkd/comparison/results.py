@@ -1,57 +1,68 @@
-"""Results of a comparison: rows by method and seed, their means and spreads, and results.json."""
+"""results.json of a comparison: a record for each run of a row, written and read back, and means over seeds."""
+
+from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastkd import files
 from fastkd.files import Record, finite
 from fastkd.run_folder import read_run
 
+if TYPE_CHECKING:
+    from fastkd.comparison.rows import RowRun
+
 RESULTS = "results.json"
-SCRATCH = "mlm"
+SCRATCH = "mlm"  # the label that gains are measured against
+NUMBERS = ("charged_s", "flops", "tokens", "epochs", "tokens_per_s", "mfu", "joules", "teacher_share")
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean over `count` seeds; `deviation` is the sample standard deviation, None for a single one."""
+    """Mean over seeds; `deviation` is the sample standard deviation, None for one seed."""
 
     mean: float
     deviation: float | None
-    count: int
 
 
 @dataclass(frozen=True)
-class Group:
-    """The seeds of one label under one match and one budget; `rows` are those that ran to their end."""
+class Arm:
+    """One arm of the experiment: a label under one match and one budget, over its seeds."""
 
     label: str
-    method: str
     match: str
     budget: float | None  # in the unit of the match
-    rows: tuple[Record, ...]
+    rows: tuple[Record, ...]  # those that ran to their end
     failed: int
 
     @property
     def key(self) -> str:
-        """Names the group's numbers: label, match and budget."""
+        """Names its numbers in the page: label, match and budget."""
         return "/".join(str(part) for part in (self.label, self.match, self.budget) if part is not None)
 
-    def spread(self, name: str) -> Spread | None:
-        """Of a field; None where no seed has it."""
-        return spread(row.get(name) for row in self.rows)
+    def spread(self, field: str) -> Spread | None:
+        """Mean and deviation of a field over the seeds that have it; None if none has."""
+        return spread(row.get(field) for row in self.rows)
 
     def score(self, name: str) -> Spread | None:
-        """Of a score; None where no seed has it."""
+        """Mean and deviation of a score over the seeds that have it; None if none has."""
         return spread(row["scores"].get(name) for row in self.rows)
 
     def mean_of(self, field: str) -> dict[str, float]:
         """Means of a field that is an object of numbers, such as `phase_s`."""
         tables = [row[field] for row in self.rows if row.get(field)]
         return {name: mean(table.get(name, 0.0) for table in tables) for table in tables[:1] for name in table}
+
+    def gain(self, scratch: Arm, score: str) -> Spread | None:
+        """A score minus that of scratch training, over the seeds that both have; None if there is no such seed."""
+        base = {row["seed"]: row["scores"].get(score) for row in scratch.rows}
+        pairs = [(row["scores"].get(score), base.get(row["seed"])) for row in self.rows]
+        return spread(own - other for own, other in pairs if own is not None and other is not None)
 
 
 @dataclass(frozen=True)
@@ -66,20 +77,29 @@ class Results:
     references: tuple[Record, ...]
     headline: tuple[str, ...]
 
-    def groups(self) -> list[Group]:
+    @cached_property
+    def arms(self) -> list[Arm]:
         """The rows by label, match and budget, in order of first appearance."""
-        members: dict[tuple[Any, ...], list[Record]] = {}
+        members: dict[tuple[str, str, float | None], list[Record]] = {}
         for row in self.rows:
             members.setdefault((row["label"], row["match"], row["budget"]), []).append(row)
         return [
-            Group(label, rows[0]["method"], match, budget,
-                  tuple(row for row in rows if row["status"] == "ok"),
-                  sum(row["status"] != "ok" for row in rows))
-            for (label, match, budget), rows in members.items()
-        ]  # fmt: skip
+            Arm(*key, tuple(row for row in rows if row["status"] == "ok"), sum(row["status"] != "ok" for row in rows))
+            for key, rows in members.items()
+        ]
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels of the rows, each once."""
+        return list(dict.fromkeys(arm.label for arm in self.arms))
+
+    @property
+    def varied(self) -> list[str]:
+        """Which of "match" and "budget" is not the same for all arms."""
+        return [name for name in ("match", "budget") if len({getattr(arm, name) for arm in self.arms}) > 1]
 
     def largest(self, score: str) -> float:
-        """The largest size of a score: it sets the decimals that the score is written with."""
+        """The largest absolute value of a score: all its values are written with as many decimals as it needs."""
         known = [row["scores"].get(score) for row in (*self.rows, *self.references)]
         return max((abs(value) for value in known if value is not None), default=0.0)
 
@@ -90,25 +110,34 @@ class Results:
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:
-    """Mean and sample standard deviation of the values that are known; None where none is."""
+    """Mean and sample standard deviation of the values that are not None; None if all are."""
     known = [value for value in values if value is not None]
     if not known:
         return None
-    return Spread(mean(known), stdev(known) if len(known) > 1 else None, len(known))
+    return Spread(mean(known), stdev(known) if len(known) > 1 else None)
 
 
-def differences(group: Group, scratch: Group, score: str) -> Spread | None:
-    """A score's difference to scratch, over the seeds that both have: what the choice of method changes."""
-    base = {row["seed"]: row["scores"].get(score) for row in scratch.rows}
-    pairs = [(row["scores"].get(score), base.get(row["seed"])) for row in group.rows]
-    return spread(own - other for own, other in pairs if own is not None and other is not None)
+def record_of(
+    run: RowRun, *, budget: float, scores: dict[str, float], error: str | None, differences: list[str]
+) -> Record:
+    """The record of a row's run: what its ledger says, its scores, and what differs besides the method.
+
+    Args:
+        budget: in the unit of the match.
+        error: what ended the run, if anything did.
+    """
+    row: Record = {"method": run.row.method, "label": run.row.label, "seed": run.seed, "budget": budget}
+    row["confounds"] = differences
+    if error is not None or not run.finished:
+        return row | {"status": "failed", "error": error or "not finished"}
+    return row_from_run(run.folder) | row | {"scores": scores}
 
 
 def row_from_run(run_folder: Path) -> Record:
-    """What a run's ledger says of it, as a row of `write_results`; seed and method come from its configuration.
+    """What a run's ledger says, as a row of `write_results`; seed and method come from its configuration.
 
     Raises:
-        ValueError: no such folder, or a run without a single step.
+        ValueError: no such folder, or a run without a step.
     """
     run = read_run(run_folder)
     if run.last is None:
@@ -145,16 +174,15 @@ def write_results(
     references: Iterable[Mapping[str, Any]] = (),
     headline: Iterable[str] = (),
 ) -> Path:
-    """Writes results.json, atomically.
+    """Writes results.json whole or not at all.
 
     Args:
-        rows: method, seed and status ("ok" or "failed"), and as far as known: label, match, budget, charged_s,
-            flops (by part), tokens, epochs, tokens_per_s, mfu, joules, teacher_share, phase_s, scores, curves
-            (charged_s, flops, tokens, loss), confounds, error. In the file `flops` is their sum beside
-            `flops_by_part`.
-        ancestors: the teachers of the rows that have one, and the models that these were made from.
-        references: label and scores of models that were not trained here: the teacher, the untrained student.
-        headline: the scores that the main table and the plots show; the first three unless given.
+        rows: method, seed and status ("ok" or "failed"), and if known: label, match, budget, charged_s, flops (by
+            part), tokens, epochs, tokens_per_s, mfu, joules, teacher_share, phase_s, scores, curves (points of
+            charged_s, flops, tokens, loss), confounds, error. In the file `flops` is the sum of `flops_by_part`.
+        ancestors: the rows' teachers, and the models that they were made from.
+        references: label and scores of models that were not trained here: the teachers, the untrained student.
+        headline: the scores that the main table and the plots show; default: the first three.
     """
     content = {
         "match": match,
@@ -198,7 +226,6 @@ def _row(row: Mapping[str, Any], match: str) -> Record:
     parts = row.get("flops")
     if isinstance(parts, Mapping):
         row = {**row, "flops": sum(parts.values()), "flops_by_part": dict(parts)}
-    known = ("charged_s", "flops", "tokens", "epochs", "tokens_per_s", "mfu", "joules", "teacher_share")
     return {
         "method": row["method"],
         "label": row.get("label") or row["method"],
@@ -207,7 +234,7 @@ def _row(row: Mapping[str, Any], match: str) -> Record:
         "budget": row.get("budget"),
         "status": row["status"],
         "error": row.get("error"),
-        **{name: row.get(name) for name in known},
+        **{name: row.get(name) for name in NUMBERS},
         "flops_by_part": row.get("flops_by_part") or {},
         "phase_s": dict(row.get("phase_s") or {}),
         "scores": dict(row.get("scores") or {}),

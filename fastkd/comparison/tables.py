@@ -1,14 +1,19 @@
 """Tables of a comparison: what each method cost and scored, what it gained over scratch, what else differs."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from fastkd import quantities
-from fastkd.comparison.results import SCRATCH, Group, Results, Spread, differences
-from fastkd.files import Record
+from fastkd.comparison.results import SCRATCH, Arm, Results, Spread
 from fastkd.reports import bars, plots
 from fastkd.reports.tables import Cell, Cells, Table, numeric
 
-# field: (head, how it is written)
+if TYPE_CHECKING:
+    from fastkd.files import Record
+
+# field of a row: (head of its column, how it is written)
 COST: dict[str, tuple[str, Callable[[float], str]]] = {
     "charged_s": ("GPU-seconds", quantities.number),
     "flops": ("FLOPs", lambda value: f"{value:.3e}"),
@@ -21,12 +26,12 @@ COST: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 
 
-def agreement(groups: list[Group]) -> Iterator[str]:
+def agreement(results: Results) -> Iterator[str]:
     """For each match and budget, how far apart the rows are in what was matched."""
-    for match, budget in dict.fromkeys((group.match, group.budget) for group in groups):
+    for match, budget in dict.fromkeys((arm.match, arm.budget) for arm in results.arms):
         field = "flops" if match == "flops" else "charged_s"
-        members = [group for group in groups if (group.match, group.budget) == (match, budget)]
-        values = [row[field] for group in members for row in group.rows if row[field] is not None]
+        members = [arm for arm in results.arms if (arm.match, arm.budget) == (match, budget)]
+        values = [row[field] for arm in members for row in arm.rows if row[field] is not None]
         if len(values) > 1:
             apart, unit = max(values) - min(values), "FLOP" if match == "flops" else "GPU-seconds"
             yield (
@@ -35,77 +40,65 @@ def agreement(groups: list[Group]) -> Iterator[str]:
             )
 
 
-def main_table(results: Results, groups: list[Group]) -> Table:
-    """A row for each label, match and budget: what it cost, and the headline scores as mean ± standard deviation."""
+def main_table(results: Results) -> Table:
+    """A line for each label, match and budget: its cost, and the headline scores as mean ± standard deviation."""
     names = [name for name in results.headline if name in results.score_names()]
     rows: list[Cells] = [
         (
-            *_labels(groups, group),
-            *(_spread_cell(f"{group.key}.{name}", group.spread(name), write) for name, (_, write) in COST.items()),
-            *(_score_cell(results, group.key, name, group.score(name)) for name in names),
+            *_arm_cells(results, arm),
+            *(_spread_cell(f"{arm.key}.{name}", arm.spread(name), write) for name, (_, write) in COST.items()),
+            *(_score_cell(results, arm.key, name, arm.score(name)) for name in names),
         )
-        for group in groups
+        for arm in results.arms
     ]
-    blanks = [""] * (len(_label_head(groups)) - 1 + len(COST))
-    rows += [
-        (reference["label"], *blanks, *(_reference_cell(results, reference, name) for name in names))
-        for reference in results.references
-    ]
-    head = (*_label_head(groups), *(title for title, _ in COST.values()), *names)
+    rows += _reference_rows(results, names, blanks=len(COST))
+    head = (*_arm_head(results), *(title for title, _ in COST.values()), *names)
     return Table(head, rows, sums=len(results.references))
 
 
-def score_table(results: Results, groups: list[Group]) -> Table:
-    """All scores, where there are more than the headline's."""
+def score_table(results: Results) -> Table:
+    """All scores; empty if the headline has them all."""
     names = results.score_names()
     if set(names) <= set(results.headline):
         return Table(("",), [])
     rows: list[Cells] = [
         (
-            *_labels(groups, group),
-            *(_score_cell(results, f"all/{group.key}", name, group.score(name)) for name in names),
+            *_arm_cells(results, arm),
+            *(_score_cell(results, f"all/{arm.key}", name, arm.score(name)) for name in names),
         )
-        for group in groups
+        for arm in results.arms
     ]
-    blanks = [""] * (len(_label_head(groups)) - 1)
-    rows += [
-        (reference["label"], *blanks, *(_reference_cell(results, reference, name, "all/") for name in names))
-        for reference in results.references
-    ]
-    return Table((*_label_head(groups), *names), rows, sums=len(results.references))
+    rows += _reference_rows(results, names, prefix="all/")
+    return Table((*_arm_head(results), *names), rows, sums=len(results.references))
 
 
-def scratch_table(results: Results, groups: list[Group]) -> Table:
-    """Each label's scores less those of scratch training under the same budget, seed by seed."""
-    scratch = {(group.match, group.budget): group for group in groups if group.label == SCRATCH}
+def scratch_table(results: Results) -> Table:
+    """Each label's scores minus those of scratch training under the same budget, seed by seed."""
+    scratch = {(arm.match, arm.budget): arm for arm in results.arms if arm.label == SCRATCH}
     rows: list[Cells] = []
-    for group in groups:
-        base = scratch.get((group.match, group.budget))
-        if base is not None and group is not base:
-            cells = (_difference_cell(results, group, base, name) for name in results.headline)
-            rows.append((*_labels(groups, group), *cells))
-    return Table((*_label_head(groups), *results.headline), rows)
+    for arm in results.arms:
+        base = scratch.get((arm.match, arm.budget))
+        if base is not None and arm is not base:
+            cells = (_gain_cell(results, arm, name, arm.gain(base, name)) for name in results.headline)
+            rows.append((*_arm_cells(results, arm), *cells))
+    return Table((*_arm_head(results), *results.headline), rows)
 
 
-def seconds_table(groups: list[Group]) -> Table:
-    """GPU-seconds by phase, a column for each phase that took any; means over seeds."""
-    means = [(group, group.mean_of("phase_s")) for group in groups if group.rows]
-    names = sorted({name for _, table in means for name, value in table.items() if value}, key=bars.phase_order)
-    largest = max((value for _, table in means for value in table.values()), default=0.0)
+def seconds_table(results: Results) -> Table:
+    """GPU-seconds by phase, means over seeds; a column for each phase that took any."""
+    means = [(arm, arm.mean_of("phase_s")) for arm in results.arms if arm.rows]
+    names = sorted({name for _, phases in means for name, value in phases.items() if value}, key=bars.phase_order)
+    largest = max((value for _, phases in means for value in phases.values()), default=0.0)
     rows: list[Cells] = [
-        (*_labels(groups, group), *(_phase_cell(group, name, table.get(name), largest) for name in names))
-        for group, table in means
-        if table
+        (*_arm_cells(results, arm), *(_phase_cell(arm, name, phases.get(name), largest) for name in names))
+        for arm, phases in means
+        if phases
     ]
-    return Table((*_label_head(groups), *names), rows)
-
-
-def _phase_cell(group: Group, name: str, seconds: float | None, largest: float) -> Cell:
-    return numeric(f"{group.key}.phase.{name}", seconds, quantities.aligned(seconds or 0.0, largest))
+    return Table((*_arm_head(results), *names), rows)
 
 
 def seed_table(results: Results) -> Table:
-    """Every row as it ran: what it cost and the headline scores of each seed."""
+    """Every row as it ran: its cost and the headline scores of each seed."""
     rows: list[Cells] = [
         (
             row["label"],
@@ -119,10 +112,10 @@ def seed_table(results: Results) -> Table:
     return Table(("label", "match", "seed", *(title for title, _ in COST.values()), *results.headline), rows)
 
 
-def confound_table(groups: list[Group]) -> Table:
-    """What differs between rows besides the method."""
-    found = {(group.label, text): None for group in groups for row in group.rows for text in row["confounds"]}
-    return Table(("label", "differs from the other rows in"), [(label, text) for label, text in found], kind="settings")
+def differences_table(results: Results) -> Table:
+    """The confounds: what differs between rows besides the method, each once for a label (see `differences`)."""
+    found = {(arm.label, text): None for arm in results.arms for row in arm.rows for text in row["confounds"]}
+    return Table(("label", "differs from the other rows in"), list(found), kind="settings")
 
 
 def failure_table(results: Results) -> Table:
@@ -133,33 +126,33 @@ def failure_table(results: Results) -> Table:
     )
 
 
-def _label_head(groups: list[Group]) -> tuple[str, ...]:
-    several = [name for name in ("match", "budget") if len({getattr(group, name) for group in groups}) > 1]
-    return ("method", *several, "seeds")
+def _arm_head(results: Results) -> tuple[str, ...]:
+    return ("method", *results.varied, "seeds")
 
 
-def _labels(groups: list[Group], group: Group) -> Cells:
-    colour = plots.LINE_STYLES[_style(groups, group.label)][0]
-    seeds = f"{len(group.rows)}" + (f", {group.failed} failed" if group.failed else "")
-    cells: dict[str, Cell | str] = {
-        "method": Cell(group.label, colour=colour),
-        "match": group.match,
-        "budget": budget_text(group),
-        "seeds": seeds,
-    }
-    return tuple(cells[name] for name in _label_head(groups))
+def _arm_cells(results: Results, arm: Arm) -> Cells:
+    """The cells under `_arm_head`."""
+    colour = plots.LINE_STYLES[results.labels.index(arm.label) % len(plots.LINE_STYLES)][0]
+    seeds = f"{len(arm.rows)}" + (f", {arm.failed} failed" if arm.failed else "")
+    varied = {"match": arm.match, "budget": budget_text(arm)}
+    return (Cell(arm.label, colour=colour), *(varied[name] for name in results.varied), seeds)
 
 
-def budget_text(group: Group) -> str:
-    """The budget of a group's rows, with its unit."""
-    if group.budget is None:
+def _reference_rows(results: Results, names: list[str], *, blanks: int = 0, prefix: str = "") -> list[Cells]:
+    """Rows of the references: the label, nothing in the columns of `_arm_head` and in `blanks` more, the scores."""
+    blank = [""] * (len(_arm_head(results)) - 1 + blanks)
+    return [
+        (reference["label"], *blank, *(_reference_cell(results, reference, name, prefix) for name in names))
+        for reference in results.references
+    ]
+
+
+def budget_text(arm: Arm) -> str:
+    """An arm's budget with its unit; empty if it is not known."""
+    if arm.budget is None:
         return ""
-    scale, unit = quantities.budget_scale(group.budget, group.match)
-    return f"{group.budget / scale:,.4g} {unit}"
-
-
-def _style(groups: list[Group], label: str) -> int:
-    return list(dict.fromkeys(group.label for group in groups)).index(label) % len(plots.LINE_STYLES)
+    scale, unit = quantities.budget_scale(arm.budget, arm.match)
+    return f"{arm.budget / scale:,.4g} {unit}"
 
 
 def _written(name: str, value: float | None, write: Callable[[float], str]) -> Cell:
@@ -179,21 +172,24 @@ def _seed_score_cell(results: Results, place: int, name: str, value: float | Non
     return numeric(f"row.{place}.score.{name}", value, quantities.aligned(value or 0.0, results.largest(name)))
 
 
-def _difference_cell(results: Results, group: Group, base: Group, name: str) -> Cell:
-    value = differences(group, base, name)
+def _phase_cell(arm: Arm, name: str, seconds: float | None, largest: float) -> Cell:
+    return numeric(f"{arm.key}.phase.{name}", seconds, quantities.aligned(seconds or 0.0, largest))
+
+
+def _gain_cell(results: Results, arm: Arm, name: str, value: Spread | None) -> Cell:
     sign = "+" if value and value.mean > 0 else ""
     text = sign + spread_text(value, results.largest(name))
-    return numeric(f"{group.key}.difference.{name}", value.mean if value else None, text)
+    return numeric(f"{arm.key}.difference.{name}", value.mean if value else None, text)
 
 
-def _reference_cell(results: Results, reference: Record, name: str, prefix: str = "") -> Cell:
+def _reference_cell(results: Results, reference: Record, name: str, prefix: str) -> Cell:
     value = reference["scores"].get(name)
     text = quantities.aligned(value or 0.0, results.largest(name))
     return numeric(f"{prefix}{reference['label']}.score.{name}", value, text)
 
 
 def spread_text(value: Spread | None, largest: float) -> str:
-    """Mean ± standard deviation, "78.61 ± 0.42", the mean alone for one seed; decimals as for `largest`."""
+    """Mean ± standard deviation, "78.61 ± 0.42"; only the mean for one seed. Decimals are those of `largest`."""
     if value is None:
         return ""
     text = quantities.aligned(value.mean, largest)

@@ -1,4 +1,4 @@
-"""A learning-rate search for a row: equal mini-budgets, charged separately, decided on held-out text."""
+"""The search for a row's learning rate: equal small budgets, charged separately, decided by the held-out loss."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ BUDGET_SHARE = 0.1  # of the row's budget, for each rate tried
 
 @dataclass(frozen=True)
 class Search:
-    """What a search found: the rate with the lowest held-out loss, and the GPU-seconds that finding it took."""
+    """The rate with the lowest held-out loss, and the GPU-seconds that the search took."""
 
     lr: float
     charged_s: float
 
 
 def candidates(default: float, count: int) -> list[float]:
-    """``count`` rates around the default, each twice the one before; with an even count one more above than below."""
+    """``count`` rates around the default, each twice the one before; an even count has one more above than below."""
     return [default * 2.0 ** (k - (count - 1) // 2) for k in range(count)]
 
 
 def tune(default: float, count: int, try_rate: Callable[[float, Path], None], folder: Path, world: World) -> Search:
-    """Search, or read what a search found before; every rank tries, rank 0 decides and writes.
+    """Search, or read what a search found before. Every rank trains; rank 0 decides and writes.
 
     Args:
-        try_rate: runs one rate's mini-budget into a folder, or finds it done.
-        folder: holds the tries and ``tuning.json``; with that there, nothing is run.
+        try_rate: trains with one rate into a folder, or finds that done.
+        folder: holds a folder for each rate, and ``tuning.json``; if that exists, nothing is run.
 
     Raises:
         ValueError: no rate gave a finite loss.
@@ -53,9 +53,9 @@ def tune(default: float, count: int, try_rate: Callable[[float, Path], None], fo
 
 
 def searched(folder: Path) -> Search | None:
-    """What the search in a folder found; None where there was none, or no rate gave a finite loss."""
-    record = folder / "tuning.json"
-    tried = json.loads(record.read_text()) if record.exists() else []
+    """What the search in a folder found; None if there was none, or if no rate gave a finite loss."""
+    path = folder / "tuning.json"
+    tried = json.loads(path.read_text()) if path.exists() else []
     best = min((entry for entry in tried if entry["loss"] is not None), key=lambda entry: entry["loss"], default=None)
     return best and Search(best["lr"], sum(entry["charged_s"] for entry in tried))
 

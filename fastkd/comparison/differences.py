@@ -1,0 +1,83 @@
+"""What differs between the rows of a comparison besides their method: the confounds of results.json.
+
+`tables.differences_table` makes the table "What else differs between the rows" of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastkd.comparison.rows import ROW_OPTIONS, Row, base_row, teachers
+from fastkd.run_folder import Run, read_run
+
+if TYPE_CHECKING:
+    from fastkd.comparison.tuning import Search
+    from fastkd.files import Record
+
+# Options that are compared in a way of their own, or that are no difference: method, place, seed, matched budget.
+NOT_COMPARED = {
+    "method",
+    "teacher",
+    "tokenizer",
+    "output_dir",
+    "seed",
+    "lr",
+    "budget_gpu_hours",
+    "budget_flops",
+    "budget_tokens",
+    *ROW_OPTIONS,
+}
+NOT_SURROUNDINGS = ("command", "packages", "teacher_version")  # of environment.json; packages are compared one by one
+
+
+def of_options(
+    row: Row, rows: Sequence[Row], shared: dict[str, Any], lr: float | None, base_lr: float | None
+) -> list[str]:
+    """How a row's options differ from those of the base row.
+
+    Args:
+        lr, base_lr: learning rates of the row and of the base row, None if not known yet.
+    """
+    base = base_row(rows)
+    mine, theirs = (each.settings(shared) for each in (row, base))
+    found = [ROW_OPTIONS[name] for name in row.options]
+    if lr is not None and base_lr is not None and lr != base_lr:
+        found.append(f"learning rate {lr:g}, {base.label} has {base_lr:g}")
+    usual = next(iter(teachers(rows, shared)), None)
+    if mine["teacher"] is not None and mine["teacher"] != usual:
+        found.append(f"teacher {mine['teacher']}, other rows have {usual}")
+    return found + [
+        f"{name} {value}, {base.label} has {theirs[name]}"
+        for name, value in mine.items()
+        if name not in NOT_COMPARED and value != theirs[name]
+    ]
+
+
+def of_search(search: Search, count: int) -> str:
+    """What the search for a learning rate among ``count`` took."""
+    return f"learning rate chosen among {count}, {search.charged_s:.1f} GPU-seconds beside its budget"
+
+
+def of_surroundings(folder: Path, base_folder: Path, base: Row) -> list[str]:
+    """How a run differed from the base row's run besides its options: another device, version or dtype, slowed clocks.
+
+    Args:
+        folder, base_folder: run folders; the base row's may be missing.
+    """
+    run, other = read_run(folder), read_run(base_folder) if base_folder.is_dir() else None
+    found = []
+    for name, value in _surroundings(run).items():
+        theirs = _surroundings(other).get(name, value) if other is not None else value
+        if value != theirs:
+            found.append(f"{name} {value}, {base.label} had {theirs}")
+    slowed = {reason: part for reason, part in (run.throttle_shares or {}).items() if part > 0}
+    return found + [f"clocks held down by {reason} in {part:.0%} of readings" for reason, part in slowed.items()]
+
+
+def _surroundings(run: Run) -> Record:
+    """Where a run ran, its packages, and what it chose for options that were ``auto``."""
+    facts = {name: value for name, value in run.environment.items() if name not in NOT_SURROUNDINGS}
+    chosen = {name: run.plan[name] for name in ("dtype", "attention", "compile") if name in run.plan}
+    return facts | run.environment.get("packages", {}) | chosen
