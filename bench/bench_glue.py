@@ -38,20 +38,20 @@ from transformers import (
 
 from bench.results import RESULTS, device_folder
 from fastkd import files
-from fastkd.glue.encoded import load_rows
+from fastkd.glue.encoded import load_examples
 from fastkd.glue.evaluation import evaluate
+from fastkd.glue.examples import Examples
 from fastkd.glue.finetune import fast_bf16
 from fastkd.glue.metrics import score
+from fastkd.glue.model import find_model
 from fastkd.glue.protocol import HEADLINE
-from fastkd.glue.rows import Rows
-from fastkd.glue.source import find_model
 from fastkd.glue.tasks import TASKS, Task
 
 NAMES = ("sst2", "mrpc", "rte")
 DEV_SHARE = 8  # training rows to a dev row, as in MRPC and RTE
 
 
-def plain(model: Path, task: Task, splits: Mapping[str, Rows], *, bf16: bool) -> dict[str, float]:
+def plain(model: Path, task: Task, splits: Mapping[str, Examples], *, bf16: bool) -> dict[str, float]:
     """What most people write: Trainer on tokenised rows, then the dev set's metrics."""
     set_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -92,9 +92,9 @@ def ours(model: Path, task: Task, data: Path) -> dict[str, Any]:
         return evaluate(model, [task.name], data, seeds=1, output_dir=folder, log=lambda line: None)
 
 
-def write_sample(task: Task, data: Path, rows: int, sample: Path) -> dict[str, Rows]:
+def write_sample(task: Task, data: Path, rows: int, sample: Path) -> dict[str, Examples]:
     """A random part of a task in the hub's layout: ``rows`` training rows, and an eighth as many dev rows."""
-    splits = load_rows(task, data, rows)
+    splits = load_examples(task, data, rows)
     splits["dev"] = splits["dev"].take(list(range(max(1, rows // DEV_SHARE))))
     (sample / task.name).mkdir()
     for split, part in splits.items():

@@ -35,7 +35,7 @@ from fastkd import files
 from fastkd.data.shards import Shards, build_shards, cache, tokenizer_hash, write_sample
 from fastkd.device import environment
 from fastkd.files import file_sha256
-from fastkd.glue.rows import FORMATS
+from fastkd.glue.examples import FORMATS
 from fastkd.models import hf
 from fastkd.run_folder import ancestors
 from fastkd.setup import load_model

@@ -13,8 +13,8 @@ import sklearn.metrics
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastkd.glue.examples import read_examples
 from fastkd.glue.metrics import METRICS, score
-from fastkd.glue.rows import read_rows
 from fastkd.glue.tasks import GLUE, TASKS, choose_tasks, load_task
 
 # One training, dev and test file a task as the release has them, and the rows they mean.
@@ -91,10 +91,10 @@ def test_official_layout(name: str, tmp_path: Path) -> None:
     files, texts, labels = OFFICIAL[name]
     task = TASKS[name]
     data = write(tmp_path / task.title, files)
-    rows = read_rows(task, "train", data)
+    rows = read_examples(task, "train", data)
     assert (rows.texts, rows.labels) == (texts, labels)
     assert rows.broken == (2 if name == "qqp" else 0)
-    test = read_rows(task, next(iter(task.test)), data)
+    test = read_examples(task, next(iter(task.test)), data)
     assert len(test) == 1 and test.labels == []
 
 
@@ -105,15 +105,15 @@ def test_every_task_has_an_official_file_here() -> None:
 def test_mnli_has_two_dev_sets_and_a_diagnostic_one(tmp_path: Path) -> None:
     data = write(tmp_path / "MNLI", MNLI)
     write(tmp_path / "diagnostic", {"diagnostic.tsv": "index\tsentence1\tsentence2\n0\tA.\tB.\n1\tC.\tD.\n"})
-    assert read_rows(TASKS["mnli"], "dev_matched", data).labels == [0]
-    assert len(read_rows(TASKS["mnli"], "diagnostic", data)) == 2
+    assert read_examples(TASKS["mnli"], "dev_matched", data).labels == [0]
+    assert len(read_examples(TASKS["mnli"], "diagnostic", data)) == 2
     with pytest.raises(ValueError, match=r"MNLI has no dev_mismatched\.tsv"):
-        read_rows(TASKS["mnli"], "dev_mismatched", data)
+        read_examples(TASKS["mnli"], "dev_mismatched", data)
 
 
 @pytest.mark.parametrize("layout", ["jsonl", "parquet", "shards"])
 def test_hub_columns_in_files_are_the_same_rows(layout: str, tmp_path: Path) -> None:
-    official = read_rows(TASKS["rte"], "train", write(tmp_path / "tsv" / "RTE", RTE))
+    official = read_examples(TASKS["rte"], "train", write(tmp_path / "tsv" / "RTE", RTE))
     records = [
         {"sentence1": "No.", "sentence2": "Yes.", "label": 1, "idx": 0},
         {"sentence1": "A.", "sentence2": "A.", "label": 0, "idx": 1},
@@ -128,19 +128,19 @@ def test_hub_columns_in_files_are_the_same_rows(layout: str, tmp_path: Path) -> 
         for i, record in enumerate(records):
             name = f"train-{i:05}-of-00002.parquet"
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), folder / name)
-    rows = read_rows(TASKS["rte"], "train", folder.parent)
+    rows = read_examples(TASKS["rte"], "train", folder.parent)
     assert rows.sha256 == official.sha256 and rows.labels == [1, 0]
 
 
 def test_validation_is_the_hubs_name_of_dev(tmp_path: Path) -> None:
     data = write(tmp_path / "sst2", {"validation.jsonl": '{"sentence": "Good.", "label": "positive"}\n'})
-    assert read_rows(TASKS["sst2"], "dev", data).labels == [1]
+    assert read_examples(TASKS["sst2"], "dev", data).labels == [1]
 
 
 def test_entailment_is_class_0_but_in_wnli(tmp_path: Path) -> None:
     row = '{"sentence1": "A.", "sentence2": "B.", "label": "entailment"}\n'
     for name, label in (("rte", 0), ("wnli", 1)):
-        assert read_rows(TASKS[name], "train", write(tmp_path / name, {"train.jsonl": row})).labels == [label]
+        assert read_examples(TASKS[name], "train", write(tmp_path / name, {"train.jsonl": row})).labels == [label]
 
 
 def test_a_hub_data_set_through_datasets(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_hub_data_set_through_datasets(tmp_path: Path) -> None:
         f'hub = "{tmp_path / "set"}"\nconfig = "small"\ntrain = "fit"\ndev = "fit"\n'
     )
     (tmp_path / "trec.toml").write_text(row)
-    rows = read_rows(load_task(tmp_path / "trec.toml"), "fit")
+    rows = read_examples(load_task(tmp_path / "trec.toml"), "fit")
     assert (rows.texts, rows.labels) == ((["Who?", "Why?"],), [1, 0])
 
 
@@ -159,7 +159,7 @@ def test_an_unreachable_hub_names_the_remedy() -> None:
     with pytest.raises(
         ValueError, match=r"cannot read nyu-mll/glue:rte:validation from the hub .*HF_HUB_OFFLINE.*--data FOLDER"
     ):
-        read_rows(TASKS["rte"], "dev")
+        read_examples(TASKS["rte"], "dev")
 
 
 BAD = {
@@ -181,7 +181,7 @@ def test_bad_tsv(case: str, tmp_path: Path) -> None:
     (tmp_path / "SST-2").mkdir()
     (tmp_path / "SST-2" / "train.tsv").write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:
-        read_rows(TASKS["sst2"], "train", tmp_path)
+        read_examples(TASKS["sst2"], "train", tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -198,24 +198,24 @@ BAD_OTHERS = {
 def test_bad_other_formats(case: str, tmp_path: Path) -> None:
     name, content, message = BAD_OTHERS[case]
     with pytest.raises(ValueError, match=message):
-        read_rows(TASKS["sst2"], "train", write(tmp_path / "sst2", {name: content}))
+        read_examples(TASKS["sst2"], "train", write(tmp_path / "sst2", {name: content}))
 
 
 @pytest.mark.parametrize("label", ["nan", "50", "-0.5"])
 def test_a_score_must_be_a_number_of_its_range(label: str, tmp_path: Path) -> None:
     bad = STSB["train.tsv"].replace("0.250", label)
     with pytest.raises(ValueError, match=rf"train.tsv:3: label '{label}' is not a number from 0 to 5"):
-        read_rows(TASKS["stsb"], "train", write(tmp_path / "STS-B", {"train.tsv": bad}))
+        read_examples(TASKS["stsb"], "train", write(tmp_path / "STS-B", {"train.tsv": bad}))
 
 
 def test_test_rows_are_numbered_by_their_place(tmp_path: Path) -> None:
     """Predictions are submitted by number: a row that is missing or moved would give the others' answers away."""
     data = write(tmp_path / "RTE", {"test.tsv": RTE["test.tsv"] + "2\tA.\tB.\n"})
     with pytest.raises(ValueError, match=r"test\.tsv:3: index 2 where 1 is due"):
-        read_rows(TASKS["rte"], "test", data)
+        read_examples(TASKS["rte"], "test", data)
     write(tmp_path / "QQP", {"test.tsv": QQP["test.tsv"] + "1\tcut\n2\tWho?\tWhy?\n"})
     with pytest.raises(ValueError, match=r"test\.tsv:3: not the columns of the header"):
-        read_rows(TASKS["qqp"], "test", tmp_path)
+        read_examples(TASKS["qqp"], "test", tmp_path)
 
 
 def test_a_missing_shard_is_noticed(tmp_path: Path) -> None:
@@ -224,21 +224,21 @@ def test_a_missing_shard_is_noticed(tmp_path: Path) -> None:
     table = pyarrow.table({"sentence": ["A"], "label": [1]})
     pyarrow.parquet.write_table(table, folder / "train-00000-of-00002.parquet")
     with pytest.raises(ValueError, match=r"00000-of-00002\.parquet: 1 shards of this split are there"):
-        read_rows(TASKS["sst2"], "train", tmp_path)
+        read_examples(TASKS["sst2"], "train", tmp_path)
     pyarrow.parquet.write_table(table, folder / "train-00001-of-00002.parquet")
-    assert len(read_rows(TASKS["sst2"], "train", tmp_path)) == 2
+    assert len(read_examples(TASKS["sst2"], "train", tmp_path)) == 2
 
 
 def test_many_broken_rows_are_another_layout(tmp_path: Path) -> None:
     broken = QQP_HEAD + "1\t2\t3\tA?\tB?\t1\n" + "short\trow\n" * 9
     with pytest.raises(ValueError, match="9 rows have the wrong number of columns"):
-        read_rows(TASKS["qqp"], "train", write(tmp_path / "QQP", {"train.tsv": broken}))
+        read_examples(TASKS["qqp"], "train", write(tmp_path / "QQP", {"train.tsv": broken}))
 
 
 def test_two_formats_of_one_split_are_refused(tmp_path: Path) -> None:
     data = write(tmp_path / "SST-2", {**SST2, "train.jsonl": '{"sentence": "A", "label": 1}\n'})
     with pytest.raises(ValueError, match=r"holds both train\.tsv and train\.jsonl"):
-        read_rows(TASKS["sst2"], "train", data)
+        read_examples(TASKS["sst2"], "train", data)
 
 
 CSV_TASK = {
@@ -252,9 +252,9 @@ CSV_TASK = {
 def test_a_task_file_adds_a_task(tmp_path: Path) -> None:
     folder = write(tmp_path / "own", CSV_TASK) / "own"
     task = choose_tasks([], [folder / "task.toml"])["mood"]
-    train = read_rows(task, task.train)
+    train = read_examples(task, task.train)
     assert (train.texts, train.labels) == ((['Oh, "well"\nthen', "No"],), [1, 0])
-    assert read_rows(task, task.dev[0]).texts == (['"Grr'],)
+    assert read_examples(task, task.dev[0]).texts == (['"Grr'],)
 
 
 STARS, MOODS, TRUTH = ("1", "2", "3"), ("sad", "glad", "mad"), ("false", "true")
@@ -283,9 +283,9 @@ def test_what_a_label_means(names: tuple[str, ...], value: object, expected: flo
     task = load_task(tmp_path / "task.toml")
     if expected is None:
         with pytest.raises(ValueError, match=r"train\.jsonl:1: label .* is (not|neither)"):
-            read_rows(task, task.train)
+            read_examples(task, task.train)
     else:
-        assert read_rows(task, task.train).labels == [expected]
+        assert read_examples(task, task.train).labels == [expected]
 
 
 def test_stars_are_read_alike_from_every_format(tmp_path: Path) -> None:
@@ -297,14 +297,14 @@ def test_stars_are_read_alike_from_every_format(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"said": ["A", "B"], "stars": [1, 2]}), tmp_path / "c.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"said": ["A", "B"], "stars": [1.0, 2.0]}), tmp_path / "d.parquet")
     task = load_task(tmp_path / "task.toml")
-    assert {tuple(read_rows(task, split).labels) for split in (task.train, *task.dev)} == {(0, 1)}
+    assert {tuple(read_examples(task, split).labels) for split in (task.train, *task.dev)} == {(0, 1)}
 
 
 def test_a_long_cell_is_read(tmp_path: Path) -> None:
     long = "word " * 60_000
     folder = write(tmp_path / "own", {**CSV_TASK, "train.csv": f"said,mood\n{long},glad\n"}) / "own"
     task = load_task(folder / "task.toml")
-    assert read_rows(task, task.train).texts == ([long],)
+    assert read_examples(task, task.train).texts == ([long],)
 
 
 BAD_TASKS = {
@@ -337,7 +337,7 @@ def test_unknown_names_and_files(tmp_path: Path) -> None:
     folder = write(tmp_path / "own", {"task.toml": CSV_TASK["task.toml"]}) / "own"
     task = load_task(folder / "task.toml")
     with pytest.raises(ValueError, match=r"train\.csv is not a file"):
-        read_rows(task, task.train)
+        read_examples(task, task.train)
 
 
 ORACLES = {

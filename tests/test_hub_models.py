@@ -7,8 +7,8 @@ import pytest
 from hub_contents import card, parquet
 
 from fastkd.data import hub_requests
-from fastkd.glue.rows import read_rows
-from fastkd.glue.source import find_model
+from fastkd.glue.examples import read_examples
+from fastkd.glue.model import find_model
 from fastkd.glue.tasks import TASKS
 from fastkd.models import hf
 
@@ -84,8 +84,8 @@ def test_glue_comes_in_the_layout_of_the_hub(hub: test_hub.Hub, waits: list[floa
     with pytest.raises(
         ValueError, match=r"cannot read nyu-mll/glue:sst2:train from the hub \(.*--data FOLDER"
     ) as error:
-        read_rows(TASKS["sst2"], "train")
+        read_examples(TASKS["sst2"], "train")
     assert "\n" not in str(error.value)
     hub.faults = [test_hub.Fault("parquet", 429, times=1)]
-    assert read_rows(TASKS["sst2"], "train").labels == [1, 0, 1]
-    assert read_rows(TASKS["sst2"], "dev").texts == (["text 0", "text 1"],)
+    assert read_examples(TASKS["sst2"], "train").labels == [1, 0, 1]
+    assert read_examples(TASKS["sst2"], "dev").texts == (["text 0", "text 1"],)

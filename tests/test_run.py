@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 from fastkd import run
 from fastkd.budget import surviving_steps
 from fastkd.files import read_jsonl
-from fastkd.glue.source import find_model
+from fastkd.glue.model import find_model
 from fastkd.models import hf
 from fastkd.reports.page import QUICKSTART_TEACHER_NOTE
 from fastkd.run_folder import read_run

@@ -17,7 +17,7 @@ FIXED = ("method", "charge", "replay", "budget_tokens", "push_to_hub")
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """One comparison; a run's options are taken too and hold for every row, but those that are a row's own."""
+    """Options of a comparison. Options of a run are taken too and hold for every row."""
 
     methods: str = option(
         "mlm,tinybert,minilm,minilmv2",

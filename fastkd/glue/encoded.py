@@ -1,4 +1,4 @@
-"""Rows as token ids: tokenised once a task, the vocabulary cut to what the task uses, batches of like lengths."""
+"""Examples as token ids: tokenised once a task, the vocabulary cut to what the task uses, batches of similar lengths."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from fastkd.glue.rows import Rows, read_rows
+from fastkd.glue.examples import Examples, read_examples
 from fastkd.glue.tasks import Task
 from fastkd.models.tokenizer import reason
 
-ROW_SEED = 0  # of the subset that --train-rows keeps: the same for every model and seed
-POOL = 50  # batches that are sorted by length together: wider pools pad less and shuffle less
+ROW_SEED = 0  # of the subset that --train-rows keeps, the same for every model and seed
+POOL = 50  # batches that are sorted by length together: larger pools pad less and shuffle less
 TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model")
 OFFSET_FAMILIES = ("roberta", "xlm-roberta", "camembert", "mpnet")  # their positions start after the padding id
 
 
-class Split(torch.utils.data.Dataset[dict[str, list[int] | int | float]]):
-    """A tokenised split; items hold ``input_ids``, ``labels`` and what else the tokenizer makes."""
+class EncodedSplit(torch.utils.data.Dataset[dict[str, list[int] | int | float]]):
+    """A tokenised split; items hold ``input_ids``, ``labels`` and the tokenizer's other outputs."""
 
     def __init__(self, columns: Mapping[str, list[list[int]]], labels: Sequence[int | float]) -> None:
         self.columns, self.labels = dict(columns), labels
@@ -39,14 +39,16 @@ class Split(torch.utils.data.Dataset[dict[str, list[int] | int | float]]):
 class EncodedTask:
     """A task's splits in token ids that index ``used``, the ids of the model's vocabulary that occur in them."""
 
-    splits: dict[str, Split]
-    used: Tensor  # [U] int64 ascending; holds all ids up to the padding's, which therefore keep their place
+    splits: dict[str, EncodedSplit]
+    used: Tensor  # [U] int64 ascending; all ids up to the padding's are in it, so these stay the same
     pad_token_id: int
 
 
-def load_rows(task: Task, data: Path | None, train_rows: int | None, test: Sequence[str] = ()) -> dict[str, Rows]:
-    """All splits of a task; of the training rows a fixed random subset of ``train_rows``, in file order."""
-    splits = {split: read_rows(task, split, data) for split in (task.train, *task.dev, *test)}
+def load_examples(
+    task: Task, data: Path | None, train_rows: int | None, test: Sequence[str] = ()
+) -> dict[str, Examples]:
+    """All splits of a task; at most ``train_rows`` training examples, a fixed random subset in file order."""
+    splits = {split: read_examples(task, split, data) for split in (task.train, *task.dev, *test)}
     train = splits[task.train]
     if train_rows is not None and train_rows < len(train):
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(ROW_SEED))
@@ -57,22 +59,22 @@ def load_rows(task: Task, data: Path | None, train_rows: int | None, test: Seque
 def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises ValueError where there is none, or it cannot pad."""
     if not any(path for name in TOKENIZER_FILES for path in model.glob(name)):
-        # transformers would make one up that knows nothing but special tokens
+        # transformers would invent one that knows only special tokens
         raise ValueError(f"{model} holds no tokenizer (tokenizer.json, vocab.txt, …); save it beside the model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except Exception as error:  # a damaged tokenizer.json raises whatever its reader does
+    except Exception as error:  # of any kind, from the reader of a damaged tokenizer.json
         raise ValueError(f"{model} has no usable tokenizer ({reason(error)})") from error
     if tokenizer.pad_token_id is None:
         raise ValueError(f"{model}: the tokenizer has no padding token; set one and save it again")
     return tokenizer
 
 
-def encode(model: Path, splits: Mapping[str, Rows], max_length: int) -> EncodedTask:
+def encode(model: Path, splits: Mapping[str, Examples], max_length: int) -> EncodedTask:
     """Tokenise, cutting the longer text first, to at most ``max_length`` tokens or what the model takes."""
     tokenizer = load_tokenizer(model)
     length = _max_length(model, tokenizer, max_length)
-    encoded = {name: _split(tokenizer, rows, length) for name, rows in splits.items()}
+    encoded = {name: _split(tokenizer, examples, length) for name, examples in splits.items()}
     pad = tokenizer.pad_token_id
     seen = {token for split in encoded.values() for ids in split.columns["input_ids"] for token in ids}
     used = sorted(seen | set(range(pad + 1)))
@@ -101,16 +103,16 @@ def _max_length(model: Path, tokenizer: PreTrainedTokenizerBase, wanted: int) ->
     return min(wanted, positions, tokenizer.model_max_length)
 
 
-def _split(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int) -> Split:
-    columns = tokenizer(*rows.texts, truncation=True, max_length=max_length, return_attention_mask=False)
-    return Split(dict(columns), rows.labels)
+def _split(tokenizer: PreTrainedTokenizerBase, examples: Examples, max_length: int) -> EncodedSplit:
+    columns = tokenizer(*examples.texts, truncation=True, max_length=max_length, return_attention_mask=False)
+    return EncodedSplit(dict(columns), examples.labels)
 
 
 def cut_embeddings(model: torch.nn.Module, encoded: EncodedTask) -> None:
     """Keep only the word embeddings that the task uses, in place.
 
-    Exact: a row that no text holds has a zero gradient, which adds nothing to the gradient's norm; AdamW's decay may move
-    it, and no text reads it. What is cut need not be touched by any step: half of all of a small model.
+    Exact: an embedding that no text uses has a zero gradient, which adds nothing to the gradient's norm. AdamW's decay may
+    change it, but no text reads it. No step has to update what is cut: half of the weights of a small model.
     """
     table = model.get_input_embeddings()  # type: ignore[operator]
     rows = table.weight.detach()[encoded.used].clone()
@@ -120,9 +122,9 @@ def cut_embeddings(model: torch.nn.Module, encoded: EncodedTask) -> None:
 
 
 class LengthGroupedBatches(torch.utils.data.Sampler[list[int]]):
-    """Batches of rows of like length, shuffled anew in each epoch.
+    """Batches of examples of similar length, shuffled again in each epoch.
 
-    Rows are shuffled, sorted by length within pools of 50 batches, cut into batches, and the batches shuffled.
+    Examples are shuffled, sorted by length within pools of 50 batches, cut into batches, and the batches shuffled.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
@@ -142,7 +144,7 @@ class LengthGroupedBatches(torch.utils.data.Sampler[list[int]]):
 
 
 def collate(items: Sequence[Mapping[str, list[int] | int | float]], pad_token_id: int) -> dict[str, Tensor]:
-    """A batch padded to its longest row: ids, types and mask [B, S] int64; labels [B] int64 or float32."""
+    """A batch padded to its longest example: ids, types and mask [B, S] int64; labels [B] int64 or float32."""
     lengths = torch.tensor([len(item["input_ids"]) for item in items])  # type: ignore[arg-type]
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     batch = {"attention_mask": mask.long()}

@@ -14,17 +14,16 @@ import torch
 
 from fastkd import files
 from fastkd.files import drop_torn_line, to_line
-from fastkd.glue import rows as row_files
-from fastkd.glue.cells import FOLDER, Cell
-from fastkd.glue.encoded import load_rows
-from fastkd.glue.finetune import Job, check_model, fast_bf16
+from fastkd.glue import examples
+from fastkd.glue.encoded import load_examples
+from fastkd.glue.finetune import FOLDER, FineTuning, check_model, fast_bf16
+from fastkd.glue.model import EvaluatedModel, find_model
 from fastkd.glue.protocol import PROTOCOLS, Protocol
 from fastkd.glue.scores import average, choose, markdown, missing_tasks, to_json, update_card
-from fastkd.glue.source import Source, find_model
 from fastkd.glue.submission import FOLDER as SUBMISSION
 from fastkd.glue.submission import write_submission
 from fastkd.glue.tasks import Task, choose_tasks
-from fastkd.glue.workers import run_cells, visible_gpus
+from fastkd.glue.workers import run_all, visible_gpus
 from fastkd.reports import model_card
 
 EXTRA = ("accelerate", "sklearn", "scipy")
@@ -35,35 +34,36 @@ SAW_PAIRS = (
 
 
 @dataclass(frozen=True)
-class Plan:
-    """An evaluation that was checked: nothing is left that a file or an option could be wrong about."""
+class Evaluation:
+    """An evaluation whose files and options have all been checked."""
 
-    source: Source
+    model: EvaluatedModel
     protocol: Protocol
     output_dir: Path
     jobs: int
-    saw_pairs: bool  # as Source.saw_pairs says, read before anything is spent
+    saw_pairs: bool  # as EvaluatedModel.saw_pairs says, read before anything is spent
     bf16: bool  # measured once for all fine-tunings
-    cells: list[Cell] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # oddities of the data, in one line each
+    fine_tunings: list[FineTuning] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # oddities of the data, one line each
 
     def add(self, task: Task, data: Path | None, seeds: int, train_rows: int | None, predict_test: bool) -> None:
-        """Read a task's files and plan its fine-tunings. Raises ValueError for a file that is wrong."""
+        """Read a task's files and add its fine-tunings. Raises ValueError for a file that is wrong."""
         test, absent = _test_splits(task, data, predict_test)
-        splits = load_rows(task, data, train_rows, test)
+        splits = load_examples(task, data, train_rows, test)
         for split in task.dev:
             if task.is_regression and len(splits[split]) < 2:
                 raise ValueError(f"{splits[split].source}: a correlation needs two rows at least; download it again")
         self.notes.extend([*absent, *_oddities(task, splits, train_rows)])
-        sizes = {split: len(rows) for split, rows in splits.items()}
-        content = tuple((split, rows.sha256) for split, rows in splits.items())
-        model, digest = self.source.folder, self.source.sha256
+        sizes = {split: len(found) for split, found in splits.items()}
+        content = tuple((split, found.sha256) for split, found in splits.items())
+        model, digest = self.model.folder, self.model.sha256
         for rate, size in self.protocol.grid:
             for seed in range(seeds):
-                job = Job(
-                    model, task, data, train_rows, self.protocol, rate, size, seed, self.bf16, test, digest, content
-                )
-                self.cells.append(Cell(job, sizes, self.output_dir))
+                one = FineTuning(
+                    model, task, data, train_rows, self.protocol, rate, size, seed, self.bf16, test, digest, content,
+                    sizes, self.output_dir,
+                )  # fmt: skip
+                self.fine_tunings.append(one)
 
 
 def evaluate(
@@ -104,28 +104,28 @@ def evaluate(
     for option, value in (("seeds", seeds), ("jobs", jobs)):
         if value is not None and value < 1:
             raise ValueError(f"--{option} must be at least 1, not {value}")
-    source = find_model(model)
-    folder = Path(output_dir) if output_dir is not None else source.output_dir
-    for written in (folder, source.run or folder):
+    found = find_model(model)
+    folder = Path(output_dir) if output_dir is not None else found.output_dir
+    for written in (folder, found.run or folder):
         files.check_writable(written / FOLDER, written / "glue.json", written / "glue.md")
     if predict_test:
         files.check_writable(folder / SUBMISSION)
-    _check_card(source)
+    _check_card(found)
     data = Path(data) if data is not None else None
     chosen = _choose(tasks, [Path(path) for path in task_files], PROTOCOLS[protocol], data)
     limits = _limits(train_rows, chosen)
-    check_model(source.folder)
+    check_model(found.folder)
     jobs = jobs or max(1, len(visible_gpus()))
-    plan = Plan(source, PROTOCOLS[protocol], folder, jobs, source.saw_pairs, fast_bf16())
+    evaluation = Evaluation(found, PROTOCOLS[protocol], folder, jobs, found.saw_pairs, fast_bf16())
     for task in chosen.values():
-        plan.add(task, data, seeds or plan.protocol.seeds, limits.get(task.name), predict_test)
-    return carry_out(plan, log)
+        evaluation.add(task, data, seeds or evaluation.protocol.seeds, limits.get(task.name), predict_test)
+    return carry_out(evaluation, log)
 
 
-def _check_card(source: Source) -> None:
-    """Raises ValueError where a run's model card cannot be read, before hours are spent on what goes in."""
-    card = source.folder / "README.md"
-    if source.run is not None and card.exists():
+def _check_card(model: EvaluatedModel) -> None:
+    """Raises ValueError where a run's model card cannot be read, before hours are spent on scores for it."""
+    card = model.folder / "README.md"
+    if model.run is not None and card.exists():
         try:
             card.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
@@ -151,7 +151,7 @@ def _choose(
     chosen = choose_tasks(protocol.tasks, ())
     if data is None:
         return chosen
-    held = {name: task for name, task in chosen.items() if row_files.task_folder(task, data)}
+    held = {name: task for name, task in chosen.items() if examples.task_folder(task, data)}
     if not held:
         titles = ", ".join(task.title for task in chosen.values())
         raise ValueError(f"--data {data} holds none of the folders {titles}")
@@ -178,103 +178,105 @@ def _test_splits(task: Task, data: Path | None, predict_test: bool) -> tuple[tup
         raise ValueError(f"task {task.name!r} has no test file: name one in its task file, or leave out --predict-test")
     if "diagnostic" in task.test and data is not None:
         try:
-            row_files.find_files(task, "diagnostic", data)
+            examples.find_files(task, "diagnostic", data)
         except ValueError as error:
             return tuple(split for split in task.test if split != "diagnostic"), [f"no AX.tsv: {error}"]
     return tuple(task.test), []
 
 
-def _oddities(task: Task, splits: Mapping[str, row_files.Rows], limit: int | None) -> list[str]:
-    """What a reader should know about the data: rows that were skipped, and numbers that are not the release's."""
+def _oddities(task: Task, splits: Mapping[str, examples.Examples], limit: int | None) -> list[str]:
+    """Notes on the data: rows that were skipped, and numbers of rows that differ from the release's."""
     notes = []
-    for split, rows in splits.items():
-        if rows.broken:
-            notes.append(f"{rows.source}: {rows.broken} rows that line breaks cut are left out, as on the hub")
-        expected = task.rows.get(split, len(rows))
-        if len(rows) != expected and not (split == task.train and limit is not None):
-            notes.append(f"{rows.source}: {len(rows):,} rows, where the release has {expected:,}")
+    for split, found in splits.items():
+        if found.broken:
+            notes.append(f"{found.source}: {found.broken} rows that line breaks cut are left out, as on the hub")
+        expected = task.rows.get(split, len(found))
+        if len(found) != expected and not (split == task.train and limit is not None):
+            notes.append(f"{found.source}: {len(found):,} rows, where the release has {expected:,}")
     return notes
 
 
-def carry_out(plan: Plan, log: Callable[[str], None]) -> dict[str, Any]:
-    """Run the cells that are not finished, and write what they come to."""
+def carry_out(evaluation: Evaluation, log: Callable[[str], None]) -> dict[str, Any]:
+    """Run the fine-tunings that are not finished, and write scores, table, card and ledger lines."""
     start = time.perf_counter()
-    results = {cell.path: found for cell in plan.cells if (found := cell.read()) is not None}
-    waiting = [cell for cell in plan.cells if cell.path not in results]
-    _announce(plan, len(results), log)
+    wanted = evaluation.fine_tunings
+    results = {one.path: found for one in wanted if (found := one.read()) is not None}
+    waiting = [one for one in wanted if one.path not in results]
+    _announce(evaluation, len(results), log)
     written = start
     try:
-        for cell, result in run_cells(waiting, plan.jobs):
-            results[cell.path] = result
+        for one, result in run_all(waiting, evaluation.jobs):
+            results[one.path] = result
             now = time.perf_counter()
-            _write_ledger(plan, now - written, cell)
+            _write_ledger(evaluation, now - written, one)
             written = now
-            log(_progress(cell, result, len(results), len(plan.cells)))
+            log(_progress(one, result, len(results), len(wanted)))
     except BaseException:
-        _write_ledger(plan, time.perf_counter() - written, None)
+        _write_ledger(evaluation, time.perf_counter() - written, None)
         raise
-    return _publish(plan, [(cell, results[cell.path]) for cell in plan.cells], time.perf_counter() - start)
+    return _publish(evaluation, [(one, results[one.path]) for one in wanted], time.perf_counter() - start)
 
 
-def _announce(plan: Plan, finished: int, log: Callable[[str], None]) -> None:
+def _announce(evaluation: Evaluation, finished: int, log: Callable[[str], None]) -> None:
     gpus = visible_gpus()
     device = f"{len(gpus)} GPU{'s' if len(gpus) > 1 else ''}" if gpus else "CPU"
-    dtype = "bfloat16" if plan.bf16 else "float32"
-    titles = dict.fromkeys(cell.job.task.title for cell in plan.cells)
-    log(f"GLUE of {plan.source.name} ({plan.source.folder}), protocol {plan.protocol.description}")
+    dtype = "bfloat16" if evaluation.bf16 else "float32"
+    titles = dict.fromkeys(one.task.title for one in evaluation.fine_tunings)
+    log(f"GLUE of {evaluation.model.name} ({evaluation.model.folder}), protocol {evaluation.protocol.description}")
     log(
-        f"{', '.join(titles)}: {len(plan.cells)} fine-tunings, {finished} of them finished before; "
-        f"{device}, {dtype}, {plan.jobs} at a time; results in {plan.output_dir}"
+        f"{', '.join(titles)}: {len(evaluation.fine_tunings)} fine-tunings, {finished} of them finished before; "
+        f"{device}, {dtype}, {evaluation.jobs} at a time; results in {evaluation.output_dir}"
     )
-    for note in plan.notes:
+    for note in evaluation.notes:
         log(f"note: {note}")
 
 
-def _progress(cell: Cell, result: Mapping[str, Any], finished: int, total: int) -> str:
-    job = cell.job
+def _progress(one: FineTuning, result: Mapping[str, Any], finished: int, total: int) -> str:
     metrics = ", ".join(f"{name} {value:.1f}" for name, value in result["metrics"].items())
-    grid = f" lr {job.learning_rate:g} batch {job.batch_size}" if len(job.protocol.grid) > 1 else ""
-    return f"[{finished}/{total}] {job.task.title}{grid} seed {job.seed}: {metrics} ({result['seconds']:.0f} s)"
+    grid = f" lr {one.learning_rate:g} batch {one.batch_size}" if len(one.protocol.grid) > 1 else ""
+    return f"[{finished}/{total}] {one.task.title}{grid} seed {one.seed}: {metrics} ({result['seconds']:.0f} s)"
 
 
-def _write_ledger(plan: Plan, seconds: float, cell: Cell | None) -> None:
-    """What a fine-tuning cost since the line before, in the run's ledger and never charged; None: it was interrupted."""
-    if plan.source.run is None:
+def _write_ledger(evaluation: Evaluation, seconds: float, one: FineTuning | None) -> None:
+    """Append a line to the run's ledger: seconds since the line before, never charged; None: interrupted."""
+    if evaluation.model.run is None:
         return
     line = {
         "event": "glue",
         "seconds": seconds,
         "charged": False,
-        "task": cell.job.task.name if cell else None,
-        "seed": cell.job.seed if cell else None,
-        "protocol": plan.protocol.name,
-        "jobs": plan.jobs,
+        "task": one.task.name if one else None,
+        "seed": one.seed if one else None,
+        "protocol": evaluation.protocol.name,
+        "jobs": evaluation.jobs,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
-    ledger = plan.source.run / "ledger.jsonl"
+    ledger = evaluation.model.run / "ledger.jsonl"
     drop_torn_line(ledger)
     with ledger.open("a", encoding="utf-8") as file:
         file.write(to_line(line))
 
 
-def _publish(plan: Plan, results: list[tuple[Cell, dict[str, Any]]], seconds: float) -> dict[str, Any]:
+def _publish(
+    evaluation: Evaluation, results: list[tuple[FineTuning, dict[str, Any]]], seconds: float
+) -> dict[str, Any]:
     scores = choose(results)
-    notes = [SAW_PAIRS] if plan.saw_pairs else []
-    table = markdown(scores, plan.protocol, notes)
-    as_json = to_json(scores, plan.protocol)
-    files.write(plan.output_dir / "glue.json", json.dumps(as_json, indent=1) + "\n")
-    files.write(plan.output_dir / "glue.md", table)
-    if plan.source.run is not None:
-        update_card(plan.source.folder / "README.md", table)
-        model_card.add_results(plan.source.folder / "README.md", model_card.glue_results(scores))
-    mean = average(scores, plan.protocol)
+    notes = [SAW_PAIRS] if evaluation.saw_pairs else []
+    table = markdown(scores, evaluation.protocol, notes)
+    as_json = to_json(scores, evaluation.protocol)
+    files.write(evaluation.output_dir / "glue.json", json.dumps(as_json, indent=1) + "\n")
+    files.write(evaluation.output_dir / "glue.md", table)
+    if evaluation.model.run is not None:
+        update_card(evaluation.model.folder / "README.md", table)
+        model_card.add_results(evaluation.model.folder / "README.md", model_card.glue_results(scores))
+    mean = average(scores, evaluation.protocol)
     return {
         "scores": as_json,
         "average": mean["mean"] if mean else None,
-        "missing": missing_tasks(scores, plan.protocol),
+        "missing": missing_tasks(scores, evaluation.protocol),
         "markdown": table,
         "seconds": seconds,
         "device_seconds": sum(result["seconds"] for _, result in results),
-        "submission": [str(path) for path in write_submission(scores, plan.output_dir)],
-        "output_dir": str(plan.output_dir),
+        "submission": [str(path) for path in write_submission(scores, evaluation.output_dir)],
+        "output_dir": str(evaluation.output_dir),
     }

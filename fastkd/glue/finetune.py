@@ -1,20 +1,23 @@
-"""One fine-tuning: a fresh head, transformers' Trainer, scores of the dev sets, predictions of the test sets."""
+"""One fine-tuning: a new head, transformers' Trainer, scores of the dev sets, predictions of the test sets."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
@@ -27,16 +30,17 @@ from transformers import (
 from transformers import logging as hf_logging
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
+from fastkd import files
 from fastkd.device import waiting
 from fastkd.device.peaks import fastest_dtype
 from fastkd.glue.encoded import (
+    EncodedSplit,
     EncodedTask,
     LengthGroupedBatches,
-    Split,
     collate,
     cut_embeddings,
     encode,
-    load_rows,
+    load_examples,
     load_tokenizer,
     require_encoder,
 )
@@ -45,13 +49,17 @@ from fastkd.glue.protocol import Protocol
 from fastkd.glue.tasks import TASKS, Task
 from fastkd.models.tokenizer import reason
 
+FOLDER = "glue"  # of the results, in the folder of scores
 EVAL_BATCH = 64
-QUIET_S = 60.0  # a longer fine-tuning says how far it is
+QUIET_S = 60.0  # between two lines of progress
 
 
 @dataclass(frozen=True)
-class Job:
-    """What one fine-tuning depends on."""
+class FineTuning:
+    """One fine-tuning of a model on a task: what its scores depend on, and the file of its result.
+
+    Finished ones are on disk, a JSON file each, so that an interrupted evaluation repeats nothing.
+    """
 
     model: Path
     task: Task
@@ -64,10 +72,69 @@ class Job:
     bf16: bool = False  # trains under autocast
     test: tuple[str, ...] = ()  # splits to predict
     model_sha256: str = ""
-    content: tuple[tuple[str, str], ...] = ()  # digest of each split, where files that change must be noticed
+    content: tuple[tuple[str, str], ...] = ()  # (split, SHA-256 of its examples): files that change are noticed
+    rows: Mapping[str, int] = field(default_factory=dict, hash=False)  # of each split, after --train-rows
+    output_dir: Path = Path()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the scores depend on. Device and versions do not count: they are written beside the scores."""
+        task, protocol = self.task, self.protocol
+        return {
+            "model": self.model_sha256,
+            "task": task.name,
+            "labels": task.labels,
+            "metrics": task.metrics,
+            "splits": [task.train, *task.dev],
+            "content": {split: sha256 for split, sha256 in self.content if split not in self.test},
+            "epochs": protocol.epochs,
+            "schedule": protocol.schedule,
+            "warmup": protocol.warmup,
+            "weight_decay": protocol.weight_decay,
+            "max_length": protocol.max_length,
+            "learning_rate": self.learning_rate,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+        }
+
+    @property
+    def path(self) -> Path:
+        """The file of its result."""
+        key = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+        name = f"{self.task.name}-lr{self.learning_rate:g}-b{self.batch_size}-seed{self.seed}-{key}.json"
+        return self.output_dir / FOLDER / name
+
+    def read(self) -> dict[str, Any] | None:
+        """Its result; None where it is not finished, or lacks predictions that are wanted now."""
+        try:
+            result: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        kinds = {"metrics": dict, "predictions": dict, "seconds": float, "test_content": dict}
+        if not isinstance(result, dict) or not all(isinstance(result.get(k), kind) for k, kind in kinds.items()):
+            return None
+        if not result["metrics"]:
+            return None
+        return result if self._test_content.items() <= result["test_content"].items() else None
+
+    @property
+    def _test_content(self) -> dict[str, str]:
+        return {split: sha256 for split, sha256 in self.content if split in self.test}
+
+    def run(self) -> dict[str, Any]:
+        """Fine-tune, and write the result to disk before anything else happens."""
+        result = {
+            **self.identity,
+            "rows": dict(self.rows),
+            **finetune(self),
+            "test_content": self._test_content,
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        }
+        files.write(self.path, json.dumps(result) + "\n")
+        return result
 
 
-def finetune(job: Job) -> dict[str, Any]:
+def finetune(tuning: FineTuning) -> dict[str, Any]:
     """Fine-tune and score.
 
     Returns ``metrics`` (times 100), ``predictions`` (test split → class ids or scores in the file's order),
@@ -77,47 +144,49 @@ def finetune(job: Job) -> dict[str, Any]:
         ValueError: weights are missing from the model, a file has changed, or the loss is not finite.
     """
     start = time.perf_counter()
-    encoded = _encoded(replace(job, learning_rate=0.0, batch_size=0, seed=0, bf16=False))
-    set_seed(job.seed)
-    model = load_classifier(job.model, job.task)
+    encoded = _encoded(replace(tuning, learning_rate=0.0, batch_size=0, seed=0, bf16=False))
+    set_seed(tuning.seed)
+    model = load_classifier(tuning.model, tuning.task)
     cut_embeddings(model, encoded)
-    loss, device = _train(model, job, encoded)
+    loss, device = _train(model, tuning, encoded)
     if not math.isfinite(loss):
-        raise ValueError(f"{job.task.title}, seed {job.seed}: the loss is {loss}; are the model's weights finite?")
+        raise ValueError(
+            f"{tuning.task.title}, seed {tuning.seed}: the loss is {loss}; are the model's weights finite?"
+        )
     metrics: dict[str, float] = {}
-    for split in job.task.dev:
+    for split in tuning.task.dev:
         labels = np.asarray(encoded.splits[split].labels)
-        values = score(job.task.metrics, labels, predict(model, encoded, split, job.task))
-        metrics |= {name + _suffix(job.task, split): value for name, value in values.items()}
+        values = score(tuning.task.metrics, labels, predict(model, encoded, split, tuning.task))
+        metrics |= {name + _suffix(tuning.task, split): value for name, value in values.items()}
     return {
         "metrics": metrics,
-        "predictions": {split: predict(model, encoded, split, job.task).tolist() for split in job.test},
+        "predictions": {split: predict(model, encoded, split, tuning.task).tolist() for split in tuning.test},
         "seconds": time.perf_counter() - start,
         "loss": loss,
         "device": device,
-        "dtype": "bfloat16" if job.bf16 else "float32",
+        "dtype": "bfloat16" if tuning.bf16 else "float32",
     }
 
 
 def _suffix(task: Task, split: str) -> str:
-    """What tells the metrics of several dev sets apart: " matched" and " mismatched", or the names in a task file."""
+    """The end of a metric's name where there are several dev sets: " matched", " mismatched" or the name in a task file."""
     if len(task.dev) == 1:
         return ""
     return split.removeprefix("dev").replace("_", " ") if task.official else f" {split}"
 
 
 @lru_cache(maxsize=1)
-def _encoded(job: Job) -> EncodedTask:
-    """One task at a time: its seeds and grid share the tokenised rows."""
-    splits = load_rows(job.task, job.data, job.train_rows, job.test)
-    for split, sha256 in job.content:
+def _encoded(tuning: FineTuning) -> EncodedTask:
+    """The tokenised examples of a task. One task is kept: all its seeds and configurations use it."""
+    splits = load_examples(tuning.task, tuning.data, tuning.train_rows, tuning.test)
+    for split, sha256 in tuning.content:
         if splits[split].sha256 != sha256:
             raise ValueError(f"{splits[split].source} has changed since the evaluation began: issue the command again")
-    return encode(job.model, splits, job.protocol.max_length)
+    return encode(tuning.model, splits, tuning.protocol.max_length)
 
 
 def check_model(folder: Path) -> None:
-    """Raises ValueError where model or tokenizer cannot be loaded, do not belong together, or are no encoder's."""
+    """Raises ValueError where model or tokenizer cannot be loaded, do not fit together, or are not an encoder's."""
     model = load_classifier(folder, TASKS["sst2"])
     tokenizer = load_tokenizer(folder)
     require_encoder(folder)
@@ -127,9 +196,9 @@ def check_model(folder: Path) -> None:
 
 
 def load_classifier(folder: Path, task: Task) -> PreTrainedModel:
-    """The model in float32 with a new head for ``task``, drawn from torch's global generator.
+    """The model in float32 with a new random head for ``task``, from torch's global generator.
 
-    What an earlier fine-tuning left of a classifier is drawn anew, so that seeds differ; BERT's pooler is the body's.
+    A classifier of an earlier fine-tuning is replaced too, so that seeds differ. BERT's pooler belongs to the body.
 
     Raises:
         ValueError: transformers cannot load it, or weights below the head are missing.
@@ -146,7 +215,7 @@ def load_classifier(folder: Path, task: Task) -> PreTrainedModel:
                 folder, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
                 trust_remote_code=False,
             )  # fmt: skip
-    except Exception as error:  # damaged weights raise whatever their reader does
+    except Exception as error:  # of any kind, from the reader of damaged weights
         raise ValueError(f"{folder} cannot be loaded ({reason(error)})") from error
     body = f"{model.base_model_prefix}."
     changed = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
@@ -163,7 +232,7 @@ def load_classifier(folder: Path, task: Task) -> PreTrainedModel:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' report of new head weights: they are meant to be new, and others are checked."""
+    """Silence transformers' report of new weights: the head's are meant to be new, and the others are checked."""
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -182,26 +251,26 @@ def fast_bf16() -> bool:
 
 
 class _Trainer(Trainer):
-    """Trainer with batches of like lengths (its own option for that has changed its name between versions)."""
+    """Trainer with batches of similar lengths (its own option for that has another name in other versions)."""
 
-    def __init__(self, encoded: EncodedTask, train: Split, **options: Any) -> None:
+    def __init__(self, encoded: EncodedTask, train: EncodedSplit, **options: Any) -> None:
         self.batches = LengthGroupedBatches(train.lengths, options["args"].train_batch_size, options["args"].seed)
         super().__init__(
             train_dataset=train, data_collator=partial(collate, pad_token_id=encoded.pad_token_id), **options
         )
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Rows in batches, collated; Trainer moves them to its device."""
+        """Batches of examples on the host; Trainer moves them to its device."""
         pin = self.args.device.type == "cuda"
-        assert isinstance(self.train_dataset, Split)
+        assert isinstance(self.train_dataset, EncodedSplit)
         return DataLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator, pin_memory=pin)
 
 
 class _Progress(TrainerCallback):
     """A line on stderr a minute: a large task takes hours on a CPU."""
 
-    def __init__(self, job: Job) -> None:
-        self.name, self.said = f"{job.task.title} seed {job.seed}", time.perf_counter()
+    def __init__(self, tuning: FineTuning) -> None:
+        self.name, self.said = f"{tuning.task.title} seed {tuning.seed}", time.perf_counter()
         self.waiting = None if torch.cuda.is_available() else waiting.of_this_process()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -212,26 +281,26 @@ class _Progress(TrainerCallback):
             print(f"{self.name}: step {state.global_step:,} of {state.max_steps:,}", file=sys.stderr, flush=True)
 
 
-def training_arguments(job: Job, rows: int, folder: str) -> TrainingArguments:
-    """The protocol's recipe for ``rows`` training rows; nothing is logged or saved, nor is the device waited for."""
-    steps = job.protocol.epochs * math.ceil(rows / job.batch_size)
+def training_arguments(tuning: FineTuning, rows: int, folder: str) -> TrainingArguments:
+    """Trainer's arguments for ``rows`` training rows. Nothing is logged or saved, and the host never waits for the device."""
+    steps = tuning.protocol.epochs * math.ceil(rows / tuning.batch_size)
     return TrainingArguments(
-        folder, seed=job.seed, per_device_train_batch_size=job.batch_size, num_train_epochs=job.protocol.epochs,
-        learning_rate=job.learning_rate, lr_scheduler_type=job.protocol.schedule,
-        warmup_steps=math.ceil(job.protocol.warmup * steps), weight_decay=job.protocol.weight_decay,
+        folder, seed=tuning.seed, per_device_train_batch_size=tuning.batch_size, num_train_epochs=tuning.protocol.epochs,
+        learning_rate=tuning.learning_rate, lr_scheduler_type=tuning.protocol.schedule,
+        warmup_steps=math.ceil(tuning.protocol.warmup * steps), weight_decay=tuning.protocol.weight_decay,
         optim="adamw_torch_fused",
-        bf16=job.bf16, use_cpu=not torch.cuda.is_available(), save_strategy="no", logging_strategy="no",
+        bf16=tuning.bf16, use_cpu=not torch.cuda.is_available(), save_strategy="no", logging_strategy="no",
         logging_nan_inf_filter=False, report_to="none", disable_tqdm=True,
     )  # fmt: skip
 
 
-def _train(model: PreTrainedModel, job: Job, encoded: EncodedTask) -> tuple[float, str]:
-    train = encoded.splits[job.task.train]
+def _train(model: PreTrainedModel, tuning: FineTuning, encoded: EncodedTask) -> tuple[float, str]:
+    train = encoded.splits[tuning.task.train]
     with tempfile.TemporaryDirectory() as folder:
-        arguments = training_arguments(job, len(train), folder)
+        arguments = training_arguments(tuning, len(train), folder)
         trainer = _Trainer(encoded, train, model=model, args=arguments)
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(_Progress(job))
+        trainer.add_callback(_Progress(tuning))
         with _quiet():
             loss = trainer.train().training_loss
         # Scores are computed in float32: bfloat16 would round STS-B's predictions to steps of 1/64.

@@ -1,4 +1,4 @@
-"""How every task is fine-tuned alike, so that scores compare: the headline protocol and the paper's."""
+"""How every task is fine-tuned, the same for all models so that scores compare: the headline protocol and the paper's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Protocol:
     """
 
     name: str
-    tasks: tuple[str, ...]  # whose scores the average takes
+    tasks: tuple[str, ...]  # the average is over these
     learning_rates: tuple[float, ...]
     batch_sizes: tuple[int, ...]
     seeds: int  # unless --seeds says otherwise
@@ -22,7 +22,7 @@ class Protocol:
     schedule: str = "cosine"  # transformers' name of a decay to zero
     warmup: float = 0.1  # share of the steps before the decay
     weight_decay: float = 0.0  # AdamW's, of all but biases and LayerNorms
-    max_length: int = 128  # tokens of a row, both texts and special tokens included
+    max_length: int = 128  # tokens of an example, both texts and special tokens included
 
     @property
     def grid(self) -> list[tuple[float, int]]:

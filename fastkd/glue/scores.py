@@ -7,17 +7,19 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastkd import files
-from fastkd.glue.cells import Cell
-from fastkd.glue.protocol import Protocol
 from fastkd.glue.tasks import TASKS, Task
+
+if TYPE_CHECKING:
+    from fastkd.glue.finetune import FineTuning
+    from fastkd.glue.protocol import Protocol
 
 Result = Mapping[str, Any]
 Metrics = dict[str, dict[str, Any]]  # metric → mean, std, seeds, values
 
-# Dev scores as published, one number a task: of MRPC and QQP not all sources say whether accuracy or F1.
+# Published dev scores, one number a task: for MRPC and QQP not all sources say whether it is accuracy or F1.
 ANCHORS: dict[str, dict[str, float]] = {
     "BERT-base": {
         "cola": 56.3, "mnli": 84.7, "mrpc": 88.6, "qnli": 91.8, "qqp": 89.6, "rte": 69.3, "sst2": 92.7,
@@ -38,20 +40,20 @@ BEGIN, END = "<!-- glue: begin -->", "<!-- glue: end -->"
 
 @dataclass(frozen=True)
 class TaskScore:
-    """A task's chosen configuration: its cells, one a seed, and their metrics."""
+    """A task's chosen configuration: its fine-tunings, one a seed, and their results."""
 
     task: Task
-    cells: tuple[Cell, ...]
+    fine_tunings: tuple[FineTuning, ...]
     results: tuple[Result, ...]
 
     @property
     def seeds(self) -> list[int]:
         """The seeds, ascending."""
-        return [cell.job.seed for cell in self.cells]
+        return [one.seed for one in self.fine_tunings]
 
     @property
     def per_seed(self) -> list[float]:
-        """Of each seed the mean of the task's metrics, which is what averages over tasks take."""
+        """For each seed the mean of the task's metrics, from which averages over tasks are made."""
         return [statistics.fmean(result["metrics"].values()) for result in self.results]
 
     @property
@@ -63,7 +65,7 @@ class TaskScore:
     @property
     def best(self) -> int:
         """Index of the seed with the best dev score."""
-        return max(range(len(self.cells)), key=lambda i: self.per_seed[i])
+        return max(range(len(self.fine_tunings)), key=lambda i: self.per_seed[i])
 
 
 def over_seeds(seeds: Sequence[int], values: Sequence[float]) -> dict[str, Any]:
@@ -72,17 +74,16 @@ def over_seeds(seeds: Sequence[int], values: Sequence[float]) -> dict[str, Any]:
     return {"mean": statistics.fmean(values), "std": std, "seeds": list(seeds), "values": list(values)}
 
 
-def choose(results: Iterable[tuple[Cell, Result]]) -> dict[str, TaskScore]:
-    """Of each task the grid's configuration with the best mean over seeds (the first of equals)."""
-    groups: dict[str, dict[tuple[float, int], list[tuple[Cell, Result]]]] = {}
-    for cell, result in results:
-        job = cell.job
-        group = groups.setdefault(job.task.name, {})
-        group.setdefault((job.learning_rate, job.batch_size), []).append((cell, result))
+def choose(results: Iterable[tuple[FineTuning, Result]]) -> dict[str, TaskScore]:
+    """For each task the grid's configuration with the best mean over seeds (the first of equals)."""
+    groups: dict[str, dict[tuple[float, int], list[tuple[FineTuning, Result]]]] = {}
+    for one, result in results:
+        group = groups.setdefault(one.task.name, {})
+        group.setdefault((one.learning_rate, one.batch_size), []).append((one, result))
     chosen = {}
     for name, grid in groups.items():
-        ordered = [sorted(pairs, key=lambda pair: pair[0].job.seed) for pairs in grid.values()]
-        scores = [TaskScore(pairs[0][0].job.task, *map(tuple, zip(*pairs, strict=True))) for pairs in ordered]
+        ordered = [sorted(pairs, key=lambda pair: pair[0].seed) for pairs in grid.values()]
+        scores = [TaskScore(pairs[0][0].task, *map(tuple, zip(*pairs, strict=True))) for pairs in ordered]
         chosen[name] = max(scores, key=lambda score: statistics.fmean(score.per_seed))
     return chosen
 
@@ -102,14 +103,14 @@ def average(scores: Mapping[str, TaskScore], protocol: Protocol) -> dict[str, An
 
 
 def to_json(scores: Mapping[str, TaskScore], protocol: Protocol) -> dict[str, Metrics]:
-    """glue.json: task → metric → mean, std, seeds, values; with ``average`` where all of the protocol is there."""
+    """glue.json: task → metric → mean, std, seeds, values; with ``average`` where no task of the protocol is missing."""
     tasks = {name: score.metrics for name, score in scores.items()}
     mean = average(scores, protocol)
     return tasks | ({AVERAGE: {"score": mean}} if mean else {})
 
 
 def markdown(scores: Mapping[str, TaskScore], protocol: Protocol, notes: Sequence[str] = ()) -> str:
-    """The table: a task a row, beside the published models that have a score for one of the rows."""
+    """The table: one row a task, beside the published models that have a score for at least one of the rows."""
     mean = average(scores, protocol)
     rows = [(name, score.task.title, _metric_names(score), _values(score.metrics)) for name, score in scores.items()]
     if mean:
@@ -140,12 +141,12 @@ def _notes(scores: Mapping[str, TaskScore], protocol: Protocol, notes: Sequence[
     seeds = f"{count} seeds, mean ± standard deviation" if count > 1 else "1 seed"
     found = [f"Dev sets, times 100. Protocol {protocol.description}; {seeds}."]
     if len(protocol.grid) > 1:
-        jobs = [score.cells[0].job for score in scores.values()]
-        best = [f"{job.task.title} {job.learning_rate:g}, batch {job.batch_size}" for job in jobs]
+        chosen = [score.fine_tunings[0] for score in scores.values()]
+        best = [f"{one.task.title} {one.learning_rate:g}, batch {one.batch_size}" for one in chosen]
         found.append(f"Best of the grid: {'; '.join(best)}.")
     for score in scores.values():
-        job, rows = score.cells[0].job, score.cells[0].rows[score.task.train]
-        if rows == job.train_rows:
+        rows = score.fine_tunings[0].rows[score.task.train]
+        if rows == score.fine_tunings[0].train_rows:
             found.append(f"{score.task.title} was trained on a fixed random subset of {rows:,} rows.")
     dtypes = sorted({result["dtype"] for score in scores.values() for result in score.results if "dtype" in result})
     if len(dtypes) > 1:
@@ -159,7 +160,7 @@ def _notes(scores: Mapping[str, TaskScore], protocol: Protocol, notes: Sequence[
 
 
 def update_card(card: Path, section: str) -> None:
-    """Put ``section`` into a model card: in the place of the one that is there, else at the end."""
+    """Put ``section`` into a model card, in place of an earlier one, else at the end."""
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     block = f"{BEGIN}\n## GLUE\n\n{section}{END}\n"
     pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}\n?", re.DOTALL)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastkd import files
-from fastkd.glue.scores import TaskScore
 from fastkd.glue.tasks import SCORE_RANGE, Task
+
+if TYPE_CHECKING:
+    from fastkd.glue.scores import TaskScore
 
 FOLDER = "submission"
 
 
 def write_submission(scores: Mapping[str, TaskScore], output_dir: Path) -> list[Path]:
-    """Write the test predictions of each task's best seed on the dev set; returns the files."""
+    """Write the test predictions of each task's seed with the best dev score; returns the files."""
     written = []
     for score in scores.values():
         best = score.best
-        for split in score.cells[best].job.test:
+        for split in score.fine_tunings[best].test:
             path = output_dir / FOLDER / f"{score.task.test[split]}.tsv"
             files.write(path, _format(score.task, score.results[best]["predictions"][split]))
             written.append(path)

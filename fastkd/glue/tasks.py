@@ -1,4 +1,4 @@
-"""The tasks: one table with the columns, labels, metrics, hub name and file layout of each, and rows added in TOML.
+"""The tasks of GLUE: columns, labels, metrics, hub name and file layout of each; other tasks are read from TOML files.
 
 A local folder holds a task either in the official layout (``SST-2/train.tsv``) or as jsonl or parquet with the
 hub's column names (``sst2/validation.jsonl``, ``sst2/train-00000-of-00001.parquet``).
@@ -97,7 +97,7 @@ OPTIONAL = ("title", "label", "labels", "test", "hub", "config")
 
 
 def load_task(path: Path) -> Task:
-    """A task from a TOML row.
+    """A task from a TOML file.
 
     ``name``, ``texts`` (one or two columns), ``labels`` (class names in the order of their ids, which files may hold
     instead unless a name is a number; without it the label is a number), ``label`` (its column), ``metrics``, and

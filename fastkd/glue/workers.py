@@ -1,102 +1,107 @@
-"""Cells side by side: one process a GPU (or a share of the CPU), each with one cell at a time."""
+"""Fine-tunings side by side: one process a GPU (or a share of the CPU), each with one fine-tuning at a time."""
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import threading
+from collections import deque
 from collections.abc import Iterator
-from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
-from typing import Any
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastkd.glue.cells import Cell
+if TYPE_CHECKING:
+    from fastkd.glue.finetune import FineTuning
+
+Result = dict[str, Any]
 
 
-def run_cells(cells: list[Cell], jobs: int) -> Iterator[tuple[Cell, dict[str, Any]]]:
-    """Run all cells, ``jobs`` at once, and yield each with its result as it finishes.
+def run_all(fine_tunings: list[FineTuning], jobs: int) -> Iterator[tuple[FineTuning, Result]]:
+    """Run all fine-tunings, ``jobs`` at once, and yield each with its result as it finishes.
 
     Raises:
-        ValueError: what a cell raised.
+        ValueError: what a fine-tuning raised.
         ChildProcessError: a worker process died.
     """
-    if not cells:
+    jobs = min(jobs, len(fine_tunings))
+    if jobs <= 1 and torch.cuda.device_count() <= 1:
+        for one in fine_tunings:
+            yield one, one.run()
         return
-    jobs = min(jobs, len(cells))
-    if jobs == 1 and torch.cuda.device_count() <= 1:
-        for cell in cells:
-            yield cell, cell.run()
-        return
-    context = multiprocessing.get_context("spawn")
-    workers: dict[Connection, SpawnProcess] = {}
     gpus = visible_gpus()
-    try:
+    # The largest first, so that at the end none runs long by itself.
+    waiting = deque(sorted(fine_tunings, key=lambda one: -one.rows[one.task.train]))
+    running: dict[Future[Result], tuple[FineTuning, _Worker]] = {}
+    with ExitStack() as stack:
+        free = deque[_Worker]()
         for i in range(jobs):
-            ours, theirs = context.Pipe()
-            gpu = gpus[i % len(gpus)] if gpus else None
-            workers[ours] = context.Process(target=_work, args=(theirs, gpu, jobs), daemon=True)
-            workers[ours].start()
-            theirs.close()
-        # The largest first, so that none is left alone at the end.
-        yield from _share_out(sorted(cells, key=lambda cell: -cell.rows[cell.job.task.train]), workers)
-    finally:
-        for process in workers.values():
-            process.terminate()
-        for process in workers.values():
-            process.join()
+            worker = _Worker(gpus[i % len(gpus)] if gpus else None, jobs)
+            stack.callback(worker.close)
+            free.append(worker)
+        while waiting or running:
+            while free and waiting:
+                worker, one = free.popleft(), waiting.popleft()
+                running[worker.begin(one)] = one, worker
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                one, worker = running.pop(future)
+                yield one, worker.result(future, one)
+                free.append(worker)
 
 
-def _share_out(cells: list[Cell], workers: dict[Connection, SpawnProcess]) -> Iterator[tuple[Cell, dict[str, Any]]]:
-    waiting, free, running = cells[::-1], list(workers)[::-1], dict[Connection, Cell]()
-    while waiting or running:
-        while free and waiting:
-            connection, cell = free.pop(), waiting.pop()
-            running[connection] = cell
-            with contextlib.suppress(ConnectionError):  # a process that died is found when its result is read
-                connection.send(cell)
-        ready = set(multiprocessing.connection.wait(list(running)))
-        for connection in [one for one in running if one in ready]:
-            cell = running.pop(connection)
-            yield cell, _receive(connection, cell, workers[connection])
-            free.append(connection)
+class _Worker:
+    """A pool of one process, so that the fine-tuning of a process that died is known, and its GPU is its own."""
+
+    def __init__(self, gpu: str | None, jobs: int) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork would inherit threads of torch and a CUDA context
+        self._pool = ProcessPoolExecutor(1, context, _prepare, (gpu, jobs))
+        before = set(multiprocessing.active_children())
+        self._pool.submit(os.getpid)  # starts the process
+        (self._process,) = set(multiprocessing.active_children()) - before
+
+    def begin(self, one: FineTuning) -> Future[Result]:
+        """Run a fine-tuning; the future holds its result or error."""
+        try:
+            return self._pool.submit(one.run)
+        except BrokenProcessPool as error:  # it died before: ``result`` says so
+            future: Future[Result] = Future()
+            future.set_exception(error)
+            return future
+
+    def result(self, future: Future[Result], one: FineTuning) -> Result:
+        """The result of a fine-tuning that has ended. Raises what it raised, or ChildProcessError if its process died."""
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            self._pool.shutdown()  # it waits for the process: the exit code is known then
+            raise ChildProcessError(
+                f"the process of {one.task.title}, seed {one.seed}, died (exit code {self._process.exitcode}); "
+                "the same command continues after the fine-tunings that finished"
+            ) from None
+
+    def close(self) -> None:
+        """End the process, also in the middle of a fine-tuning."""
+        self._process.terminate()
+        self._pool.shutdown()
 
 
-def _receive(connection: Connection, cell: Cell, process: SpawnProcess) -> dict[str, Any]:
-    try:
-        result = connection.recv()
-    except (EOFError, ConnectionError):
-        process.join()
-        raise ChildProcessError(
-            f"the process of {cell.job.task.title}, seed {cell.job.seed}, died (exit code {process.exitcode}); "
-            "the same command continues after the fine-tunings that finished"
-        ) from None
-    if isinstance(result, Exception):
-        raise result
-    return dict(result)
-
-
-def _work(connection: Connection, gpu: str | None, jobs: int) -> None:
-    """A worker: sees one GPU, or takes its share of the CPU's threads, and ends with its parent."""
+def _prepare(gpu: str | None, jobs: int) -> None:
+    """A worker's start: it sees one GPU, or takes its share of the CPU's threads, and ends with its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
-        while True:
-            cell = connection.recv()
-            try:
-                connection.send(cell.run())
-            except Exception as error:  # handed to the parent, which raises it
-                connection.send(error)
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed must not leave a process behind that fine-tunes for nobody."""
+    """End when the parent does: after it was killed, nobody waits for a result."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
@@ -104,7 +109,7 @@ def _end_with_parent() -> None:
 
 
 def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES would name, without touching a GPU."""
+    """The GPUs as CUDA_VISIBLE_DEVICES names them, without touching one."""
     count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return named.split(",")[:count] if named else [str(i) for i in range(count)]

@@ -1,33 +1,40 @@
-"""Rows of a task's split from official TSV, csv, jsonl, parquet or the hub; bad ones are named by file and line."""
+"""Labelled examples of a task's split, from the official TSV, csv, jsonl, parquet or the hub; errors name file and line."""
 
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from fastkd.data import hub_requests
-from fastkd.glue.labels import read_label
-from fastkd.glue.tasks import Task
+from fastkd.glue.tasks import SCORE_RANGE, Task
 
 Record = Mapping[str, Any]
-Located = Iterator[tuple[int, Record]]  # line or row, counted from 1, and its values by column
+Located = Iterator[tuple[int, Record]]  # (line or row from 1, its values by column)
 FORMATS = (".tsv", ".csv", ".jsonl", ".parquet")
 LONGEST_CELL = 2**31 - 1  # characters; csv's own limit is 131,072
-BROKEN_SHARE, BROKEN_ROWS = 0.001, 8  # of rows that broken_rows excuses: beyond both a file has another layout
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")
+BROKEN_SHARE, BROKEN_ROWS = (
+    0.001,
+    8,
+)  # skipped rows that Task.broken_rows allows: with more than both, the layout is another
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A split: `texts[column][row]`, `labels[row]` (class ids or scores; empty for a test split without labels)."""
+class Examples:
+    """The examples of a split: ``texts[column][i]``, ``labels[i]`` (class ids or scores; empty for a test split)."""
 
     texts: tuple[list[str], ...]
     labels: list[int] | list[float]
-    source: str
+    source: str  # the file or hub split, for messages
     broken: int = 0  # rows that were skipped
 
     def __len__(self) -> int:
@@ -35,18 +42,18 @@ class Rows:
 
     @property
     def sha256(self) -> str:
-        """Digest of the content, whatever file or format it came from."""
+        """SHA-256 of the content, the same for every file and format that holds it."""
         content = json.dumps([self.texts, self.labels], ensure_ascii=False, separators=(",", ":"))
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
-    def take(self, keep: list[int]) -> Rows:
-        """The rows of these indices."""
+    def take(self, keep: list[int]) -> Examples:
+        """The examples of these indices."""
         texts = tuple([column[i] for i in keep] for column in self.texts)
-        return Rows(texts, [self.labels[i] for i in keep], self.source, self.broken)
+        return Examples(texts, [self.labels[i] for i in keep], self.source, self.broken)
 
 
-def read_rows(task: Task, split: str, data: Path | None = None) -> Rows:
-    """A split of ``task`` from the folder ``data``, the task's own folder, or the hub; a test split without labels.
+def read_examples(task: Task, split: str, data: Path | None = None) -> Examples:
+    """The examples of a split, from the folder ``data``, the task's own folder or the hub; a test split has no labels.
 
     Raises:
         ValueError: a file that is missing, empty, not UTF-8, lacks a column or holds an unknown label, by file and
@@ -59,7 +66,7 @@ def read_rows(task: Task, split: str, data: Path | None = None) -> Rows:
     parts = [_collect(task, split, str(path), _records(task, split, path)) for path in paths]
     texts = tuple([text for part in parts for text in part.texts[i]] for i in range(len(task.texts)))
     labels = [label for part in parts for label in part.labels]
-    return Rows(texts, labels, str(paths[0]), sum(part.broken for part in parts))
+    return Examples(texts, labels, str(paths[0]), sum(part.broken for part in parts))
 
 
 def task_folder(task: Task, data: Path) -> Path | None:
@@ -123,7 +130,7 @@ def _records(task: Task, split: str, path: Path) -> Located:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines without their ends, counted from 1; only a line feed ends one, for texts hold other Unicode breaks."""
+    """Yield (number from 1, line). Only a line feed ends a line: texts hold other Unicode line breaks."""
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
     if not content:
         raise ValueError(f"{path}: empty; download it again")
@@ -135,7 +142,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _delimited(task: Task, split: str, path: Path) -> Located:
-    """Rows of a TSV, in which quotes are text, or of a csv, in which they quote."""
+    """Rows of a TSV, where quotes are text, or of a csv, where they quote."""
     lines = _fields(path)
     number, first = next(lines)
     header = first
@@ -210,7 +217,7 @@ def _hub(task: Task, split: str) -> tuple[str, Located]:
 
 
 def _columns(task: Task, split: str) -> list[tuple[str, ...]]:
-    """The column names that a split may have: the hub's and the official ones."""
+    """The column names that a split may have: the hub's, or the official ones."""
     choices = [(*task.texts, task.label), *([task.official] if task.official else [])]
     return [names[:-1] if _is_test(task, split) else names for names in choices]
 
@@ -229,7 +236,7 @@ def _remedy(task: Task) -> str:
     return f"bring the file into {task.title}'s official layout or name the columns as the hub does"
 
 
-def _collect(task: Task, split: str, source: str, records: Located) -> Rows:
+def _collect(task: Task, split: str, source: str, records: Located) -> Examples:
     texts: tuple[list[str], ...] = tuple([] for _ in task.texts)
     labels: list[Any] = []
     broken = 0
@@ -255,11 +262,11 @@ def _collect(task: Task, split: str, source: str, records: Located) -> Rows:
         raise ValueError(f"{source}: {broken} rows have the wrong number of columns; download the file again")
     if not texts[0]:
         raise ValueError(f"{source}: no rows; download it again")
-    return Rows(texts, labels, source, broken)
+    return Examples(texts, labels, source, broken)
 
 
 def _check_index(record: Record, place: int, source: str, number: int) -> None:
-    """A test row's own number, if it has one, must be its place: predictions are submitted by it."""
+    """A test row's own number, if it has one, must be its place: predictions are submitted by that number."""
     index = next((record[name] for name in ("index", "id", "idx") if name in record), place)
     if str(index) != str(place):
         raise ValueError(f"{source}:{number}: index {index} where {place} is due; bring the rows into their order")
@@ -272,5 +279,67 @@ def _text(value: object, name: str, source: str, number: int) -> str:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether it holds no lone surrogate, which JSON can spell and no tokenizer takes."""
+    """Whether a text has no lone surrogate: JSON can hold one, and no tokenizer takes it."""
     return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def read_label(task: Task, value: object, place: str) -> int | float:
+    """A class id from a class name, a number or an index, or a finite score.
+
+    Raises:
+        ValueError: it means none of the task's, naming ``place``, its file and line.
+    """
+    found = _score(task, value) if task.is_regression else _class(task.labels, value)
+    if found is not None:
+        return found
+    if task.is_regression:
+        low, high = SCORE_RANGE
+        kind = f"a number from {low:g} to {high:g}" if task.official else "a number"
+        raise ValueError(f"{place}: label {value!r} is not {kind}; mend the row")
+    index = "" if _numbers(task.labels) else " nor its index"
+    kind = f"is {'neither ' if index else 'not '}one of {', '.join(task.labels)}{index}"
+    raise ValueError(f"{place}: label {value!r} {kind}; mend the row")
+
+
+def _score(task: Task, value: object) -> float | None:
+    number = _number(value)
+    score = math.nan if number is None else float(number)
+    low, high = SCORE_RANGE if task.official else (-math.inf, math.inf)
+    return score if math.isfinite(score) and low <= score <= high else None
+
+
+def _class(names: tuple[str, ...], value: object) -> int | None:
+    """The id of a class; None where ``value`` means no class, or more than one.
+
+    A name means itself. Another number is compared with the names that are numbers: files of one task write 1, 1.0 and
+    "01". It can be an index only where no name is a number. A boolean is the name "true" or "false", in any case of letters.
+    """
+    if isinstance(value, str) and value in names:
+        return names.index(value)
+    if isinstance(value, bool):
+        alike = [i for i, name in enumerate(names) if name.lower() == str(value).lower()]
+        return alike[0] if len(alike) == 1 else None
+    wanted, numbers = _number(value), _numbers(names)
+    if wanted is None:
+        return None
+    if not numbers:
+        return int(wanted) if wanted in range(len(names)) else None
+    alike = [i for i, found in numbers.items() if found == wanted]
+    return alike[0] if len(alike) == 1 else None
+
+
+@functools.lru_cache(maxsize=16)
+def _numbers(names: tuple[str, ...]) -> dict[int, Decimal]:
+    """The names that are numbers, by class id."""
+    found = {i: _number(name) for i, name in enumerate(names)}
+    return {i: number for i, number in found.items() if number is not None}
+
+
+def _number(value: object) -> Decimal | None:
+    """A finite number exactly as written; None for anything else, such as true, null or "1_000"."""
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal | str):
+        return None
+    if isinstance(value, str) and not NUMBER.fullmatch(value.strip()):
+        return None
+    number = Decimal(str(value).strip())
+    return number if number.is_finite() else None

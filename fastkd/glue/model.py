@@ -1,4 +1,4 @@
-"""What is evaluated: a run folder, a Hugging Face folder, a hub id or the quickstart teacher, and its digest."""
+"""The model that is evaluated: a run folder, a Hugging Face folder, a hub id or the quickstart teacher."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ HASHED = (".json", ".safetensors", ".bin", ".model", ".txt")
 
 
 @dataclass(frozen=True)
-class Source:
-    """A model to evaluate: where it lies, what it is called, and the run it came from, if any."""
+class EvaluatedModel:
+    """A model to evaluate: its folder, its name, and the run it came from, if any."""
 
     folder: Path
     name: str
@@ -27,7 +27,7 @@ class Source:
 
     @cached_property
     def sha256(self) -> str:
-        """Digest over weights, configuration and tokenizer; model card and scores are not part of it."""
+        """SHA-256 over weights, configuration and tokenizer, without model card and scores."""
         digests = {
             path.name: file_sha256(path) if path.is_file() else None
             for path in self.folder.iterdir()
@@ -46,7 +46,7 @@ class Source:
         return quickstart.NAME in ancestors(str(self.run or self.folder))
 
 
-def find_model(model: str | Path) -> Source:
+def find_model(model: str | Path) -> EvaluatedModel:
     """The model behind a name.
 
     Raises:
@@ -54,22 +54,22 @@ def find_model(model: str | Path) -> Source:
     """
     folder = Path(model)
     if str(model) == quickstart.NAME and not folder.is_dir():
-        return Source(quickstart.folder(), "quickstart-teacher")
+        return EvaluatedModel(quickstart.folder(), "quickstart-teacher")
     if not folder.is_dir():
-        return Source(_download(str(model)), str(model))
+        return EvaluatedModel(_download(str(model)), str(model))
     path = folder.resolve()
     if (folder / "final" / "config.json").is_file():
-        source = Source(folder / "final", path.name, folder)
+        found = EvaluatedModel(folder / "final", path.name, folder)
     elif path.name == "final" and (path.parent / "ledger.jsonl").is_file():
-        source = Source(path, path.parent.name, path.parent)
+        found = EvaluatedModel(path, path.parent.name, path.parent)
     else:
-        source = Source(folder, path.name)
-    _check_files(source)
-    return source
+        found = EvaluatedModel(folder, path.name)
+    _check_files(found)
+    return found
 
 
-def _check_files(source: Source) -> None:
-    folder = source.folder
+def _check_files(model: EvaluatedModel) -> None:
+    folder = model.folder
     if not (folder / "config.json").is_file():
         unfinished = (folder / "ledger.jsonl").is_file()
         remedy = "the run is not finished: issue its command again" if unfinished else REMEDY
@@ -83,5 +83,5 @@ def _download(name: str) -> Path:
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise ValueError(f"no folder {name}; {REMEDY}")
     folder = hub_requests.model_folder(name, remedy=REMEDY)
-    _check_files(Source(folder, name))
+    _check_files(EvaluatedModel(folder, name))
     return folder
