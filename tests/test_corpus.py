@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastkd.data.corpus import check, documents
+from fastkd.data.shards import cache
 
 DOCUMENTS = ["The first document,\nof two lines.", "Łódź, naïve 東京 🙂", "A third."]
 
@@ -157,3 +158,12 @@ def test_an_unreachable_hub_names_what_needs_none() -> None:
         ValueError, match=r"cannot read corpus 'some/data' from the hub .*--preset quickstart.*local path"
     ):
         check("some/data:config:train")
+
+
+@pytest.mark.parametrize("value", ["", "relative"])
+def test_a_cache_that_is_no_absolute_path_counts_as_not_set(
+    value: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", value)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache() == tmp_path / ".cache" / "fastkd"

@@ -1,15 +1,20 @@
 """Token ids of a text beside transformers' own; tokens with a role are only words of a text, others have their ids."""
 
+import io
+import itertools
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from fastkd.data.progress import Shown
 from fastkd.data.tokenise import CHUNK_CHARACTERS, ROLES, encode, load, serialise, tokenise
 from fastkd.data.unknown import require_ordinary, unknown_remark, unknown_share
 
@@ -126,3 +131,14 @@ def test_a_text_of_markers_only_is_refused(tokenizer: PreTrainedTokenizerBase) -
         ValueError, match=r"^100\.0% of the corpus's tokens are special tokens, .* name another --corpus"
     ):
         require_ordinary(found[:18], tokenizer.all_special_ids)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_tells_documents_speed_share_and_time_left(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    written, clock = io.StringIO(), itertools.count(step=11.0)
+    monkeypatch.setattr(time, "monotonic", clock.__next__)
+    console = Console(file=written, force_terminal=terminal, width=140)
+    with Shown(written.write, 4_000_000, console) as progress:
+        progress.advance(1_000, 1_000_000, share=0.1)
+        progress.advance(500, 1_000_000, share=0.2)
+    assert "1,500 documents, 2.0 M tokens, 0.09 M tokens/s, 50%, 22 s left" in written.getvalue()

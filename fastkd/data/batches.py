@@ -296,7 +296,7 @@ def validation_batches(
 ) -> list[Batch]:
     """This rank's part of the validation split, with the same masks for every training seed.
 
-    The whole split, but for less than a pack, or about ``max_tokens`` of it. Where it does not fill the last micro-batches,
+    The whole split, except for less than a pack, or about ``max_tokens`` of it. Where it does not fill the last micro-batches,
     it is read again in another order.
     """
     pack_tokens = pack_size(seq_length)

@@ -65,7 +65,7 @@ class LocalFile:
         if kind.endswith(".gz"):
             return [Block(self.path, kind, size, lines=self.lines)]
         count = -(-size // self.block)
-        # Equal blocks but for rounding: bound k is ⌊size · k / count⌋, so the last one is exactly the size.
+        # Equal blocks, up to rounding: bound k is ⌊size · k / count⌋, so the last one is exactly the size.
         bounds = [size * number // count for number in range(count)] + [size]
         return [Block(self.path, kind, end - start, start, end, self.lines) for start, end in pairwise(bounds)]
 

@@ -8,7 +8,7 @@ shuffled order. Pack j holds the virtual positions [j·(P−2), (j+1)·(P−2)):
     pack 1   [CLS] b b b [SEP] [CLS] c c [SEP] …                         and a [CLS] here
 
 The 2 tokens that P−2 leaves free are for these two. So a pack is found by arithmetic and depends on no other, every epoch has
-the same number of packs, and no token is lost or repeated, but for less than a pack at a part's end. The up to 4 tokens
+the same number of packs, and no token is lost or repeated, except for less than a pack at a part's end. The up to 4 tokens
 that stay free in a pack become one sequence of [PAD], its filler.
 
 Shapes: S sequences of a text, F sequences (fragments) of some packs, n packs.

@@ -75,7 +75,7 @@ class Reading:
                 self._rest.appendleft(over)
             taken += len(inside.ids)
             yield self._take(inside)
-        # Read on until more than ``spare`` tokens are known to follow; if the corpus ends before, they belong to this part.
+        # Read on until ``spare`` tokens are known to follow; if the corpus ends before, what was read belongs to this part.
         while sum(len(chunk.ids) for chunk in self._rest) < spare:
             if (chunk := next(self._chunks, None)) is None:
                 rest, self._rest = self._rest, deque()
