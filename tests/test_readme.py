@@ -1,5 +1,6 @@
 """README, docs and CONTRIBUTING: what they name is there, their commands parse, their numbers are those of the result files."""
 
+import ast
 import importlib.util
 import json
 import re
@@ -103,6 +104,16 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_files_that_are_named_exist(page: Path) -> None:
     named = re.findall(r"`((?:fastkd|kernels|bench|tests|docs)/[\w./-]+)`", page.read_text("utf-8"))
     assert [path for path in named if "NAME" not in path and not (ROOT / path).exists()] == []
+
+
+def test_the_maps_name_what_is_there() -> None:
+    """CONTRIBUTING's roads through the code, each a list of `file:function` or `file:Class.method`."""
+    stops = re.findall(r"`([\w/]+\.py):(\w+)(?:\.(\w+))?`", (ROOT / "CONTRIBUTING.md").read_text("utf-8"))
+    assert len(stops) > 20
+    for path, outer, inner in stops:
+        tree = ast.parse((ROOT / "fastkd" / path).read_text("utf-8"))
+        (found,) = (node for node in tree.body if getattr(node, "name", None) == outer)
+        assert not inner or inner in {getattr(node, "name", None) for node in getattr(found, "body", [])}, (path, inner)
 
 
 @each_page()
