@@ -158,7 +158,7 @@ def test_a_resume_writes_on_after_a_torn_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("log_every", "due"), [(1, [0, 1, 2, 3, 4, 5, 6]), (3, [0, 1, 3, 6])])
-def test_due_is_the_first_step_and_every_log_every(tmp_path: Path, log_every: int, due: list[int]) -> None:
+def test_due_is_the_first_step_and_every_nth(tmp_path: Path, log_every: int, due: list[int]) -> None:
     shown = monitor(tmp_path, log_every=log_every)
     assert [step for step in range(7) if shown.due(step)] == due
 

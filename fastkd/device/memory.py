@@ -116,7 +116,6 @@ def keep_what_is_freed(device: torch.device) -> None:
     if device.type == "cpu" and sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):  # musl has none
-            libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(
-                M_MMAP_THRESHOLD, 32 << 20
-            )  # the most that old versions take
+            # 32 MiB is the most that old versions take.
+            libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
             libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
