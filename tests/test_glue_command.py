@@ -199,7 +199,7 @@ def spoil_plan(folder: Path) -> None:
 
 REFUSED: dict[str, tuple[Callable[[Path], None] | None, list[str], str]] = {
     "protocol": (None, ["--protocol", "best"], "invalid choice: 'best'"),
-    "option": (None, ["--seed", "3"], "no option --seed: see --help"),
+    "option": (None, ["--seed", "3"], "unknown option '--seed': --help lists them"),
     "seeds": (None, ["--seeds", "0"], "--seeds must be at least 1, not 0"),
     "task": (None, ["--tasks", "sst2,squad"], "unknown task 'squad': choose from cola"),
     "absent task": (None, ["--tasks", "cola"], "has no folder CoLA"),
