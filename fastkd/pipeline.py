@@ -20,7 +20,6 @@ from fastkd.data import hub
 from fastkd.device import environment
 from fastkd.device.clock import now, trace
 from fastkd.distributed import World, barrier, on_main
-from fastkd.loggers import check_loggers
 from fastkd.loop import Loop
 from fastkd.models import hf
 from fastkd.push import destination, push_folder
@@ -46,7 +45,6 @@ def run(resolved: Resolved, world: World, console: Console) -> Path:
     """
     started = now()
     folder = Path(resolved.run.output_dir or resolved.default_output_dir())
-    check_loggers(tuple(resolved.run.log_to))
     began = check_folder(folder, resolved)
     repository = pushed_to(resolved, world)
     if (folder / "final" / "config.json").exists():

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 from fastkd import methods
 from fastkd.budget import Budget, Charge, replayed_progress
 from fastkd.data.sizes import check_sizes, pack_size
+from fastkd.loggers import check_loggers
 from fastkd.terminal import LOST
 
 # The range of each number, both ends included. It does not hold for None.
@@ -151,6 +152,7 @@ class RunConfig:
                 raise ValueError(f"{flag} must be between {low:g} and {high:g}, got {value:g}")
         if self.residual == "bfloat16" and self.dtype == "float32":
             raise ValueError(BFLOAT16_STREAM)
+        check_loggers(self.log_to)
         self._check_batch()
         if self.replay is not None:
             replayed_progress(Path(self.replay))

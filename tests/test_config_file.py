@@ -20,7 +20,7 @@ SURROGATE = st.characters(categories=["Cs"])
 TEXT = st.text(st.one_of(st.characters(), SURROGATE, st.sampled_from("'\"\\\n\r\t\x00\x07\x1b\x7f\x85\u2028#[]=")))
 
 
-CHECKED = {"preset", "method", "micro_batch", "replay"}  # options that take some texts only
+CHECKED = {"preset", "method", "micro_batch", "log_to", "replay"}  # options that take some texts only
 OPTIONS = {name: kind for name, kind in config_file.kinds(RunConfig).items() if name not in CHECKED}
 TEXTS = {name: TEXT for name, kind in OPTIONS.items() if kind in (str, str | None)} | {
     name: st.lists(TEXT, min_size=1, max_size=3) for name, kind in OPTIONS.items() if kind == list[str]
@@ -28,9 +28,7 @@ TEXTS = {name: TEXT for name, kind in OPTIONS.items() if kind in (str, str | Non
 
 
 def test_texts_are_options() -> None:
-    assert {"teacher", "tokenizer", "student", "corpus", "text_field", "output_dir", "push_to_hub", "log_to"} <= set(
-        TEXTS
-    )
+    assert {"teacher", "tokenizer", "student", "corpus", "text_field", "output_dir", "push_to_hub"} <= set(TEXTS)
 
 
 @given(texts=st.fixed_dictionaries({}, optional=TEXTS))
