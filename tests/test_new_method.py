@@ -14,9 +14,9 @@ from fastkd.run_folder import read_run
 
 ROOT = Path(__file__).parents[1]
 FITNET = '''
-"""fitnet: the student's middle layer is led to the teacher's.
+"""fitnet: one layer of the student is led to that of the teacher.
 
-    loss = MSE(W h_s^m, h_t^n),  layers m of the student and n of the teacher in their middle, W learned
+    loss = MSE(W h_s^m, h_t^n),  n = ⌊m·L_t/L_s⌋, W learned
 
 Source: Romero et al. 2015 (FitNets, arXiv 1412.6550), eq. 3, with a linear regressor.
 """
@@ -42,11 +42,11 @@ if TYPE_CHECKING:
 class Config:
     """Options of fitnet."""
 
-    guided_layer: int | None = field(default=None, metadata={"help": "student layer that is led; default: the middle one"})
+    guided_layer: int | None = field(default=None, metadata={"help": "student layer that is led; default: the last"})
 
 
 class METHOD(Method):
-    """Hidden states of one layer in the middle of each model."""
+    """Hidden states of one layer of each model."""
 
     name = "fitnet"
     default_lr = 1e-3
@@ -54,9 +54,10 @@ class METHOD(Method):
     def __init__(self, config: Config, student: EncoderConfig, teacher: EncoderConfig | None) -> None:
         super().__init__(config, student, teacher)
         teacher = require_teacher(self.name, teacher)
-        self.layer, self.teacher_layer = config.guided_layer or max(1, student.num_layers // 2), teacher.num_layers // 2
+        self.layer = config.guided_layer or student.num_layers
         if self.layer > student.num_layers:
             raise ValueError(f"--guided-layer {self.layer} is not among the student's layers 1 to {student.num_layers}")
+        self.teacher_layer = self.layer * teacher.num_layers // student.num_layers
         self.widths = student.hidden_size, teacher.hidden_size
         self.student_needs, self.teacher_needs = Needs(hidden=(self.layer,)), Needs(hidden=(self.teacher_layer,))
 
@@ -89,7 +90,8 @@ class METHOD(Method):
 
     @classmethod
     def card_note(cls, options: Mapping[str, Any]) -> str:
-        return f"Nothing above layer {options.get('guided_layer', 'in the middle')} of the student was trained."
+        led = options.get("guided_layer")
+        return "" if led is None else f"Nothing above layer {led} of the student was trained."
 '''
 Do = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -135,8 +137,8 @@ def test_it_is_planned_and_compared(do: Do, light: list[str], tmp_path: Path) ->
 
 def test_help_tells_of_it(do: Do) -> None:
     shown = " ".join(do("fastkd.run", "--help", "--method", "fitnet").stdout.split())
-    assert "fitnet (Hidden states of one layer in the middle of each model)" in shown
-    assert "student layer that is led; default: the middle one" in shown
+    assert "fitnet (Hidden states of one layer of each model)" in shown
+    assert "student layer that is led; default: the last" in shown
 
 
 def test_it_is_benched_beside_the_paper_s_way(do: Do, made_teacher: Path, made_corpus: Path, tmp_path: Path) -> None:
