@@ -52,7 +52,7 @@ class Measurement:
     compile_seconds: float
     validation_seconds: float
     matmul_flops: float  # FLOP/s of a large matrix product on this device
-    queued_share: float = 0.0  # of the time of these steps: how long the process waited for a core that others used
+    queued_share: float  # of the time of these steps: how long the process waited for a core that others used
 
 
 def measure(trainer: Trainer) -> Measurement:

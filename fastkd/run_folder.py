@@ -13,6 +13,8 @@ from fastkd.device.clock import PHASES
 from fastkd.device.power import THROTTLE_BITS
 from fastkd.files import Record, read_jsonl
 
+MOST_BINS = 120  # points of a learning curve
+
 
 def ancestors(model: str | None) -> list[str]:
     """A model by the name it was given, then the models that it was made from, as its plan says.
@@ -188,9 +190,9 @@ class Run:
         spent = {step["step"]: self.spent(step) for step in self.steps} | {0: 0.0}
         return spent.get
 
-    def bins(self, most: int = 120) -> list[Bin]:
-        """The steps as at most `most` points; about five steps a point if there are few steps."""
-        size = max(-(-len(self.steps) // most), min(5, len(self.steps) // 20), 1)
+    def bins(self) -> list[Bin]:
+        """The steps as at most `MOST_BINS` points; about five steps a point if there are few steps."""
+        size = max(-(-len(self.steps) // MOST_BINS), min(5, len(self.steps) // 20), 1)
         return [self._bin(start, start + size) for start in range(0, len(self.steps), size)]
 
     def _bin(self, start: int, stop: int) -> Bin:
