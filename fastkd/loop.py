@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastkd import checkpoint, schedule
-from fastkd.data.shards import BuildingFailed
+from fastkd.data.builder import BuildingFailed
 from fastkd.decide import Decider
 from fastkd.device.clock import Lap, PhaseClock
 from fastkd.device.memory import peak_memory_bytes
