@@ -23,6 +23,7 @@ from fastkd.loggers import Guarded, check_loggers, scalars
 from fastkd.terminal import printable, say
 
 PLAIN_INTERVAL_S = 5.0  # off a terminal: seconds between two lines, at least
+PACE_S = 600.0  # how far back steps tell the speed: rich's own 30 seconds may hold less than two
 
 
 class Monitor:
@@ -62,6 +63,7 @@ class Monitor:
             BarColumn(bar_width=None, table_column=Column(ratio=1)),
             TextColumn("{task.description}", markup=False),
             console=self._console,
+            speed_estimate_period=PACE_S,
             expand=True,
         )
         self._bar.add_task("", total=1.0)
