@@ -153,7 +153,7 @@ def test_it_is_benched_beside_the_paper_s_way(do: Do, made_teacher: Path, made_c
 def test_it_is_tested_as_the_others_are(do: Do) -> None:
     """Its FLOPs and gradient against its plain definition, its micro-batches, its predictions, its names."""
     files = ("flops", "throughput", "methods", "train", "predictions", "device", "config")
-    chosen = "fitnet or page or option or torch"
+    chosen = "fitnet or every_option or needs_no_torch or has_what_the_command_prints"
     tests = do("pytest", "-v", "-p", "no:cacheprovider", *(f"tests/test_{file}.py" for file in files), "-k", chosen)
     passed = {line.split("::")[1] for line in tests.stdout.splitlines() if "fitnet" in line and "PASSED" in line}
     assert {name.split("[")[0] for name in passed} == {
