@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastkd import run
+from fastkd import pipeline, run
 from fastkd.budget import surviving_steps
 from fastkd.config import parse
 from fastkd.distributed import World
@@ -141,7 +141,7 @@ def test_an_interrupt_in_the_last_validation_loses_nothing(
     assert run.main(argv) == run.EXIT_INTERRUPTED
     steps = surviving_steps(folder / "ledger.jsonl")
     monkeypatch.undo()
-    with run.alone_in(folder):
+    with pipeline.alone_in(folder):
         assert run.main(argv) == run.EXIT_CONFIGURATION
         assert "another process trains in" in capsys.readouterr().err
     assert run.main(argv) == 0
