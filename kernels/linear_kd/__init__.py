@@ -119,17 +119,10 @@ def linear_kd(
     backend = tiling.backend(backend, (in_float64 or operands)[0])
     if backend == "reference":
         return reference(
-            student_hidden,
-            student_weight,
-            labels,
-            student_bias=student_bias,
-            teacher_hidden=teacher_hidden,
-            teacher_weight=teacher_weight,
-            teacher_bias=teacher_bias,
-            kl_weight=kl_weight,
-            ce_weight=ce_weight,
+            student_hidden, student_weight, labels, student_bias=student_bias, teacher_hidden=teacher_hidden,
+            teacher_weight=teacher_weight, teacher_bias=teacher_bias, kl_weight=kl_weight, ce_weight=ce_weight,
             temperature=temperature,
-        )
+        )  # fmt: skip
     learns = [
         x is not None and x.requires_grad and torch.is_grad_enabled()
         for x in (student_hidden, student_weight, student_bias)
