@@ -93,7 +93,7 @@ def test_a_plan_times_the_steps_whose_text_is_there(
     trainer = Trainer(setup.prepare(parse(options), World()))
     measured = planning.measure(trainer)
     assert measured.phase_s["data"] < 0.1
-    assert trainer.parts.stream.is_there(5) and not trainer.parts.stream.is_there(20)
+    assert trainer.stream.is_there(5) and not trainer.stream.is_there(20)
 
 
 @pytest.mark.usefixtures("small_parts")
