@@ -196,14 +196,15 @@ def _settled(explicit: dict[str, Any], file: ConfigFile | None, work: Callable[[
     """The result of ``work`` with the preset that is meant.
 
     ``auto`` means one of two presets. Only PyTorch knows which, by the CUDA devices, and it takes seconds to load. So both
-    are tried first, and PyTorch is asked only if their results or mistakes differ.
+    are tried first, and PyTorch is asked only if they differ and at least one of them works. If none does, the mistake is
+    told with the sizes of ``quickstart``.
     """
     name = _preset_named(explicit, file)
     if name != "auto":
         return work(name)
     answers = {preset: _tried(work, preset) for preset in AUTO}
     answer, mistake = answers["quickstart"]
-    if answers["paper-6l"] != answers["quickstart"]:
+    if answers["paper-6l"] != answers["quickstart"] and not all(wrong for _, wrong in answers.values()):
         import torch
 
         answer, mistake = answers["paper-6l" if torch.cuda.is_available() else "quickstart"]

@@ -11,6 +11,7 @@ from fastkd import methods
 from fastkd.budget import Budget, Charge, replayed_progress
 from fastkd.data.sizes import check_sizes, pack_size
 from fastkd.loggers import check_loggers
+from fastkd.models import shape
 from fastkd.terminal import LOST
 
 # The range of each number, both ends included. It does not hold for None.
@@ -101,9 +102,9 @@ class RunConfig:
     teacher_dtype: Literal["auto", "float8"] = option(
         "auto", "the teacher's; float8 (torchao): refused if it moves the loss by 1%% more than bfloat16 does"
     )
-    attention: str | None = option(
+    attention: Literal["triton", "flash_attn", "varlen_attn", "sdpa"] | None = option(
         None,
-        "triton, flash_attn, varlen_attn or sdpa; default: for student and teacher the fastest that takes their heads and lengths",
+        "backend; default: for student and teacher the fastest that takes their heads and lengths",
     )
     compile: bool | None = option(None, "torch.compile student and teacher; default: on CUDA only")
     checkpoint_minutes: float = option(10.0, "minutes between checkpoints; 0 saves after every step")
@@ -152,6 +153,9 @@ class RunConfig:
                 raise ValueError(f"{flag} must be between {low:g} and {high:g}, got {value:g}")
         if self.residual == "bfloat16" and self.dtype == "float32":
             raise ValueError(BFLOAT16_STREAM)
+        if self.init_from_teacher and self.teacher is None:
+            raise ValueError("--init-from-teacher needs a teacher: give --teacher")
+        shape.parse(self.student)
         check_loggers(self.log_to)
         self._check_batch()
         if self.replay is not None:

@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from fastkd.models.attention import (
     varlen_attention,
 )
 from fastkd.models.attention_cpu import group_sequences
+from fastkd.run_config import RunConfig
 
 HEADS, WIDTH = 3, 8
 Lengths = tuple[int, ...]
@@ -123,6 +125,11 @@ def test_groups_hold_every_row_once_and_pad_little() -> None:
     assert len(keys.padding) + sum(lengths) * heads == len(keys.gather) == sum(n * s for n, s in keys.sizes)
     pairs = sum(n * s * s for n, s in keys.sizes) / heads
     assert pairs < 1.6 * sum(n * n for n in lengths) < 64 * 128**2
+
+
+def test_the_options_backends_are_those_that_there_are() -> None:
+    named, _ = get_args(get_type_hints(RunConfig)["attention"])
+    assert get_args(named) == BACKENDS
 
 
 def test_no_sequence_sees_another() -> None:

@@ -45,6 +45,13 @@ class Config:
         metadata={"help": "the paper's released objective: KL divided by the vocabulary's size, T 1, no cosine"},
     )
 
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"--temperature must be above 0 and finite, got {self.temperature}")
+        others = (self.ce_weight, self.cosine_weight)
+        if not 0 < self.kl_weight < math.inf or not all(0 <= weight < math.inf for weight in others):
+            raise ValueError("--kl-weight must be above 0, --ce-weight and --cosine-weight not below 0, and all finite")
+
 
 class METHOD(Method):
     """KL to the teacher's softmax and cross-entropy at the masked positions."""
@@ -57,11 +64,6 @@ class METHOD(Method):
     def __init__(self, config: Config, student: EncoderConfig, teacher: EncoderConfig | None) -> None:
         super().__init__(config, student, teacher)
         teacher = require_teacher(self.name, teacher)
-        if not 0 < config.temperature < math.inf:
-            raise ValueError(f"--temperature must be above 0 and finite, got {config.temperature}")
-        others = (config.ce_weight, config.cosine_weight)
-        if not 0 < config.kl_weight < math.inf or not all(0 <= weight < math.inf for weight in others):
-            raise ValueError("--kl-weight must be above 0, --ce-weight and --cosine-weight not below 0, and all finite")
         self.cosine = 0.0 if config.as_released else config.cosine_weight
         if self.cosine and student.hidden_size != teacher.hidden_size:
             raise ValueError(

@@ -51,6 +51,11 @@ class Config:
         },
     )
 
+    def __post_init__(self) -> None:
+        for name, value in (("--relation-heads", self.relation_heads), ("--teacher-layer", self.teacher_layer)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} {value} is below 1: count from 1, or leave it out")
+
 
 def default_relation_heads(teacher: EncoderConfig) -> int:
     """48 for BERT-base, 64 for BERT-large (MiniLMv2, section 4.1), elsewhere the teacher's attention heads."""
@@ -77,12 +82,12 @@ class METHOD(Method):
         self.layer = default if config.teacher_layer is None else config.teacher_layer
         self.reads_masked = config.as_released
         for who, width in (("student", student.hidden_size), ("teacher", teacher.hidden_size)):
-            if self.relation_heads < 1 or width % self.relation_heads:
+            if width % self.relation_heads:
                 raise ValueError(
                     f"--relation-heads {self.relation_heads} does not divide the {who}'s width {width}: give a common divisor "
                     f"of {student.hidden_size} and {teacher.hidden_size}"
                 )
-        if not 1 <= self.layer <= teacher.num_layers:
+        if self.layer > teacher.num_layers:
             raise ValueError(
                 f"--teacher-layer {self.layer} is not among the teacher's layers 1 to {teacher.num_layers}"
             )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from fastkd.models import shape
 from fastkd.models import tokenizer as tokenizers
 from fastkd.models.encoder import Encoder, EncoderConfig
 
@@ -21,20 +22,16 @@ def student_config(spec: str, like: EncoderConfig, tokenizer: PreTrainedTokenize
     Raises ValueError for a malformed spec, a width that the heads do not divide, or a tokenizer that has more ids than the
     vocabulary or does not fit the family.
     """
-    match = re.fullmatch(r"([1-9]\d*)L-([1-9]\d*)H-([1-9]\d*)A(?:-([1-9]\d*)I)?", spec)
-    if match is None:
-        raise ValueError(f"student {spec!r} is malformed; write it as 3L-384H-12A or 3L-384H-12A-1536I")
-    layers, width, heads, intermediate = (int(g) if g else None for g in match.groups())
-    assert layers is not None and width is not None and heads is not None
+    named = shape.parse(spec)
     if (tokens := tokenizers.entries(tokenizer)) > like.vocab_size:
         raise ValueError(f"the tokenizer has {tokens} tokens, the model {like.vocab_size}; use the model's own")
     like.family.check_tokenizer(like, tokenizer)
     return replace(
         like,
-        num_layers=layers,
-        hidden_size=width,
-        num_heads=heads,
-        intermediate_size=intermediate or 4 * width,
+        num_layers=named.layers,
+        hidden_size=named.width,
+        num_heads=named.heads,
+        intermediate_size=named.intermediate,
         pad_token_id=tokenizer.pad_token_id,
         tied=True,
     )
