@@ -1,6 +1,7 @@
 """What differs between the rows of a comparison besides their method: the confounds of results.json.
 
-`tables.differences_table` makes the table "What else differs between the rows" of them.
+`Comparison.differences_of` in experiment.py joins them for each run; `differences_table` in this folder's tables.py makes the
+table "What else differs between the rows" of them.
 """
 
 from __future__ import annotations

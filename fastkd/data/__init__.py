@@ -22,5 +22,11 @@ The road of text, file by file: what goes in → what comes out.
     batches.py       BatchStream.step(i) → the batches of a step
 
 sizes.py has the sizes of packs, micro-batches and steps; unknown.py checks that the tokenizer fits the corpus.
-A hub dataset becomes a batch in corpus, hub, shards, sequences, packing and batches: the other files are details of these.
+
+The calls by which a hub dataset becomes a batch:
+
+    shards.build_shards → builder.build, which writes what is missing of a corpus:
+        hub.HubDataset.units → reading.Reading.part (documents → tokenise → token ids) → part.write_part
+    batches.BatchStream.step, which reads it:
+        sequences.Texts → packing.Packer.fragments → assembly.Assembler → masking.Masker → Batch
 """

@@ -3,7 +3,8 @@
 A file here defines one subclass of :class:`Family` and an instance of it called ``FAMILY``. The encoder, the reading and
 writing of checkpoints, the FLOP count and the memory estimate ask that instance; nothing else knows a family by name. A new
 family is one new file: write the methods that :class:`Family` leaves open, and import what it shares with another family
-from that one, as ``roberta.py`` does from ``bert.py``. ``tests/modernbert_family.py`` is one that shares nothing.
+from that one, as ``roberta.py`` does from ``bert.py``. ``tests/modernbert_family.py`` is one that shares nothing; attention to
+neighbours only, which released ModernBERTs alternate with it, would also need a window in ``models/attention.py``.
 
 Shapes: T packed tokens, M predicted rows, D width, V vocabulary.
 """
