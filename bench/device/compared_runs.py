@@ -24,7 +24,6 @@ from fastkd import pipeline
 from fastkd.comparison.budgets import release_memory
 from fastkd.comparison.rows import parse_row
 from fastkd.distributed import World
-from fastkd.loop import Interrupted
 from fastkd.models import hf
 from fastkd.planning import BudgetTooSmall
 from fastkd.run_folder import read_run
@@ -95,8 +94,6 @@ class Comparison:
             names |= {"match": entry.match, "seed": entry.seed}
             try:
                 yield {**names, **self.run(entry)}
-            except Interrupted:
-                raise
             except (Skipped, BudgetTooSmall) as reason:
                 yield {**names, "skipped": str(reason)}
             except Exception as error:

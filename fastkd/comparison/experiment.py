@@ -23,7 +23,6 @@ from fastkd.comparison.tuning import BUDGET_SHARE, Search, searched, tune
 from fastkd.device import environment
 from fastkd.distributed import World, any_rank, on_main
 from fastkd.files import finite
-from fastkd.loop import Interrupted
 from fastkd.run_config import PRESENTATION
 from fastkd.terminal import Console
 
@@ -93,9 +92,7 @@ class Comparison:
                 more["lr"] = self.tuned(run).lr
             pipeline.run(run.row.resolved(self.shared, **run.budget, **more), self.world, self.console)
             on_main(self.world, lambda: self.scorer.fine_tune(run.folder, run.folder))
-        except (Interrupted, KeyboardInterrupt):
-            raise
-        except Exception as caught:  # whatever ends one row, the others go on
+        except Exception as caught:  # whatever ends one row but an interrupt, the others go on
             error = f"{type(caught).__name__}: {caught}".splitlines()[0]
         failed = any_rank(self.world, error is not None)
         return error or ("failed on another rank" if failed else None)
