@@ -106,11 +106,11 @@ def test_a_resumed_run_keeps_the_dtype_that_was_measured(tmp_path: Path) -> None
     folder = tmp_path / "run"
     folder.mkdir()
     resolved = {name: parse(["--budget-tokens", "60000", "--dtype", name]) for name in ("auto", "float32")}
-    assert run.with_measured_dtype(resolved["auto"], None, World()) == resolved["auto"]
+    assert pipeline.with_measured_dtype(resolved["auto"], None, World()) == resolved["auto"]
     (folder / "config.toml").write_text(resolved["auto"].to_toml())
     (folder / "plan.json").write_text('{"dtype": "bfloat16"}')
-    assert run.with_measured_dtype(resolved["auto"], read_run(folder), World()).run.dtype == "bfloat16"
-    assert run.with_measured_dtype(resolved["float32"], read_run(folder), World()) == resolved["float32"]
+    assert pipeline.with_measured_dtype(resolved["auto"], read_run(folder), World()).run.dtype == "bfloat16"
+    assert pipeline.with_measured_dtype(resolved["float32"], read_run(folder), World()) == resolved["float32"]
 
 
 def test_a_lost_folder_of_checkpoints_starts_over(
