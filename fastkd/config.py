@@ -9,17 +9,22 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from fastkd import config_file, methods
+from fastkd import config_file, methods, quickstart
 from fastkd.cli import Parser, unknown_option
+from fastkd.data import corpus
 from fastkd.run_config import BUDGETS, FREE_TO_CHANGE, PRESENTATION, RunConfig
 
 PRESETS = Path(__file__).parent / "presets"
+# One of them is there if CUDA (also under Windows and on Jetson) or ROCm can work.
+GPU_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/nvmap", "/dev/kfd")
 AUTO = {"paper-6l": "a CUDA device is at hand", "quickstart": "no CUDA device is at hand"}  # what --preset auto means
 T = TypeVar("T")
 
@@ -49,6 +54,11 @@ class Resolved:
     preset_reason: str
     explicit: frozenset[str]
     folder: Path | None = None  # of the run whose config.toml was read, if this is the same run
+
+    @property
+    def output_dir(self) -> Path:
+        """The run folder."""
+        return Path(self.run.output_dir or self.default_output_dir())
 
     def default_output_dir(self) -> Path:
         """``runs/PRESET-METHOD-BUDGET[-HASH]``, with a hash of all other options that were given."""
@@ -180,6 +190,18 @@ def _unknown(word: str, method: str) -> ValueError:
     return unknown_option(word)
 
 
+def check_inputs(run: RunConfig) -> None:
+    """Refuse what a run names on this machine and lacks: the packages of the quickstart preset, and text files.
+
+    Raises:
+        ValueError: naming it and the remedy.
+    """
+    wanted = {"teacher": (run.teacher, run.tokenizer), "text": run.corpus}
+    quickstart.require(*(what for what, named in wanted.items() if quickstart.NAME in named))
+    if corpus.shard_folder(run.corpus) is None:
+        corpus.sources(run.corpus)
+
+
 # ---- layers -----------------------------------------------------------------------------------------------------
 
 
@@ -195,16 +217,16 @@ def resolve(explicit: dict[str, Any], file: ConfigFile | None = None, *, needs_b
 def _settled(explicit: dict[str, Any], file: ConfigFile | None, work: Callable[[str], T]) -> T:
     """The result of ``work`` with the preset that is meant.
 
-    ``auto`` means one of two presets. Only PyTorch knows which, by the CUDA devices, and it takes seconds to load. So both
-    are tried first, and PyTorch is asked only if they differ and at least one of them works. If none does, the mistake is
-    told with the sizes of ``quickstart``.
+    ``auto`` means one of two presets, by whether PyTorch finds a CUDA device. PyTorch takes seconds to load, so it is asked
+    only on a machine with a driver, and only if the two presets come to different results or mistakes.
     """
     name = _preset_named(explicit, file)
     if name != "auto":
         return work(name)
     answers = {preset: _tried(work, preset) for preset in AUTO}
     answer, mistake = answers["quickstart"]
-    if answers["paper-6l"] != answers["quickstart"] and not all(wrong for _, wrong in answers.values()):
+    has_driver = sys.platform != "linux" or any(map(os.path.exists, GPU_FILES))
+    if has_driver and answers["paper-6l"] != answers["quickstart"]:
         import torch
 
         answer, mistake = answers["paper-6l" if torch.cuda.is_available() else "quickstart"]

@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fastkd import files, monitor, planning
+from fastkd.budget import BudgetTooSmall
 from fastkd.config import Resolved
 from fastkd.data import hub
 from fastkd.device import environment
@@ -44,7 +45,7 @@ def run(resolved: Resolved, world: World, console: Console) -> Path:
         Interrupted: stopped by a signal, saved.
     """
     started = now()
-    folder = Path(resolved.run.output_dir or resolved.default_output_dir())
+    folder = resolved.output_dir
     began = check_folder(folder, resolved)
     repository = pushed_to(resolved, world)
     if (folder / "final" / "config.json").exists():
@@ -94,7 +95,7 @@ def train(trainer: Trainer, folder: Path, measured: planning.Measurement, setup_
             with trace(folder / "trace.json", config.trace) as traced:
                 loop.run(traced)
             if loop.totals.step == 0:
-                raise planning.BudgetTooSmall(
+                raise BudgetTooSmall(
                     f"the budget went to set-up or to steps that were lost, none is left for a step: raise it, or remove {folder}"
                 )
             loop.save_the_end()  # before anything that may be interrupted

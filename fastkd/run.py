@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from fastkd import cli, terminal
+from fastkd import cli, files, terminal
 from fastkd.cli import EXIT_BUDGET, EXIT_CONFIGURATION, EXIT_INTERRUPTED, EXIT_OK
-from fastkd.config import parse
+from fastkd.config import check_inputs, parse
 from fastkd.terminal import Console
 
 __all__ = ["EXIT_BUDGET", "EXIT_CONFIGURATION", "EXIT_INTERRUPTED", "EXIT_OK", "main"]
@@ -23,6 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     resolved = parse(argv, prog=terminal.called("run"))
+    files.check_writable(resolved.output_dir)
+    if not (resolved.output_dir / "final").is_dir():  # a finished run reads nothing again
+        check_inputs(resolved.run)
     from fastkd import pipeline  # only now: PyTorch takes seconds to load, and neither --help nor a mistake needs it
     from fastkd.distributed import joined
 

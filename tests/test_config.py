@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def test_the_preset_auto_asks_for_a_device(
     is_there: bool, preset: str, reason: str, tokens: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: is_there)
+    monkeypatch.setattr(config, "GPU_FILES", (str(tmp_path),))
     resolved = parse(BUDGET)
     assert (resolved.run.preset, resolved.preset_reason) == (preset, reason)
     path = tmp_path / "mine.toml"
@@ -56,6 +58,8 @@ def test_the_preset_auto_asks_for_a_device(
     assert (of_file.run.preset, of_file.preset_reason, of_file.run.lr) == (preset, reason, 1e-3)
     with pytest.raises(ValueError, match=f"--batch-tokens is {tokens}, no positive multiple of 1600"):
         parse([*BUDGET, "--seq-length", "100"])
+    monkeypatch.setattr(config, "GPU_FILES", ())
+    assert sys.platform != "linux" or parse(BUDGET).run.preset == "quickstart"  # without a driver there is no device
 
 
 def test_the_command_line_overrides_the_preset() -> None:
