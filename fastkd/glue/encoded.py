@@ -12,12 +12,14 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from fastkd.glue.examples import Examples, read_examples
 from fastkd.glue.tasks import Task
+from fastkd.models import families
 from fastkd.models.tokenizer import reason
 
 ROW_SEED = 0  # of the subset that --train-rows keeps, the same for every model and seed
 POOL = 50  # batches that are sorted by length together: larger pools pad less and shuffle less
 TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model")
-OFFSET_FAMILIES = ("roberta", "xlm-roberta", "camembert", "mpnet")  # their positions start after the padding id
+# Model types without a file in models/families/ whose positions start after the padding id, as RoBERTa's do.
+OFFSET_ELSEWHERE = ("mpnet",)
 
 
 class EncodedSplit(torch.utils.data.Dataset[dict[str, list[int] | int | float]]):
@@ -98,8 +100,10 @@ def require_encoder(model: Path) -> None:
 def _max_length(model: Path, tokenizer: PreTrainedTokenizerBase, wanted: int) -> int:
     config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     positions = config.max_position_embeddings
-    if config.model_type in OFFSET_FAMILIES:
+    if config.model_type in OFFSET_ELSEWHERE:
         positions -= config.pad_token_id + 1
+    elif family := families.available().get(config.model_type):
+        positions -= family.position_offset(config)
     return min(wanted, positions, tokenizer.model_max_length)
 
 
