@@ -118,16 +118,26 @@ def load(name: str) -> ModuleType:
     """The module of a method.
 
     Raises:
-        ValueError: no such method.
+        ValueError: no such method, or a file that cannot be loaded.
     """
     if name not in available():
         raise ValueError(f"unknown method {name!r}: choose one of {', '.join(available())}")
-    return importlib.import_module(f"fastkd.methods.{name}")
+    try:
+        return importlib.import_module(f"fastkd.methods.{name}")
+    except Exception as error:
+        raise ValueError(f"fastkd/methods/{name}.py cannot be loaded ({type(error).__name__}: {error})") from error
 
 
 def descriptions() -> dict[str, str]:
-    """Each method's line for ``--help``: the first of the docstring of its ``METHOD``."""
-    return {name: (load(name).METHOD.__doc__ or "").partition("\n")[0].rstrip(".") for name in available()}
+    """Each method's line for ``--help``: the first of the docstring of its ``METHOD``, or why its file cannot be loaded."""
+    return {name: _description(name) for name in available()}
+
+
+def _description(name: str) -> str:
+    try:
+        return (load(name).METHOD.__doc__ or "").partition("\n")[0].rstrip(".")
+    except ValueError as error:  # other methods can be trained
+        return str(error)
 
 
 # ---- what several methods say and refuse ------------------------------------------------------------------------------
