@@ -1,10 +1,13 @@
 """The shape of the tree: which way imports point, how deep they go, how long files and functions are."""
 
 import ast
+import dataclasses
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+from fastkd.setup import Setup
 
 ROOT = Path(__file__).parents[1]
 LONGEST_CHAIN, LONGEST_FILE, LONGEST_FUNCTION = 10, 400, 60
@@ -27,9 +30,9 @@ MODULES = {named(path): path for path in FILES if path.relative_to(ROOT).parts[0
 
 @cache
 def imports(module: str) -> frozenset[str]:
-    """The modules of the project that one imports when it is loaded: not those for types, not those within a function."""
+    """The modules of the project that one imports, within its functions too, but not those for annotations."""
     found: set[str] = set()
-    statements = list(ast.parse(MODULES[module].read_text("utf-8")).body)
+    statements: list[ast.AST] = list(ast.parse(MODULES[module].read_text("utf-8")).body)
     while statements:
         match statements.pop():
             case ast.Import(names):
@@ -38,8 +41,10 @@ def imports(module: str) -> frozenset[str]:
                 found |= {f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else f"{base}" for alias in names}
             case ast.If(test=ast.Name("TYPE_CHECKING"), orelse=others):
                 statements += others
-            case ast.If(body=body, orelse=others) | ast.Try(body=body, orelse=others):
-                statements += [*body, *others]
+            case statement:
+                statements += [
+                    node for node in ast.iter_child_nodes(statement) if isinstance(node, ast.stmt | ast.excepthandler)
+                ]
     return frozenset(found & MODULES.keys() - {module})
 
 
@@ -73,3 +78,8 @@ def test_files_and_functions_are_short(path: Path) -> None:
     functions = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
     lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions if node.end_lineno}
     assert {name: lines for name, lines in lengths.items() if lines > LONGEST_FUNCTION} == {}
+
+
+def test_a_setup_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        object.__new__(Setup).lr = 1.0
