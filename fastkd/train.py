@@ -90,9 +90,8 @@ class Trainer:
 
     def step_cost(self, number: int) -> StepCost:
         """FLOPs and tokens of a step over all ranks, known before it runs."""
-        if (
-            self._last_cost is None or self._last_cost[0] != number
-        ):  # asked when a step is decided and when it is issued
+        # Asked when a step is decided and when it is issued.
+        if self._last_cost is None or self._last_cost[0] != number:
             self._last_cost = number, self.setup.step_cost(self.stream.tokens_of(number))
         return self._last_cost[1]
 

@@ -89,9 +89,8 @@ def shard_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of the tests' own, so that nothing of the user's is read or written."""
     folder = tmp_path_factory.mktemp("cache")
     os.environ["XDG_CACHE_HOME"] = str(folder)
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(
-        folder / "inductor"
-    )  # what a killed compiler left elsewhere is not loaded
+    # What a killed compiler left elsewhere is not loaded.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     return folder
 
 

@@ -46,11 +46,8 @@ def test_a_replayed_ledger_gives_the_progress_and_the_end(tmp_path: Path) -> Non
 def test_validations_come_once_for_each_share_of_the_budget() -> None:
     validations = Validations(4, 1)
     due = [validations.due(progress / 20, 100.0) for progress in range(1, 21)]
-    assert [number for number, is_due in enumerate(due, start=1) if is_due] == [
-        5,
-        10,
-        15,
-    ]  # at the end another one follows
+    # At the end another one follows.
+    assert [number for number, is_due in enumerate(due, start=1) if is_due] == [5, 10, 15]
 
 
 def test_validations_keep_within_their_share_of_what_is_charged() -> None:

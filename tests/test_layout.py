@@ -13,9 +13,8 @@ ROOT = Path(__file__).parents[1]
 LONGEST_CHAIN, LONGEST_FILE, LONGEST_FUNCTION = 10, 400, 60
 COMMANDS = {f"fastkd.{name}" for name in ("run", "plan", "compare", "prepare", "glue.__main__", "__main__")}
 FOLDERS = ("fastkd", "kernels", "bench", "tests")
-FILES = sorted(
-    path for name in FOLDERS for path in (ROOT / name).rglob("*.py")
-)  # a link, as fastkd/kernels, is not entered
+# A link, such as fastkd/kernels, is not entered.
+FILES = sorted(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))
 
 
 def named(path: Path) -> str:

@@ -31,9 +31,8 @@ def test_masks_are_exactly_15_percent_and_80_10_10(shards: Shards) -> None:
     other = hidden[(hidden != SPECIAL.mask) & (hidden != plain)]
     assert other.min() >= 5 and other.max() < WORDS, "a random token is special or outside the vocabulary"
     bins = torch.histc(other.double(), 20, min=5, max=WORDS)
-    assert ((bins - len(other) / 20) ** 2 / (len(other) / 20)).sum() < 45, (
-        "random tokens are not uniform"
-    )  # χ²(19), 7e-4
+    # χ²(19), 7e-4.
+    assert ((bins - len(other) / 20) ** 2 / (len(other) / 20)).sum() < 45, "random tokens are not uniform"
     for batch in batches:
         untouched = torch.ones(len(batch.input_ids), dtype=torch.bool).index_fill(0, batch.predicted, False)
         assert torch.equal(batch.masked_ids[untouched], batch.input_ids[untouched])

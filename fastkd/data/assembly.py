@@ -81,9 +81,8 @@ class Assembler:
         """
         size = self.packs * self.packer.pack_tokens
         length, is_filler = fragments.sizes(self.packs, self.packer.pack_tokens)
-        begin = (
-            np.cumsum(length) - length
-        )  # where each sequence begins in the micro-batch; together they fill it exactly
+        # Where each sequence begins in the micro-batch; together they fill it exactly.
+        begin = np.cumsum(length) - length
         cu_seqlens = np.full(self.packs * self.packer.max_sequences + 1, size, np.int32)
         cu_seqlens[: len(begin)] = begin
         pairs = int((length**2).sum())

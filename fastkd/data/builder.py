@@ -90,9 +90,8 @@ def build(
                     reading = stack.enter_context(contextlib.closing(_reading(job, start, progress)))
                 _build(job, number, reading)
                 part = Part(corpus, number, verify=False)
-            elif (
-                reading is not None
-            ):  # this part exists, though one before it was missing: the reading is not at its end
+            elif reading is not None:
+                # This part exists, though one before it was missing: the reading is not at its end.
                 reading.close()
                 reading = None
             number, held, before = number + 1, held + part.tokens, part

@@ -92,9 +92,8 @@ def _pieces(chunk: Tokens, piece: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
     # Pieces have ``piece`` tokens; a document's last one has the rest, a document of one piece all.
     cut = np.repeat(np.where(count == 1, lengths, piece), count)
     cut[last] = lengths - (count - 1) * piece
-    hashes = np.repeat(
-        hashes, count
-    )  # a whole document keeps its text's hash; pieces of a document get their ids' hash
+    # A whole document keeps its text's hash; pieces of a document get their ids' hash.
+    hashes = np.repeat(hashes, count)
     end = np.cumsum(cut)
     for at in np.flatnonzero(np.repeat(count > 1, count)).tolist():
         content = chunk.ids[end[at] - cut[at] : end[at]].astype("<u4").tobytes()

@@ -183,9 +183,8 @@ def _tail(path: str, size: int) -> bytes:
     """A file's end, with its whole footer."""
     with _opened(path, size, cache_type="none") as file:
         tail = _end(file, min(TAIL, size))
-        length = (
-            int.from_bytes(tail[-8:-4], "little") + 8
-        )  # a parquet file ends with: footer, its length (4 bytes), PAR1
+        # A parquet file ends with: footer, its length (4 bytes), PAR1.
+        length = int.from_bytes(tail[-8:-4], "little") + 8
         if len(tail) < length <= size:
             tail = _end(file, length)
     return tail

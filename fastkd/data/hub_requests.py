@@ -129,9 +129,8 @@ def model_folder(name: str, *, remedy: str, weights: bool = True) -> Path:
         for file in wanted:  # one by one: the library's threads would hold up a Ctrl-C until the hub answers
             hf_hub_download(name, file, revision=info.sha)
         folder = Path(snapshot_download(name, revision=info.sha, allow_patterns=wanted))
-        snapshot_download(
-            name, allow_patterns=wanted
-        )  # points the cache's name at this commit, now that it is complete
+        # Points the cache's name at this commit, now that it is complete.
+        snapshot_download(name, allow_patterns=wanted)
         return folder
 
     try:

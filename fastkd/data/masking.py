@@ -87,9 +87,8 @@ class Masker:
         position, idle = ordered >> 1, (ordered & 1).bool()  # [n, count]
         plain = ids.gather(1, position)
         hidden = torch.where(idle, plain, self._replace(plain, mix_tensor(keys[:, None] + 2 * position + 1)))
-        rows = (
-            position + length * torch.arange(packs, device=ids.device)[:, None]
-        )  # of the micro-batch, not of the pack
+        # Rows of the micro-batch, not of the pack.
+        rows = position + length * torch.arange(packs, device=ids.device)[:, None]
         return (
             ids.scatter(1, position, hidden).flatten(),
             rows.flatten(),

@@ -50,9 +50,8 @@ class Fragments:
         """(length with [CLS] and [SEP], whether a filler) of every sequence of the packs; a filler is the last of its pack."""
         length = self.length + 2
         filler = pack_tokens - np.bincount(self.pack, length, minlength=packs).astype(np.int64)  # [packs]; 0: none
-        ends = np.searchsorted(self.pack, np.arange(packs), side="right")[
-            filler > 0
-        ]  # index after a pack's last fragment
+        # The index after the last fragment of each pack that has a filler.
+        ends = np.searchsorted(self.pack, np.arange(packs), side="right")[filler > 0]
         is_filler = np.insert(np.zeros(len(length), bool), ends, True)
         return np.insert(length, ends, filler[filler > 0]), is_filler
 
@@ -139,9 +138,8 @@ class Packer:
         self._extending = RLock()
         first = self._text(0)
         single = first.share == 1
-        self._copies = (
-            -(-self._span // _virtual(first)) if single else 1
-        )  # a corpus of less than a pack repeats to fill it
+        # A corpus of less than a pack repeats to fill it.
+        self._copies = -(-self._span // _virtual(first)) if single else 1
         self.extend()
         self.max_sequences = pack_tokens  # no bound while part 0 is shuffled, from which the bound follows
         self.max_sequences = self._bound(single)
@@ -333,9 +331,8 @@ class Packer:
     def _bound(self, single: bool) -> int:
         """The most sequences of a pack in epoch 0 of part 0, with room for other epochs and parts; a multiple of 16."""
         most = int((1.1 if single else 1.5) * self._pass((0, 0)).max_sequences()) + 1
-        return min(
-            -(-most // 16) * 16, self.pack_tokens // 3 + 1
-        )  # a sequence has 3 tokens at least; + 1 for the filler
+        # A sequence has 3 tokens at least; + 1 for the filler.
+        return min(-(-most // 16) * 16, self.pack_tokens // 3 + 1)
 
 
 def _virtual(text: Text) -> int:

@@ -3,9 +3,8 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-JOINED_CHARACTERS = (
-    100_000  # a document of joined rows has about this many: far more than a sequence, far fewer than a part
-)
+# A document of joined rows has about this many: far more than a sequence, far fewer than a part.
+JOINED_CHARACTERS = 100_000
 SHOWN_CHARACTERS = 120  # a value in a message is cut after these
 
 

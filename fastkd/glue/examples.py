@@ -22,10 +22,8 @@ Located = Iterator[tuple[int, Record]]  # (line or row from 1, its values by col
 FORMATS = (".tsv", ".csv", ".jsonl", ".parquet")
 LONGEST_CELL = 2**31 - 1  # characters; csv's own limit is 131,072
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")
-BROKEN_SHARE, BROKEN_ROWS = (
-    0.001,
-    8,
-)  # skipped rows that Task.broken_rows allows: with more than both, the layout is another
+# Skipped rows that Task.broken_rows allows: with more than both, the layout is another.
+BROKEN_SHARE, BROKEN_ROWS = 0.001, 8
 
 
 @dataclass(frozen=True)

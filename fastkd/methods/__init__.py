@@ -49,9 +49,8 @@ class Padded:
     qkv: Mapping[int, tuple[Tensor, Tensor, Tensor]]  # layer: queries, keys and values, [B, S, D] each
 
 
-FusedLosses = list[
-    tuple[str, dict[str, Any]]
-]  # name of a folder of kernels/, options of its function in bench.step_losses
+# name of a folder of kernels/, options of its function in bench.step_losses
+FusedLosses = list[tuple[str, dict[str, Any]]]
 
 
 class Method:

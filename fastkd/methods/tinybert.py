@@ -95,9 +95,8 @@ class METHOD(Method):
         for m, g in self.score_pairs:
             (q_s, k_s, _), (q_t, k_t, _) = student.qkv[m], teacher.qkv[g]
             error = score_mse(q_s, k_s, q_t, k_t, sequences, heads, max_seqlen=batch.max_seqlen)
-            scores.append(
-                error * batch.pairs_share
-            )  # the mean over the pairs of the whole batch, not of this micro-batch
+            # The mean over the pairs of the whole batch, not of this micro-batch.
+            scores.append(error * batch.pairs_share)
         for m, g in self.hidden_pairs:
             states.append(hidden_mse(self._projected(student.hidden[m]), teacher.hidden[g]))
         score, hidden = torch.stack(scores).sum(), torch.stack(states).sum()
