@@ -26,7 +26,7 @@ CHARGED_EVENTS: dict[str, frozenset[str]] = {
     "all": frozenset({"validation", "checkpoint", "compile", "crash", "setup"}),
 }
 VALIDATION_SHARE = 0.02  # of what is charged: validations that would cost more are left out
-LAST_STEP_MARGIN = 0.25  # of a step: with less than this to spare after one more step, the step counts as the last
+LAST_STEP_MARGIN = 0.25  # of a step: if less than this would remain after one more step, the step counts as the last
 PARTS = ("student", "teacher", "loss")
 RECENT = 3  # lines of the ledger that a checkpoint keeps: ranks are never that many steps apart
 

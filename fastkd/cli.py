@@ -39,7 +39,7 @@ def answer(work: Callable[[], int]) -> int:
         terminal.complain(str(error))
         return EXIT_FAILED
     except OSError as error:
-        terminal.complain(f"{error}: mend it and issue the same command again, what was saved is kept")
+        terminal.complain(f"{error}: fix this and run the same command again; saved work is kept")
     except KeyboardInterrupt as error:  # the loop's own says where it stopped
         if os.environ.get("RANK", "0") == "0":
             text = str(error) or "interrupted: what was saved is kept, and the same command continues from there"

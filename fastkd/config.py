@@ -110,7 +110,7 @@ class Resolved:
 
 @dataclass(frozen=True)
 class _Nothing:
-    """No options beside those of a run."""
+    """No options besides those of a run."""
 
 
 def parse(argv: Sequence[str], prog: str = "python -m fastkd.run") -> Resolved:
@@ -123,7 +123,7 @@ def parse(argv: Sequence[str], prog: str = "python -m fastkd.run") -> Resolved:
 
 
 def parse_with(own: Any, argv: Sequence[str], prog: str, *, needs_budget: bool = True) -> tuple[Any, Resolved]:
-    """Read a command line that holds the options of ``own`` (a dataclass) beside those of one run: an ``own``, the run.
+    """Read a command line that holds the options of ``own`` (a dataclass) besides those of one run: an ``own``, the run.
 
     Raises:
         ValueError: an unknown preset, method or option, a value of the wrong kind, or one out of range.
@@ -144,7 +144,7 @@ def parse_with(own: Any, argv: Sequence[str], prog: str, *, needs_budget: bool =
 def split_options(
     argv: Sequence[str], own: Any, prog: str, check: Callable[[Any, dict[str, Any]], None]
 ) -> tuple[Any, dict[str, Any]]:
-    """Read a command line that holds the options of ``own`` (a dataclass) beside those of runs and of all methods.
+    """Read a command line that holds the options of ``own`` (a dataclass) besides those of runs and of all methods.
 
     Returns an ``own`` and the runs' explicit options, once ``check`` has seen both.
 

@@ -16,7 +16,7 @@ from fastkd.terminal import Console
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Options beside those of the run that is planned."""
+    """Options besides those of the run that is planned."""
 
     json: bool = option(False, "print the plan as one JSON object, and nothing else on standard output")
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """Options beside those of the run that the corpus is for."""
+    """Options besides those of the run that the corpus is for."""
 
     tokens: float | None = option(
         None, "tokens to prepare, in whole parts; default: those of --budget-tokens, or the whole corpus"

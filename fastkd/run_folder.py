@@ -19,7 +19,7 @@ MOST_BINS = 120  # points of a learning curve
 def ancestors(model: str | None) -> list[str]:
     """A model by the name it was given, then the models that it was made from, as its plan says.
 
-    ``quickstart`` is among them if one of them is that teacher, under any name. For a ``final/`` that was copied out of its
+    ``quickstart`` is included if one of them is that teacher under another name. For a ``final/`` that was copied out of its
     run, the models that it was made from are not known.
     """
     if model is None or model == quickstart.NAME:

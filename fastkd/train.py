@@ -147,7 +147,7 @@ class Trainer:
         return [p for p in self.objective.parameters() if p.requires_grad]
 
     def _rehearse(self) -> None:
-        """One micro-batch forward and backward, before ranks depend on one another, with room for the optimiser kept.
+        """One micro-batch forward and backward, before ranks depend on one another, while memory for the optimiser is reserved.
 
         Where any rank runs out of memory, every rank takes the next smaller micro-batch and tries again. Later steps
         need no more than this one: their shapes are the same. Parameters that the loss did not reach are frozen.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 MASKED = -1e30  # score of a padded key: finite, so that the difference of two of them is 0 and not NaN
-# Entries of a score tile. Fewer, and the calls of a block cost more than its arithmetic; more, and it leaves the cache.
+# Entries of a score tile. With fewer, a block's calls cost more than its arithmetic; with more, it no longer fits the cache.
 _ENTRIES_PER_THREAD, _MAX_ENTRIES = 1 << 19, 1 << 23
 # Lengths of buckets are multiples of it and their sizes powers of two: oneDNN builds and keeps a kernel of about a megabyte for
 # every shape of a bfloat16 product, and a stream of new shapes would pay for that in each step.

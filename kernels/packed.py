@@ -180,7 +180,7 @@ class Launch:
         """Tiles that together hold sequences of up to the longest length, the shortest first.
 
         Beside each is the length of the tile before it: its launch takes the sequences that are longer. A short sequence then
-        costs a small tile, and fewer registers and warps, whatever the longest is; nobody asks the device for lengths.
+        costs a small tile, and fewer registers and warps, however long the longest is; lengths are not read from the device.
         """
         found, shorter = list[tuple[Tile, int]](), 0
         while shorter < self.length:
@@ -190,7 +190,7 @@ class Launch:
         return found
 
     def short_grid(self) -> tuple[int, int]:
-        """Programs (head, i), each for every n-th sequence: to pass one over costs less than a program."""
+        """Programs (head, i), each for every n-th sequence: skipping a sequence costs less than another program."""
         return self.heads, min(self.sequences, -(-PROGRAMS // self.heads))
 
     def row_blocks(self, kernel: str) -> tuple[dict[str, int], tuple[int, int, int]]:

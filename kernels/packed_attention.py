@@ -40,7 +40,7 @@ _DTYPES = (torch.float16, torch.bfloat16, *((torch.float32,) if tiling.INTERPRET
 
 # block_m rows hold a whole sequence; the backward takes block_n of its keys at a time.
 # On sm_90 four warps, or 128 registers with eight, let two programs of 128 tokens share a multiprocessor; on others that limit
-# spills, and with heads of 64 in Triton 3.9 here, too.
+# spills; with heads of 64 in Triton 3.9 it spills on sm_90 too.
 _FORWARD = (Rule(Tile(64, 0, 0, 4, 1), 64, 64), Rule(Tile(128, 0, 0, 8, 1), 64))
 _BACKWARD = (Rule(Tile(64, 64, 0, 4, 1), 64, 64), Rule(Tile(128, 64, 0, 8, 1), 64))
 TILES: dict[str, tiling.Rules] = {
@@ -77,14 +77,14 @@ def reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_
 # ---- Triton ---------------------------------------------------------------------------------------------------
 #
 # One launch for each length of a tile, which skips the sequences of the others. A program takes some heads of its sequence in
-# turn: it finds out once whether the sequence is its, and while it computes one head it can load the next.
+# turn: it checks once whether this launch handles the sequence, and while it computes one head it can load the next.
 # Exponentials are powers of two, with 1/ln 2 in the scale. Rows past a sequence's end load as zeros: as queries they have
 # do = 0 and Δ = 0, so they add nothing to dk and dv; as keys they are masked.
 
 
 @jit
 def _sequence(cu_q_ptr, cu_k_ptr, SHORTEST: tl.constexpr, LENGTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """First row and rows of the program's queries and of its keys; whether the longer are SHORTEST to LENGTH."""
+    """First row and rows of the program's queries and of its keys; whether SHORTEST ≤ max(queries, keys) ≤ LENGTH."""
     sequence = tl.program_id(1)
     start_q, start_k = tl.load(cu_q_ptr + sequence), tl.load(cu_k_ptr + sequence)
     queries, keys = tl.load(cu_q_ptr + sequence + 1) - start_q, tl.load(cu_k_ptr + sequence + 1) - start_k
@@ -104,7 +104,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Program (HEADS heads, sequence): all of its scores at once."""
     start_q, queries, start_k, keys, mine = _sequence(cu_q_ptr, cu_k_ptr, SHORTEST, BLOCK_M)
-    if mine & (queries > 0):
+    if mine & (queries > 0):  # mine: this launch handles sequences of this length
         first, row = tl.program_id(0) * HEADS, tl.arange(0, BLOCK_M)
         for head in tl.range(first, tl.minimum(first + HEADS, heads), disable_licm=True):
             q = load_tile((q_ptr, q_stride), start_q, queries, head, WIDTH, BLOCK_M, PAD, DOT)
@@ -112,7 +112,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
             v = load_tile((v_ptr, v_stride), start_k, keys, head, WIDTH, BLOCK_M, PAD, DOT)
             s = tl.dot(q, tl.trans(k), input_precision="ieee")
             s = tl.where((row < keys)[None, :], s, -1e30)
-            maxima = tl.max(s, 1) * scale
+            maxima = tl.max(s, 1) * scale  # those of s · scale, since scale > 0, for one product a row
             p = tl.exp2(s * scale - maxima[:, None])
             sums = tl.sum(p, 1)
             out = tl.dot(p.to(DOT), v, input_precision="ieee") * (1 / sums)[:, None]
@@ -170,7 +170,7 @@ def _lse_shape(q: Tensor) -> tuple[int, int]:
 
 
 def _launch(kernel: Any, name: str, like: Tensor, cu_seqlens: Sequence[Tensor], longest: int, *arguments: Any) -> None:
-    """A launch for each length of a tile that there may be sequences of, and for each LAUNCHED of them."""
+    """For each tile length that sequences of at most ``longest`` need, a launch for each LAUNCHED sequences."""
     _, heads, width = like.shape
     arch, pad = tiling.architecture(like.device), packed.pad_width(width)
     constants = {"WIDTH": width, "PAD": pad, "DOT": packed.dot_dtype(like.dtype), "HEADS": HEADS}
@@ -226,7 +226,7 @@ def _packed_attention_backward(
     cu_seqlens_k: Tensor,
     longest: int,
 ) -> list[Tensor]:
-    """With as many queries as keys one tensor [T, 3·H·d], dq beside dk beside dv; else dq, and dk beside dv.
+    """With as many queries as keys [T, 3·H·d], the columns of dq, dk and dv side by side; else dq, and dk and dv side by side.
 
     Queries, keys and values are cut from a projection, whose gradient then is there without a copy.
     """
@@ -267,7 +267,7 @@ def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
     q, *saved = ctx.saved_tensors
     buffers = _packed_attention_backward(grad, q, *saved, ctx.longest)
     columns = q.shape[1] * q.shape[2]
-    # By sizes, along dimension 1: so Inductor sees that a cat of all of them is the buffer.
+    # Split by sizes along dimension 1, so that Inductor sees that concatenating the parts gives the buffer.
     parts = [x for buffer in buffers for x in buffer.split([columns] * (buffer.shape[1] // columns), 1)]
     return *(part.unflatten(1, q.shape[1:]) for part in parts), None, None, None
 

@@ -25,10 +25,10 @@ tiling.register(TILES)
 
 
 def early_and_late(factor: float, dtype: torch.dtype) -> tuple[float, float]:
-    """A constant factor of a gradient, cut in two: what the forward multiplies by, and what the backward.
+    """Split a constant factor of a gradient into what the forward and what the backward multiply by.
 
-    All of it early, where it costs nothing; in float16 all of it late, since a gradient that is divided by a count would be below
-    the smallest number.
+    All of it in the forward, where it costs nothing; for float16 all of it in the backward, since a gradient that is divided by
+    a count would be below the smallest number.
     """
     return (1.0, factor) if dtype == torch.float16 else (factor, 1.0)
 
@@ -36,7 +36,7 @@ def early_and_late(factor: float, dtype: torch.dtype) -> tuple[float, float]:
 def scaled(
     x: Tensor, factor: Tensor, dtype: torch.dtype | None = None, *, late: float = 1.0, backend: str | None = None
 ) -> Tensor:
-    """x · factor · late in ``dtype`` (default: x's), for the backward of an operator that saved ``x`` and gave it to nobody.
+    """x · factor · late in ``dtype`` (default: x's), for the backward of an operator that saved ``x``: nothing else may read it.
 
     ``x`` is contiguous, ``factor`` a scalar, ``late`` as in ``early_and_late``. In a backward that frees its graph, the Triton
     backend returns x itself, scaled in place; with ``retain_graph=True``, outside of a backward, in another dtype or on another

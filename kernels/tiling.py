@@ -50,7 +50,7 @@ class Tile(NamedTuple):
 
     @property
     def options(self) -> dict[str, int]:
-        """What a launch is given beside its blocks."""
+        """What a launch is given besides its blocks."""
         limit = {} if self.registers is None else {"maxnreg": self.registers}
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 

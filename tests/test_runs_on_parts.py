@@ -106,7 +106,7 @@ def test_a_run_whose_text_cannot_be_written_is_saved_and_goes_on(
     command = [*options, "--output-dir", str(tmp_path / "run")]
     assert run.main(command) == run.EXIT_INTERRUPTED
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("error: cannot write shards to") and "the same command again, what was saved is kept" in line
+    assert line.startswith("error: cannot write shards to") and "run the same command again; saved work is kept" in line
     assert list((tmp_path / "run" / "checkpoints").iterdir())
     obstacle.unlink()
     assert run.main(command) == 0

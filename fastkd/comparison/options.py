@@ -1,4 +1,4 @@
-"""The options of ``fastkd.compare`` beside those of its runs, and what it refuses."""
+"""The options of ``fastkd.compare`` besides those of its runs, and what it refuses."""
 
 from __future__ import annotations
 

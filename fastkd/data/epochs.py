@@ -54,7 +54,7 @@ class Epochs(Generic[K, T]):
             job.add_done_callback(lambda job: self._forget(number, epoch) if job.cancelled() else None)
 
     def _slot(self, number: K) -> tuple[Future[T], bool]:
-        """(future of an epoch, whether nobody makes it yet): if so, the caller must."""
+        """(future of an epoch, True if the caller must make it)."""
         with self._lock:
             missing = number not in self._held
             epoch = self._held.setdefault(number, Future())

@@ -14,7 +14,7 @@ from fastkd.data.tokenise import Tokens
 
 MOST_TOKENS = 2**20  # enough for a loss to three digits, few enough to evaluate often
 MOST_SHARE = 0.25  # of part 0, from which pieces are chosen
-PIECES = 4  # are held out at least: so their tokens come near the wanted number
+PIECES = 4  # or more make up the wanted tokens, so that what is held out comes near their number
 SMALLEST, LARGEST = 32, 4096  # tokens of a piece
 
 Documents = tuple[np.ndarray, np.ndarray]  # ids [tokens] end to end, lengths [documents] int64
@@ -33,7 +33,7 @@ class HeldOut:
     hashes: np.ndarray
 
     def split(self, chunk: Tokens) -> tuple[Documents, Documents]:
-        """(for training, held out). Pieces for training between two held-out ones of a document become a document."""
+        """(for training, held out). Text between two held-out pieces of a document becomes a document of its own."""
         lengths, hashes, document = _pieces(chunk, self.piece)
         held = np.isin(hashes, self.hashes)  # [pieces]
         here = np.repeat(held, lengths)  # [tokens]

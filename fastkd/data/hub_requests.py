@@ -25,7 +25,7 @@ LONGEST_WAIT = 300.0  # seconds: the hub counts requests in windows of five minu
 NO_ANSWER = 60.0  # seconds, for requests to which huggingface_hub sets no limit
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 MODEL_FILES = ("*.json", "*.txt", "*.model")
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # the second kind only where there is none of the first
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # pickled weights only if there are no safetensors
 
 T = TypeVar("T")
 
@@ -195,7 +195,7 @@ def _is_transient(error: BaseException) -> bool:
 
 
 def _asked_to_wait(error: BaseException) -> float | None:
-    """The seconds that the hub asks to wait, plus one, for it rounds down."""
+    """The seconds that the hub asks to wait, plus one, since it rounds down."""
     headers = getattr(_response(error), "headers", {})
     found = re.fullmatch(r"\d+", headers.get("Retry-After", "")) or re.search(
         r"(?<=;t=)\d+", headers.get("RateLimit", "")

@@ -264,7 +264,7 @@ class Packer:
         return found
 
     def look_ahead(self, pack: int, pool: Executor) -> None:
-        """Where ``pack`` is in the second half of its part, let the pool shuffle the part that follows, if nobody has.
+        """Where ``pack`` is in the second half of its part, let the pool shuffle the part that follows, unless that has begun.
 
         A shuffle takes about 0.2 s a million sequences: begun half a part ahead, no reader waits for it.
         """

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fastkd.data.progress import Progress
 
 SPARE_TOKENS = 2**20  # fewer left at a corpus's end join the part before: they might not fill a batch of long sequences
-LARGEST_SHARE = 1 - 2**-20  # that was read when a part ends which is not the last: 1 means the last
+LARGEST_SHARE = 1 - 2**-20  # the largest share stored for a part that is not the last; 1 marks the last
 
 
 @dataclass

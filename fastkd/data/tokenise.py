@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 CHUNK_CHARACTERS = 2**21  # of text handed to a worker at once, about half a second of work
 PIECE_CHARACTERS = 2**20  # a longer document is tokenised in pieces: an encoding needs 50 times the memory of its text
-# Tokens that no text becomes: "[MASK]" in a text is ordinary words.
+# Tokens that are not made from text that spells them: "[MASK]" in a text is ordinary words.
 ROLES = ("cls_token", "sep_token", "mask_token", "pad_token", "unk_token")
 NO_TEXT = "\ufffe\uffff"  # not characters in Unicode: no text has a word that begins with these
 SMALL_CHUNKS = 8  # a corpus of no more chunks than this is not worth starting processes for
@@ -129,7 +129,7 @@ def _cpus() -> int:
 
 
 def _pieces(document: str) -> list[str]:
-    """Cut a very long document before white space: no tokenizer makes one token of the text on both sides."""
+    """Cut a very long document before white space, if it has any: no token spans such a cut."""
     pieces = []
     while len(document) > PIECE_CHARACTERS:
         cut = max(document.rfind(" ", 1, PIECE_CHARACTERS), document.rfind("\n", 1, PIECE_CHARACTERS))

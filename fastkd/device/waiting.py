@@ -2,10 +2,10 @@
 
 Between two pieces of work a thread of libgomp spins for some milliseconds, which costs nothing while it has a core of its
 own. Beside a busy program it spins on the core that the thread it waits for needs, and a training step takes many times as
-long; asleep, waking it costs every step that has its cores to itself (``python -m bench.neighbour`` shows both). libgomp
-spins 100 times instead of 300,000 while it manages more threads than there are cores (``gomp_throttled_spin_count_var`` in
-its ``env.c`` and ``wait.h``). So a few threads that do nothing decide at any moment how all others wait, and no sum is
-cut into other parts: not a bit of a result changes.
+long. A sleeping thread has to be woken, which costs time in every step when no other program runs
+(``python -m bench.neighbour`` shows both). libgomp spins 100 times instead of 300,000 while it manages more threads than
+there are cores (``gomp_throttled_spin_count_var`` in its ``env.c`` and ``wait.h``). So a few threads that do nothing decide at
+any moment how all others wait, and no sum is cut into other parts: results keep the same bits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from fastkd.device import clock
 
-QUEUE = Path("/proc/thread-self/schedstat")  # nanoseconds that this thread ran, and that it stood in a core's queue
+QUEUE = Path("/proc/thread-self/schedstat")  # nanoseconds that this thread ran, and that it waited for a core
 LOOK_SECONDS = 0.5
 BUSY_SHARE = 0.1  # of the time in the queue
 GRAIN = 1 << 15  # numbers that ATen gives a thread, at least
@@ -28,7 +28,7 @@ GRAIN = 1 << 15  # numbers that ATen gives a thread, at least
 
 @functools.cache
 def of_this_process() -> Waiting:
-    """The one that all trainers of a process share: what libgomp counts, it counts for the process."""
+    """One object for all trainers of a process, since libgomp counts threads per process."""
     return Waiting()
 
 
@@ -64,7 +64,7 @@ class Waiting:
 
 
 class _IdleTeam:
-    """A thread that had OpenMP make it a team, and holds it without work."""
+    """A thread that holds an idle OpenMP team."""
 
     def __init__(self) -> None:
         self._made, self._ended = threading.Event(), threading.Event()
@@ -84,7 +84,7 @@ class _IdleTeam:
 
 
 def idle_teams(threads: int) -> int:
-    """How many teams make libgomp count more threads than cores; a team of n is n - 1 threads more."""
+    """How many teams make libgomp count more threads than cores; a team of n adds n - 1 threads."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 0 if threads < 2 else max(0, cores - threads) // (threads - 1) + 1
 

@@ -83,7 +83,7 @@ def evaluate(
     """Fine-tune ``model`` on GLUE and score it on the dev sets; what finished before is not repeated.
 
     model: a run folder, a Hugging Face folder, a hub id, or ``quickstart``.
-    tasks: names; None: those of the protocol that ``data`` holds (only those of ``task_files`` where these are given).
+    tasks: names; None: the protocol's tasks found in ``data``, or only those of ``task_files`` if given.
     data: a folder with the official files, or in the hub's column names; None: the hub.
     protocol: ``headline`` or ``paper``. seeds: how many, from 0; None: the protocol's.
     output_dir: where glue.json, glue.md and finished fine-tunings go; None: the run folder, or ``runs/glue-…``. A run's

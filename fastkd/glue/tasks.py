@@ -99,10 +99,10 @@ OPTIONAL = ("title", "label", "labels", "test", "hub", "config")
 def load_task(path: Path) -> Task:
     """A task from a TOML file.
 
-    ``name``, ``texts`` (one or two columns), ``labels`` (class names in the order of their ids, which files may hold
-    instead unless a name is a number; without it the label is a number), ``label`` (its column), ``metrics``, and
-    ``train``, ``dev``, ``test``: files beside the TOML (tsv,
-    csv, jsonl, parquet), or split names where ``hub`` (and ``config``) name a data set.
+    ``name``, ``texts`` (one or two columns), ``labels``, ``label`` (its column), ``metrics``, and ``train``, ``dev``, ``test``:
+    files beside the TOML (tsv, csv, jsonl, parquet), or split names where ``hub`` (and ``config``) name a data set.
+    ``labels`` lists the class names in the order of their ids. Files may hold ids instead of names if no name is a number.
+    Without ``labels`` the label is a number.
 
     Raises:
         ValueError: the file cannot be read, or a key is missing, unknown or of the wrong kind.

@@ -135,6 +135,7 @@ def _side(groups: list[list[int]], lengths: tuple[int, ...], heads: int, length_
         sizes.append((len(own) * heads, len(place)))
     gather, real = torch.cat(gathers), torch.cat(reals)
     scatter = torch.empty(tokens * heads, dtype=torch.int64)
+    # The inverse index: gather is one to one on real rows.
     scatter[gather[real]] = real.nonzero().flatten()
     return Side(tuple(sizes), gather, (~real).nonzero().flatten(), scatter)
 

@@ -45,7 +45,7 @@ class Layer(nn.Module):
         rows: Tensor | None = None,  # [M], ascending
         return_qkv: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Layer output [T, D], and its QKV projection [T, 3D] if asked for: an output that nobody reads would get a
+        """Layer output [T, D], and its QKV projection [T, 3D] if asked for: an output that is not read would get a
         gradient of zeros, which a compiled backward fills and adds. With ``rows``, only those rows of the output,
         [M, D]; keys and values cover all of x either way.
         """

@@ -1,4 +1,4 @@
-"""The frozen teacher: cast once, without the layers that nobody reads, never in training mode."""
+"""The frozen teacher: cast once, without the layers that are not read, never in training mode."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Teacher:
 
 
 def _cut(encoder: Encoder, needs: Needs) -> Encoder:
-    """A frozen copy without the layers and the head that nobody reads."""
+    """A frozen copy without the layers and the head that are not read."""
     cut = copy.copy(encoder)
     cut._modules = dict(encoder._modules)
     cut.layers = encoder.layers[: needs.depth(encoder.config.num_layers)]

@@ -106,7 +106,7 @@ def linear_kd(
 
     Under autocast the products run in its dtype, else in the widest dtype given. Logits are float32, except that the
     Triton path stores those of half-precision operands in half precision, relative to their tile's maximum. The
-    gradients are accumulated in float32 and arrive in each parameter's dtype. With no row left the loss is 0.
+    gradients are accumulated in float32 and arrive in each parameter's dtype. If all rows are ignored the loss is 0.
 
     Raises ValueError for shapes, labels or weights that do not fit together; RuntimeError for a second derivative.
     """

@@ -22,7 +22,7 @@ class Head(NamedTuple):
 
     hidden: Tensor  # [M, D]
     weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]; not centred: one entry of −1e10, which masks a word, would be all of the mean
+    bias: Tensor | None  # [V]; not centred: one entry of −1e10, which masks a word, would dominate the mean
     centre: Tensor | None = None  # [D]: the mean row, which ``columns`` subtracts
 
     def centred(self, dtype: torch.dtype) -> Head:

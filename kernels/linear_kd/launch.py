@@ -2,7 +2,7 @@
 
 Products take V up to a multiple of ALIGNED as if it were the vocabulary: with 30,522, no multiple of 8, cuBLAS 13 takes kernels of
 an older GPU on an H100, which need 787 µs for the dx and 410 µs for the dW of 4,096 rows, 192 GFLOP each. There W has rows of
-zeros, and dW rows that nobody reads.
+zeros, and dW rows that are not read.
 """
 
 from __future__ import annotations

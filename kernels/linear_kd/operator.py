@@ -67,6 +67,7 @@ def linear_kd_operator(
         kl, ce = sums.kl * share, sums.ce * share
         for x, value in zip(outputs, (kl_weight * kl + ce_weight * ce, kl, ce), strict=False):
             x.copy_(value)
+    # The products write dW with ``aligned`` rows: those beyond V are cut off only here, by a view, without a copy.
     return *outputs[:4], outputs[4][:vocabulary], outputs[5]
 
 
@@ -108,7 +109,7 @@ def _empty_outputs(
 
 def _weight_dtype(weight: Tensor, dtype: torch.dtype, backend: str) -> torch.dtype:
     """Of dW: bfloat16 for bfloat16 parameters on the Triton path, where the last product or sum rounds as it writes and the
-    backward seldom has to scale; else float32, or float64."""
+    backward rarely scales; else float32, or float64."""
     final = backend == "triton" and weight.dtype == dtype == torch.bfloat16
     return dtype if final else torch.promote_types(dtype, torch.float32)
 

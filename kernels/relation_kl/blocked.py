@@ -32,13 +32,17 @@ def value_and_gradients(
     alpha_s, alpha_t = (1 / math.sqrt(x.shape[1] / num_heads) for x in (query_s, query_t))
     alpha = alpha_s * factors(query_s, num_heads)[0]  # of the gradients
     width = query_s.shape[1] // num_heads
+    # Not in bfloat16: a CPU multiplies in it (``exact_products``), which would round the differences q_s − q_t and k_s − k_t.
     near = query_s.dtype != torch.bfloat16 and query_s.shape == query_t.shape
     with buckets.exact_products(query_s, key_s, query_t, key_t):
         for bucket in buckets.by_length(cu_seqlens, num_heads, len(query_s), max_seqlen):
+            # In a self-relation without padding the queries are the keys; padding adds the mask's column, which differs in the two.
             qs, qt = ks, kt = [bucket.heads(x, num_heads, feature="query") for x in (query_s, query_t)]
             if cross or bucket.padded:
                 ks, kt = (bucket.heads(x, num_heads, feature="key") for x in (key_s, key_t))
+            # [q_s − q_t, q_t]·[k_s, k_s − k_t] = q_s·k_s − q_t·k_t: with one width, so one α, α times it is Z − Y.
             q_d, k_d = (torch.cat((qs - qt, qt), -1), torch.cat((ks, ks - kt), -1)) if near else (qs, ks)
+            # Up to ``width``: the mask's column gets no gradient.
             grad_q = torch.zeros_like(qs[..., :width], memory_format=torch.contiguous_format)
             grad_k = torch.zeros_like(grad_q) if cross else grad_q
             for pair, row in buckets.blocks(len(qs), bucket.length):
@@ -76,7 +80,7 @@ def centred(key: Tensor | None) -> Tensor | None:
     """Keys less their mean, where half precision does not round them anyway.
 
     It adds one number to all scores of a query, which the softmax does not see; what keys have in common would make large
-    scores, whose rounding shows in the small differences that are left, and Σ G k would cancel.
+    scores, whose rounding errors are large against the differences between them, and large parts of Σ G k would cancel.
     """
     return key if key is None or key.dtype.itemsize < 4 else key - key.mean(0)
 

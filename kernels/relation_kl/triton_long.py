@@ -3,7 +3,7 @@
   1. _stats_kernel streams columns → the rows' maxima and sums of exponentials [4, A, T]
   2. _self_kernel or _cross_kernel streams them again → loss and gradient of a block of rows
 
-What is said of exponentials, padding and NEAR in triton_short.py is true here too.
+Exponentials, padding and NEAR are as in triton_short.py.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _stats_kernel(  # type: ignore[no-untyped-def]
 def _load_stats(stats_ptr, plane, first, count, centre, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Maximum and reciprocal sum of the teacher's rows, and of the student's, whose maximum counts from the teacher's.
 
-    ``centre``, 0 and ones past the end, where nothing may overflow.
+    Past the end the values are ``centre``, 1, 0 and 1, so that nothing overflows.
     """
     row = tl.arange(0, ROWS)
     source = stats_ptr + first + row

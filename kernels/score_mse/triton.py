@@ -58,7 +58,7 @@ tiling.register(TILES)
 
 @jit
 def _residual(q, k, qt, kt, alpha_s, alpha_t):  # type: ignore[no-untyped-def]
-    """R of a tile, or Rᵀ with queries and keys exchanged."""
+    """R of a tile, [LENGTH, LENGTH], half of its rows, or [BLOCK_M, BLOCK_N]; Rᵀ with queries and keys exchanged."""
     student = tl.dot(q, tl.trans(k), input_precision="ieee")
     return student * alpha_s - tl.dot(qt, tl.trans(kt), input_precision="ieee") * alpha_t
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from fastkd.models.encoder import EncoderConfig
     from fastkd.models.needs import Extent
 
-# A parameter of the encoder → transformers' names for it; several are its equal parts, one below the other, such as the
-# queries, keys and values of one product.
+# A parameter of the encoder → transformers' names for it; several are its equal parts, stacked along the first dimension,
+# such as the queries, keys and values of one product.
 Names = dict[str, tuple[str, ...]]
 
 
@@ -89,7 +89,7 @@ class Family(ABC):
 
     @abstractmethod
     def embeddings(self, config: EncoderConfig) -> dict[str, nn.Module]:
-        """What the embeddings have beside the word table. The encoder takes these modules as its own, under these names."""
+        """What the embeddings have besides the word table. The encoder takes these modules as its own, under these names."""
 
     @abstractmethod
     def embed(self, encoder: Any, ids: Tensor, position_ids: Tensor) -> Tensor:

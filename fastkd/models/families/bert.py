@@ -109,8 +109,7 @@ class Bert(Family):
         return names
 
     def copies(self, config: EncoderConfig) -> dict[str, str]:
-        """A bias beside the decoder's that no forward reads (if a file has two that differ, the decoder's counts), and a
-        tied decoder."""
+        """A second bias that no forward reads (if the two differ, the decoder's is used), and a tied decoder."""
         tied = {f"{self.head_place}.decoder.weight": "word_embeddings.weight"} if config.tied else {}
         return {f"{self.head_place}.bias": "head.bias", **tied}
 
