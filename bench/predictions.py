@@ -18,10 +18,10 @@ import torch
 
 from bench import losses, roofline, step_losses, step_model
 from bench.roofline import Device, Step
-from bench.step_losses import HALF
 from bench.step_model import STREAMS, Stream, Work
 from fastkd import methods
 
+HALF = torch.bfloat16  # of a step
 TOKENS = 131_072  # of a step
 METHODS = sorted(methods.available(), key=lambda name: (name != "mlm", name))
 GPUS = tuple(device.name for device in roofline.DEVICES)
@@ -136,7 +136,8 @@ def step(
     """One step of a method with its default options on the models of ``size``; ``residual``: dtype of the student's stream.
 
     Raises:
-        ValueError: an unknown method, size, GPU or dtype, or tokens that are no whole packs.
+        ValueError: an unknown method, size, GPU or dtype, tokens that are no whole packs, or a method with a fused loss
+            that does not describe its launches.
     """
     if residual not in STREAMS:
         raise ValueError(f"no residual stream of {residual!r}: choose one of {', '.join(STREAMS)}")
@@ -158,6 +159,11 @@ def step(
         host_s=host_s,
         floor_s=sum(step.seconds(peak, HALF) for step in launches),
     )
+
+
+def undescribed(method: str, size: str) -> list[str]:
+    """The fused losses of a method that keep it from a prediction: their files describe no launches in a training step."""
+    return step_losses.undescribed(step_model.method_of(method, step_model.work(size, TOKENS)))
 
 
 def milliseconds(method: methods.Method, work: Work, stream: Stream, device: Device) -> dict[str, float]:
@@ -244,6 +250,9 @@ def steps_table(size: str, gpu: str, residual: str = "float32") -> str:
     """Every method's step; docs/gpu.md holds one of these tables."""
     rows = []
     for method in METHODS:
+        if missing := undescribed(method, size):
+            rows.append((f"`{method}`", f"not described: {', '.join(missing)}", "", "", ""))
+            continue
         p = step(method, size, gpu, residual=residual)
         seconds, mfu = f"{1e3 * p.step_s:.0f} ({1e3 * p.floor_s:.0f})", f"{p.mfu_executed:.0%} ({p.mfu_full:.0%})"
         tax = "–" if method == "mlm" else f"{p.tax:.2f} ({p.tax_bound:.2f})"
@@ -252,13 +261,14 @@ def steps_table(size: str, gpu: str, residual: str = "float32") -> str:
 
 
 def parts_table(size: str, gpu: str, stream: Stream = STREAMS["float32"]) -> str:
-    """Milliseconds of every method's parts."""
+    """Milliseconds of every method's parts; a method that is not described has no column."""
     work, device = step_model.work(size, TOKENS), _device(gpu)
-    steps = [milliseconds(step_model.method_of(method, work), work, stream, device) for method in METHODS]
+    described = [method for method in METHODS if not undescribed(method, size)]
+    steps = [milliseconds(step_model.method_of(method, work), work, stream, device) for method in described]
     names = dict.fromkeys(part for parts in steps for part in parts)
     rows = [(name, *(f"{parts[name]:.1f}" if name in parts else "" for parts in steps)) for name in names]
     rows.append(("sum", *(f"{sum(parts.values()):.1f}" for parts in steps)))
-    return markdown(f"ms | {' | '.join(METHODS)}", rows)
+    return markdown(f"ms | {' | '.join(described)}", rows)
 
 
 def page() -> Iterator[str]:

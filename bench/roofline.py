@@ -66,6 +66,11 @@ class Step:
         return max(self.flops / rate, self.bytes / device.bytes, self.exponentials / device.exponentials)
 
 
+def product(rows: int, inner: int, outer: int) -> Step:
+    """[rows, inner] × [inner, outer], operands and result of two bytes."""
+    return Step(2 * rows * inner * outer, 2 * (rows * inner + inner * outer + rows * outer), kind="product")
+
+
 def steps(kernel: str, case: Any) -> list[Step]:
     """The launches of value and gradient of ``case``."""
     launches: list[Step] = losses.load(kernel).steps(case)

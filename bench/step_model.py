@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from bench.roofline import Step
+from bench.roofline import Step, product
 from bench.throughput import SIZES
 from fastkd import methods
 from fastkd.data.sizes import SEQUENCES_PER_PACK
@@ -62,6 +62,11 @@ class Work:
         return self.tokens // self.length
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        """Of every sequence."""
+        return (self.length,) * self.sequences
+
+    @property
     def pairs(self) -> int:
         """Σ length²."""
         return self.tokens * self.length
@@ -101,11 +106,6 @@ def method_of(name: str, work: Work) -> methods.Method:
 
 
 # ---- layers ---------------------------------------------------------------------------------------------------
-
-
-def product(rows: int, inner: int, outer: int) -> Step:
-    """[rows, inner] × [inner, outer], operands and result of two bytes."""
-    return Step(2 * rows * inner * outer, 2 * (rows * inner + inner * outer + rows * outer), kind="product")
 
 
 def layer_products(c: EncoderConfig, extent: str, work: Work) -> list[Step]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from packed_text import RAGGED, pack
 
-from bench import step_losses
+from bench import losses
 from fastkd import methods
 from fastkd.data.batches import Batch
 from fastkd.models.encoder import Encoder, EncoderConfig
@@ -60,7 +60,7 @@ STUDENT, TEACHER = (EncoderConfig("bert", 97, width, layers, 4, 100) for width, 
 def test_a_method_names_the_fused_losses_that_it_calls(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The predictions of ``bench.predictions`` stand on it."""
     called: list[str] = []
-    for kernel in step_losses.LOSSES:
+    for kernel in losses.available():
         module = importlib.import_module(f"fastkd.kernels.{kernel}")
         monkeypatch.setattr(module, kernel, counting(called, kernel, getattr(module, kernel)))
     module = methods.load(name)

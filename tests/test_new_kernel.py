@@ -1,12 +1,14 @@
-"""A fused loss that is placed in the folder is checked, counted, benched and audited without another edit."""
+"""A fused loss that is placed in the folder is checked, counted, benched, audited and called without another edit."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from test_new_method import FITNET
 
 from fastkd.kernels import tiling
 
@@ -53,3 +55,19 @@ def test_it_is_benched(checkout: Path) -> None:
 
 def test_it_is_audited(checkout: Path) -> None:
     assert f"| {NAME} fp32 | sm_90 |" in run(checkout, "-m", "bench.audit", "--arch", "90", "--kernel", NAME)
+
+
+def test_a_method_that_calls_it_is_tested_and_predicted(checkout: Path) -> None:
+    method = FITNET.replace("hidden_mse", NAME).replace('{"projected": True}', "{}").replace(".square()", ".abs()")
+    (checkout / "fastkd" / "methods" / "fitnet.py").write_text(method.lstrip())
+    files = [f"tests/test_{file}.py" for file in ("methods", "predictions", "flops", "throughput")]
+    out = run(checkout, "-m", "pytest", "-v", "-p", "no:cacheprovider", *files, "-k", "fitnet")
+    for test in ("names_the_fused_losses", "every_method_and_size_has_a_prediction", "fastkd_s_loss_and_gradients"):
+        assert any(test in line and "PASSED" in line for line in out.splitlines()), out
+    assert re.search(r"\| `fitnet` \| \d", run(checkout, "-m", "bench.predictions"))
+
+
+def test_the_device_suite_tests_it(checkout: Path) -> None:
+    (checkout / "tests" / f"test_{NAME}.py").touch()
+    script = "from bench.device import correctness; print(correctness.files())"
+    assert f"'{NAME}': (('{NAME}',), 1)" in run(checkout, "-c", script)

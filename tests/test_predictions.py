@@ -12,7 +12,8 @@ from fastkd import methods
 
 T, D, I = 131_072, 768, 3072  # noqa: E741
 WORK = step_model.work("paper-6l", T)
-PAIRS = list(itertools.product(methods.available(), predictions.PREDICTED))
+METHODS = [name for name in methods.available() if not predictions.undescribed(name, "paper-6l")]
+PAIRS = list(itertools.product(METHODS, predictions.PREDICTED))
 CASES = [pytest.param(*entry, id=f"{entry[0]}: {entry[1].name}") for entry in losses.cases()]
 
 
@@ -88,13 +89,25 @@ def test_every_method_and_size_has_a_prediction(method: str, size: str) -> None:
     assert found[0].step_s > found[1].step_s >= found[2].step_s  # A100, H100, H200
 
 
-@pytest.mark.parametrize("method", methods.available())
+@pytest.mark.parametrize("method", METHODS)
 def test_more_tokens_take_longer_and_a_small_step_waits_for_the_host(method: str) -> None:
     steps = [predictions.step(method, "paper-6l", "H100", tokens=n) for n in (2048, 16_384, T, 2 * T)]
     assert [p.step_s for p in steps] == sorted(p.step_s for p in steps)
     assert steps[-1].step_s > 1.9 * steps[-2].step_s
     assert steps[0].step_s == pytest.approx(steps[0].host_s) and "waiting for the host" in steps[0].parts
     assert "waiting for the host" not in steps[-1].parts
+
+
+def test_a_method_whose_loss_describes_no_launches_breaks_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def others() -> list[str]:
+        return [line for line in predictions.steps_table("paper-6l", "H100").splitlines() if "`tinybert`" not in line]
+
+    before = others()
+    monkeypatch.delattr(losses.load("score_mse"), "in_step")
+    assert "| `tinybert` | not described: score_mse |" in predictions.steps_table("paper-6l", "H100")
+    assert others() == before and "tinybert" not in predictions.parts_table("paper-6l", "H100")
+    with pytest.raises(ValueError, match=r"'score_mse': write in_step and host_operations in bench/losses/score_mse"):
+        predictions.step("tinybert", "paper-6l", "H100")
 
 
 def test_a_bfloat16_stream_speeds_up_only_the_student() -> None:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench import losses
 from bench.contenders import relative_error
 from bench.device import part, train_step
 from bench.device.part import Context, Recorder, Row
@@ -41,6 +42,7 @@ from fastkd.train import Objective
 SECONDS = 100
 ROOT = Path(__file__).parents[2]
 # Files of tests by what they test, and in how many processes: each of these takes seconds of a compiler for every case.
+# A loss that is not named here has its tests in "every loss", and a process for a file of its own, if there is one.
 FILES = {
     "linear_kd": (("linear_kd", "linear_kd_operator"), 3),
     "relation_kl": (("relation_kl",), 2),
@@ -101,15 +103,22 @@ def _steps(context: Context, rows: Recorder) -> None:
 # ---- tests ----------------------------------------------------------------------------------------------------
 
 
+def files() -> dict[str, tuple[tuple[str, ...], int]]:
+    """FILES, and the file of tests of each loss that is not named there."""
+    named = {stem for stems, _ in FILES.values() for stem in stems}
+    others = [loss for loss in losses.available() if (ROOT / "tests" / f"test_{loss}.py").exists()]
+    return FILES | {loss: ((loss,), 1) for loss in others if loss not in named}
+
+
 def _selections(context: Context) -> tuple[Selection, ...]:
     if context.tiny:
         return (Selection("packing", ("tests/test_packed.py",)),)
     found = []
-    for name, (stems, processes) in FILES.items():
-        files = tuple(f"tests/test_{stem}.py" for stem in stems)
+    for name, (stems, processes) in files().items():
+        paths = tuple(f"tests/test_{stem}.py" for stem in stems)
         for number in range(1, processes + 1):
             share = f"{number}/{processes}"
-            found.append(Selection(name, files, "not interpreted and not bench_shapes", share))
+            found.append(Selection(name, paths, "not interpreted and not bench_shapes", share))
     return (*found, Selection("shapes of the benches", ("tests/test_fused_losses.py",), "bench_shapes"))
 
 

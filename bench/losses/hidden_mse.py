@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bench.roofline import Step
+from bench.roofline import Step, product
 from fastkd.kernels import hidden_mse
+
+if TYPE_CHECKING:
+    from bench.step_model import Work
 
 
 @dataclass(frozen=True)
@@ -63,3 +67,16 @@ def steps(case: HiddenCase) -> list[Step]:
     """One launch that reads both matrices and writes the student's gradient."""
     size = case.rows * case.width
     return [Step(3 * size, size * (2 * case.dtype.itemsize + case.teacher_dtype.itemsize), kernel="difference")]
+
+
+def in_step(work: Work, *, projected: bool) -> list[Step]:
+    """Reads both states (4 + 4), writes the gradient (4), and scales it and adds it to the layer's (8).
+
+    A learned projection to the teacher's width is a product, and two in the backward.
+    """
+    T, D = work.tokens, work.student.hidden_size
+    return [Step(0, 20 * T * D), *(3 * [product(T, D, work.teacher.hidden_size)] if projected else [])]
+
+
+def host_operations(work: Work, calls: Sequence[dict[str, Any]]) -> int:
+    return 6 * len(calls)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,11 @@ from torch import Tensor
 from bench.roofline import Step
 from fastkd.kernels import linear_kd
 from fastkd.kernels.linear_kd import IGNORED
+
+if TYPE_CHECKING:
+    from bench.step_model import Work
+
+CHUNK_ROWS = 4096  # of a training step, at most
 
 
 @dataclass(frozen=True)
@@ -143,3 +148,41 @@ def steps(case: HeadCase) -> list[Step]:
     dx = Step(2 * m * v * d, size * (m * v + v * d) + 4 * m * d, kind="product")
     dw = Step(2 * m * v * d, size * (m * v + m * d) + 4 * v * d, kind="product")
     return [*steps, dz, dx, dw]
+
+
+def scaling(case: HeadCase) -> list[Step]:
+    """Of half precision: dx is read in float32 and written again, and weights whose rows are not aligned for products copied."""
+    size = case.dtype.itemsize
+    if size >= 4:
+        return []
+    copied = 2 * size * case.vocabulary if case.vocabulary % 64 else 0
+    return [Step(0, case.student_width * ((4 + size) * case.rows + copied))]
+
+
+def in_step(work: Work, *, kl_weight: float, ce_weight: float, temperature: float = 1.0) -> list[Step]:
+    """At the predicted rows, with float32 parameters; without a teacher where the KL has no weight.
+
+    Launches assumed: the logits' kernel of each model and the gradient's, dx and dW, for each chunk of rows; the bias's
+    gradient comes with one of them, and a later chunk adds to dW inside its product. What only touches the statistics of
+    tiles is not counted.
+
+    On top of the launches: a chunk after the first reads W again and adds to dW (4 + 4); W is cast (4 + 2), the teacher's
+    is bfloat16 already; and the gradient of the tied word embeddings is added to the decoder's (12).
+    """
+    D, teacher_width = work.student.hidden_size, work.teacher.hidden_size if kl_weight else None
+    case = HeadCase(
+        "step", work.predicted, work.student.vocab_size, D, teacher_width, _half, kl_weight=kl_weight,
+        ce_weight=ce_weight, temperature=temperature,
+    )  # fmt: skip
+    bytes_ = (_chunks(work) - 1) * (8 * D + 2 * 2 * D + 2 * (teacher_width or 0)) + (6 + 12) * D
+    in_float32 = replace(case, dtype=torch.float32)
+    return [*steps(case), *scaling(in_float32), Step(0, case.vocabulary * bytes_)]
+
+
+def host_operations(work: Work, calls: Sequence[dict[str, Any]]) -> int:
+    """A chunk has three more with a teacher."""
+    return sum(14 + (7 + 3 * bool(options["kl_weight"])) * _chunks(work) for options in calls)
+
+
+def _chunks(work: Work) -> int:
+    return -(-work.predicted // CHUNK_ROWS)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 import torch
 
 from bench.losses.packed import PackedCase
 from bench.roofline import Step
 from fastkd.kernels import relation_kl
+
+if TYPE_CHECKING:
+    from bench.step_model import Work
 
 _RAGGED = (128, 1, 17, 64, 65, 127, 2, 0, 0)  # trailing zeros: static shapes hold empty sequences
 _TEXT = (8, 60, 20, 38, 110, 14, 31, 77, 25, 47)  # tokens of ten passages, 43 on average
@@ -75,3 +81,14 @@ def steps(case: PackedCase) -> list[Step]:
     kernel = "cross" if cross else "self"
     second = Step((1 + cross) * (scores + gradient), inputs + outputs, (1 + cross) * exponentials, "rows", kernel)
     return [Step(scores, inputs, exponentials, "rows", "stats"), second]
+
+
+def in_step(work: Work, *, heads: int, cross: bool = False) -> list[Step]:
+    """A relation over every sequence of the step, of queries with keys (``cross``) or of one projection with itself."""
+    widths = work.student.hidden_size, work.teacher.hidden_size
+    return steps(PackedCase("step", work.lengths, heads, *widths, torch.bfloat16, cross=cross))
+
+
+def host_operations(work: Work, calls: Sequence[dict[str, Any]]) -> int:
+    """Relations are few, and counted together."""
+    return 30

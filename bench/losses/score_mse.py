@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bench.losses.packed import PackedCase
 from bench.roofline import Step
 from fastkd.kernels import score_mse
+
+if TYPE_CHECKING:
+    from bench.step_model import Work
 
 
 @dataclass(frozen=True)
@@ -61,3 +65,19 @@ def steps(case: ScoreCase) -> list[Step]:
     flops = 2 * pairs * (passes * (ds + dt) + 2 * ds)
     kind = "short" if passes == 1 else "rows"
     return [Step(flops, case.dtype.itemsize * tokens * 2 * (2 * ds + dt), kind=kind, kernel=kind)]
+
+
+def scaling(case: ScoreCase) -> list[Step]:
+    """dq and dk still lack the factor 2/(A·Σ n²)."""
+    return [Step(0, 4 * case.dtype.itemsize * case.tokens * case.student_width)]
+
+
+def in_step(work: Work) -> list[Step]:
+    """dq and dk become a gradient of the whole projection, with zeros for dv (14), which the layer adds (6)."""
+    widths = work.student.hidden_size, work.teacher.hidden_size
+    case = ScoreCase("step", work.lengths, work.student.num_heads, *widths, torch.bfloat16)
+    return [*steps(case), *scaling(case), Step(0, 20 * work.tokens * work.student.hidden_size)]
+
+
+def host_operations(work: Work, calls: Sequence[dict[str, Any]]) -> int:
+    return 18 * len(calls)

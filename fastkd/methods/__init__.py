@@ -49,7 +49,7 @@ class Padded:
     qkv: Mapping[int, tuple[Tensor, Tensor, Tensor]]  # layer: queries, keys and values, [B, S, D] each
 
 
-# name of a folder of kernels/, options of its function in bench.step_losses
+# Name of a folder of kernels/, and options: keyword arguments that describe the call's shape.
 FusedLosses = list[tuple[str, dict[str, Any]]]
 
 
@@ -91,7 +91,7 @@ class Method:
         raise NotImplementedError
 
     def fused_losses(self) -> FusedLosses:
-        """The fused losses that ``loss`` calls: what ``bench.predictions`` predicts the time of."""
+        """The fused losses that ``loss`` calls, each call once: from them the time of a step is predicted."""
         raise NotImplementedError
 
     def plain(self, student: Padded, teacher: Padded | None, labels: Tensor, mask: Tensor) -> Tensor:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bench.roofline import Step
 from fastkd.kernels import hidden_l1  # type: ignore[attr-defined]
+
+if TYPE_CHECKING:
+    from bench.step_model import Work
 
 
 @dataclass(frozen=True)
@@ -36,3 +40,11 @@ def flops(case: Case) -> int:
 
 def steps(case: Case) -> list[Step]:
     return [Step(0, 12 * case.rows * case.width, kernel="absolute")]
+
+
+def in_step(work: Work) -> list[Step]:
+    return [Step(0, 20 * work.tokens * work.student.hidden_size)]
+
+
+def host_operations(work: Work, calls: Sequence[dict[str, Any]]) -> int:
+    return 6 * len(calls)
