@@ -49,8 +49,8 @@ def test_it_is_checked_and_its_flops_are_counted(checkout: Path) -> None:
 def test_it_is_benched(checkout: Path) -> None:
     out = run(checkout, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", "bench", "-k", NAME)
     for contender in ("fastkd", "reference", "reference compiled"):
-        assert f"{NAME}: 512×64: {contender}]" in out
-    assert f"| {NAME} | 512×64 |" in run(checkout, "-m", "bench.roofline")
+        assert f"{NAME}: 512x64: {contender}]" in out
+    assert f"| {NAME} | 512x64 |" in run(checkout, "-m", "bench.roofline")
 
 
 def test_it_is_audited(checkout: Path) -> None:

@@ -31,7 +31,7 @@ class Case:
 
 CASES = (Case("one number", 1, 1), Case("odd width", 7, 33), Case("many blocks", 40, 312))
 COUNTED = Case("counted", 8, 16)
-BENCHES = (Case("512×64", 512, 64),)
+BENCHES = (Case("512x64", 512, 64),)
 
 
 def flops(case: Case) -> int:
