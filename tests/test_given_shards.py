@@ -129,7 +129,7 @@ def test_another_tokenizer_is_refused(
 
 
 def test_shards_are_a_corpus_of_their_own(shards: Shards, made_corpus: Path) -> None:
-    with pytest.raises(ValueError, match="are a corpus of their own: give --corpus nothing beside it"):
+    with pytest.raises(ValueError, match="are a corpus of their own: give --corpus nothing else"):
         check([str(made_corpus), str(shards.folder)])
     check(str(shards.folder))
 

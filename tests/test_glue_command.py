@@ -142,6 +142,8 @@ def start_two_workers(run_folder: Path, data: Path) -> tuple[processes.Command, 
     while len(children) < 2:  # multiprocessing's resource tracker is a child too
         ids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         children = [int(pid) for pid in ids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    while any(len(list(Path(f"/proc/{pid}/task").iterdir())) < 2 for pid in children):
+        pass  # until both wait for their parent's end in a thread
     return process, children
 
 

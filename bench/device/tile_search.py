@@ -71,6 +71,8 @@ class Search:
 
 def searches(tiny: bool) -> list[Search]:
     """All searches, the worthiest first; of cases and kernels that are there."""
+    for loss in losses.available():
+        losses.definition(loss)  # loaded, so that its tiles are in tiling.TABLE
     if tiny:
         case = PackedCase("2×16, 32, A=1", (16, 16), 1, 32, 32)
         return [Search("relation_kl.short_float32", "relation_kl", case, 32, 16, (Tile(16, 0, 0, 4, 1),))]

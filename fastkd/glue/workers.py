@@ -62,7 +62,8 @@ class _Worker:
         self._pool = ProcessPoolExecutor(1, context, _prepare, (gpu, jobs))
         before = set(multiprocessing.active_children())
         self._pool.submit(os.getpid)  # starts the process
-        (self._process,) = set(multiprocessing.active_children()) - before
+        started = set(multiprocessing.active_children()) - before
+        self._process = started.pop() if started else None  # none if it has died already
 
     def begin(self, one: FineTuning) -> Future[Result]:
         """Run a fine-tuning; the future holds its result or error."""
@@ -79,14 +80,16 @@ class _Worker:
             return future.result()
         except BrokenProcessPool:
             self._pool.shutdown()  # it waits for the process: the exit code is known then
+            code = "unknown" if self._process is None else self._process.exitcode
             raise ChildProcessError(
-                f"the process of {one.task.title}, seed {one.seed}, died (exit code {self._process.exitcode}); "
+                f"the process of {one.task.title}, seed {one.seed}, died (exit code {code}); "
                 "the same command continues after the fine-tunings that finished"
             ) from None
 
     def close(self) -> None:
         """End the process, also in the middle of a fine-tuning."""
-        self._process.terminate()
+        if self._process is not None:
+            self._process.terminate()
         self._pool.shutdown()
 
 
