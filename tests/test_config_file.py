@@ -28,7 +28,7 @@ TEXTS = {name: TEXT for name, kind in OPTIONS.items() if kind in (str, str | Non
 
 
 def test_texts_are_options() -> None:
-    assert {"teacher", "tokenizer", "student", "corpus", "text_field", "output_dir", "push_to_hub"} <= set(TEXTS)
+    assert {"teacher", "tokenizer", "corpus", "text_field", "output_dir", "push_to_hub"} <= set(TEXTS)
 
 
 @given(texts=st.fixed_dictionaries({}, optional=TEXTS))

@@ -8,7 +8,6 @@ Shapes: T packed tokens, M predicted rows, B sequences, D width, H heads, d = D/
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -51,7 +50,7 @@ class EncoderConfig:
         if self.hidden_size % self.num_heads:
             raise ValueError(f"width {self.hidden_size} is not divisible by {self.num_heads} heads; change either")
 
-    @functools.cached_property
+    @property
     def family(self) -> Family:
         """How models of this type compute, what they cost and what Hugging Face calls their parts."""
         return families.of(self.model_type)

@@ -145,13 +145,19 @@ class Family(ABC):
         """Bytes that the head keeps for its backward."""
 
 
+_LISTED: dict[tuple[str, ...], dict[str, Family]] = {}  # by the folders: a configuration asks several times a step
+
+
 def available() -> dict[str, Family]:
     """The families in this folder by model type."""
-    found: dict[str, Family] = {}
-    for name in sorted(module.name for module in pkgutil.iter_modules(__path__)):
-        family: Family = importlib.import_module(f"{__name__}.{name}").FAMILY
-        found |= dict.fromkeys(family.classes, family)
-    return found
+    folders = tuple(__path__)
+    if folders not in _LISTED:
+        found: dict[str, Family] = {}
+        for name in sorted(module.name for module in pkgutil.iter_modules(__path__)):
+            family: Family = importlib.import_module(f"{__name__}.{name}").FAMILY
+            found |= dict.fromkeys(family.classes, family)
+        _LISTED[folders] = found
+    return _LISTED[folders]
 
 
 def of(model_type: str) -> Family:
