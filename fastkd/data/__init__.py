@@ -26,7 +26,7 @@ sizes.py has the sizes of packs, micro-batches and steps; unknown.py checks that
 The calls by which a hub dataset becomes a batch:
 
     shards.build_shards → builder.build, which writes what is missing of a corpus:
-        hub.HubDataset.units → reading.Reading.part (documents → tokenise → token ids) → part.write_part
+        corpus.units → hub.HubDataset.units → reading.Reading.part (documents → tokenise → token ids) → part.write_part
     batches.BatchStream.step, which reads it:
         sequences.Texts → packing.Packer.fragments → assembly.Assembler → masking.Masker → Batch
 """
