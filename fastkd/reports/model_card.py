@@ -79,7 +79,7 @@ def _front_matter(run: Run, *, mlm_head: bool) -> str:
 
 def _method_note(run: Run) -> str:
     """What the run's method says of its students; empty if no file of fastkd/methods/ has its name."""
-    name = run.plan.get("method", run.config.get("method"))
+    name = run.config.get("method", run.plan.get("method"))  # whose options config.toml holds
     if name not in methods.available():
         return ""
     return str(methods.load(name).METHOD.card_note(run.config.get("method_options", {})))
