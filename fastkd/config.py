@@ -190,14 +190,13 @@ def _unknown(word: str, method: str) -> ValueError:
     return unknown_option(word)
 
 
-def check_inputs(run: RunConfig) -> None:
+def require_inputs(run: RunConfig) -> None:
     """Refuse what a run names on this machine and lacks: the packages of the quickstart preset, and text files.
 
     Raises:
         ValueError: naming it and the remedy.
     """
-    wanted = {"teacher": (run.teacher, run.tokenizer), "text": run.corpus}
-    quickstart.require(*(what for what, named in wanted.items() if quickstart.NAME in named))
+    quickstart.require_named((run.teacher, run.tokenizer), run.corpus)
     if corpus.shard_folder(run.corpus) is None:
         corpus.sources(run.corpus)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastkd import cli, terminal
-from fastkd.config import check_inputs, parse_with
+from fastkd.config import parse_with, require_inputs
 from fastkd.files import finite
 from fastkd.run_config import option
 from fastkd.terminal import Console
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     own, resolved = parse_with(PlanOptions, argv, terminal.called("plan"))
-    check_inputs(resolved.run)
+    require_inputs(resolved.run)
     from fastkd import planning  # only now: PyTorch takes seconds to load, and neither --help nor a mistake needs it
     from fastkd.distributed import joined
     from fastkd.setup import prepare

@@ -71,8 +71,7 @@ def _main(argv: Sequence[str]) -> int:
     source = run.tokenizer or run.teacher
     if source is None:
         raise ValueError("a corpus is prepared for a tokenizer: give --teacher or --tokenizer, a hub id or a folder")
-    wanted = {"teacher": (source,), "text": run.corpus}
-    quickstart.require(*(what for what, named in wanted.items() if quickstart.NAME in named))
+    quickstart.require_named((source,), run.corpus)
     with terminal.stages():
         shards = prepare(run, source, None if tokens is None else int(tokens))
     terminal.say(describe(shards))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from pathlib import Path
 
 from fastkd.files import file_sha256
@@ -38,6 +39,15 @@ def require(*needed: str) -> None:
         raise ValueError(
             f"the quickstart {' and '.join(missing)} {'are' if missing[1:] else 'is'} not installed: {INSTALL}"
         )
+
+
+def require_named(models: Iterable[str | None], corpora: Iterable[str]) -> None:
+    """Refuse a run whose models or corpora name ``quickstart`` while its package is missing.
+
+    Raises:
+        ValueError: as ``require``.
+    """
+    require(*(what for what, named in (("teacher", models), ("text", corpora)) if NAME in named))
 
 
 def is_quickstart(model: str) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from fastkd import cli, files, terminal
 from fastkd.cli import EXIT_BUDGET, EXIT_CONFIGURATION, EXIT_INTERRUPTED, EXIT_OK
-from fastkd.config import check_inputs, parse
+from fastkd.config import parse, require_inputs
 from fastkd.terminal import Console
 
 __all__ = ["EXIT_BUDGET", "EXIT_CONFIGURATION", "EXIT_INTERRUPTED", "EXIT_OK", "main"]
@@ -25,7 +25,7 @@ def _main(argv: Sequence[str]) -> int:
     resolved = parse(argv, prog=terminal.called("run"))
     files.check_writable(resolved.output_dir)
     if not (resolved.output_dir / "final").is_dir():  # a finished run reads nothing again
-        check_inputs(resolved.run)
+        require_inputs(resolved.run)
     from fastkd import pipeline  # only now: PyTorch takes seconds to load, and neither --help nor a mistake needs it
     from fastkd.distributed import joined
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastkd import methods, quickstart
 from fastkd.budget import StepCost
-from fastkd.config import Resolved, check_inputs
+from fastkd.config import Resolved
 from fastkd.data import corpus
 from fastkd.data.batches import Batch, BatchStream, SpecialIds, StepTokens, pack_size, validation_batches
 from fastkd.data.hub_requests import HubUnreachable
@@ -171,7 +171,7 @@ def prepare(resolved: Resolved, world: World) -> Setup:
 
 def _check_options(config: RunConfig, world: World) -> torch.dtype:
     """Refuse what the options, the packages and the device tell before a model is loaded; the compute dtype."""
-    check_inputs(config)
+    quickstart.require_named((config.teacher, config.tokenizer), config.corpus)
     dtype = compute_dtype(config.dtype, world)
     if config.residual == "bfloat16" and dtype == torch.float32:
         raise ValueError(BFLOAT16_STREAM)
