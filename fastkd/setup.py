@@ -197,8 +197,7 @@ def _student(
     )  # fmt: skip
     method.initialise(torch.Generator().manual_seed(config.seed), device)
     if config.init_from_teacher:
-        if loaded is None:
-            raise ValueError("--init-from-teacher needs a teacher: give --teacher")
+        assert loaded is not None  # RunConfig.check refuses it without a teacher
         students.init_from_teacher(student, loaded.encoder)
     return student.to(device)
 
