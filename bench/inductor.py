@@ -35,7 +35,8 @@ from torch.utils._pytree import tree_leaves
 from bench.absent_gpu import absent_h100, moved
 from fastkd import methods
 from fastkd.models import encoder as encoder_module
-from fastkd.models.encoder import Encoder, EncoderConfig, Needs, Outputs
+from fastkd.models.encoder import Encoder, EncoderConfig
+from fastkd.models.needs import Needs, Outputs
 
 _compile = compile_fx._compile_fx_inner
 _aten = torch.ops.aten

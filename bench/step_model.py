@@ -16,7 +16,8 @@ from bench.throughput import SIZES
 from fastkd import methods
 from fastkd.data.sizes import SEQUENCES_PER_PACK
 from fastkd.models import flops
-from fastkd.models.encoder import EncoderConfig, Needs
+from fastkd.models.encoder import EncoderConfig
+from fastkd.models.needs import Needs
 
 VOCABULARY = 30_522
 MASK_RATE = 0.15

@@ -32,7 +32,8 @@ from fastkd.methods import Method
 from fastkd.models import float8, flops, hf
 from fastkd.models import student as students
 from fastkd.models.attention import Setting
-from fastkd.models.encoder import Encoder, EncoderConfig, Needs
+from fastkd.models.encoder import Encoder, EncoderConfig
+from fastkd.models.needs import Needs
 from fastkd.models.teacher import Teacher, check_teacher
 from fastkd.run_config import BFLOAT16_STREAM, RunConfig
 

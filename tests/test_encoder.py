@@ -14,9 +14,10 @@ from transformers import AutoModel, PreTrainedModel
 
 from fastkd.models import encoder as encoder_module
 from fastkd.models.attention import Sequences
-from fastkd.models.encoder import Encoder, EncoderConfig, Needs, Outputs
+from fastkd.models.encoder import Encoder, EncoderConfig
 from fastkd.models.hf import from_hf_model, load
 from fastkd.models.lookup import lookup
+from fastkd.models.needs import Needs, Outputs
 
 EVERYTHING = Needs(logits=True, hidden=(0, 1, 2, 3), qkv=(1, 2, 3), last_rows=True)
 TINY = EncoderConfig("bert", VOCAB, 48, 3, 4, 100, max_positions=64)

@@ -19,8 +19,9 @@ from fastkd import run
 from fastkd.device import memory
 from fastkd.files import read_jsonl
 from fastkd.models import families, flops
-from fastkd.models.encoder import Encoder, Needs, Outputs
+from fastkd.models.encoder import Encoder
 from fastkd.models.hf import export, from_hf, load, to_hf, to_hf_model
+from fastkd.models.needs import Needs, Outputs
 from fastkd.models.student import init_from_teacher, student_config
 
 EVERYTHING = Needs(logits=True, hidden=(0, 1, 2, 3), qkv=(1, 2, 3), last_rows=True)

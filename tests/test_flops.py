@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastkd import methods
 from fastkd.methods import Padded
 from fastkd.models import flops
-from fastkd.models.encoder import Encoder, EncoderConfig, Needs, Outputs
+from fastkd.models.encoder import Encoder, EncoderConfig
 from fastkd.models.hf import from_hf_model
+from fastkd.models.needs import Needs, Outputs
 
 EQUAL = (32,) * 8
 STUDENT = EncoderConfig("bert", 997, 96, 3, 4, 384, max_positions=64)

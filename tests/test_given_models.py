@@ -30,8 +30,9 @@ from transformers.models.bert import tokenization_bert
 
 from fastkd.config import parse
 from fastkd.distributed import World
-from fastkd.models.encoder import Encoder, Needs
+from fastkd.models.encoder import Encoder
 from fastkd.models.hf import export, load, shape
+from fastkd.models.needs import Needs
 from fastkd.models.student import init_from_teacher, student_config
 from fastkd.models.teacher import Teacher
 from fastkd.setup import prepare

@@ -19,8 +19,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fastkd.models.encoder import Encoder, Needs
+from fastkd.models.encoder import Encoder
 from fastkd.models.hf import export, from_hf, from_hf_model, load, to_hf
+from fastkd.models.needs import Needs
 from fastkd.models.student import init_from_teacher, student_config
 
 ALL = Needs(hidden=(0, 1, 2, 3))

@@ -17,7 +17,8 @@ from fastkd.device import memory
 from fastkd.distributed import World
 from fastkd.files import read_jsonl
 from fastkd.models import encoder
-from fastkd.models.encoder import Encoder, EncoderConfig, Needs
+from fastkd.models.encoder import Encoder, EncoderConfig
+from fastkd.models.needs import Needs
 from fastkd.setup import prepare
 
 PACK = 16 * 32  # tokens of a pack of the small run

@@ -10,7 +10,8 @@ from torch import Tensor
 from fastkd import methods
 from fastkd.data.batches import Batch
 from fastkd.kernels.relation_kl import relation_kl
-from fastkd.models.encoder import EncoderConfig, Outputs
+from fastkd.models.encoder import EncoderConfig
+from fastkd.models.needs import Outputs
 
 STUDENT = EncoderConfig("bert", 211, 48, 2, 4, 100)
 TEACHER = EncoderConfig("bert", 211, 96, 3, 4, 200)

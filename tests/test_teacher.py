@@ -11,8 +11,9 @@ from transformers import AutoTokenizer
 
 from fastkd.models import float8
 from fastkd.models.captured import Inputs
-from fastkd.models.encoder import Encoder, EncoderConfig, Needs
+from fastkd.models.encoder import Encoder, EncoderConfig
 from fastkd.models.hf import Loaded, from_hf_model, load
+from fastkd.models.needs import Needs
 from fastkd.models.teacher import Teacher, check_teacher, encoding_digest
 
 

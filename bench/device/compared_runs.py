@@ -21,11 +21,11 @@ from bench.device import part, worker
 from bench.device.alone import beside_others
 from bench.device.part import Row
 from fastkd import pipeline
+from fastkd.budget import BudgetTooSmall
 from fastkd.comparison.budgets import release_memory
 from fastkd.comparison.rows import parse_row
 from fastkd.distributed import World
 from fastkd.models import hf
-from fastkd.planning import BudgetTooSmall
 from fastkd.run_folder import read_run
 from fastkd.setup import prepare
 from fastkd.terminal import Console

@@ -32,7 +32,7 @@ from fastkd.device.peaks import peak_flops
 from fastkd.device.power import PowerMeter
 from fastkd.loop import STEPS_AHEAD
 from fastkd.models import flops
-from fastkd.models.encoder import Needs
+from fastkd.models.needs import Needs
 from fastkd.setup import Setup
 from fastkd.train import Trainer
 

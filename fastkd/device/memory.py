@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from fastkd.quantities import memory
 
 if TYPE_CHECKING:
-    from fastkd.models.encoder import EncoderConfig, Needs
+    from fastkd.models.encoder import EncoderConfig
+    from fastkd.models.needs import Needs
 
 CPU_MICRO_TOKENS = 2048  # twice that is at most 3% faster, and holds twice the activations
 USABLE_SHARE = 0.8  # of the memory that is free before the first step

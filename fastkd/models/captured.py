@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from fastkd.models.encoder import Outputs, Packed
+    from fastkd.models.encoder import Packed
+    from fastkd.models.needs import Outputs
 
 WARM_UP = 2  # forwards before the capture: compilation and the set-up of libraries cannot be captured
 

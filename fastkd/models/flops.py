@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastkd.models.encoder import EncoderConfig, Needs
+    from fastkd.models.encoder import EncoderConfig
+    from fastkd.models.needs import Needs
 
 
 def forward_flops(config: EncoderConfig, needs: Needs, *, tokens: int, pairs: int, predicted: int) -> int:

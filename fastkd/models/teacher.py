@@ -17,8 +17,9 @@ from fastkd.models.float8 import quantise
 from fastkd.models.tokenizer import entries
 
 if TYPE_CHECKING:
-    from fastkd.models.encoder import Encoder, EncoderConfig, Needs, Outputs, Packed
+    from fastkd.models.encoder import Encoder, EncoderConfig, Packed
     from fastkd.models.hf import Loaded
+    from fastkd.models.needs import Needs, Outputs
 
 PROBES = ("Hello World", "naïve Café, don't STOP!", "東京 2024 — état-major", "ﬁne\tline\u00a0break")
 
