@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -24,6 +25,13 @@ def write(path: Path, content: str | bytes) -> Path:
         os.fsync(file.fileno())
     partial.replace(path)
     return path
+
+
+def set_aside(path: Path) -> Path:
+    """Keep a damaged file that is not needed under another name beside it; returns that name: NAME.damaged, NAME.damaged-2, …"""
+    taken = {entry.name for entry in path.parent.iterdir()}
+    names = (f"{path.name}.damaged{'' if i == 1 else f'-{i}'}" for i in itertools.count(1))
+    return path.rename(path.with_name(next(name for name in names if name not in taken)))
 
 
 def check_writable(folder: Path, *files: Path) -> None:
