@@ -47,6 +47,7 @@ def save(root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: 
     (building / "state.json").write_text(json.dumps(state, indent=1))
     manifest = {path.name: file_sha256(path) for path in sorted(building.iterdir())}
     (building / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    files.give_usual_modes(building)
     for path in (*building.iterdir(), building):
         files.sync(path)
     if final.exists():

@@ -128,22 +128,22 @@ def on_main(world: World, work: Callable[[], T]) -> T:
     """Rank 0 does the work, for as long as it takes, and every rank gets what it returned (which must pickle).
 
     Raises:
-        RuntimeError: on the other ranks, where it failed on rank 0; there, what it raised.
+        RuntimeError: on the other ranks, where it failed on rank 0 (ValueError if it was one); there, what it raised.
     """
     if world.size == 1:
         return work()
-    answer: list[Any] = [None, None]  # what was returned, what was raised
+    answer: list[Any] = [None, None]  # what was returned, what the other ranks raise
     failure: Exception | None = None
     if world.is_main:
         try:
             answer[0] = work()
+        except ValueError as mistake:
+            failure, answer[1] = mistake, ValueError(str(mistake))
         except Exception as caught:  # told to the others, then raised
-            failure, answer[1] = caught, f"{type(caught).__name__}: {caught}"
+            failure, answer[1] = caught, RuntimeError(f"rank 0 failed: {type(caught).__name__}: {caught}")
     dist.broadcast_object_list(answer, src=0, group=_patient_group())
-    if failure is not None:
-        raise failure
-    if answer[1] is not None:
-        raise RuntimeError(f"rank 0 failed: {answer[1]}")
+    if (raised := failure or answer[1]) is not None:
+        raise raised
     return answer[0]
 
 

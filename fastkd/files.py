@@ -1,4 +1,8 @@
-"""Files of a run: written whole or not at all; SHA-256 of a file's content; JSON lines that can be read after a kill."""
+"""Files of a run: written whole or not at all; SHA-256 of a file's content; JSON lines that can be read after a kill.
+
+What is being written has a name of its own: ``NAME.PID.partial`` for a file, ``.final-…``, ``.building-…`` and ``.rescue-step-N``
+for a folder. A kill leaves it there; `clear` removes it.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +11,32 @@ import itertools
 import json
 import math
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
+PARTIAL = re.compile(r".+\.(\d+)\.partial")  # the process that writes it
+SUM = "sum"  # the last field of a line that has one
+BUILDING = re.compile(r"\.(final-|building-step-|rescue-step-)\w+(-old)?")
+WRITTEN_IN = ("checkpoints", "final", "plots", "glue", "references/*")  # of a run's or a comparison's folder
 
 
 def write(path: Path, content: str | bytes) -> Path:
     """Write a file whole or not at all, even if the process is killed; its folder is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        file.write(content.encode("utf-8") if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)  # a full disk
     return path
 
 
@@ -32,6 +45,44 @@ def set_aside(path: Path) -> Path:
     taken = {entry.name for entry in path.parent.iterdir()}
     names = (f"{path.name}.damaged{'' if i == 1 else f'-{i}'}" for i in itertools.count(1))
     return path.rename(path.with_name(next(name for name in names if name not in taken)))
+
+
+def is_debris(path: Path) -> bool:
+    """Whether a name is that of something half-written. A file of a process that lives is none."""
+    if (partial := PARTIAL.fullmatch(path.name)) is not None:
+        return path.is_file() and not _lives(int(partial[1]))
+    return BUILDING.fullmatch(path.name) is not None and path.is_dir() and not path.is_symlink()
+
+
+def clear(folder: Path) -> None:
+    """Remove what killed processes left half-written in a run's or a comparison's folder, whose lock is held."""
+    places = [folder, *(place for pattern in WRITTEN_IN for place in folder.glob(pattern) if place.is_dir())]
+    for left in [path for place in places for path in place.iterdir() if is_debris(path)]:
+        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    """Whether another process with this number runs on this machine."""
+    if os.name != "posix":  # where signal 0 is Ctrl-C
+        return False
+    try:
+        os.kill(process, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    except OverflowError:
+        return False
+    return process != os.getpid()
+
+
+def give_usual_modes(folder: Path) -> None:
+    """Give the files of a folder, which this process has just written, the mode that the umask means: safetensors' is 0600."""
+    fresh = folder / f"mode.{os.getpid()}.partial"
+    fresh.touch()
+    mode = fresh.stat().st_mode & 0o777
+    fresh.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def check_writable(folder: Path, *files: Path) -> None:
@@ -50,7 +101,7 @@ def check_writable(folder: Path, *files: Path) -> None:
             if file.is_dir():
                 raise ValueError(f"{file} is a folder, where a file is to be written; give --output-dir another one")
         nearest = next(path for path in (folder, *folder.absolute().parents) if _is_there(path))
-        with tempfile.TemporaryFile(dir=nearest):
+        with tempfile.TemporaryFile(dir=nearest, prefix=".fastkd-", suffix=f".{os.getpid()}.partial"):
             pass
     except OSError as error:
         raise ValueError(f"{nearest} is not a folder that can be written; give --output-dir another one") from error
@@ -105,6 +156,30 @@ def read_jsonl(path: Path) -> list[Record]:
         elif any(rest.strip() for rest in lines[i + 1 :]):
             raise ValueError(f"{path}:{i + 1} is no JSON object: restore the file or start a new run folder")
     return records
+
+
+def sound_lines(path: Path) -> tuple[list[Record], int]:
+    """The sound objects of a JSON-lines file, and how many lines are damaged: no JSON object, or not what their sum says.
+
+    A line without a sum is of an older version. A torn last line, as a kill leaves it, counts as neither.
+    """
+    if not path.exists():
+        return [], 0
+    *lines, last = path.read_bytes().split(b"\n")
+    records = [_parse(line) for line in lines if line.strip()]
+    sound = [record for record in records if record is not None and _sum_holds(record)]
+    end = _parse(last)
+    return sound + ([end] if end is not None and _sum_holds(end) else []), len(records) - len(sound)
+
+
+def with_sum(record: Mapping[str, Any]) -> Record:
+    """A record with a last field ``sum``: 16 hexadecimal digits of the SHA-256 of its line without it."""
+    plain = {key: value for key, value in record.items() if key != SUM}
+    return {**plain, SUM: hashlib.sha256(to_line(plain).encode()).hexdigest()[:16]}
+
+
+def _sum_holds(record: Record) -> bool:
+    return SUM not in record or record == with_sum(record)
 
 
 def _parse(line: bytes) -> Record | None:

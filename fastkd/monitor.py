@@ -18,7 +18,7 @@ from rich.table import Column
 from rich.text import Text
 
 from fastkd import quantities
-from fastkd.files import Record, cut_jsonl, to_line
+from fastkd.files import Record, cut_jsonl, finite, to_line, with_sum
 from fastkd.loggers import Guarded, check_loggers, scalars
 from fastkd.terminal import printable, say
 
@@ -144,7 +144,7 @@ class Monitor:
             self._console.print(Text(printable(text, self._stream)))
 
     def _append(self, record: Mapping[str, Any]) -> None:
-        self._file.write(to_line(record))
+        self._file.write(to_line(with_sum(finite(record))))
         self._file.flush()
 
     def _log(self, prefix: str, record: Mapping[str, Any]) -> None:

@@ -7,32 +7,29 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from fastkd import files, monitor, planning
+from fastkd import monitor, planning
 from fastkd.budget import BudgetTooSmall
 from fastkd.config import Resolved
 from fastkd.data import hub
 from fastkd.device import environment
 from fastkd.device.clock import now, trace
-from fastkd.distributed import World, barrier, on_main
+from fastkd.distributed import World, on_main
 from fastkd.loop import Loop
 from fastkd.models import hf
+from fastkd.opening import alone_in, take_over, write_opening
 from fastkd.push import destination, push_folder
 from fastkd.reports.descriptions import loss_warning
 from fastkd.reports.model_card import model_card
 from fastkd.reports.run_report import build_report
-from fastkd.run_folder import Run, read_run
+from fastkd.run_folder import Run, has_student, read_run
 from fastkd.setup import Setup, prepare
 from fastkd.terminal import Console
 from fastkd.train import Trainer
 
-FILES = ("config.toml", "environment.json", "plan.json", "ledger.jsonl", "metrics.jsonl", "report.html")
 READ_AHEAD = 1.05  # text is tokenised ahead of time for this many times the planned steps
 
 
@@ -40,21 +37,32 @@ def run(resolved: Resolved, world: World, console: Console) -> Path:
     """Do the run, or what is left of it; returns its folder.
 
     Raises:
-        ValueError: a configuration that cannot work, or a folder that holds another run.
+        ValueError: a configuration that cannot work, or a folder that holds another run or another process.
         BudgetTooSmall: the budget does not pay for one step.
         Interrupted: stopped by a signal, saved.
     """
-    started = now()
-    folder = resolved.output_dir
-    began = check_folder(folder, resolved)
-    repository = pushed_to(resolved, world)
-    if (folder / "final" / "config.json").exists():
+    started, folder = now(), resolved.output_dir
+    with alone_in(folder, world):
+        began = on_main(world, lambda: take_over(folder, resolved))
+        repository = pushed_to(resolved, world)
+        finished = on_main(world, lambda: has_student(folder))
+        if not finished:
+            train_and_export(resolved, began, world, console, started)
+        on_main(world, lambda: report(folder, console))
         push(folder, repository, world, console)
+    if finished:
         console.print(f"{folder} is finished already: {folder}/final, {folder}/report.html")
-        return folder
+    else:
+        console.print(f"student {folder}/final · report {folder}/report.html · ledger {folder}/ledger.jsonl")
+    return folder
+
+
+def train_and_export(resolved: Resolved, began: Run | None, world: World, console: Console, started: float) -> None:
+    """Set up, plan, train to the end of the budget, and write ``final/``. ``started``: when this process began the run."""
+    folder = resolved.output_dir
     planning.announce(resolved, console)
-    with hub.pinned(on_main(world, lambda: began.environment.get("corpus_sources", []) if began else [])):
-        setup = prepare(with_measured_dtype(resolved, began, world), world)
+    with hub.pinned(began.environment.get("corpus_sources", []) if began else []):
+        setup = prepare(with_measured_dtype(resolved, began), world)
     check_inputs(began, setup)
     trainer = Trainer(setup)
     measured = planning.measure(trainer)
@@ -62,19 +70,28 @@ def run(resolved: Resolved, world: World, console: Console) -> Path:
     trainer.stream.want(round(READ_AHEAD * the_plan["steps"]))
     if world.is_main:
         planning.render(the_plan, console)
-        open_folder(folder, resolved, setup, the_plan)
-    barrier(world)
-    with contextlib.closing(setup.shards), alone_in(folder) if world.is_main else contextlib.nullcontext():
+    on_main(world, lambda: write_opening(folder, opening(resolved, setup, the_plan)))
+    with contextlib.closing(setup.shards):
         train(trainer, folder, measured, setup_seconds=now() - started)
-        if world.is_main:
-            export(setup, folder)
-            build_report(folder)
-            if warning := loss_warning(read_run(folder)):
-                console.print(f"warning: {warning}")
-    barrier(world)
-    push(folder, repository, world, console)
-    console.print(f"student {folder}/final · report {folder}/report.html · ledger {folder}/ledger.jsonl")
-    return folder
+        on_main(world, lambda: export(setup, folder))
+
+
+def opening(resolved: Resolved, setup: Setup, the_plan: dict[str, Any]) -> dict[str, str]:
+    """What is known before the first step: the texts of three files, by name."""
+    begun = {"command": resolved.command(), "corpus_sources": setup.shards.first.recipe["sources"]}
+    facts = environment.describe() | begun | setup.inputs
+    return {
+        "environment.json": json.dumps(facts, indent=1) + "\n",
+        "plan.json": json.dumps(the_plan, indent=1) + "\n",
+        "config.toml": resolved.to_toml(),
+    }
+
+
+def report(folder: Path, console: Console) -> None:
+    """Write report.html, if there is none or it is not what the folder's files make, and say how it went."""
+    build_report(folder)
+    if warning := loss_warning(read_run(folder)):
+        console.print(f"warning: {warning}")
 
 
 def train(trainer: Trainer, folder: Path, measured: planning.Measurement, setup_seconds: float) -> None:
@@ -100,21 +117,6 @@ def train(trainer: Trainer, folder: Path, measured: planning.Measurement, setup_
                 )
             loop.save_the_end()  # before anything that may be interrupted
             loop.record_validation(1.0, in_loop=False)
-
-
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a run folder.
-
-    Raises:
-        ValueError: one is in it.
-    """
-    try:
-        lock = FileLock(folder / ".lock").acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(f"another process trains in {folder}: wait for it, or give another --output-dir") from error
-    with lock:
-        yield
 
 
 def export(setup: Setup, folder: Path) -> None:
@@ -144,26 +146,9 @@ def push(folder: Path, repository: str | None, world: World, console: Console) -
         console.print(f"pushed to {push_folder(folder / 'final', repository)}")
 
 
-def check_folder(folder: Path, resolved: Resolved) -> Run | None:
-    """Refuse a folder that cannot be written, or that holds another run or a damaged one; what began there, if any.
-
-    Raises:
-        ValueError: naming the folder and the remedy.
-    """
-    files.check_writable(folder / "checkpoints", *(folder / name for name in FILES))
-    config = folder / "config.toml"
-    if config.exists() and not resolved.continues(config.read_text("utf-8", "replace")):
-        raise ValueError(f"{folder} holds a run of another configuration: give another --output-dir, or remove it")
-    if config.exists():
-        return read_run(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and holds no run: give another --output-dir")
-    return None
-
-
-def with_measured_dtype(resolved: Resolved, began: Run | None, world: World) -> Resolved:
+def with_measured_dtype(resolved: Resolved, began: Run | None) -> Resolved:
     """``--dtype auto`` keeps the dtype that the run began with: a second measurement may choose another one."""
-    dtype = on_main(world, lambda: began.plan.get("dtype") if began else None)
+    dtype = began.plan.get("dtype") if began else None
     if dtype is None or resolved.run.dtype != "auto":
         return resolved
     return replace(resolved, run=replace(resolved.run, dtype=dtype))
@@ -184,22 +169,3 @@ def check_inputs(began: Run | None, setup: Setup) -> None:
             f"the {' and the '.join(changed)} changed since the run in {began.folder} began: bring back what it was, "
             "or give another --output-dir"
         )
-
-
-def open_folder(folder: Path, resolved: Resolved, setup: Setup, the_plan: dict[str, Any]) -> None:
-    """Make the run folder and write what is known before the first step; config.toml last: it marks the folder as a run.
-
-    Raises:
-        ValueError: the folder cannot be made.
-    """
-    if (folder / "config.toml").exists():
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot make {folder} ({error.strerror}): give another --output-dir") from error
-    begun = {"command": resolved.command(), "corpus_sources": setup.shards.first.recipe["sources"]}
-    facts = environment.describe() | begun | setup.inputs
-    files.write(folder / "environment.json", json.dumps(facts, indent=1) + "\n")
-    files.write(folder / "plan.json", json.dumps(the_plan, indent=1) + "\n")
-    files.write(folder / "config.toml", resolved.to_toml())

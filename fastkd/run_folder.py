@@ -1,18 +1,24 @@
 """A run folder read back: what was planned, what each step cost, and where the seconds went."""
 
+import hashlib
 import json
+import logging
 import tomllib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 from fastkd import quickstart
 from fastkd.budget import surviving_steps
 from fastkd.device.clock import PHASES
 from fastkd.device.power import THROTTLE_BITS
-from fastkd.files import Record, read_jsonl
+from fastkd.files import Record, read_jsonl, sound_lines
 
+BEGUN = ".begun.json"  # the texts of the files that a run begins with
+log = logging.getLogger(__name__)
 MOST_BINS = 120  # points of a learning curve
 
 
@@ -75,7 +81,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the run came to its end and exported a student."""
-        return (self.folder / "final").is_dir()
+        return has_student(self.folder)
 
     @property
     def devices(self) -> int:
@@ -211,32 +217,98 @@ class Run:
         )
 
 
+def has_student(folder: Path) -> bool:
+    """Whether a run exported its student: ``final/`` with its configuration and whole weights."""
+    weights = list((folder / "final").glob("model*.safetensors"))
+    return (folder / "final" / "config.json").is_file() and bool(weights) and all(map(_is_whole, weights))
+
+
+def _is_whole(weights: Path) -> bool:
+    try:
+        with safe_open(weights, framework="numpy"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+def sealed(contents: Mapping[str, str]) -> str:
+    """The text of ``.begun.json``: the contents of files by name, and their SHA-256."""
+    return json.dumps({"sha256": _digest(contents), "files": dict(contents)}, indent=1) + "\n"
+
+
+def begun_with(folder: Path) -> dict[str, str]:
+    """The contents of files by name that ``.begun.json`` holds; empty if there is none or it is damaged."""
+    try:
+        found = json.loads((folder / BEGUN).read_bytes())
+        contents: dict[str, str] = found["files"]
+        return contents if found["sha256"] == _digest(contents) else {}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return {}
+
+
+def _digest(contents: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(contents, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
 def read_run(folder: Path) -> Run:
-    """Reads a run folder; files that are not there yet are empty.
+    """Reads a run folder; files that are not there yet are empty, and so is a damaged one on which no parameter depends.
 
     Raises:
-        ValueError: no such folder, or a damaged file.
+        ValueError: no such folder, or a damaged configuration or ledger.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"no run folder {str(folder)!r}: name a folder that python -m fastkd.run made")
-    ledger = folder / "ledger.jsonl"
-    config = folder / "config.toml"
-    return Run(
-        folder=folder,
-        config=tomllib.loads(config.read_text(encoding="utf-8")) if config.exists() else {},
-        environment=_json(folder / "environment.json"),
-        plan=_json(folder / "plan.json"),
+    ledger, metrics = folder / "ledger.jsonl", folder / "metrics.jsonl"
+    sound, damaged = sound_lines(metrics)
+    if damaged:
+        log.warning("%s has %d damaged lines, left out", metrics, damaged)
+    return replace(
+        read_opening(folder),
         steps=surviving_steps(ledger),
         events=[line for line in read_jsonl(ledger) if "event" in line],
-        metrics=read_jsonl(folder / "metrics.jsonl"),
+        metrics=sound,
     )
 
 
-def _json(path: Path) -> Record:
-    if not path.exists():
-        return {}
+def read_opening(folder: Path) -> Run:
+    """What a run began with; no step, event or metric is read.
+
+    Raises:
+        ValueError: its configuration cannot be read.
+    """
+    config, environment, plan = (folder / name for name in ("config.toml", "environment.json", "plan.json"))
+    return Run(folder, _config(config), _json(environment), _json(plan), [], [], [])
+
+
+def _config(path: Path) -> Record:
+    text = begun_with(path.parent).get(path.name)
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} holds no JSON object: restore the file or start a new run folder") from error
+        return tomllib.loads(path.read_text("utf-8") if text is None else text)
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): put a copy of it back, or remove it and issue the command that the run began with, "
+            "which environment.json holds: it is written again"
+        ) from error
+
+
+def _json(path: Path) -> Record:
+    """What a file held when the run began, or holds now; empty, with a warning, if that is no JSON object."""
+    text = begun_with(path.parent).get(path.name)
+    if text is not None:
+        return dict(json.loads(text))
+    if is_object(path):
+        return dict(json.loads(path.read_bytes()))
+    if path.exists():
+        log.warning("%s is damaged: going on without it", path)
+    return {}
+
+
+def is_object(path: Path) -> bool:
+    """Whether a file is there and holds a JSON object."""
+    try:
+        return isinstance(json.loads(path.read_bytes()), dict)
+    except (OSError, ValueError, RecursionError):
+        return False

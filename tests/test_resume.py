@@ -10,10 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastkd import pipeline, run
+from fastkd import opening, pipeline, run
 from fastkd.budget import surviving_steps
 from fastkd.config import parse
-from fastkd.distributed import World
 from fastkd.files import read_jsonl
 from fastkd.loop import Loop
 from fastkd.run_folder import read_run
@@ -106,11 +105,11 @@ def test_a_resumed_run_keeps_the_dtype_that_was_measured(tmp_path: Path) -> None
     folder = tmp_path / "run"
     folder.mkdir()
     resolved = {name: parse(["--budget-tokens", "60000", "--dtype", name]) for name in ("auto", "float32")}
-    assert pipeline.with_measured_dtype(resolved["auto"], None, World()) == resolved["auto"]
+    assert pipeline.with_measured_dtype(resolved["auto"], None) == resolved["auto"]
     (folder / "config.toml").write_text(resolved["auto"].to_toml())
     (folder / "plan.json").write_text('{"dtype": "bfloat16"}')
-    assert pipeline.with_measured_dtype(resolved["auto"], read_run(folder), World()).run.dtype == "bfloat16"
-    assert pipeline.with_measured_dtype(resolved["float32"], read_run(folder), World()) == resolved["float32"]
+    assert pipeline.with_measured_dtype(resolved["auto"], read_run(folder)).run.dtype == "bfloat16"
+    assert pipeline.with_measured_dtype(resolved["float32"], read_run(folder)) == resolved["float32"]
 
 
 def test_a_lost_folder_of_checkpoints_starts_over(
@@ -141,7 +140,7 @@ def test_an_interrupt_in_the_last_validation_loses_nothing(
     assert run.main(argv) == run.EXIT_INTERRUPTED
     steps = surviving_steps(folder / "ledger.jsonl")
     monkeypatch.undo()
-    with pipeline.alone_in(folder):
+    with opening.alone_in(folder):
         assert run.main(argv) == run.EXIT_CONFIGURATION
         assert "another process trains in" in capsys.readouterr().err
     assert run.main(argv) == 0

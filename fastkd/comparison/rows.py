@@ -11,6 +11,7 @@ from typing import Any
 from fastkd import methods
 from fastkd.config import Resolved, resolve
 from fastkd.run_config import RunConfig
+from fastkd.run_folder import has_student
 
 # Options that a row may have for itself, and what each changes.
 ROW_OPTIONS = {
@@ -93,7 +94,7 @@ class RowRun:
     @property
     def finished(self) -> bool:
         """Whether the run came to its end and exported a student."""
-        return (self.folder / "final").is_dir()
+        return has_student(self.folder)
 
     @property
     def _name(self) -> str:

@@ -174,9 +174,9 @@ def write_part(
 
 @contextmanager
 def _whole(final: Path) -> Iterator[Path]:
-    """A folder that gets its name when everything in it is on disk. What a killed build left is removed first."""
+    """A folder that gets its name when everything in it is on disk. What killed builds left of this or other parts goes first."""
     building = final.with_name(f".{final.name}.building")
-    for folder in (building, final):
+    for folder in (*final.parent.glob(".part-*.building"), final):
         shutil.rmtree(folder, ignore_errors=True)
     building.mkdir(parents=True)
     try:

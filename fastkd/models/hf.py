@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -176,8 +176,9 @@ def export(
     ``mlm_head``: whether the head was trained; if not, the bare model is written. ``max_length``: the longest sequence of the
     training, written as the tokenizer's model_max_length. A folder that exists is replaced.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    written = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    written = folder.with_name(f".{folder.name}-{os.getpid()}")
+    shutil.rmtree(written, ignore_errors=True)
+    written.mkdir(parents=True)
     try:
         with _quiet():
             model = to_hf_model(encoder, mlm_head=mlm_head)
@@ -186,6 +187,7 @@ def export(
         _limited(tokenizer, max_length).save_pretrained(written)
         sentences.write(written, encoder.config.hidden_size, max_length or encoder.config.max_length)
         (written / "README.md").write_text(card, encoding="utf-8")
+        files.give_usual_modes(written)
         _replace(written, folder)
     finally:
         shutil.rmtree(written, ignore_errors=True)
@@ -202,8 +204,7 @@ def _limited(tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> PreT
 
 def _replace(written: Path, folder: Path) -> None:
     """Put a written folder in the place of another, so that a crash leaves one of the two."""
-    written.chmod(0o755)
-    for path in (*written.iterdir(), written):
+    for path in (*written.rglob("*"), written):
         files.sync(path)
     old = written.with_name(written.name + "-old")
     if folder.exists():

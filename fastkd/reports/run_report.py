@@ -24,13 +24,14 @@ from fastkd.run_folder import Run, made_from, read_run
 
 
 def build_report(run_folder: Path) -> Path:
-    """Writes `report.html` of a run, finished or not; returns its path.
+    """Writes `report.html` of a run, finished or not, unless it is there as it would be written; returns its path.
 
     Raises:
         ValueError: no such folder, or a damaged file in it.
     """
     run = read_run(run_folder)
-    return files.write(run.folder / "report.html", render("report.html", **_contents(run)))
+    path, page = run.folder / "report.html", render("report.html", **_contents(run)).encode()
+    return path if path.is_file() and path.read_bytes() == page else files.write(path, page)
 
 
 def _contents(run: Run) -> Record:

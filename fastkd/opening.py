@@ -1,0 +1,153 @@
+"""A run folder before its next step: its lock, what a kill or a bad disk left in it, and what the run began with.
+
+A run begins with one file that is written whole, ``.begun.json``: the texts of environment.json, plan.json and config.toml. These
+three are written from it, and again where one is lost or damaged. No parameter depends on a file that is set aside here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
+
+from fastkd import files
+from fastkd.distributed import World, on_main
+from fastkd.run_folder import BEGUN, Run, begun_with, has_student, is_object, read_opening, sealed
+
+if TYPE_CHECKING:
+    from fastkd.config import Resolved
+
+LOCK = ".lock"
+FILES = ("config.toml", "environment.json", "plan.json", "ledger.jsonl", "metrics.jsonl", "report.html")
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, world: World | None = None) -> Iterator[None]:
+    """Keep other processes out of a folder, which is made if it is missing; rank 0 holds the lock for all.
+
+    If nothing was written into the folder meanwhile, it is left as it was found.
+
+    Raises:
+        ValueError: another process is in it, or it cannot be locked; on every rank.
+    """
+    with contextlib.ExitStack() as stack:
+        on_main(world or World(), lambda: stack.enter_context(_locked(folder)))
+        yield
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        before = _names(folder)
+        lock = FileLock(folder / LOCK)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"another process trains in {folder}: wait for it, or give another --output-dir") from error
+    except (OSError, NotImplementedError) as error:  # such as a network's disk without locks
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{folder} cannot be locked ({reason}): give an --output-dir on another disk") from error
+    with lock:
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # something is in it
+                if LOCK not in before and _names(folder) == before | {LOCK}:
+                    (folder / LOCK).unlink()
+                    for path in made:
+                        path.rmdir()
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def take_over(folder: Path, resolved: Resolved) -> Run | None:
+    """What began in a folder whose lock is held, with config, environment and plan; None if nothing did.
+
+    What killed processes left there is removed; a damaged file on which no parameter depends is set aside.
+
+    Raises:
+        ValueError: the folder cannot be written, holds something else, another run, or no readable configuration.
+    """
+    files.check_writable(folder / "checkpoints", *(folder / name for name in FILES))
+    if not _is_run(folder):
+        if any(path.name != LOCK and not files.is_debris(path) for path in folder.iterdir()):
+            raise ValueError(f"{folder} is not empty and holds no run: give another --output-dir")
+        files.clear(folder)
+        return None
+    config = begun_with(folder).get("config.toml")
+    if config is None and (folder / "config.toml").exists():
+        config = (folder / "config.toml").read_text("utf-8", "replace")
+    if config is not None and not resolved.continues(config):
+        raise ValueError(f"{folder} holds a run of another configuration: give another --output-dir, or remove it")
+    files.clear(folder)
+    _write_again(folder)
+    _set_damaged_aside(folder)
+    return read_opening(folder)
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a run began here; one whose config.toml was removed is known by the command in environment.json."""
+    return (
+        (folder / BEGUN).exists() or (folder / "config.toml").exists() or "command" in read_opening(folder).environment
+    )
+
+
+def _write_again(folder: Path) -> None:
+    """Write those files again that are missing, or are not what they were when the run began."""
+    for name, text in begun_with(folder).items():
+        path = folder / name
+        if not path.exists():
+            log.warning("%s was not there: written again", path)
+        elif path.read_bytes() != text.encode():
+            log.warning("%s is damaged, and written again: kept as %s", path, files.set_aside(path).name)
+        else:
+            continue
+        files.write(path, text)
+
+
+def _set_damaged_aside(folder: Path) -> None:
+    """Set aside what cannot be read and cannot be written again; of metrics.jsonl, the sound lines are kept."""
+    lost = {
+        BEGUN: "it is made again from the files that it copies",
+        "plan.json": "a new plan takes its place, and --dtype auto is measured again",
+        "environment.json": "that corpus and teacher are those that the run began with is not checked",
+    }
+    for name, loss in lost.items():
+        path = folder / name
+        damaged = not begun_with(folder) if name == BEGUN else not is_object(path)
+        if path.exists() and damaged:
+            log.warning("%s is damaged: %s; kept as %s", path, loss, files.set_aside(path).name)
+    metrics = folder / "metrics.jsonl"
+    sound, damaged_lines = files.sound_lines(metrics)
+    if damaged_lines:
+        log.warning(
+            "%s has %d damaged lines, left out: kept as %s", metrics, damaged_lines, files.set_aside(metrics).name
+        )
+        files.write(metrics, "".join(files.to_line(record) for record in sound))
+    if (folder / "final").exists() and not has_student(folder):
+        final = folder / "final"
+        log.warning(
+            "%s lacks a part of the student, which is exported again: kept as %s", final, files.set_aside(final).name
+        )
+
+
+def write_opening(folder: Path, contents: Mapping[str, str]) -> None:
+    """Write what a run begins with, by file name; a file that is there stays.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    kept = {name: (folder / name).read_text("utf-8") for name in contents if (folder / name).exists()}
+    if begun_with(folder).keys() != contents.keys():
+        files.write(folder / BEGUN, sealed({**contents, **kept}))
+        files.sync(folder)
+    for name in contents.keys() - kept.keys():
+        files.write(folder / name, contents[name])
