@@ -167,9 +167,9 @@ def sound_lines(path: Path) -> tuple[list[Record], int]:
         return [], 0
     *lines, last = path.read_bytes().split(b"\n")
     records = [_parse(line) for line in lines if line.strip()]
-    sound = [record for record in records if record is not None and _sum_holds(record)]
+    sound = [record for record in records if record is not None and sum_holds(record)]
     end = _parse(last)
-    return sound + ([end] if end is not None and _sum_holds(end) else []), len(records) - len(sound)
+    return sound + ([end] if end is not None and sum_holds(end) else []), len(records) - len(sound)
 
 
 def with_sum(record: Mapping[str, Any]) -> Record:
@@ -178,7 +178,8 @@ def with_sum(record: Mapping[str, Any]) -> Record:
     return {**plain, SUM: hashlib.sha256(to_line(plain).encode()).hexdigest()[:16]}
 
 
-def _sum_holds(record: Record) -> bool:
+def sum_holds(record: Mapping[str, Any]) -> bool:
+    """Whether a record is what its sum says; one without a sum is of an older version."""
     return SUM not in record or record == with_sum(record)
 
 

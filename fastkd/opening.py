@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from fastkd import files
 from fastkd.distributed import World, on_main
-from fastkd.run_folder import BEGUN, Run, begun_with, has_student, is_object, read_opening, sealed
+from fastkd.run_folder import BEGUN, Run, begun_with, config_text, has_student, is_object, read_opening, sealed
 
 if TYPE_CHECKING:
     from fastkd.config import Resolved
@@ -82,10 +82,10 @@ def take_over(folder: Path, resolved: Resolved) -> Run | None:
             raise ValueError(f"{folder} is not empty and holds no run: give another --output-dir")
         files.clear(folder)
         return None
-    config = begun_with(folder).get("config.toml")
-    if config is None and (folder / "config.toml").exists():
-        config = (folder / "config.toml").read_text("utf-8", "replace")
-    if config is not None and not resolved.continues(config):
+    config = config_text(folder)
+    if config is None:
+        log.warning("%s was not there: it is written as this command means it", folder / "config.toml")
+    elif not resolved.continues(config):
         raise ValueError(f"{folder} holds a run of another configuration: give another --output-dir, or remove it")
     files.clear(folder)
     _write_again(folder)
@@ -105,7 +105,7 @@ def _write_again(folder: Path) -> None:
     for name, text in begun_with(folder).items():
         path = folder / name
         if not path.exists():
-            log.warning("%s was not there: written again", path)
+            log.warning("%s is written again: it was not there", path)
         elif path.read_bytes() != text.encode():
             log.warning("%s is damaged, and written again: kept as %s", path, files.set_aside(path).name)
         else:

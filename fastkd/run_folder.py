@@ -271,27 +271,43 @@ def read_run(folder: Path) -> Run:
     )
 
 
+def find_run(folder: Path) -> Run | None:
+    """`read_run`, but None where there is no run that can be read; a damaged one is warned of."""
+    try:
+        return read_run(folder) if folder.is_dir() else None
+    except ValueError as error:
+        log.warning("%s", error)
+        return None
+
+
 def read_opening(folder: Path) -> Run:
     """What a run began with; no step, event or metric is read.
 
     Raises:
         ValueError: its configuration cannot be read.
     """
-    config, environment, plan = (folder / name for name in ("config.toml", "environment.json", "plan.json"))
-    return Run(folder, _config(config), _json(environment), _json(plan), [], [], [])
+    config = tomllib.loads(config_text(folder) or "")
+    return Run(folder, config, _json(folder / "environment.json"), _json(folder / "plan.json"), [], [], [])
 
 
-def _config(path: Path) -> Record:
-    text = begun_with(path.parent).get(path.name)
+def config_text(folder: Path) -> str | None:
+    """The text of config.toml as the run began, or as it is now; None if there is none.
+
+    Raises:
+        ValueError: it is no TOML, with a remedy.
+    """
+    path = folder / "config.toml"
     try:
-        return tomllib.loads(path.read_text("utf-8") if text is None else text)
+        text = begun_with(folder).get(path.name) or path.read_text("utf-8")
+        tomllib.loads(text)
     except FileNotFoundError:
-        return {}
+        return None
     except ValueError as error:
         raise ValueError(
             f"{path} is damaged ({error}): put a copy of it back, or remove it and issue the command that the run began with, "
-            "which environment.json holds: it is written again"
+            "which environment.json names: it is written again"
         ) from error
+    return text
 
 
 def _json(path: Path) -> Record:

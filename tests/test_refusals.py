@@ -157,14 +157,8 @@ def test_a_replay_of_no_ledger(ledger: bytes | None, words: str, small: list[str
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("config.toml", b"method = '\xff'", "another configuration"),
         ("config.toml", None, "is a folder"),
         ("ledger.jsonl", None, "is a folder"),
-        ("ledger.jsonl", b"\xff\n\xff\n", "is no JSON object"),
-        ("ledger.jsonl", b'{"loss": 2.5}\n', "without its step"),
-        ("metrics.jsonl", b"\xff\n\xff\n", "is no JSON object"),
-        ("plan.json", b"\xff", "holds no JSON object"),
-        ("environment.json", b"[1]", "holds no JSON object"),
         ("report.html", None, "is a folder"),
         ("checkpoints", b"", "is not a folder"),
     ],

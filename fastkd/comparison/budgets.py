@@ -12,6 +12,7 @@ import torch
 from fastkd import files, planning
 from fastkd.comparison.rows import BudgetOption, Row
 from fastkd.distributed import World, on_main
+from fastkd.files import SUM, sum_holds, with_sum
 from fastkd.setup import prepare
 from fastkd.train import Trainer
 
@@ -27,14 +28,17 @@ class MatchedBudgets:
         if not self.path.exists():
             return {}
         try:
-            return dict(json.loads(self.path.read_text(encoding="utf-8")))
+            found = dict(json.loads(self.path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"{self.path} holds no JSON object: remove it, and it is measured again") from error
+        if not sum_holds(found):
+            raise ValueError(f"{self.path} is damaged: remove it, and it is measured again")
+        return {key: value for key, value in found.items() if key != SUM}
 
     def keep(self) -> None:
         """Write scratch.json, if a scratch run was planned."""
         if self.scratch and self.world.is_main:
-            files.write(self.path, json.dumps(self.scratch, indent=1) + "\n")
+            files.write(self.path, json.dumps(with_sum(self.scratch), indent=1) + "\n")
 
     def budgets(self, match: str, hours: list[float], flops: float | None) -> list[BudgetOption]:
         """The budgets that every row gets, the largest last.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastkd.comparison.rows import ROW_OPTIONS, Row, base_row, teachers
-from fastkd.run_folder import Run, read_run
+from fastkd.run_folder import Run, find_run
 
 if TYPE_CHECKING:
     from fastkd.comparison.tuning import Search
@@ -67,7 +67,9 @@ def of_surroundings(folder: Path, base_folder: Path, base: Row) -> list[str]:
     Args:
         folder, base_folder: run folders; the base row's may be missing.
     """
-    run, other = read_run(folder), read_run(base_folder) if base_folder.is_dir() else None
+    run, other = find_run(folder), find_run(base_folder)
+    if run is None:
+        return []
     found = []
     for name, value in _surroundings(run).items():
         theirs = _surroundings(other).get(name, value) if other is not None else value

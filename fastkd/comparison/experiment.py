@@ -23,6 +23,7 @@ from fastkd.comparison.tuning import BUDGET_SHARE, Search, searched, tune
 from fastkd.device import environment
 from fastkd.distributed import World, any_rank, on_main
 from fastkd.files import finite
+from fastkd.opening import alone_in
 from fastkd.run_config import PRESENTATION
 from fastkd.terminal import Console
 
@@ -45,8 +46,15 @@ class Comparison:
         """Plan every row, run what is not done yet, score, and report; returns how many runs failed.
 
         Raises:
-            ValueError, BudgetTooSmall: a row cannot work; nothing was written.
+            ValueError, BudgetTooSmall: a row cannot work, or another process is in the folder; nothing was written.
         """
+        if self.own.plan_only:
+            return self._run()
+        with alone_in(self.folder, self.world):
+            on_main(self.world, lambda: files.clear(self.folder))
+            return self._run()
+
+    def _run(self) -> int:
         matched = MatchedBudgets(self.shared, self.folder, self.world)
         budgets = matched.budgets(self.own.match, self.own.budget_gpu_hours, self.own.budget_flops)
         if self.own.epochs_cap is not None:

@@ -13,7 +13,7 @@ from fastkd.comparison.scores import Scorer, mlm_scores
 from fastkd.distributed import World
 from fastkd.files import Record
 from fastkd.models import hf
-from fastkd.run_folder import ancestors, read_run
+from fastkd.run_folder import ancestors, find_run, has_student
 from fastkd.setup import model_folder, prepare
 
 
@@ -42,7 +42,7 @@ class References:
         for label, teacher in self.teachers().items():
             self.scorer.fine_tune(model_folder(teacher), self._folder_of(label))
         untrained = self._folder_of("untrained")
-        if not (untrained / "final").is_dir():
+        if not has_student(untrained):
             self._export_untrained(untrained / "final")
         self.scorer.fine_tune(untrained, untrained)
 
@@ -52,7 +52,7 @@ class References:
         Args:
             run_folders: of rows whose student starts at random.
         """
-        starts = [read_run(folder).validations[:1] for folder in run_folders if (folder / "metrics.jsonl").exists()]
+        starts = [run.validations[:1] for folder in run_folders if (run := find_run(folder))]
         untrained = next((found for start in starts if start and (found := mlm_scores(start[0]))), {})
         return [
             *({"label": label, "scores": self.scorer.fine_tuned(self._folder_of(label))} for label in self.teachers()),

@@ -205,7 +205,10 @@ def read_results(folder: Path) -> Results:
     path = Path(folder) / RESULTS
     if not path.exists():
         raise ValueError(f"no {path}: python -m fastkd.compare writes it")
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): issue the comparison's command again") from error
     names = content["headline"] or _first_scores(content["rows"])
     return Results(
         match=content["match"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 from fastkd.glue.evaluation import evaluate, require_extra
 from fastkd.glue.scores import AVERAGE
 from fastkd.glue.tasks import TASKS, parse_limits
-from fastkd.run_folder import read_run
+from fastkd.run_folder import find_run
 
+log = logging.getLogger(__name__)
 MLM_LOSS, MLM_ACCURACY = "held-out MLM loss", "held-out MLM accuracy"
 
 
@@ -43,12 +45,17 @@ class Scorer:
         if self.data is not None:
             return self._fine_tuned.get(folder, {})
         path = folder / "glue.json"
-        return _means(json.loads(path.read_text())) if path.exists() else {}
+        try:
+            return _means(json.loads(path.read_bytes())) if path.exists() else {}
+        except (ValueError, TypeError, KeyError, AttributeError):
+            log.warning("%s is damaged, its scores are left out: python -m fastkd.glue %s makes it again", path, folder)
+            return {}
 
     def of(self, folder: Path) -> dict[str, float]:
         """All scores of a run folder, those of fine-tuning first."""
         found = self.fine_tuned(folder)
-        validations = read_run(folder).validations if (folder / "metrics.jsonl").exists() else []
+        run = find_run(folder)
+        validations = run.validations if run else []
         return found | (mlm_scores(validations[-1]) if validations else {})
 
 

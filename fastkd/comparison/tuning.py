@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 
 from fastkd import files
 from fastkd.distributed import World, on_main
-from fastkd.files import finite
+from fastkd.files import Record, finite, sum_holds, with_sum
 from fastkd.loop import Diverged
 from fastkd.run_folder import read_run
 
+log = logging.getLogger(__name__)
 BUDGET_SHARE = 0.1  # of the row's budget, for each rate tried
 
 
@@ -40,7 +42,7 @@ def tune(default: float, count: int, try_rate: Callable[[float, Path], None], fo
     Raises:
         ValueError: no rate gave a finite loss.
     """
-    known = on_main(world, lambda: (folder / "tuning.json").exists())
+    known = on_main(world, lambda: _tried(folder))
     if not known:
         places = {rate: folder / f"lr-{rate:g}" for rate in candidates(default, count)}
         diverged = {rate for rate, place in places.items() if _diverges(try_rate, rate, place)}
@@ -54,10 +56,27 @@ def tune(default: float, count: int, try_rate: Callable[[float, Path], None], fo
 
 def searched(folder: Path) -> Search | None:
     """What the search in a folder found; None if there was none, or if no rate gave a finite loss."""
-    path = folder / "tuning.json"
-    tried = json.loads(path.read_text()) if path.exists() else []
+    tried = _tried(folder)
     best = min((entry for entry in tried if entry["loss"] is not None), key=lambda entry: entry["loss"], default=None)
-    return best and Search(best["lr"], sum(entry["charged_s"] for entry in tried))
+    return None if best is None else Search(best["lr"], sum(entry["charged_s"] for entry in tried))
+
+
+def _tried(folder: Path) -> list[Record]:
+    """The rates of tuning.json; none if it is not there. A damaged one is set aside: it is made again from their runs."""
+    path = folder / "tuning.json"
+    try:
+        tried = list(json.loads(path.read_bytes()))
+        if all(
+            isinstance(entry, dict) and {"lr", "loss", "charged_s"} <= entry.keys() and sum_holds(entry)
+            for entry in tried
+        ):
+            return tried
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError):
+        pass
+    log.warning("%s is damaged, and made again: kept as %s", path, files.set_aside(path).name)
+    return []
 
 
 def _diverges(try_rate: Callable[[float, Path], None], rate: float, place: Path) -> bool:
@@ -72,6 +91,6 @@ def _write(folder: Path, places: dict[float, Path], diverged: set[float]) -> Non
     tried: list[dict[str, Any]] = []
     for rate, place in places.items():
         run = read_run(place)
-        loss = None if rate in diverged else run.validations[-1]["loss"]
-        tried.append({"lr": rate, "loss": loss, "charged_s": run.charged_s})
-    files.write(folder / "tuning.json", json.dumps(finite(tried), indent=1) + "\n")
+        loss = None if rate in diverged or not run.validations else run.validations[-1]["loss"]
+        tried.append(with_sum(finite({"lr": rate, "loss": loss, "charged_s": run.charged_s})))
+    files.write(folder / "tuning.json", json.dumps(tried, indent=1) + "\n")
