@@ -66,6 +66,8 @@ class Totals:
     flops: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PARTS, 0))
     tokens: dict[str, int] = field(default_factory=lambda: {"real": 0, "predicted": 0, "unique": 0})
     joules: float | None = None
+    skipped: int = 0  # steps without effect: their loss or gradient was not finite
+    skipped_in_a_row: int = 0  # up to the last step
 
 
 class Meter:
@@ -135,9 +137,9 @@ class Ledger:
 
     def step(
         self, cost: StepCost, phase_s: dict[str, float], *, progress: float, epoch: float, unique: int,
-        joules: float | None, lr: float, loss: float,
+        joules: float | None, lr: float, loss: float, skipped: bool = False,
     ) -> float:  # fmt: skip
-        """Charge a finished step; returns its charged GPU-seconds. ``phase_s`` is seconds of this step by phase."""
+        """Charge a finished step, ``skipped`` or not; returns its charged GPU-seconds. ``phase_s`` is its seconds by phase."""
         t = self.totals
         charged = sum(phase_s.values()) * self.devices
         t.step += 1
@@ -147,11 +149,14 @@ class Ledger:
         t.tokens["real"] += cost.real
         t.tokens["predicted"] += cost.predicted
         t.tokens["unique"] = unique
+        t.skipped += skipped
+        t.skipped_in_a_row = t.skipped_in_a_row + 1 if skipped else 0
         if joules is not None:
             t.joules = (t.joules or 0.0) + joules
         self.recent.append({
             "step": t.step, "progress": progress, "charged_s": t.charged_s, "phase_s": phase_s, "flops": dict(t.flops),
             "tokens": dict(t.tokens), "epoch": epoch, "joules": t.joules, "lr": lr, "loss": loss,
+            "skipped": t.skipped,
         })  # fmt: skip
         self._write(self.recent[-1])
         return charged

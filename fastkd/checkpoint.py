@@ -1,26 +1,38 @@
-"""Checkpoints: safetensors and JSON, written atomically, verified at load, two kept.
+"""Checkpoints: safetensors and JSON, written atomically, verified at load, the newest two that are sound kept.
 
-A checkpoint is a folder ``step-N`` with ``model.safetensors``, ``optimizer.safetensors``, ``state.json`` and, written
-last, ``manifest.json`` with the sha256 of each. It is built in a hidden folder beside, synced to the disk, and then renamed.
+A checkpoint is a folder ``step-N`` with ``model.safetensors``, ``optimizer.safetensors``, ``state.json``, copies of files that
+its state goes with, and, written last, ``manifest.json`` with the sha256 of each. It is built in a hidden folder beside, synced
+to the disk, and then renamed. A step that is saved again becomes ``step-N.1``, ``step-N.2``: what is there stays until the new
+one is. A damaged one that is met is kept as ``step-N.damaged`` and said.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import os
+import re
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastkd import files
+from fastkd import files, optim
 from fastkd.files import file_sha256
+from fastkd.health import Diverged
+
+log = logging.getLogger(__name__)
 
 KEEP = 2
-MANIFEST = "manifest.json"
+MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+NAME = re.compile(r"step-(\d+)(?:\.(\d+))?")
+DEBRIS = (".building-*", ".dropped-*")  # what a kill leaves of a save and of a rotation
 
 
 @dataclass(frozen=True)
@@ -31,64 +43,192 @@ class Checkpoint:
     state: dict[str, Any]
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Load parameters and optimiser state, in place."""
-        model.load_state_dict(load_file(self.folder / "model.safetensors"))
-        _load_optimizer(optimizer, load_file(self.folder / "optimizer.safetensors"))
+        """Load parameters and optimiser state, in place.
+
+        Raises:
+            ValueError: they are those of another model.
+        """
+        try:
+            model.load_state_dict(load_file(self.folder / MODEL))
+            _load_optimizer(optimizer, load_file(self.folder / OPTIMIZER))
+        except torch.OutOfMemoryError:
+            raise
+        except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"{self.folder} is no checkpoint of this model: remove it, or give another --output-dir"
+            ) from error
 
 
-def save(root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
-    """Write ``root/step-N`` (N is ``state["step"]``) and drop all but the newest two."""
-    final = root / f"step-{state['step']}"
+def save(
+    root: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    *,
+    copies: Sequence[Path] = (),
+    say: Callable[[str], None] = log.warning,
+) -> Path:
+    """Write ``root/step-N`` (N is ``state["step"]``) whole or not at all, and drop all but it and the newest other sound one.
+
+    Args:
+        copies: files that are copied into the checkpoint.
+        say: is told of each damaged checkpoint that is set aside.
+
+    Raises:
+        Diverged: a weight or a moment is not finite; nothing is written.
+        OSError: it cannot be written; older checkpoints are as they were.
+    """
+    require_finite(model, optimizer)
+    _clear(root)
+    final = root / _free_name(root, state["step"])
     building = root / f".building-{final.name}"
-    shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    save_file(_host(model.state_dict()), building / "model.safetensors")
-    save_file(_host(_optimizer_tensors(optimizer)), building / "optimizer.safetensors")
-    (building / "state.json").write_text(json.dumps(state, indent=1))
-    manifest = {path.name: file_sha256(path) for path in sorted(building.iterdir())}
-    (building / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    files.give_usual_modes(building)
-    for path in (*building.iterdir(), building):
-        files.sync(path)
-    if final.exists():
-        shutil.rmtree(final)
-    building.rename(final)
+    try:
+        _write_tensors(building / MODEL, model.state_dict())
+        _write_tensors(building / OPTIMIZER, _optimizer_tensors(optimizer))
+        (building / STATE).write_text(json.dumps(state, indent=1))
+        for path in copies:
+            shutil.copyfile(path, building / path.name)
+        manifest = {path.name: file_sha256(path) for path in sorted(building.iterdir())}
+        (building / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        files.give_usual_modes(building)
+        for path in (*building.iterdir(), building):
+            files.sync(path)
+        building.rename(final)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
     files.sync(root)
-    _rotate(root)
+    _rotate(root, final, say)
     return final
 
 
-def newest(root: Path) -> Checkpoint | None:
-    """The newest checkpoint whose files match its manifest, or None. A damaged one is skipped for an older one."""
-    for folder in sorted(_folders(root), key=_step, reverse=True):
-        if _verifies(folder):
-            return Checkpoint(folder, json.loads((folder / "state.json").read_text()))
+def require_finite(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse to keep weights or moments that hold NaN or infinity.
+
+    Raises:
+        Diverged: naming the first of them.
+    """
+    bad = optim.not_finite(model.state_dict()) or optim.not_finite(_optimizer_tensors(optimizer))
+    if bad:
+        more = f" and {len(bad) - 1} more tensors are" if bad[1:] else " is"
+        raise Diverged(f"{bad[0]}{more} not finite")
+
+
+def newest(root: Path, say: Callable[[str], None] = log.warning) -> Checkpoint | None:
+    """The newest checkpoint whose files match its manifest; None where none was ever saved.
+
+    Damaged ones that are newer are set aside, and ``say`` is told so: they were passed over.
+
+    Raises:
+        ValueError: there are checkpoints, and all are damaged.
+    """
+    _clear(root)
+    damaged: dict[Path, str] = {}
+    for folder in _folders(root):
+        reason = _damage(folder)
+        if reason is None:
+            for passed, why in damaged.items():
+                _set_aside(passed, f"{why}; {folder.name} is taken instead", say)
+            return Checkpoint(folder, json.loads((folder / STATE).read_bytes()))
+        damaged[folder] = reason
+    if damaged:
+        each = "; ".join(f"{folder.name}: {reason}" for folder, reason in damaged.items())
+        raise ValueError(
+            f"every checkpoint in {root} is damaged ({each}): put a copy back, or remove {root} to start at step 0"
+        )
     return None
 
 
+def latest(root: Path) -> Path | None:
+    """The checkpoint with the highest number, whether or not it is sound."""
+    return next(iter(_folders(root)), None)
+
+
+def _order(folder: Path) -> tuple[int, int]:
+    """The number of a checkpoint's step, and which save of that step it is."""
+    found = NAME.fullmatch(folder.name)
+    assert found is not None
+    return int(found[1]), int(found[2] or 0)
+
+
 def _folders(root: Path) -> list[Path]:
-    return [path for path in root.glob("step-*") if path.name[5:].isdigit()]
+    """All checkpoints, the newest first."""
+    found = [path for path in root.glob("step-*") if NAME.fullmatch(path.name)]
+    return sorted(found, key=_order, reverse=True)
 
 
-def _step(folder: Path) -> int:
-    return int(folder.name[5:])
+def _free_name(root: Path, step: int) -> str:
+    saved = [_order(folder)[1] for folder in _folders(root) if _order(folder)[0] == step]
+    return f"step-{step}.{max(saved) + 1}" if saved else f"step-{step}"
 
 
-def _rotate(root: Path) -> None:
-    for old in sorted(_folders(root), key=_step)[:-KEEP]:
-        shutil.rmtree(old)
+def _rotate(root: Path, saved: Path, say: Callable[[str], None]) -> None:
+    """Keep what was just saved and the newest sound ones before it. A later step belongs to a past that was given up."""
+    kept = 1
+    for folder in _folders(root):
+        if _order(folder) > _order(saved):
+            _set_aside(folder, f"it is of a later step than {saved.name}, where the run went on", say)
+        elif folder != saved and kept == KEEP:
+            _drop(folder)
+        elif folder != saved and (reason := _damage(folder)) is not None:
+            _set_aside(folder, reason, say)
+        elif folder != saved:
+            kept += 1
 
 
-def _verifies(folder: Path) -> bool:
+def _drop(folder: Path) -> None:
+    """Remove a checkpoint: a kill leaves the whole of it, or debris that looks like none."""
+    dropped = folder.rename(folder.with_name(f".dropped-{folder.name}"))
+    shutil.rmtree(dropped)
+
+
+def _clear(root: Path) -> None:
+    for pattern in DEBRIS:
+        for path in root.glob(pattern):
+            shutil.rmtree(path)
+
+
+def _set_aside(folder: Path, reason: str, say: Callable[[str], None]) -> None:
+    aside = files.set_aside(folder)
+    say(f"checkpoint {folder} is passed over ({reason}) and kept as {aside.name}")
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None if it holds what was written."""
     try:
-        manifest: dict[str, str] = json.loads((folder / MANIFEST).read_text())
-        return all(file_sha256(folder / name) == digest for name, digest in manifest.items())
-    except (OSError, ValueError, AttributeError):
-        return False
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        if not isinstance(manifest, dict) or not manifest.keys() >= {MODEL, OPTIMIZER, STATE}:
+            return f"{MANIFEST} does not list its files"
+        for name, digest in manifest.items():
+            if name != Path(name).name or name == "..":
+                return f"{MANIFEST} names {name!r}, which is not in it"
+            if file_sha256(folder / name) != digest:
+                return f"{name} is not what was written"
+        state = json.loads((folder / STATE).read_bytes())
+        if not isinstance(state, dict) or state.get("step") != _order(folder)[0]:
+            return f"{STATE} is of another step"
+    except OSError as error:
+        return f"{Path(error.filename or folder).name}: {error.strerror}"
+    except (ValueError, RecursionError):
+        return f"{MANIFEST} is no JSON"
+    return None
 
 
-def _host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file that everyone may read who may enter its folder.
+
+    Raises:
+        OSError: where safetensors' own error has the system's number in its text.
+    """
+    try:
+        save_file({name: x.detach().to("cpu").contiguous().clone() for name, x in tensors.items()}, path)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from packaging.version import Version
 
 from fastkd import terminal
 from fastkd.budget import BudgetTooSmall
+from fastkd.health import Diverged
 
 EXIT_OK, EXIT_FAILED, EXIT_CONFIGURATION, EXIT_BUDGET, EXIT_ROWS, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 75
 OLDEST = {"torch": "2.11", "transformers": "5", "datasets": "4"}  # as pyproject.toml asks for
@@ -35,7 +36,7 @@ def answer(work: Callable[[], int]) -> int:
     except ValueError as error:
         terminal.complain(str(error))
         return EXIT_CONFIGURATION
-    except ChildProcessError as error:
+    except (ChildProcessError, Diverged) as error:
         terminal.complain(str(error))
         return EXIT_FAILED
     except OSError as error:

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastkd import checkpoint, schedule
+from fastkd import checkpoint, health, schedule
 from fastkd.data.builder import BuildingFailed
 from fastkd.decide import Decider
 from fastkd.device.clock import Lap, PhaseClock
 from fastkd.device.memory import peak_memory_bytes
 from fastkd.device.power import PowerMeter
 from fastkd.distributed import Decision, agree, any_rank, barrier, node_devices
+from fastkd.health import Diverged
 from fastkd.resume import resume
 
 if TYPE_CHECKING:
@@ -31,15 +32,11 @@ if TYPE_CHECKING:
 
 STEPS_AHEAD = 2  # of the device: its clock counts, and no step waits for the host
 ENERGY_S = 1.0  # between readings of the energy while steps follow one another
-SKIPS_TOLERATED = 20  # steps in a row without a finite gradient
+SKIPS_TOLERATED = 20  # steps in a row whose loss or gradient is not finite
 
 
 class Interrupted(KeyboardInterrupt):
     """Asked to stop (Ctrl-C, SIGTERM); the run is saved and can be resumed."""
-
-
-class Diverged(ValueError):
-    """Step after step without a finite gradient."""
 
 
 @dataclass
@@ -70,7 +67,6 @@ class Loop:
         self.checkpoints = self.decider.checkpoints
         self.power = PowerMeter(node_devices(self.world) if self.world.is_main else [])
         self.issued: deque[IssuedStep] = deque()
-        self.skipped_in_a_row = 0
         self.seconds = 0.0  # of steps, in this process
         self._logged = (self.totals.tokens["real"], 0.0, self.totals.joules or 0.0)
         self._interrupted = False
@@ -86,13 +82,14 @@ class Loop:
 
         Raises:
             Interrupted: after a signal, once saved.
+            Diverged: weights are not finite, or step after step was skipped; the last healthy state is kept.
         """
         with self._signals():
             try:
                 self._run(traced)
             except (RuntimeError, BuildingFailed):
                 # A peer is gone, the device failed, or there is no more text: this rank holds the last whole step.
-                with contextlib.suppress(RuntimeError, OSError):
+                with contextlib.suppress(RuntimeError, OSError, Diverged):
                     self._rescue()
                 raise
             finally:
@@ -105,6 +102,7 @@ class Loop:
         while True:
             while len(self.issued) >= STEPS_AHEAD or (self.issued and self.trainer.device.type == "cpu"):
                 self._settle()
+            self._require_health(SKIPS_TOLERATED)
             self.trainer.clock.mark("other")
             if self.trainer.stream.enters_part(self.number):
                 spent = self.world.is_main and self.decider.is_spent(self.number, len(self.issued))
@@ -126,6 +124,9 @@ class Loop:
         if decision.interrupted:
             self.save()
             raise Interrupted(f"stopped at step {self.totals.step}; issue the same command again to resume")
+        self._require_health(
+            max(1, min(SKIPS_TOLERATED, self.totals.step))
+        )  # a run of a few steps that were all skipped
 
     def _await_text(self) -> None:
         """Every rank waits for the text of the next step, and shuffles it, before any of them waits in a decision.
@@ -199,14 +200,11 @@ class Loop:
         charged = self.ledger.step(
             step.cost, phase_s, progress=step.progress, epoch=step.epoch,
             unique=self.trainer.stream.unique_of(self.totals.step + 1), joules=self._joules(),
-            lr=step.lr, loss=float(step.loss),
+            lr=step.lr, loss=float(step.loss), skipped=bool(step.skipped),
         )  # fmt: skip
         self.decider.meter.observe(charged)
         self.seconds += charged / self.world.size
         self.monitor.advance(min(1.0, self.decider.meter.charged() / self.config.budget.amount))
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if step.skipped else 0
-        if self.skipped_in_a_row >= SKIPS_TOLERATED:
-            raise Diverged(f"the gradient was not finite in {SKIPS_TOLERATED} steps in a row: give a smaller --lr")
 
     def _joules(self) -> float | None:
         """Joules since the last reading. Once one is missing it stays None: a total that lacks a part is no total.
@@ -231,7 +229,7 @@ class Loop:
         self.monitor.step({
             "step": t.step, "progress": line["progress"], "charged_s": t.charged_s, "tokens": t.tokens["real"],
             "loss": line["loss"], "parts": {name: float(value) for name, value in terms.items()}, "lr": line["lr"],
-            "grad_norm": float(norm), "tokens_per_s": (t.tokens["real"] - tokens) / taken,
+            "skipped": t.skipped, "grad_norm": float(norm), "tokens_per_s": (t.tokens["real"] - tokens) / taken,
             "watts": None if t.joules is None else (t.joules - joules) / taken, **asdict(clocks),
             "peak_memory_bytes": peak_memory_bytes(self.trainer.device),
         })  # fmt: skip
@@ -266,12 +264,21 @@ class Loop:
             self.save(in_loop=False)
 
     def save(self, *, in_loop: bool = True) -> None:
-        """Write a checkpoint of the last finished step."""
+        """Write a checkpoint of the last finished step.
+
+        Raises:
+            Diverged: on every rank, if a weight or a moment is not finite; the checkpoints that are there stay.
+        """
         while self.issued:
             self._settle()
         self.ledger.sync()
-        if self.world.is_main:
-            self._write_checkpoint()
+        try:
+            if self.world.is_main:
+                self._write_checkpoint()
+            else:  # as rank 0 does: all hold the same weights
+                checkpoint.require_finite(self.trainer.objective, self.trainer.optimizer)
+        except Diverged as error:
+            raise self._diverged(str(error), error.cause) from error
         barrier(self.world)
         seconds = self.trainer.clock.event("checkpoint")
         self.ledger.event("checkpoint", seconds, in_loop=in_loop, joules=self.power.joules_since_last())
@@ -293,8 +300,29 @@ class Loop:
     def _write_checkpoint(self) -> None:
         recent = list(self.ledger.recent)
         state = {"step": self.totals.step, "totals": asdict(self.totals), "recent": recent}
-        checkpoint.save(self.folder / "checkpoints", self.trainer.objective, self.trainer.optimizer, state)
+        root, say = self.folder / "checkpoints", self.monitor.say
+        checkpoint.save(root, self.trainer.objective, self.trainer.optimizer, state, say=say)
         self.checkpoints.saved()
+
+    # ---- when numbers are not finite ------------------------------------------------------------------------
+
+    def _require_health(self, tolerated: int) -> None:
+        """End a run whose last steps were all skipped, and keep its weights: no skipped step changed them."""
+        skips = self.totals.skipped_in_a_row
+        if skips < tolerated:
+            return
+        while self.issued:
+            self._settle()
+        if self.checkpoints.unsaved:
+            self.save()  # says it better where a weight is not finite
+        cause = health.likely_cause(self.trainer, self.totals.step - 1)
+        raise self._diverged(f"no loss and gradient were finite in {skips} steps in a row", cause)
+
+    def _diverged(self, found: str, cause: health.Cause) -> Diverged:
+        kept = checkpoint.latest(self.folder / "checkpoints")
+        state = f"the last healthy state is {kept}" if kept else "no healthy state was saved before"
+        text = f"diverged by step {self.totals.step}: {found}; {health.remedy(cause, self.setup, self.folder)}; {state}"
+        return Diverged(text, cause)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

@@ -115,7 +115,7 @@ class Monitor:
         """Appends a step's metrics.
 
         Args:
-            record: step, progress, charged_s, tokens, loss, parts, lr, grad_norm, tokens_per_s,
+            record: step, progress, charged_s, tokens, loss, parts, lr, skipped, grad_norm, tokens_per_s,
                 peak_memory_bytes.
         """
         self._append(record)
@@ -176,6 +176,7 @@ class Monitor:
                 f"loss {_optional(record.get('loss'))}",
                 f"lr {record['lr']:.2e}",
                 f"{record['tokens_per_s']:,.0f} tokens/s",
+                f"{record['skipped']:,} steps skipped" if record.get("skipped") else "",
             ]
         return " · ".join(piece for piece in pieces if piece)
 

@@ -1,8 +1,8 @@
-"""Optimiser: AdamW with two parameter groups, gradient clipping and a finite check that never asks the host."""
+"""Optimiser: AdamW with two parameter groups, gradient clipping, and checks that numbers are finite."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -36,16 +36,25 @@ def clip(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     return norm
 
 
-def step_if_finite(optimizer: torch.optim.AdamW, norm: Tensor, lr: float) -> Tensor:
-    """Step at learning rate ``lr`` if the gradient's norm is finite; else change no parameter.
+def step_if_finite(optimizer: torch.optim.AdamW, loss: Tensor, norm: Tensor, lr: float) -> Tensor:
+    """Step at learning rate ``lr`` if the loss and the gradient's norm are finite; else change no parameter.
 
-    The decision is taken on the device, through the fused optimiser's ``found_inf`` flag. Returns that flag: a float32
-    scalar, 1 where the step was skipped.
+    The decision is taken on the device, through the fused optimiser's ``found_inf`` flag: the host is never asked. Returns
+    that flag: a float32 scalar, 1 where the step was skipped.
     """
-    skipped = (~torch.isfinite(norm)).to(torch.float32)
+    skipped = (~(torch.isfinite(loss) & torch.isfinite(norm))).to(torch.float32)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.found_inf = skipped  # type: ignore[attr-defined]
     optimizer.grad_scale = None  # type: ignore[attr-defined]
     optimizer.step()
     return skipped
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of tensors, all on one device, that hold NaN or infinity. Reads each number once; waits once for the device."""
+    floats = {name: x.detach() for name, x in tensors.items() if x.is_floating_point() and x.numel()}
+    if not floats:
+        return []
+    largest = torch.stack([torch.linalg.vector_norm(x, torch.inf).float() for x in floats.values()])
+    return [name for name, finite in zip(floats, largest.isfinite().tolist(), strict=True) if not finite]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from fastkd import checkpoint
 from fastkd.budget import Ledger, Totals, surviving_steps
 from fastkd.decide import Validations
+from fastkd.distributed import on_main
 from fastkd.files import read_jsonl
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 def resume(trainer: Trainer, folder: Path, monitor: Monitor) -> tuple[Ledger, Validations]:
     """Load the newest checkpoint into the trainer and take over what was charged; a new run starts at zero."""
     config, world = trainer.setup.config, trainer.world
-    totals, recent = _restore(trainer, folder / "checkpoints")
+    totals, recent = _restore(trainer, folder / "checkpoints", monitor)
     ledger = Ledger(folder / "ledger.jsonl", config.charge, totals, world.size, write=world.is_main)
     ledger.complete(recent)
     validations = Validations(config.validations, world.size)
@@ -31,9 +32,9 @@ def resume(trainer: Trainer, folder: Path, monitor: Monitor) -> tuple[Ledger, Va
     return ledger, validations
 
 
-def _restore(trainer: Trainer, checkpoints: Path) -> tuple[Totals, list[Record]]:
+def _restore(trainer: Trainer, checkpoints: Path, monitor: Monitor) -> tuple[Totals, list[Record]]:
     """What was spent, and the ledger's lines of the last steps, at the newest checkpoint."""
-    found = checkpoint.newest(checkpoints)
+    found = on_main(trainer.world, lambda: checkpoint.newest(checkpoints, monitor.say))
     if found is None:
         return Totals(), []
     found.restore(trainer.objective, trainer.optimizer)

@@ -107,7 +107,7 @@ class Trainer:
             losses.append(torch.stack([x.detach().float() for x in (out.loss, *out.terms.values())]))
         loss, *terms = average(self.world, torch.stack(losses).mean(0))
         norm = optim.clip(self.trained, self.setup.config.clip_norm)
-        self.skipped = optim.step_if_finite(self.optimizer, norm, lr)
+        self.skipped = optim.step_if_finite(self.optimizer, loss, norm, lr)
         self.optimizer.zero_grad(set_to_none=True)
         self.clock.mark("optimizer")
         return loss, norm, dict(zip(out.terms, terms, strict=True))
@@ -153,28 +153,45 @@ class Trainer:
         need no more than this one: their shapes are the same. Parameters that the loss did not reach are frozen.
 
         Raises:
-            ValueError: not even one pack fits.
+            ValueError: not even one pack fits, or the loss is not finite though no step was taken yet.
         """
         started = now()
         compiling = ", compiling" if self.setup.compile else ""
         log.info("trying a micro-batch of %d tokens%s", self.micro_tokens, compiling)
-        while any_rank(self.world, not self._fits()):
+        while any_rank(self.world, (loss := self._tried()) is None):
             self.objective.zero_grad(set_to_none=True)
             self.halve_micro_batch()
+        self._require_finite(loss)
         for parameter in self.objective.parameters():
             parameter.requires_grad_(parameter.grad is not None)
         self.objective.zero_grad(set_to_none=True)
         self.rehearsal_seconds = now() - started
         self.clock.lap()
 
-    def _fits(self) -> bool:
+    def _tried(self) -> Tensor | None:
+        """The loss of a micro-batch, or None where it does not fit."""
         try:
             room = memory.optimizer_room(self.objective, self.device)
-            self.micro_step(self.stream.step(0)[0], 1.0)
+            loss = self.micro_step(self.stream.step(0)[0], 1.0).loss.detach()
             del room
         except torch.OutOfMemoryError:
-            return False
-        return True
+            return None
+        return loss
+
+    def _require_finite(self, loss: Tensor | None) -> None:
+        """Refuse a first loss that is not finite: no learning rate has moved the student yet."""
+        if not any_rank(self.world, loss is not None and not bool(loss.isfinite())):
+            return
+        config = self.setup.config
+        numerics = "" if self.setup.dtype == torch.float32 else "--dtype float32, or "
+        if config.teacher is None:
+            raise ValueError(
+                f"the loss is not finite before the first step: give {numerics}another --student or --corpus"
+            )
+        raise ValueError(
+            f"the loss is not finite before the first step, which is teacher {config.teacher}'s doing: its numbers are too "
+            f"large; give {numerics}another --teacher"
+        )
 
     def halve_micro_batch(self) -> None:
         """Take the next smaller micro-batch after running out of memory.
@@ -204,20 +221,30 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> Validation:
         """The method's loss on held-out text; where the MLM head is trained, also its cross-entropy and accuracy."""
-        method, model = self.setup.method, self.setup.student
         losses: list[float] = []
         mlm = torch.zeros(3, dtype=torch.float64)  # summed cross-entropy, right predictions, predictions
         for batch in self.validation:
-            teacher = self.teach(batch)
             with self.autocast():
-                student = model(method.text(batch), batch, method.student_needs)
-                losses.append(float(method.loss(student, teacher, batch).loss))
-                if method.trains_mlm_head:
+                student, loss = self._look(batch)
+                losses.append(loss)
+                if self.setup.method.trains_mlm_head:
                     mlm += _score_head(student, batch)
-        loss, entropy, right, count = mean(
+        mean_loss, entropy, right, count = mean(
             self.world, torch.cat([torch.tensor([sum(losses) / len(losses)], dtype=torch.float64), mlm])
         ).tolist()
-        return Validation(loss, *((entropy / count, right / count) if count else (None, None)))
+        return Validation(mean_loss, *((entropy / count, right / count) if count else (None, None)))
+
+    @torch.no_grad()
+    def loss_of(self, batches: list[Batch]) -> float:
+        """The mean loss of micro-batches of this rank."""
+        with self.autocast():
+            return sum(self._look(batch)[1] for batch in batches) / len(batches)
+
+    def _look(self, batch: Batch) -> tuple[Outputs, float]:
+        """The student's outputs of a micro-batch, without dropout, and its loss."""
+        method, teacher = self.setup.method, self.teach(batch)
+        student = self.setup.student(method.text(batch), batch, method.student_needs)
+        return student, float(method.loss(student, teacher, batch).loss)
 
 
 def _score_head(student: Outputs, batch: Batch) -> Tensor:

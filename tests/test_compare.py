@@ -17,7 +17,7 @@ from fastkd.comparison.scores import Scorer
 from fastkd.comparison.tuning import candidates, searched, tune
 from fastkd.distributed import World
 from fastkd.files import read_jsonl
-from fastkd.loop import Diverged
+from fastkd.health import Diverged
 from fastkd.run_folder import read_run
 
 

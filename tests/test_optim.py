@@ -50,11 +50,30 @@ def test_a_step_that_is_not_finite_changes_nothing(poison: float) -> None:
     net = model()
     optimizer = new(net)
     for value in (1.0, poison, 1.0):
-        net(torch.randn(4, 8)).square().sum().mul(value).backward()
+        loss = net(torch.randn(4, 8)).square().sum().mul(value)
+        loss.backward()
         before = [p.detach().clone() for p in net.parameters()]
         norm = optim.clip(list(net.parameters()), 1.0)
-        skipped = optim.step_if_finite(optimizer, norm, lr=0.1)
+        skipped = optim.step_if_finite(optimizer, loss.detach(), norm, lr=0.1)
         optimizer.zero_grad(set_to_none=True)
         unchanged = all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
         assert unchanged == bool(skipped) == (value != 1.0)
     assert all(torch.isfinite(p).all() for p in net.parameters())
+
+
+def test_a_loss_that_is_not_finite_changes_nothing_though_its_gradient_is() -> None:
+    net = model()
+    optimizer = new(net)
+    net(torch.randn(4, 8)).square().sum().backward()
+    before = [p.detach().clone() for p in net.parameters()]
+    norm = optim.clip(list(net.parameters()), 1.0)
+    assert torch.isfinite(norm) and optim.step_if_finite(optimizer, torch.tensor(torch.nan), norm, lr=0.1)
+    assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
+
+
+def test_tensors_that_are_not_finite_are_named() -> None:
+    tensors = {name: torch.ones(3, 4) for name in ("a", "b", "c", "whole")}
+    tensors["a"][1, 2], tensors["b"][0, 0], tensors["c"][2, 3] = torch.nan, torch.inf, -torch.inf
+    tensors |= {"ids": torch.arange(3), "none": torch.ones(0), "large": torch.full((9,), 3e38)}
+    assert optim.not_finite(tensors) == ["a", "b", "c"]
+    assert optim.not_finite({"ids": torch.arange(3)}) == []

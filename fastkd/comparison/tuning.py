@@ -12,7 +12,7 @@ from typing import Any
 from fastkd import files
 from fastkd.distributed import World, on_main
 from fastkd.files import Record, finite, sum_holds, with_sum
-from fastkd.loop import Diverged
+from fastkd.health import Diverged
 from fastkd.run_folder import read_run
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ def tune(default: float, count: int, try_rate: Callable[[float, Path], None], fo
 
     Raises:
         ValueError: no rate gave a finite loss.
+        Diverged: by teacher or text, whatever the rate.
     """
     known = on_main(world, lambda: _tried(folder))
     if not known:
@@ -82,7 +83,9 @@ def _tried(folder: Path) -> list[Record]:
 def _diverges(try_rate: Callable[[float, Path], None], rate: float, place: Path) -> bool:
     try:
         try_rate(rate, place)
-    except Diverged:
+    except Diverged as error:
+        if error.cause != "rate":  # every rate would meet the same teacher and text
+            raise
         return True
     return False
 

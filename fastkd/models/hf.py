@@ -15,8 +15,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import logging as hf_logging
 
-from fastkd import files
+from fastkd import files, optim
 from fastkd.data import hub_requests
+from fastkd.health import Diverged
 from fastkd.models import families, parameter_names, sentences, weights
 from fastkd.models import tokenizer as tokenizers
 from fastkd.models.encoder import Encoder, EncoderConfig
@@ -175,7 +176,12 @@ def export(
 
     ``mlm_head``: whether the head was trained; if not, the bare model is written. ``max_length``: the longest sequence of the
     training, written as the tokenizer's model_max_length. A folder that exists is replaced.
+
+    Raises:
+        Diverged: a weight is not finite; nothing is written.
     """
+    if bad := optim.not_finite(encoder.state_dict()):
+        raise Diverged(f"the student is not exported, since {bad[0]} is not finite: train it again with a smaller --lr")
     written = folder.with_name(f".{folder.name}-{os.getpid()}")
     shutil.rmtree(written, ignore_errors=True)
     written.mkdir(parents=True)

@@ -111,6 +111,7 @@ def _key_figures(run: Run) -> list[tuple[str, Cell, str]]:
 _Fact = tuple[str, Callable[[Run], float | None], Callable[[float], str]]
 _FACTS: dict[str, _Fact] = {
     "steps": ("steps", lambda run: run.last["step"] if run.last else 0, quantities.number),
+    "skipped": ("steps skipped", lambda run: run.last.get("skipped", 0) if run.last else 0, quantities.number),
     "tokens": ("tokens", lambda run: run.last["tokens"]["real"] if run.last else 0, quantities.count),
     "epochs": ("epochs", lambda run: run.last["epoch"] if run.last else 0.0, quantities.number),
     "tokens_per_s": ("tokens per second", lambda run: run.tokens_per_s, quantities.number),
