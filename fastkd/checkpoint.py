@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,13 +65,13 @@ def save(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     *,
-    copies: Sequence[Path] = (),
+    copies: Mapping[str, bytes] | None = None,
     say: Callable[[str], None] = log.warning,
 ) -> Path:
     """Write ``root/step-N`` (N is ``state["step"]``) whole or not at all, and drop all but it and the newest other sound one.
 
     Args:
-        copies: files that are copied into the checkpoint.
+        copies: more files of the checkpoint, by name.
         say: is told of each damaged checkpoint that is set aside.
 
     Raises:
@@ -87,8 +87,8 @@ def save(
         _write_tensors(building / MODEL, model.state_dict())
         _write_tensors(building / OPTIMIZER, _optimizer_tensors(optimizer))
         (building / STATE).write_text(json.dumps(state, indent=1))
-        for path in copies:
-            shutil.copyfile(path, building / path.name)
+        for name, content in (copies or {}).items():
+            (building / name).write_bytes(content)
         manifest = {path.name: file_sha256(path) for path in sorted(building.iterdir())}
         (building / MANIFEST).write_text(json.dumps(manifest, indent=1))
         files.give_usual_modes(building)
@@ -138,6 +138,11 @@ def newest(root: Path, say: Callable[[str], None] = log.warning) -> Checkpoint |
             f"every checkpoint in {root} is damaged ({each}): put a copy back, or remove {root} to start at step 0"
         )
     return None
+
+
+def sound_files(root: Path, name: str) -> list[Path]:
+    """The files of a name in checkpoints that are what their manifests say, whatever the rest of the checkpoint is like."""
+    return [folder / name for folder in _folders(root) if _damage(folder, only=name) is None]
 
 
 def latest(root: Path) -> Path | None:
@@ -194,17 +199,19 @@ def _set_aside(folder: Path, reason: str, say: Callable[[str], None]) -> None:
     say(f"checkpoint {folder} is passed over ({reason}) and kept as {aside.name}")
 
 
-def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; None if it holds what was written."""
+def _damage(folder: Path, only: str | None = None) -> str | None:
+    """What is wrong with a checkpoint, or with ``only`` one of its files; None if it holds what was written."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        if not isinstance(manifest, dict) or not manifest.keys() >= {MODEL, OPTIMIZER, STATE}:
+        if not isinstance(manifest, dict) or not manifest.keys() >= ({only} if only else {MODEL, OPTIMIZER, STATE}):
             return f"{MANIFEST} does not list its files"
         for name, digest in manifest.items():
             if name != Path(name).name or name == "..":
                 return f"{MANIFEST} names {name!r}, which is not in it"
-            if file_sha256(folder / name) != digest:
+            if only in (None, name) and file_sha256(folder / name) != digest:
                 return f"{name} is not what was written"
+        if only:
+            return None
         state = json.loads((folder / STATE).read_bytes())
         if not isinstance(state, dict) or state.get("step") != _order(folder)[0]:
             return f"{STATE} is of another step"

@@ -152,10 +152,14 @@ def test_a_step_that_is_saved_again_stays_until_the_new_one_is_in_place(
 
 def test_a_copy_of_a_file_is_part_of_the_checkpoint(tmp_path: Path) -> None:
     net, optimizer = trained()
-    (tmp_path / "ledger.jsonl").write_text('{"step": 1}\n')
-    saved = checkpoint.save(tmp_path / "c", net, optimizer, {"step": 1}, copies=[tmp_path / "ledger.jsonl"])
-    assert (saved / "ledger.jsonl").read_text() == '{"step": 1}\n'
-    (saved / "ledger.jsonl").write_text('{"step": 2}\n')
+    for step in (1, 2):
+        checkpoint.save(tmp_path / "c", net, optimizer, {"step": step}, copies={"ledger.jsonl": b"a line\n"})
+    older, newer = (tmp_path / "c" / f"step-{step}" / "ledger.jsonl" for step in (1, 2))
+    (newer.parent / "model.safetensors").unlink()
+    assert checkpoint.sound_files(tmp_path / "c", "ledger.jsonl") == [newer, older]
+    older.write_text("another line\n")
+    assert checkpoint.sound_files(tmp_path / "c", "ledger.jsonl") == [newer]
+    assert checkpoint.sound_files(tmp_path / "c", "none.jsonl") == []
     with pytest.raises(ValueError, match=r"ledger\.jsonl is not what was written"):
         checkpoint.newest(tmp_path / "c")
 
