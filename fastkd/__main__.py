@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from fastkd import __version__, terminal
+from fastkd import __version__, signals, terminal
 
 COMMANDS = {
     "run": ("fastkd.run", "train a student under one budget: plan, train, export, report"),
@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         terminal.complain(f"unknown command {name!r}: fastkd takes {', '.join(COMMANDS)}")
         return 2
     else:
-        return int(import_module(COMMANDS[name][0]).main(rest))
+        with signals.watched():  # from before the imports
+            return int(import_module(COMMANDS[name][0]).main(rest))
     return 0
 
 

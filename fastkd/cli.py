@@ -14,11 +14,18 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 from packaging.version import Version
 
-from fastkd import terminal
+from fastkd import signals, terminal
 from fastkd.budget import BudgetTooSmall
 from fastkd.health import Diverged
+from fastkd.signals import EXIT_INTERRUPTED, INTERRUPTED
 
-EXIT_OK, EXIT_FAILED, EXIT_CONFIGURATION, EXIT_BUDGET, EXIT_ROWS, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 75
+EXIT_OK, EXIT_FAILED, EXIT_CONFIGURATION, EXIT_BUDGET, EXIT_ROWS = 0, 1, 2, 3, 4
+CODES: tuple[tuple[type[Exception], int], ...] = (
+    (BudgetTooSmall, EXIT_BUDGET),
+    (ValueError, EXIT_CONFIGURATION),
+    (ChildProcessError, EXIT_FAILED),
+    (Diverged, EXIT_FAILED),
+)
 OLDEST = {"torch": "2.11", "transformers": "5", "datasets": "4"}  # as pyproject.toml asks for
 WORDS = {"yes": True, "true": True, "t": True, "y": True, "1": True} | dict.fromkeys(
     ("no", "false", "f", "n", "0"), False
@@ -26,26 +33,33 @@ WORDS = {"yes": True, "true": True, "t": True, "y": True, "1": True} | dict.from
 
 
 def answer(work: Callable[[], int]) -> int:
-    """Do a command's work and return its exit code. An error becomes one line on standard error."""
-    try:
-        check_versions()
-        return work()
-    except BudgetTooSmall as error:
-        terminal.complain(str(error))
-        return EXIT_BUDGET
-    except ValueError as error:
-        terminal.complain(str(error))
-        return EXIT_CONFIGURATION
-    except (ChildProcessError, Diverged) as error:
-        terminal.complain(str(error))
-        return EXIT_FAILED
-    except OSError as error:
-        terminal.complain(f"{error}: fix this and run the same command again; saved work is kept")
-    except KeyboardInterrupt as error:  # the loop's own says where it stopped
-        if os.environ.get("RANK", "0") == "0":
-            text = str(error) or "interrupted: what was saved is kept, and the same command continues from there"
-            terminal.say(text, sys.stderr)
+    """Do a command's work and return its exit code. An error or a signal becomes one line on standard error."""
+    with signals.watched():
+        try:
+            check_versions()
+            return work()
+        except KeyboardInterrupt as error:
+            return _interrupted(str(error))  # the loop's own says where it stopped
+        except Exception as error:
+            return _interrupted() if signals.asked() else _failed(error)
+
+
+def _interrupted(text: str = "") -> int:
+    if os.environ.get("RANK", "0") == "0":
+        terminal.say(text or INTERRUPTED, sys.stderr)
     return EXIT_INTERRUPTED
+
+
+def _failed(error: Exception) -> int:
+    """The exit code of an error that is said in one line; one of another kind is a mistake of ours and is raised again."""
+    for kinds, code in CODES:
+        if isinstance(error, kinds):
+            terminal.complain(str(error))
+            return code
+    if isinstance(error, OSError):
+        terminal.complain(f"{error}: fix this and run the same command again; saved work is kept")
+        return EXIT_INTERRUPTED
+    raise error
 
 
 def check_versions() -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastkd import checkpoint, health, schedule
+from fastkd import checkpoint, health, schedule, signals
 from fastkd.data.builder import BuildingFailed
 from fastkd.decide import Decider
 from fastkd.device.clock import Lap, PhaseClock
@@ -69,7 +67,6 @@ class Loop:
         self.issued: deque[IssuedStep] = deque()
         self.seconds = 0.0  # of steps, in this process
         self._logged = (self.totals.tokens["real"], 0.0, self.totals.joules or 0.0)
-        self._interrupted = False
         self._ahead: Generator[list[Batch], None, None] | None = None
 
     @property
@@ -78,15 +75,17 @@ class Loop:
         return self.totals.step + len(self.issued)
 
     def run(self, traced: Callable[[], None] = lambda: None) -> None:
-        """Train until no further step fits; ``traced`` is called after each step.
+        """Train until no further step fits, and save the last one; ``traced`` is called after each step.
 
         Raises:
             Interrupted: after a signal, once saved.
             Diverged: weights are not finite, or step after step was skipped; the last healthy state is kept.
         """
-        with self._signals():
+        with signals.deferred():
             try:
                 self._run(traced)
+                self.save_the_end()  # before anything that may be interrupted
+                self._stop_if_asked(any_rank(self.world, signals.asked()))
             except (RuntimeError, BuildingFailed):
                 # A peer is gone, the device failed, or there is no more text: this rank holds the last whole step.
                 with contextlib.suppress(RuntimeError, OSError, Diverged):
@@ -123,10 +122,14 @@ class Loop:
             self._settle()
         if decision.interrupted:
             self.save()
+        self._stop_if_asked(decision.interrupted)
+        all_of_a_short_run = max(1, min(SKIPS_TOLERATED, self.totals.step))
+        self._require_health(all_of_a_short_run)
+
+    def _stop_if_asked(self, asked: bool) -> None:
+        """Raises Interrupted on every rank if ``asked``, which all know: the run is saved."""
+        if asked:
             raise Interrupted(f"stopped at step {self.totals.step}; issue the same command again to resume")
-        self._require_health(
-            max(1, min(SKIPS_TOLERATED, self.totals.step))
-        )  # a run of a few steps that were all skipped
 
     def _await_text(self) -> None:
         """Every rank waits for the text of the next step, and shuffles it, before any of them waits in a decision.
@@ -137,7 +140,7 @@ class Loop:
         if not stream.is_there(number):
             self.monitor.say("waiting for the next part of the corpus, which is being tokenised")
         with contextlib.suppress(InterruptedError):
-            stream.wait(number, lambda: self._interrupted)
+            stream.wait(number, signals.asked)
             self.trainer.step_cost(number)
         barrier(self.world)
         self.trainer.clock.mark("data")
@@ -156,10 +159,10 @@ class Loop:
 
     def _decide(self) -> Decision:
         if not self.world.is_main:
-            return Decision(0.0, interrupted=self._interrupted)
-        if self._interrupted and not self.trainer.stream.is_there(self.number):
+            return Decision(0.0, interrupted=signals.asked())
+        if signals.asked() and not self.trainer.stream.is_there(self.number):
             return Decision(0.0, interrupted=True)  # what the step costs is not known without its text
-        return self.decider.decide(self.number, len(self.issued), interrupted=self._interrupted)
+        return self.decider.decide(self.number, len(self.issued), interrupted=signals.asked())
 
     # ---- one step, from issue to charge ---------------------------------------------------------------------
 
@@ -323,15 +326,3 @@ class Loop:
         state = f"the last healthy state is {kept}" if kept else "no healthy state was saved before"
         text = f"diverged by step {self.totals.step}: {found}; {health.remedy(cause, self.setup, self.folder)}; {state}"
         return Diverged(text, cause)
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        def interrupt(number: int, frame: FrameType | None) -> None:
-            self._interrupted = True
-
-        before = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

@@ -115,7 +115,6 @@ def train(trainer: Trainer, folder: Path, measured: planning.Measurement, setup_
                 raise BudgetTooSmall(
                     f"the budget went to set-up or to steps that were lost, none is left for a step: raise it, or remove {folder}"
                 )
-            loop.save_the_end()  # before anything that may be interrupted
             loop.record_validation(1.0, in_loop=False)
 
 

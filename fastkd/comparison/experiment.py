@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastkd import files, pipeline
+from fastkd import files, pipeline, signals
 from fastkd.budget import Budget
 from fastkd.comparison import differences
 from fastkd.comparison.budgets import MatchedBudgets, release_memory
@@ -101,6 +101,8 @@ class Comparison:
             pipeline.run(run.row.resolved(self.shared, **run.budget, **more), self.world, self.console)
             on_main(self.world, lambda: self.scorer.fine_tune(run.folder, run.folder))
         except Exception as caught:  # whatever ends one row but an interrupt, the others go on
+            if signals.asked():
+                raise
             error = f"{type(caught).__name__}: {caught}".splitlines()[0]
         failed = any_rank(self.world, error is not None)
         return error or ("failed on another rank" if failed else None)

@@ -228,7 +228,7 @@ class Builder:
         # -P: the folder that a user is in must not shadow any module of the process's.
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, text=True, env=os.environ | {"PYTHONPATH": path},
+            stderr=subprocess.DEVNULL, text=True, env=os.environ | {"PYTHONPATH": path}, process_group=0,
         )  # fmt: skip
         self._finalizer = finalize(self, _end, process)
         self._process, self._building = process, number
@@ -249,7 +249,9 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 def main() -> int:
     """The building process: builds the parts up to the one that stdin names."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # a scheduler sends them to all: the parent ends this one
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(os, "nice"):
         os.nice(NICE)
     order = json.loads(sys.stdin.readline())

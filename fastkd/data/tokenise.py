@@ -159,7 +159,7 @@ class _Worker:
         # -P: no module in the folder of this file may shadow one that the worker imports.
         self._process = subprocess.Popen(
             [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
+            env=os.environ | {"TOKENIZERS_PARALLELISM": "false"}, process_group=0,  # out of reach of a terminal's Ctrl-C
         )  # fmt: skip
         self._tokenizer_json: str | None = tokenizer_json  # until it is sent
 
@@ -219,17 +219,18 @@ def _in_processes(chunks: Iterator[list[str]], tokenizer_json: str, workers: int
 
 
 def _serve() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # a scheduler sends them to all: the parent ends its workers
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
-    tokenizer = load(pickle.load(requests))
-    while True:
-        try:
-            chunk = pickle.load(requests)
-        except EOFError:
-            return
-        tokens = encode(tokenizer, chunk)
-        pickle.dump((tokens.ids, tokens.lengths, tokens.hashes), replies, protocol=5)
-        replies.flush()
+    try:
+        tokenizer = load(pickle.load(requests))
+        while True:
+            tokens = encode(tokenizer, pickle.load(requests))
+            pickle.dump((tokens.ids, tokens.lengths, tokens.hashes), replies, protocol=5)
+            replies.flush()
+    except (EOFError, pickle.UnpicklingError, BrokenPipeError):
+        os._exit(0)  # the parent has ended, perhaps in the middle of a message: nobody waits for what is not sent yet
 
 
 if __name__ == "__main__":

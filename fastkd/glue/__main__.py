@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Literal, NoReturn
+from typing import Literal
 
 from fastkd import cli
 from fastkd.glue.tasks import choose_tasks, parse_limits
@@ -70,7 +68,6 @@ def parse(argv: Sequence[str]) -> tuple[str, GlueOptions]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit codes: 0 done, 1 a process of it died, 2 bad configuration, 75 interrupted and saved."""
-    signal.signal(signal.SIGTERM, _interrupt)
     return cli.answer(lambda: _run(*parse(sys.argv[1:] if argv is None else argv)))
 
 
@@ -103,10 +100,6 @@ def _run(model: str, options: GlueOptions) -> int:
 def _listed(text: str | None) -> list[str]:
     """The parts of a text between its commas."""
     return [part.strip() for part in text.split(",")] if text else []
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

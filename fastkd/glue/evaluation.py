@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastkd import files
+from fastkd import files, signals
 from fastkd.files import drop_torn_line, to_line
 from fastkd.glue import examples
 from fastkd.glue.encoded import load_examples
@@ -205,12 +205,13 @@ def carry_out(evaluation: Evaluation, log: Callable[[str], None]) -> dict[str, A
     _announce(evaluation, len(results), log)
     written = start
     try:
-        for one, result in run_all(waiting, evaluation.jobs):
-            results[one.path] = result
-            now = time.perf_counter()
-            _write_ledger(evaluation, now - written, one)
-            written = now
-            log(_progress(one, result, len(results), len(wanted)))
+        with signals.raised():
+            for one, result in run_all(waiting, evaluation.jobs):
+                results[one.path] = result
+                now = time.perf_counter()
+                _write_ledger(evaluation, now - written, one)
+                written = now
+                log(_progress(one, result, len(results), len(wanted)))
     except BaseException:
         _write_ledger(evaluation, time.perf_counter() - written, None)
         raise

@@ -12,9 +12,12 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from fastkd.signals import ASKING, withheld
 
 if TYPE_CHECKING:
     from fastkd.glue.finetune import FineTuning
@@ -61,7 +64,9 @@ class _Worker:
         context = multiprocessing.get_context("spawn")  # a fork would inherit threads of torch and a CUDA context
         self._pool = ProcessPoolExecutor(1, context, _prepare, (gpu, jobs))
         before = set(multiprocessing.active_children())
-        self._pool.submit(os.getpid)  # starts the process
+        resource_tracker.ensure_running()  # it makes itself deaf, and this thread hear again
+        with withheld():
+            self._pool.submit(os.getpid)  # starts the process
         started = set(multiprocessing.active_children()) - before
         self._process = started.pop() if started else None  # none if it has died already
 
@@ -89,13 +94,14 @@ class _Worker:
     def close(self) -> None:
         """End the process, also in the middle of a fine-tuning."""
         if self._process is not None:
-            self._process.terminate()
+            self._process.kill()
         self._pool.shutdown()
 
 
 def _prepare(gpu: str | None, jobs: int) -> None:
     """A worker's start: it sees one GPU, or takes its share of the CPU's threads, and ends with its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    for number in ASKING:  # they may reach the whole group: the parent ends its workers
+        signal.signal(number, signal.SIG_IGN)
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     else:
