@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from fastkd.data import builder
 from fastkd.data.batches import BatchStream, SpecialIds, pack_size
 from fastkd.data.heldout import choose
 from fastkd.data.packing import Packer
@@ -192,13 +193,33 @@ def test_a_builder_that_is_killed_is_told_when_its_part_is_needed(waiting: Shard
             os.kill(process, signal.SIGKILL)
         return False
 
-    with pytest.raises(BuildingFailed, match=r"^the process that tokenises the corpus ended by signal 9$"):
+    with pytest.raises(BuildingFailed, match=r"^the process that tokenises the corpus \(\d+\) ended by signal 9$"):
         waiting.part(1, stop=kill)
     with pytest.raises(InterruptedError):
         waiting.part(1, stop=itertools.chain([False], itertools.repeat(True)).__next__)
     waiting.close()
     waiting.ahead(2)  # as a thread may that reads ahead for a run that has ended
     assert set(builders(waiting)) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_builder_that_is_stopped_is_ended_and_told(waiting: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was waited for without end. One that itself waits, for a lock, lives."""
+    monkeypatch.setattr(builder, "BEAT_SECONDS", 0.1)
+    before, looks = set(builders(waiting)), itertools.count()
+
+    def stop() -> bool:
+        (process,) = set(builders(waiting)) - before
+        imported = os.getpriority(os.PRIO_PROCESS, process) == builder.NICE
+        if imported and next(looks) == 10:
+            monkeypatch.setattr(builder, "PATIENCE", 1.0)
+            os.kill(process, signal.SIGSTOP)
+        return False
+
+    waiting.ahead(1)
+    with pytest.raises(BuildingFailed, match=r"^the process that tokenises .* \(\d+\) gave no sign of life for 1 s$"):
+        waiting.part(1, stop)
+    assert next(looks) > 10 and set(builders(waiting)) == before
 
 
 def test_what_a_builder_fails_of_is_one_line(waiting: Shards) -> None:
@@ -233,8 +254,8 @@ def test_a_builder_ends_with_its_parent(waiting: Shards) -> None:
         [sys.executable, "-c", PARENT, json.dumps(job)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert parent.stdout is not None and parent.stdout.readline() == "begun\n"
-    (builder,) = builders(waiting, parent.pid)
-    ended = os.pidfd_open(builder)
+    (process,) = builders(waiting, parent.pid)
+    ended = os.pidfd_open(process)
     parent.kill()
     parent.communicate()
     assert select.select([ended], [], [], 60)[0], "the builder outlived its parent"

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from fastkd.data.corpus import documents
 from fastkd.data.shards import Shards, build_shards, tokenizer_hash
-from fastkd.data.tokenise import PIECE_CHARACTERS, tokenise
+from fastkd.data.tokenise import PIECE_CHARACTERS, WorkerLost, tokenise
 
 BUILD = """
 import logging, signal, sys
@@ -123,7 +123,7 @@ def test_workers_change_nothing_and_a_long_document_is_one(
 
 
 def test_a_dead_tokeniser_process_is_reported(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(ValueError, match=r"a tokeniser process died \(exit code 1\)"):
+    with pytest.raises(WorkerLost, match=r"^a tokeniser process \(\d+\) died \(exit code 1\)"):
         list(tokenise(["text"], "no tokenizer", workers=1))
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,11 @@ from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from fastkd import run
+from fastkd.data import reading
+from fastkd.data import tokenise as tokenise_module
 from fastkd.data.progress import Shown
-from fastkd.data.tokenise import CHUNK_CHARACTERS, ROLES, encode, load, serialise, tokenise
+from fastkd.data.tokenise import ROLES, Tokens, WorkerLost, encode, load, serialise, tokenise
 from fastkd.data.unknown import require_ordinary, unknown_remark, unknown_share
 
 PLAIN = ["the [E1] capital [/E1] of[E1]France", "[e1] [E2]", "  two  spaces, naïve 東京 🙂", "[E1][E1]", ""]
@@ -89,19 +93,42 @@ def test_tokens_with_a_role_are_words_of_a_text(tokenizer: PreTrainedTokenizerBa
     assert [text[: len(part)] for text, part in zip(found, parts, strict=True)] == parts
 
 
-def test_a_worker_that_is_killed_is_one_line(quickstart_teacher: Path) -> None:
-    """As the system does when memory runs out."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda each: each.name)
+def test_a_worker_that_is_killed_or_stopped_is_one_line(
+    number: int, quickstart_teacher: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As the system does when memory runs out. The other workers end too, and say nothing."""
     tokenizer = serialise(AutoTokenizer.from_pretrained(quickstart_teacher))
-
-    soon = "x" * CHUNK_CHARACTERS  # one word, which is too long
-    later = "a text " * (CHUNK_CHARACTERS // 7)
+    monkeypatch.setattr(tokenise_module, "CHUNK_CHARACTERS", 2**15)
+    monkeypatch.setattr(tokenise_module, "PATIENCE", 6.0)
+    text = "a text " * (2**15 // 7)
     before = children()  # of this process; other tests may have left some
-    results = tokenise([soon, later, later, later], tokenizer, workers=1)
+    results = tokenise([text] * 50, tokenizer, workers=2)
     next(results)
-    (worker,) = children() - before
-    os.kill(worker, signal.SIGKILL)
-    with pytest.raises(ValueError, match=r"^a tokeniser process was ended by signal 9, as the system does .*memory"):
+    lost, _ = crew = sorted(children() - before)
+    os.kill(lost, number)
+    said = {9: "was ended by signal 9, as the system does when memory", 19: "gave no answer"}[number]
+    with pytest.raises(WorkerLost, match=rf"^a tokeniser process \({lost}\) {said}"):
         list(results)
+    assert not children() & set(crew)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_lost_worker_is_an_exit_code_that_asks_for_the_same_command(
+    from_scratch: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its text is not wrong, and the folder of the shards can be written."""
+
+    def lost(*_: object, **__: object) -> Iterator[Tokens]:
+        raise WorkerLost("a tokeniser process (7) was ended by signal 9")
+        yield
+
+    with monkeypatch.context() as patched:
+        patched.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        patched.setattr(reading, "tokenise", lost)
+        options = [*from_scratch, "--method", "mlm", "--budget-tokens", "3000", "--output-dir", str(tmp_path / "run")]
+        assert run.main(options) == 75
+    assert "error: a tokeniser process (7) was ended by signal 9: " in capsys.readouterr().err
 
 
 def children() -> set[int]:

@@ -1,7 +1,7 @@
 """Builds the parts of a corpus: in this process, or in one of its own that works ahead of training.
 
 That process is this file run as a program. It reads its job from stdin and ends when stdin closes: so it ends with its
-parent, even one that is killed. An error is one line on its stdout.
+parent, even one that is killed. On its stdout it says every few seconds that it lives, and an error in one line.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ from fastkd.data.part import Part, part_folder, write_part
 from fastkd.data.progress import Progress
 from fastkd.data.reading import Place, Reading
 from fastkd.data.recipe import Recipe, part_tokens
-from fastkd.data.tokenise import Tokens
+from fastkd.data.tokenise import Tokens, WorkerLost
 
 NICE = 10  # of the process: on a busy machine, training goes first
+BEAT, BEAT_SECONDS = ".", 5.0  # what it says while it lives
+PATIENCE = 120.0  # seconds that it is waited for without a beat: then it is stopped, or stuck, and is ended
 log = logging.getLogger(__name__)
 _damaged: set[Path] = set()  # parts of which this process has said that they are damaged
 
@@ -77,6 +79,7 @@ def build(
 
     Raises:
         ValueError: the corpus cannot be read; the folder cannot be written.
+        WorkerLost: a process that tokenises was killed or stopped; parts that are whole are kept.
     """
     corpus = Path(job.folder)
     progress = progress or Progress()
@@ -142,6 +145,8 @@ def _writable(root: Path) -> Iterator[None]:
     try:
         root.mkdir(parents=True, exist_ok=True)
         yield
+    except WorkerLost:  # not the folder's fault
+        raise
     except OSError as error:
         raise ValueError(
             f"cannot write shards to {str(root)!r} ({error.strerror or error}): free its disk or make it writable, "
@@ -172,6 +177,7 @@ class Builder:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         self._building, self._closed = 0, False
+        self._said, self._silent = "", 0.0  # by the process that is at work; seconds since it said something
         self._finalizer: finalize[..., Any] | None = None
 
     def ahead(self, number: int) -> None:
@@ -190,6 +196,9 @@ class Builder:
     def require(self, number: int, seconds: float) -> None:
         """Wait for a part that is needed now, at most ``seconds``; one that could not be built is tried once more.
 
+        A process that gives no sign of life for ``PATIENCE`` is ended. Only the seconds of these waits count: while this
+        process is itself stopped, so is the other.
+
         Raises:
             BuildingFailed: it could not be built; in one line.
         """
@@ -201,10 +210,23 @@ class Builder:
             try:
                 process.wait(seconds)
             except subprocess.TimeoutExpired:
-                return
-            said = self._ended()
+                self._listen(seconds)
+                if self._silent < PATIENCE:
+                    return
+                process.kill()
+            silent, said = self._silent >= PATIENCE, self._ended()
             if process.returncode and self._building == number:
-                raise BuildingFailed(said or f"the process that tokenises the corpus ended by {_end_of(process)}")
+                how = f"gave no sign of life for {PATIENCE:g} s" if silent else f"ended by {_end_of(process)}"
+                raise BuildingFailed(said or f"the process that tokenises the corpus ({process.pid}) {how}")
+
+    def _listen(self, seconds: float) -> None:
+        """Take what the process has said meanwhile; ``seconds`` have passed."""
+        assert self._process is not None and self._process.stdout is not None
+        with contextlib.suppress(BlockingIOError):
+            if new := os.read(self._process.stdout.fileno(), 1 << 16):
+                self._said, self._silent = self._said + new.decode(), 0.0
+                return
+        self._silent += seconds
 
     def close(self) -> None:
         """End the process, if one is at work."""
@@ -220,7 +242,7 @@ class Builder:
         said, _ = self._process.communicate()
         self._finalizer.detach()
         self._process = None
-        return said.strip()
+        return (self._said + said).lstrip(BEAT).strip()
 
     def _start(self, number: int) -> None:
         package = str(Path(fastkd.__file__).parents[1])
@@ -231,10 +253,11 @@ class Builder:
             stderr=subprocess.DEVNULL, text=True, env=os.environ | {"PYTHONPATH": path}, process_group=0,
         )  # fmt: skip
         self._finalizer = finalize(self, _end, process)
-        self._process, self._building = process, number
-        assert process.stdin is not None
+        self._process, self._building, self._said, self._silent = process, number, "", 0.0
+        assert process.stdin is not None and process.stdout is not None
+        os.set_blocking(process.stdout.fileno(), False)
         with contextlib.suppress(BrokenPipeError):  # it has ended: ``require`` says so when the part is needed
-            process.stdin.write(json.dumps({"number": number, "job": asdict(self._job)}) + "\n")
+            process.stdin.write(json.dumps({"number": number, "beat": BEAT_SECONDS, "job": asdict(self._job)}) + "\n")
             process.stdin.flush()
 
 
@@ -256,13 +279,14 @@ def main() -> int:
         os.nice(NICE)
     order = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_beat, args=(order["beat"],), daemon=True).start()
     job = Job(**order["job"])
     try:
         with hub.pinned(job.recipe["sources"]):
             _check_sources(job)
             build(job, parts=order["number"] + 1, trusted=order["number"])
     except Exception as error:  # of any kind: the parent shows this line
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        kind = "" if isinstance(error, (ValueError, WorkerLost)) else f"{type(error).__name__}: "
         print(f"{kind}{' '.join(str(error).split())}", flush=True)
         return 1
     return 0
@@ -284,6 +308,13 @@ def _end_with_parent() -> None:
     """End when stdin closes. This process's own workers then end too: their stdin closes with it."""
     os.read(sys.stdin.fileno(), 1)  # not through the buffer, which a thread must not hold when the process ends
     os._exit(1)
+
+
+def _beat(seconds: float) -> None:
+    """Say now and then that this process lives. Once stopped, it does not."""
+    while True:
+        os.write(sys.stdout.fileno(), BEAT.encode())
+        time.sleep(seconds)
 
 
 if __name__ == "__main__":

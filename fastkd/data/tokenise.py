@@ -15,10 +15,11 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,11 @@ PIECE_CHARACTERS = 2**20  # a longer document is tokenised in pieces: an encodin
 ROLES = ("cls_token", "sep_token", "mask_token", "pad_token", "unk_token")
 NO_TEXT = "\ufffe\uffff"  # not characters in Unicode: no text has a word that begins with these
 SMALL_CHUNKS = 8  # a corpus of no more chunks than this is not worth starting processes for
+PATIENCE = 120.0  # seconds for a chunk: a worker that gives no answer until then is stopped, or stuck, and is ended
+
+
+class WorkerLost(OSError):
+    """A process that tokenises was ended from outside, or gave no answer; the same command goes on."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ def tokenise(documents: Iterable[str], tokenizer_json: str, *, workers: int | No
         workers: processes; None: one per CPU of this process for more than about 16 MB of text, else none.
 
     Raises:
-        ValueError: a worker died.
+        WorkerLost: a worker was killed, stopped or crashed; in one line. The others are ended.
     """
     chunks = _chunks(documents)
     first = list(islice(chunks, SMALL_CHUNKS + 1))
@@ -162,9 +168,13 @@ class _Worker:
             env=os.environ | {"TOKENIZERS_PARALLELISM": "false"}, process_group=0,  # out of reach of a terminal's Ctrl-C
         )  # fmt: skip
         self._tokenizer_json: str | None = tokenizer_json  # until it is sent
+        self._left: float | None = None  # seconds until an answer is overdue; None: none is waited for
+        self._counting = threading.Lock()
+        self._silent = False
 
     def __call__(self, chunk: list[str]) -> Tokens:
         assert self._process.stdout is not None
+        self._expect(PATIENCE * max(1.0, sum(map(len, chunk)) / CHUNK_CHARACTERS))
         try:
             if self._tokenizer_json is not None:
                 self._send(self._tokenizer_json)
@@ -172,35 +182,64 @@ class _Worker:
             self._send(chunk)
             return Tokens(*pickle.load(self._process.stdout))
         except (OSError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(self._death()) from error
+            raise WorkerLost(self._death()) from error
+        finally:
+            self._expect(None)
+
+    def _expect(self, seconds: float | None) -> None:
+        with self._counting:
+            self._left = seconds
+
+    def pass_time(self, seconds: float) -> None:
+        """Tell the worker that time passed: an overdue one is ended, which ends the wait for its answer."""
+        with self._counting:
+            if self._left is not None and (left := self._left - seconds) < 0:
+                self._silent = True
+                self.kill()
+            elif self._left is not None:
+                self._left = left
+
+    def kill(self) -> None:
+        """End the process, a stopped one too. A wait for its answer ends."""
+        self._process.kill()
+
+    def close(self) -> None:
+        """Wait for the end of the process."""
+        self.kill()
+        self._process.communicate()
 
     def _death(self) -> str:
-        code = self._process.wait()
+        code, name = self._process.wait(), f"a tokeniser process ({self._process.pid})"
+        if self._silent:
+            return f"{name} gave no answer, as one that is stopped or has no memory left, and was ended"
         if code >= 0:
-            return f"a tokeniser process died (exit code {code}): what it printed says why"
+            return f"{name} died (exit code {code}), what it printed says why"
         memory = ", as the system does when memory runs out: free some" if -code == signal.SIGKILL else ""
-        return f"a tokeniser process was ended by signal {-code}{memory}; the same command again goes on"
+        return f"{name} was ended by signal {-code}{memory}"
 
     def _send(self, message: object) -> None:
         assert self._process.stdin is not None
         pickle.dump(message, self._process.stdin, protocol=5)
         self._process.stdin.flush()
 
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
 
 def _in_processes(chunks: Iterator[list[str]], tokenizer_json: str, workers: int) -> Generator[Tokens]:
     """Each thread borrows an idle worker for a chunk; at most two chunks a worker are in progress."""
     with ExitStack() as stack:
+        crew: list[_Worker] = []
         idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for _ in range(workers):
             worker = _Worker(tokenizer_json)
             stack.callback(worker.close)
+            crew.append(worker)
             idle.put(worker)
-        pool = ThreadPoolExecutor(workers)
+        pool, over = ThreadPoolExecutor(workers), threading.Event()
+        # From here on in the reverse order: the workers end, so no thread waits for one, then the threads do.
         stack.callback(pool.shutdown, cancel_futures=True)
+        for worker in crew:
+            stack.callback(worker.kill)
+        threading.Thread(target=_watch, args=(crew, over), daemon=True).start()
+        stack.callback(over.set)
 
         def run(chunk: list[str]) -> Tokens:
             worker = idle.get()
@@ -218,19 +257,29 @@ def _in_processes(chunks: Iterator[list[str]], tokenizer_json: str, workers: int
             yield pending.popleft().result()
 
 
+def _watch(crew: list[_Worker], over: threading.Event) -> None:
+    """Count the seconds for which workers are waited for. Looks are counted, not the clock: while this process is itself
+    stopped, so are its workers."""
+    look = PATIENCE / 60
+    while not over.wait(look):
+        for worker in crew:
+            worker.pass_time(look)
+
+
 def _serve() -> None:
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # a scheduler sends them to all: the parent ends its workers
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
-    try:
+    with suppress(
+        EOFError, OSError, pickle.UnpicklingError
+    ):  # the parent has ended, perhaps in the middle of a message
         tokenizer = load(pickle.load(requests))
         while True:
             tokens = encode(tokenizer, pickle.load(requests))
             pickle.dump((tokens.ids, tokens.lengths, tokens.hashes), replies, protocol=5)
             replies.flush()
-    except (EOFError, pickle.UnpicklingError, BrokenPipeError):
-        os._exit(0)  # the parent has ended, perhaps in the middle of a message: nobody waits for what is not sent yet
+    os._exit(0)  # without a last flush into a pipe that nobody reads
 
 
 if __name__ == "__main__":
