@@ -62,14 +62,12 @@ def measure(trainer: Trainer) -> Measurement:
         BudgetTooSmall: the budget does not pay for one step.
     """
     require_a_step(trainer.setup.config.budget, trainer.step_cost(0))
-    log.info("timing steps, for some %.0f seconds", MEASURED_SECONDS)
+    log.info("timing steps, for %.0f seconds at most", MEASURED_SECONDS)
     saved = {name: value.clone() for name, value in trainer.objective.state_dict().items()}
     power = PowerMeter(node_devices(trainer.world) if trainer.world.is_main else [])
     with contextlib.closing(trainer.stream.prefetch(0)) as stream:  # as a run reads them
         first, *_ = warm_up = [_timed_step(trainer, stream, step) for step in range(WARMUP_STEPS)]
-        estimate = sum(warm_up[-1].values())
-        fitting = int(mean(trainer.world, torch.tensor(MEASURED_SECONDS / estimate)).clamp(3, MEASURED_STEPS))
-        count = _ready_steps(trainer, fitting)
+        count = _ready_steps(trainer, _steps_worth_timing(trainer, sum(warm_up[-1].values())))
         power.joules_since_last()
         began, queued = now(), waiting.queued_seconds()
         laps = [_timed_step(trainer, stream, WARMUP_STEPS + step) for step in range(count)]
@@ -94,6 +92,14 @@ def measure(trainer: Trainer) -> Measurement:
         queued_share=queued_share,
     )
     return on_main(trainer.world, lambda: mine)
+
+
+def _steps_worth_timing(trainer: Trainer, estimate: float) -> int:
+    """How many steps of some ``estimate`` seconds to time: at most as many as the run itself will take, but at least three."""
+    budget = trainer.setup.config.budget
+    amount = Meter(budget, Totals(), estimate * trainer.world.size).step_amount(trainer.step_cost(0))
+    most = min(MEASURED_SECONDS / estimate, budget.amount / amount)
+    return int(mean(trainer.world, torch.tensor(most)).clamp(3, MEASURED_STEPS))
 
 
 def _ready_steps(trainer: Trainer, most: int) -> int:
