@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
-from fastkd.reports.plots import BLACK, BLUE, GREEN, INK, ORANGE, PURPLE, SKY, STYLE, VERMILLION, YELLOW, tick, to_svg
+from fastkd.reports.plots import BLACK, BLUE, GREEN, INK, ORANGE, PURPLE, SKY, STYLE, VERMILLION, YELLOW, fit, tick, to_svg
 
 # Phases and events in a bar's order. Neighbours differ in lightness; events, which are no part of a step, are grey.
 PHASE_COLOURS = {
@@ -28,6 +28,7 @@ PHASE_COLOURS = {
     "compile": "#333333",
     "crash": BLACK,
 }
+LEGEND_COLUMNS = 8
 HATCHES = {"teacher": "//", "communication": "xx"}
 
 
@@ -46,7 +47,7 @@ def stacked_bars(
     names = sorted({phase for _, parts in rows for phase in parts if parts[phase]}, key=phase_order)
     longest = max((sum(parts.values()) for _, parts in rows), default=0.0) or 1.0
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name, "axes.grid.axis": "x"}):
-        figure = Figure(figsize=(9.6, 0.75 + 0.32 * len(rows) + 0.3 * legend), layout="constrained")
+        figure = Figure(figsize=(9.6, 0.75 + 0.32 * len(rows) + 0.3 * legend))
         axes = figure.add_subplot()
         lefts = [0.0] * len(rows)
         for phase in names:
@@ -61,9 +62,10 @@ def stacked_bars(
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
         axes.spines["left"].set_visible(False)
         if title:
-            axes.set_title(title)
+            axes.set_title(title, y=1.0)
         if legend:
             _legend(figure, names)
+        fit(figure, axes, labels=[label for label, _ in rows], legend_rows=-(-len(names) // LEGEND_COLUMNS) * legend)
         return to_svg(figure, name, title or x_label)
 
 
@@ -86,7 +88,7 @@ def _legend(figure: Any, names: Sequence[str]) -> None:
     handles = [
         Patch(facecolor=phase_colour(name), hatch=HATCHES.get(name), edgecolor="white", label=name) for name in names
     ]
-    figure.legend(handles=handles, loc="outside lower left", ncols=8, handlelength=1.4, columnspacing=1.2)
+    figure.legend(handles=handles, loc="lower left", ncols=LEGEND_COLUMNS, handlelength=1.4, columnspacing=1.2)
 
 
 def phase_order(name: str) -> tuple[int, str]:

@@ -15,6 +15,8 @@ from typing import Any
 import matplotlib
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from fastkd import quantities
@@ -97,11 +99,11 @@ def curves(
         from_zero: the y-axis starts at 0.
     """
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=size)
         axes = figure.add_subplot()
         for place, line in enumerate(lines):
             _draw(axes, line, LINE_STYLES[(place if line.style is None else line.style) % len(LINE_STYLES)], x_scale)
-        axes.set_title(title)
+        axes.set_title(title, y=1.0)
         axes.set_xlabel(x_label)
         if x_max:
             axes.set_xlim(-0.02 * x_max / x_scale, 1.02 * x_max / x_scale)
@@ -110,6 +112,7 @@ def curves(
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
         if any(line.label or line.band for line in lines):
             axes.legend(loc="upper right")
+        fit(figure, axes)
         return to_svg(figure, name, f"{title}; horizontal: {x_label}")
 
 
@@ -156,7 +159,7 @@ def scores(
     is at least 5 times the smallest, the axis is logarithmic.
     """
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
-        figure = Figure(figsize=(4.7, 3.3), layout="constrained")
+        figure = Figure(figsize=(4.7, 3.3))
         axes = figure.add_subplot()
         spent = [x / x_scale for points in series for x, _, _ in points.means]
         same = max(spent) <= 1.05 * min(spent)
@@ -169,7 +172,7 @@ def scores(
             axes.axhline(value, color="#999999", linewidth=0.9, linestyle=(0, (6, 3)), zorder=1)
             axes.annotate(label, (0.995, value), xycoords=("axes fraction", "data"), ha="right", va="bottom",
                           fontsize=7.5, color="#555555")  # fmt: skip
-        axes.set_title(title)
+        axes.set_title(title, y=1.0)
         axes.set_xlabel(x_label)
         axes.margins(x=0.12)
         if same:
@@ -180,7 +183,9 @@ def scores(
             axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
-        figure.legend(loc="outside lower left", ncols=3, handlelength=2.2, columnspacing=1.2)
+        handles, _ = axes.get_legend_handles_labels()
+        figure.legend(handles=handles, loc="lower left", ncols=3, handlelength=2.2, columnspacing=1.2)
+        fit(figure, axes, legend_rows=-(-len(handles) // 3))
         return to_svg(figure, name, f"{title}; horizontal: {x_label}")
 
 
@@ -193,6 +198,25 @@ def _draw_points(axes: Any, points: Points, style: tuple[str, Any, str], x_scale
     deviations = [deviation or 0.0 for _, _, deviation in means]
     axes.errorbar(x, y, yerr=deviations, color=colour, linestyle=dashes if points.joined else "none", marker=marker,
                   markersize=6, capsize=2.5, elinewidth=1, label=points.label, zorder=3)  # fmt: skip
+
+
+def fit(figure: Figure, axes: Any, *, labels: Sequence[str] | None = None, legend_rows: int = 0) -> None:
+    """Give the axes what title, ticks, labels and a legend below leave of the figure.
+
+    matplotlib's own layouts find that out by drawing everything a few times, which takes longer than the drawing.
+
+    Args:
+        labels: those of the y-axis; None: numbers as `tick` writes them.
+    """
+    width, height = figure.get_size_inches()
+    title = 0.29 if axes.get_title(loc="left") else 0.08
+    figure.subplots_adjust(top=1 - title / height, bottom=(0.49 + (0.07 + 0.175 * legend_rows) * bool(legend_rows)) / height)
+    if labels is None:
+        low, high = sorted(axes.get_ylim())
+        labels = [tick(place) for place in axes.yaxis.get_majorticklocs() if low <= place <= high]
+    font = FontProperties(size=matplotlib.rcParams["font.size"])
+    widest = max((text_to_path.get_text_width_height_descent(label, font, False)[0] for label in labels), default=0.0)
+    figure.subplots_adjust(left=(0.16 + widest / 72) / width, right=1 - 0.2 / width)
 
 
 def tick(value: float) -> str:
