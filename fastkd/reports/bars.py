@@ -11,7 +11,21 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
-from fastkd.reports.plots import BLACK, BLUE, GREEN, INK, ORANGE, PURPLE, SKY, STYLE, VERMILLION, YELLOW, fit, tick, to_svg
+from fastkd.reports.plots import (
+    BLACK,
+    BLUE,
+    GREEN,
+    INK,
+    ORANGE,
+    PURPLE,
+    SKY,
+    STYLE,
+    VERMILLION,
+    YELLOW,
+    fit,
+    tick,
+    to_svg,
+)
 
 # Phases and events in a bar's order. Neighbours differ in lightness; events, which are no part of a step, are grey.
 PHASE_COLOURS = {

@@ -210,7 +210,9 @@ def fit(figure: Figure, axes: Any, *, labels: Sequence[str] | None = None, legen
     """
     width, height = figure.get_size_inches()
     title = 0.29 if axes.get_title(loc="left") else 0.08
-    figure.subplots_adjust(top=1 - title / height, bottom=(0.49 + (0.07 + 0.175 * legend_rows) * bool(legend_rows)) / height)
+    figure.subplots_adjust(
+        top=1 - title / height, bottom=(0.49 + (0.07 + 0.175 * legend_rows) * bool(legend_rows)) / height
+    )
     if labels is None:
         low, high = sorted(axes.get_ylim())
         labels = [tick(place) for place in axes.yaxis.get_majorticklocs() if low <= place <= high]
