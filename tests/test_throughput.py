@@ -99,31 +99,6 @@ def test_a_peer_trains(variant: str, spec: Spec) -> None:
     assert clock.seconds > 0
 
 
-def test_the_command_writes_both_files_and_keeps_other_groups(
-    made_teacher: Path, made_corpus: Path, tmp_path: Path, capsys
-) -> None:
-    before = {
-        "size": "tiny",
-        "dtype": "float32",
-        "method": "zz",
-        "rows": {},
-        "skipped": {"paper": "no time"},
-        "compared": {},
-        "environment": {"device": "a CPU", "cpu_threads": 2, "packages": {"torch": "2.13"}, "date": "2026-11-24"},
-    }
-    (tmp_path / "throughput.json").write_text(json.dumps({"groups": [before]}))
-    argv = ["--device", "cpu", "--sizes", "tiny", "--methods", "minilm", "--dtypes", "float32"]
-    argv += ["--tokenizer", str(made_teacher), "--corpus", str(made_corpus)]
-    throughput.main([*argv, "--steps", "1", "--rounds", "1", "--sequences", "16", "--results", str(tmp_path)])
-    measured, kept = json.loads((tmp_path / "throughput.json").read_text())["groups"]
-    assert kept == before
-    assert set(measured["rows"]) == {"fastkd", "paper", "scratch"}
-    assert all(row["tokens_per_s"] > 0 and row["peak_memory_bytes"] > 0 for row in measured["rows"].values())
-    assert "| tiny | float32 | minilm | fastkd |" in (tmp_path / "throughput.md").read_text()
-    assert "a CPU, 2 CPU threads, torch 2.13; commit unknown" in (tmp_path / "throughput.md").read_text()
-    assert "left out: no time" in (tmp_path / "throughput.md").read_text()
-
-
 def test_ratios() -> None:
     ours = {"tokens_per_s": 300.0, "peak_memory_bytes": 50, "flops_a_token": 12.0}
     scratch = {"tokens_per_s": 600.0, "peak_memory_bytes": 40, "flops_a_token": 8.0}
@@ -175,17 +150,36 @@ def without_packages(folder: Path, *command: object) -> subprocess.CompletedProc
 def test_the_benches_run_without_packages_from_a_tokenizer_and_shards(
     made_teacher: Path, made_corpus: Path, tmp_path: Path
 ) -> None:
+    """And write both files, in which the groups of other runs stay."""
+    before = {
+        "size": "tiny",
+        "dtype": "float32",
+        "method": "zz",
+        "rows": {},
+        "skipped": {"paper": "no time"},
+        "compared": {},
+        "environment": {"device": "a CPU", "cpu_threads": 2, "packages": {"torch": "2.13"}, "date": "2026-11-24"},
+    }
+    folder = tmp_path / "results"
+    folder.mkdir()
+    (folder / "throughput.json").write_text(json.dumps({"groups": [before]}))
     shards = build_shards(str(made_corpus), hf.load(made_teacher).tokenizer, tmp_path / "shards").folder
-    given, results = ["--corpus", shards], ["--results", tmp_path / "results"]
+    given, results = ["--corpus", shards], ["--results", folder]
     tiny = ["bench.throughput", "--device", "cpu", "--sizes", "tiny", "--methods", "minilm", "--dtypes", "float32",
             "--steps", 1, "--warmup", 1, "--rounds", 1, "--sequences", 16, *results]  # fmt: skip
     missing = without_packages(tmp_path / "site", *tiny)
     assert missing.returncode == 2 and "the quickstart teacher is not installed" in missing.stderr.splitlines()[-1]
     done = without_packages(tmp_path / "site", *tiny, "--tokenizer", made_teacher, *given)
     assert done.returncode == 0, done.stderr
-    (group,) = json.loads((tmp_path / "results" / "throughput.json").read_text())["groups"]
+    group, kept = json.loads((folder / "throughput.json").read_text())["groups"]
+    assert kept == before
     assert set(group["rows"]) == {"fastkd", "paper", "scratch"}, group["skipped"]
+    assert all(row["tokens_per_s"] > 0 and row["peak_memory_bytes"] > 0 for row in group["rows"].values())
+    table = (folder / "throughput.md").read_text()
+    assert "| tiny | float32 | minilm | fastkd |" in table
+    assert "a CPU, 2 CPU threads, torch 2.13; commit unknown" in table
+    assert "left out: no time" in table
     small = ["--student", "1L-48H-12A", "--teacher", made_teacher, "--batch-tokens", 1024, "--seq-length", 32]
     done = without_packages(tmp_path / "site", "bench.bench_profiler", "--steps", 2, *results, *small, *given)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "results" / "profiler.json").read_text())["steps"] == 2
+    assert json.loads((folder / "profiler.json").read_text())["steps"] == 2
