@@ -29,11 +29,20 @@ def do(light: list[str], folder: Path, *options: str) -> int:
     return compare.main([*light, *options, "--output-dir", str(folder)])
 
 
+def errors(folder: Path) -> list[str | None]:
+    """What ended each row; None where nothing did."""
+    return [row.get("error") for row in results(folder)["rows"]] if (folder / "results.json").exists() else []
+
+
+SECONDS_MATCHED = ("--methods", "mlm,minilmv2", "--budget-gpu-hours", "0.0005", "--seeds", "2", "--batch-tokens", "512")
+FLOPS_MATCHED = ("--methods", "mlm,minilmv2", "--match", "flops", "--budget-flops", "1e10")
+
+
 @pytest.fixture(scope="module")
 def seconds_matched(light: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small steps, of which a machine that is busy with other things makes a few in the budget, too."""
     folder = tmp_path_factory.mktemp("compare") / "seconds"
-    options = ("--methods", "mlm,minilmv2", "--budget-gpu-hours", "0.0005", "--seeds", "2")
-    assert do(light, folder, *options) == 0
+    assert do(light, folder, *SECONDS_MATCHED) == 0, errors(folder)
     return folder
 
 
@@ -90,21 +99,20 @@ def test_rebuilding_the_report_gives_the_same_bytes(seconds_matched: Path) -> No
 
 def test_finished_rows_are_not_repeated(seconds_matched: Path, light: list[str]) -> None:
     ledgers = {path: path.read_bytes() for path in seconds_matched.glob("rows/*/ledger.jsonl")}
-    options = ("--methods", "mlm,minilmv2", "--budget-gpu-hours", "0.0005", "--seeds", "2")
-    assert do(light, seconds_matched, *options) == 0
+    assert do(light, seconds_matched, *SECONDS_MATCHED) == 0, errors(seconds_matched)
     assert {path: path.read_bytes() for path in ledgers} == ledgers
 
 
 def test_flops_agree_within_a_step(light: list[str], tmp_path: Path) -> None:
-    assert do(light, tmp_path / "c", "--methods", "mlm,minilmv2", "--match", "flops", "--budget-flops", "2e10") == 0
+    assert do(light, tmp_path / "c", *FLOPS_MATCHED) == 0, errors(tmp_path / "c")
     for row in results(tmp_path / "c")["rows"]:
         steps = read_run(next((tmp_path / "c" / "rows").glob(f"{row['method']}-*"))).steps
-        assert 0 <= 2e10 - row["flops"] <= 1.1 * row["flops"] / len(steps)
+        assert 0 <= 1e10 - row["flops"] <= 1.1 * row["flops"] / len(steps)
 
 
 def test_kill_9_then_the_same_command_finishes_the_rest(light: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "c"
-    options = [*light, "--methods", "mlm,minilmv2", "--budget-gpu-hours", "0.0005", "--output-dir", str(folder)]
+    options = [*light, *FLOPS_MATCHED, "--output-dir", str(folder)]
     process = processes.Command("fastkd.compare", *options)
     while not list(folder.glob("rows/minilmv2-*/ledger.jsonl")):
         assert process.poll() is None
@@ -112,33 +120,44 @@ def test_kill_9_then_the_same_command_finishes_the_rest(light: list[str], tmp_pa
     process.kill()
     assert process.finish().returncode == -signal.SIGKILL
     first = next(folder.glob("rows/mlm-*/ledger.jsonl")).read_bytes()
-    assert processes.run("fastkd.compare", *options).returncode == 0
+    assert processes.run("fastkd.compare", *options).returncode == 0, errors(folder)
     assert next(folder.glob("rows/mlm-*/ledger.jsonl")).read_bytes() == first
     assert [row["status"] for row in results(folder)["rows"]] == ["ok", "ok"]
 
 
 def test_a_row_that_fails_is_reported_and_the_others_go_on(light: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "c"
-    blocked = folder / "rows" / "mlm-2e10-seed0"
+    blocked = folder / "rows" / "mlm-1e10-seed0"
     blocked.mkdir(parents=True)
     (blocked / "something else").write_text("")
-    options = ("--methods", "mlm,minilmv2", "--match", "flops", "--budget-flops", "2e10")
-    assert do(light, folder, *options) == compare.EXIT_ROWS == 4
+    assert do(light, folder, *FLOPS_MATCHED) == compare.EXIT_ROWS == 4
     rows = {row["method"]: row for row in results(folder)["rows"]}
     assert rows["mlm"]["status"] == "failed" and "not empty" in rows["mlm"]["error"]
     assert rows["minilmv2"]["status"] == "ok"
     (blocked / "something else").unlink()
-    assert do(light, folder, *options) == 0
+    assert do(light, folder, *FLOPS_MATCHED) == 0, errors(folder)
     assert [row["status"] for row in results(folder)["rows"]] == ["ok", "ok"]
 
 
+# However fast the machine is: 42 steps of a scratch run are in 0.0007 GPU-hours, by the clock of rank 0.
+TIMED = """
+import os, sys
+from fastkd import compare, planning
+
+plain = planning.Measurement
+planning.Measurement = lambda **took: plain(**took | {"step_seconds": 0.03 * (1 + int(os.environ["RANK"]))})
+sys.exit(compare.main())
+"""
+
+
 def test_two_ranks_search_match_flops_and_agree(light: list[str], seconds_matched: Path, tmp_path: Path) -> None:
+    (tmp_path / "timed.py").write_text(TIMED)
     folder, teacher = tmp_path / "c", next((seconds_matched / "rows").glob("mlm-*-seed0"))
     methods = f"logit_kd@{teacher},mlm"  # the row that others are set against comes last: its search, too
     options = ["--methods", methods, "--match", "flops", "--budget-gpu-hours", "0.0007", "--tune", "2",
                "--epochs-cap", "10", "--validations", "0", "--output-dir", str(folder)]  # fmt: skip
-    done = processes.ranks("fastkd.compare", *light, *options)
-    assert done.returncode == 0, done.stderr
+    done = processes.ranks(str(tmp_path / "timed.py"), *light, *options)
+    assert done.returncode == 0, done.stderr + str(errors(folder))
     assert done.stdout.count("table ") == 1
     rows, scratch = results(folder)["rows"], json.loads((folder / "scratch.json").read_text())
     budget = scratch['{"budget_gpu_hours": 0.0007}']["flops"]
@@ -160,7 +179,8 @@ def test_scores_are_those_of_the_tasks_and_rows_asked_for(small: list[str], tmp_
     rows = "".join(f"{i}\tIt rains.\tIt is {i}.\t{['', 'not_'][i % 2]}entailment\n" for i in range(24))
     for name in ("train", "dev"):
         (data / f"{name}.tsv").write_text("index\tsentence1\tsentence2\tlabel\n" + rows)
-    options = ["--methods", "mlm,minilmv2", "--match", "flops", "--budget-flops", "4e10", "--glue", str(data.parent)]
+    options = ["--methods", "mlm,minilmv2", "--match", "flops", "--budget-flops", "2e10", "--glue", str(data.parent),
+               "--batch-tokens", "512"]  # fmt: skip
     assert do(small, folder, *options, "--glue-tasks", "rte", "--glue-train-rows", "rte=2") == 0
     scored = [folder / "references" / "teacher", folder / "references" / "untrained", *(folder / "rows").iterdir()]
     assert [len(list(place.glob("glue/*.json"))) for place in scored] == [1, 1, 1, 1]
@@ -195,6 +215,15 @@ def test_plan_only_writes_nothing(light: list[str], tmp_path: Path, capsys) -> N
     found = json.loads(answer)
     assert [planned["row"] for planned in found["plans"]] == ["mlm", "minilmv2"]
     assert found["folder"] is found["failed"] is found["results"] is None
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_search_that_its_budget_does_not_pay_for_is_refused(light: list[str], tmp_path: Path, capsys) -> None:
+    """Before the first row, not by each: a rate gets a tenth of three steps."""
+    options = ("--methods", "mlm", "--match", "flops", "--batch-tokens", "512", "--budget-flops", "4e8", "--tune", "2")
+    assert do(light, tmp_path / "c", *options) == 3
+    error = capsys.readouterr().err
+    assert "--tune tries each rate with 10% of the budget: one step takes" in error and error.count("\n") == 1
     assert not (tmp_path / "c").exists()
 
 

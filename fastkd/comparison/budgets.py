@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastkd import files, planning
+from fastkd.budget import BudgetTooSmall
 from fastkd.comparison.rows import BudgetOption, Row
 from fastkd.distributed import World, on_main
 from fastkd.files import SUM, sum_holds, with_sum
@@ -82,8 +83,11 @@ class MatchedBudgets:
             )
         return unique
 
-    def plans_of(self, row: Row, budgets: list[BudgetOption]) -> list[dict[str, Any]]:
+    def plans_of(self, row: Row, budgets: list[BudgetOption], share: float = 1.0) -> list[dict[str, Any]]:
         """A row's plan under each budget, from one measurement, the same on every rank.
+
+        Args:
+            share: of each budget, what a run of the search for a learning rate gets, and must pay for one step.
 
         Raises:
             ValueError, BudgetTooSmall: the row cannot work.
@@ -91,6 +95,13 @@ class MatchedBudgets:
         release_memory()
         trainer = Trainer(prepare(row.resolved(self.shared, **budgets[-1]), self.world))
         measured = planning.measure(trainer)
+        for ((option, amount),) in map(dict.items, budgets):
+            searching = row.resolved(self.shared, **{option: share * amount}).run.budget
+            try:
+                planning.require_a_step(searching, trainer.step_cost(0), measured.step_seconds * self.world.size)
+            except BudgetTooSmall as error:
+                tuned = f"--tune tries each rate with {share:.0%} of the budget: " if share < 1 else ""
+                raise BudgetTooSmall(f"{tuned}{error}") from error
         return [planning.make(row.resolved(self.shared, **budget), trainer, measured) for budget in budgets]
 
 

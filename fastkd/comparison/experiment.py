@@ -69,8 +69,9 @@ class Comparison:
 
     def plan(self, matched: MatchedBudgets, budgets: list[BudgetOption]) -> None:
         """Plan every row under every budget, and print the plans."""
+        share = BUDGET_SHARE if self.own.tune else 1.0
         for row in self.rows:
-            for planned in matched.plans_of(row, budgets):
+            for planned in matched.plans_of(row, budgets, share):
                 self.plans.append({"row": row.label} | planned)
                 self.console.print(plan_line(row, planned))
 
