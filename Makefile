@@ -5,15 +5,19 @@ VENV := .venv
 CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-c constraints-cpu.txt")
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 ASSETS := $(shell sed -n 's/^quickstart = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ',')
+PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -q
 INSTALL = $(VENV)/bin/pip install -q $(CONSTRAINTS) -e
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-all lint clean
 
 quickstart: $(VENV)/.fastkd
 	$(VENV)/bin/fastkd run --preset quickstart --budget-gpu-hours 0.02 --output-dir runs/quickstart
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile -q tests
+	$(PYTEST) -m "not exhaustive" tests
+
+test-all: $(VENV)/.test
+	$(PYTEST) tests
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
