@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +11,9 @@ import made_model
 import pytest
 
 from fastkd import compare, plan, run
+from fastkd.data.builder import load
 from fastkd.data.corpus import check
+from fastkd.data.part import Part
 from fastkd.data.shards import Shards, build_shards, write_sample
 from fastkd.loop import Loop
 from fastkd.models import hf
@@ -96,7 +99,7 @@ def forget(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (truncate, "is corrupted (its sha256 changed)"),
+        (truncate, "is corrupted (it has 100 bytes, its index.json says 57556)"),
         (remove, "cannot be read"),
         (spoil, "holds no shards"),
         (forget, "holds no shards"),
@@ -114,6 +117,79 @@ def test_damage_is_one_line_and_the_folder_is_kept(
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert words in line and "copy it again, or give --corpus text" in line
     assert sorted(path.name for path in folder.iterdir()) == before and not (tmp_path / "run").exists()
+
+
+def mutated(data: bytes, seed: int) -> bytes:
+    """A file after one accident: bits, bytes, digits, values or lines that are others, lost, doubled or moved."""
+    rng = random.Random(seed)
+    place, length = rng.randrange(len(data)), rng.randrange(1, 40)
+    match seed % 8:
+        case 0:
+            return data[:place] + bytes([data[place] ^ 1 << rng.randrange(8)]) + data[place + 1 :]
+        case 1:
+            return data[:place]
+        case 2:
+            return data[:place] + data[place + length :]
+        case 3:
+            return data[:place] + rng.randbytes(length) + data[place:]
+        case 4:
+            digits = [i for i, byte in enumerate(data) if 48 <= byte < 58]
+            return bytes(
+                (byte + 1 if byte < 57 else 48) if i == digits[place % len(digits)] else byte
+                for i, byte in enumerate(data)
+            )
+        case 5:
+            lines = data.splitlines(keepends=True)
+            first, second = rng.sample(range(len(lines)), 2)
+            lines[first], lines[second] = lines[second], lines[first]
+            return b"".join(lines)
+        case 6:
+            index = json.loads(data)
+            inner = rng.choice([index, index["recipe"], index["tokens"], index["documents"], index["files"]])
+            other = rng.choice([None, 0, -1, 3, 1e30, float("nan"), "uint8", [], {}, True, "[" * 9])
+            inner[rng.choice(list(inner))] = other
+            return json.dumps(index).encode()
+    return b"[" * 100_000 if place % 2 else data[::-1]
+
+
+def test_no_change_of_an_index_is_silent(shards: Shards, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """200 accidents: each is one line with the remedy, or a part that the cache builds again; or it changed no value."""
+    folder = tmp_path / "shards"
+    shutil.copytree(shards.folder, folder)
+    path = folder / "part-00000" / "index.json"
+    sound, refused = path.read_bytes(), 0
+    for seed in range(200):
+        path.write_bytes(mutated(sound, seed))
+        try:
+            found = Part(folder, 0, remedy="copy it again").index
+        except ValueError as error:
+            assert str(error).endswith(": copy it again") and len(str(error).splitlines()) == 1, (seed, error)
+            assert load(folder, 0) is None
+            refused += 1
+        else:
+            assert found == json.loads(sound), seed
+    assert refused >= 190 and {message.rpartition(": ")[2] for message in caplog.messages} == {"it is built again"}
+
+
+def test_shards_of_an_older_version_have_no_digest_and_are_checked_by_their_sizes(
+    shards: Shards, tmp_path: Path
+) -> None:
+    folder = tmp_path / "shards"
+    shutil.copytree(shards.folder, folder)
+    path = folder / "part-00000" / "index.json"
+    older = json.loads(path.read_bytes())
+    del older["sha256"]
+    path.write_text(json.dumps(older, indent=1))
+    assert documents(Shards(folder, whole=True)) == documents(shards)
+    for changes in (
+        {"dtype": "uint32"},
+        {"dtype": "uint8"},
+        {"tokens": {"train": 7, "validation": 7}},
+        {"vocab_size": 2**17},
+    ):
+        path.write_text(json.dumps(older | changes))
+        with pytest.raises(ValueError, match="copy it again"):
+            Shards(folder, whole=True, remedy="copy it again")
 
 
 def test_another_tokenizer_is_refused(

@@ -97,6 +97,9 @@ def test_parts_built_one_by_one_by_anyone_are_the_same_bytes(
         shards.part(1)
     build_shards(str(corpus), tokenizer, tmp_path, first_tokens=FIRST, tokens=5 * FIRST, workers=1)
     (shards.folder / "part-00001" / "train.tokens.bin").write_bytes(b"damaged")
+    (shards.folder / "part-00002" / "index.json").write_text("{")
+    estimated = build_shards(str(corpus), tokenizer, tmp_path, first_tokens=FIRST, tokens=1)
+    assert not estimated.is_complete and estimated.unique_tokens == pytest.approx(whole.unique_tokens, rel=0.15)
     again = build_shards(str(corpus), tokenizer, tmp_path, first_tokens=FIRST)
     assert again.version == whole.version and same(whole.folder, again.folder) and same(again.folder, whole.folder)
 

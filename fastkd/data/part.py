@@ -2,7 +2,8 @@
 
     train.tokens.bin       uint16, or uint32 past 65,536 entries: documents end to end, no special tokens added
     train.offsets.bin      int64 [documents + 1]: where each document begins, and the end of the last one
-    index.json             sizes and SHA-256 of the files, the recipe, where the next part begins; written last
+    index.json             sizes and SHA-256 of the files, the recipe, where the next part begins, and the SHA-256 of all that;
+                           written last
 
 Part 0 also has validation.tokens.bin, validation.offsets.bin and ``heldout.bin``: the hashes of the held-out pieces, uint64.
 """
@@ -26,6 +27,19 @@ from fastkd.data.reading import Place
 from fastkd.data.recipe import FORMAT, Recipe
 
 SPLITS = ("train", "validation")
+KEYS = {
+    "recipe",
+    "part",
+    "vocab_size",
+    "dtype",
+    "tokens",
+    "documents",
+    "piece",
+    "share",
+    "next",
+    "files",
+}  # of index.json
+DIGEST = "sha256"  # its key in index.json; indices of an older version have none
 HASHES = "heldout.bin"
 
 
@@ -97,30 +111,64 @@ class Part:
             raise ValueError(f"shard {str(path)!r} is corrupted (its sha256 changed): {self._remedy}")
 
     def _read_index(self) -> dict[str, Any]:
+        path = self.folder / "index.json"
         try:
-            index = json.loads((self.folder / "index.json").read_bytes())
-        except (OSError, ValueError) as error:
+            index = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{str(self.folder)!r} holds no readable index.json ({error}): {self._remedy}") from error
         if not _describes(index, self.number):
             raise ValueError(f"{str(self.folder)!r} holds no shards that this version of fastkd wrote: {self._remedy}")
+        if index.get(DIGEST, expected := _index_sha256(index)) != expected:
+            raise ValueError(f"{str(path)!r} is corrupted (its sha256 changed): {self._remedy}")
+        for split in index["tokens"]:
+            self._check_sizes(index, split)
         return dict(index)
+
+    def _check_sizes(self, index: dict[str, Any], split: str) -> None:
+        """Refuse an index whose numbers are not those of the files: a file that is cut, or an index that no digest protects."""
+        sizes = {"tokens": index["tokens"][split] * np.dtype(index["dtype"]).itemsize}
+        sizes["offsets"] = (index["documents"][split] + 1) * np.dtype(np.int64).itemsize
+        for content, expected in sizes.items():
+            path = self.folder / f"{split}.{content}.bin"
+            try:
+                found = path.stat().st_size
+            except OSError as error:
+                raise ValueError(f"shard {str(path)!r} cannot be read ({error.strerror}): {self._remedy}") from error
+            if found != expected:
+                raise ValueError(
+                    f"shard {str(path)!r} is corrupted (it has {found} bytes, its index.json says {expected}): {self._remedy}"
+                )
+
+
+def _index_sha256(index: dict[str, Any]) -> str:
+    """Of an index without its own digest, however it is written."""
+    content = {key: value for key, value in index.items() if key != DIGEST}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _describes(index: Any, number: int) -> bool:
-    """Whether an index.json has every field that is read. It may come from anywhere, and no digest protects it."""
+    """Whether an index.json has every field that is read, and no other. It may come from anywhere."""
     try:
         splits = SPLITS if number == 0 else SPLITS[:1]
         names = {f"{split}.{content}.bin" for split in splits for content in ("tokens", "offsets")}
-        recipe, numbers = index["recipe"], [index["vocab_size"], index["piece"], *index["tokens"].values()]
-        known = recipe["format"] == FORMAT and all(isinstance(source, dict) for source in recipe["sources"])
+        recipe, place = index["recipe"], index["next"]
+        numbers = [index["vocab_size"], index["piece"], *index["tokens"].values(), *index["documents"].values()]
+        known = index.keys() - {DIGEST} == KEYS and index["part"] == number
+        known &= recipe["format"] == FORMAT and all(isinstance(source, dict) for source in recipe["sources"])
         files = index["files"].keys() == names | ({HASHES} if number == 0 else set())
-        typed = index["dtype"] in ("uint16", "uint32") and all(type(value) is int for value in numbers)
-        place = index["next"] is None or isinstance(Place(**index["next"]), Place)
+        typed = index["dtype"] == _dtype(index["vocab_size"]).name
+        typed &= all(type(value) is int and value >= 0 for value in numbers)
+        placed = place is None or all(type(value) is int and value >= 0 for value in vars(Place(**place)).values())
         counted = index["tokens"].keys() == index["documents"].keys() == set(splits)
-        share = 0 < index["share"] < 1 or (index["share"] == 1 and index["next"] is None)
-        return known and files and typed and place and counted and share and bool(recipe["tokenizer_hash"])
+        share = 0 < index["share"] < 1 or (index["share"] == 1 and place is None)
+        return known and files and typed and placed and counted and share and bool(recipe["tokenizer_hash"])
     except (KeyError, TypeError, AttributeError):
         return False
+
+
+def _dtype(vocab_size: int) -> np.dtype:
+    """Of token ids."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
 def write_part(
@@ -145,7 +193,7 @@ def write_part(
         end: called after the last chunk; returns (share of the corpus that was read, place of the next part or None).
     """
     splits = SPLITS if number == 0 else SPLITS[:1]
-    dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+    dtype = _dtype(vocab_size)
     with _whole(part_folder(corpus, number)) as folder, ExitStack() as stack:
         files = [SplitWriter(folder, split, dtype) for split in splits]
         for file in files:
@@ -169,6 +217,7 @@ def write_part(
             "next": None if place is None else place.__dict__,
             "files": digests,
         }
+        index[DIGEST] = _index_sha256(index)
         write_durably(folder / "index.json", json.dumps(index, indent=1).encode())
 
 

@@ -181,8 +181,10 @@ class Shards:
 
     def _there(self) -> list[Part]:
         """The parts that exist; those that are not loaded yet are not verified."""
-        more = range(len(self._parts), len(self._parts) if self._end is not None else _parts_in(self.folder))
-        return [*self._parts, *(Part(self.folder, number, remedy=self._remedy, verify=False) for number in more)]
+        there = list(self._parts)
+        while self._end is None and (part := load(self.folder, len(there), verify=False)) is not None:
+            there.append(part)
+        return there
 
 
 def build_shards(
@@ -303,7 +305,10 @@ def _built_before(root: Path, recipe: Recipe) -> Path | None:
         return None
     wanted = recipes.canonical(recipe, without="commit")
     for path in sorted(root.glob("*/part-00000"), key=lambda path: path.stat().st_mtime, reverse=True):
-        found = Part(path.parent, 0, verify=False)
+        try:
+            found = Part(path.parent, 0, verify=False)
+        except ValueError:  # a damaged one, perhaps of another corpus
+            continue
         if recipes.canonical(found.recipe, without="commit") == wanted:
             log.warning(
                 "the hub cannot be asked for its commit of today: going on with what was prepared in %s", path.parent
