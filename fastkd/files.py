@@ -1,7 +1,7 @@
 """Files of a run: written whole or not at all; SHA-256 of a file's content; JSON lines that can be read after a kill.
 
-What is being written has a name of its own: ``NAME.PID.partial`` for a file, ``.final-…``, ``.building-…`` and ``.rescue-step-N``
-for a folder. A kill leaves it there; `clear` removes it.
+What is being written has a name of its own: ``NAME.PID.partial`` for a file, ``.final-…`` or ``.building-…`` for a folder. A kill
+leaves it there; `clear` removes it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
-PARTIAL = re.compile(r".+\.(\d+)\.partial")  # the process that writes it
+PARTIAL = re.compile(
+    r"(?:\.fastkd-.+|.+\.(?:jsonl?|toml|html|md|svg|tsv))\.(\d+)\.partial"
+)  # the process that writes it
 SUM = "sum"  # the last field of a line that has one
-BUILDING = re.compile(r"\.(final-|building-step-|rescue-step-)\w+(-old)?")
+BUILDING = re.compile(r"\.(final|building|dropped|rescue)-.+")
 WRITTEN_IN = ("checkpoints", "final", "plots", "glue", "references/*")  # of a run's or a comparison's folder
 
 
@@ -47,7 +49,7 @@ def set_aside(path: Path) -> Path:
     return path.rename(path.with_name(next(name for name in names if name not in taken)))
 
 
-def is_debris(path: Path) -> bool:
+def _is_debris(path: Path) -> bool:
     """Whether a name is that of something half-written. A file of a process that lives is none."""
     if (partial := PARTIAL.fullmatch(path.name)) is not None:
         return path.is_file() and not _lives(int(partial[1]))
@@ -57,7 +59,7 @@ def is_debris(path: Path) -> bool:
 def clear(folder: Path) -> None:
     """Remove what killed processes left half-written in a run's or a comparison's folder, whose lock is held."""
     places = [folder, *(place for pattern in WRITTEN_IN for place in folder.glob(pattern) if place.is_dir())]
-    for left in [path for place in places for path in place.iterdir() if is_debris(path)]:
+    for left in [path for place in places for path in place.iterdir() if _is_debris(path)]:
         shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 

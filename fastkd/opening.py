@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,11 @@ if TYPE_CHECKING:
     from fastkd.config import Resolved
 
 LOCK = ".lock"
-FILES = ("config.toml", "environment.json", "plan.json", "ledger.jsonl", "metrics.jsonl", "report.html")
+HALF_OPENED = re.compile(
+    r"\.lock|(\.begun\.json|\.fastkd-.+)\.\d+\.partial"
+)  # what is in a folder before a run began there
+COPIED = ("environment.json", "plan.json", "config.toml")
+FILES = (*COPIED, "ledger.jsonl", "metrics.jsonl", "report.html")
 log = logging.getLogger(__name__)
 
 
@@ -78,7 +83,7 @@ def take_over(folder: Path, resolved: Resolved) -> Run | None:
     """
     files.check_writable(folder / "checkpoints", *(folder / name for name in FILES))
     if not _is_run(folder):
-        if any(path.name != LOCK and not files.is_debris(path) for path in folder.iterdir()):
+        if not all(map(HALF_OPENED.fullmatch, _names(folder))):
             raise ValueError(f"{folder} is not empty and holds no run: give another --output-dir")
         files.clear(folder)
         return None
@@ -90,6 +95,8 @@ def take_over(folder: Path, resolved: Resolved) -> Run | None:
     files.clear(folder)
     _write_again(folder)
     _set_damaged_aside(folder)
+    if all((folder / name).exists() for name in COPIED):
+        write_opening(folder, dict.fromkeys(COPIED, ""))
     return read_opening(folder)
 
 
@@ -146,7 +153,7 @@ def write_opening(folder: Path, contents: Mapping[str, str]) -> None:
         OSError: the disk is full, or the folder cannot be written.
     """
     kept = {name: (folder / name).read_text("utf-8") for name in contents if (folder / name).exists()}
-    if begun_with(folder).keys() != contents.keys():
+    if not begun_with(folder):
         files.write(folder / BEGUN, sealed({**contents, **kept}))
         files.sync(folder)
     for name in contents.keys() - kept.keys():

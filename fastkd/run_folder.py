@@ -19,6 +19,7 @@ from fastkd.files import Record, read_jsonl, sound_lines
 
 BEGUN = ".begun.json"  # the texts of the files that a run begins with
 log = logging.getLogger(__name__)
+UNITS = {"budget_flops": "flops", "budget_tokens": "tokens"}  # budgets that are no time
 MOST_BINS = 120  # points of a learning curve
 
 
@@ -95,8 +96,9 @@ class Run:
 
     @property
     def unit(self) -> str:
-        """The governing unit of the budget."""
-        return str(self.plan.get("budget", {}).get("unit", "gpu-seconds"))
+        """The governing unit of the budget; where the plan is lost, that of the option in the configuration."""
+        given = next((unit for option, unit in UNITS.items() if option in self.config), "gpu-seconds")
+        return str(self.plan.get("budget", {}).get("unit", given))
 
     @property
     def charged_s(self) -> float:

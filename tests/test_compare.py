@@ -18,6 +18,7 @@ from fastkd.comparison.tuning import candidates, searched, tune
 from fastkd.distributed import World
 from fastkd.files import read_jsonl
 from fastkd.health import Diverged
+from fastkd.opening import alone_in
 from fastkd.run_folder import read_run
 
 
@@ -268,6 +269,9 @@ def test_a_folder_that_cannot_hold_a_comparison(light: list[str], tmp_path: Path
         assert do(light, folder, "--budget-gpu-hours", "0.001") == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and words in error, error
+    with alone_in(tmp_path / "other"):
+        assert do(light, tmp_path / "other", "--budget-gpu-hours", "0.001") == 2
+    assert "another process trains in" in capsys.readouterr().err
 
 
 def test_a_row_is_written_in_one_word() -> None:
@@ -351,6 +355,11 @@ def test_a_search_is_done_once_and_takes_the_lowest_loss(from_scratch: list[str]
     assert found.charged_s > 0
     assert tune(1e-3, 2, try_rate, tmp_path, World()) == searched(tmp_path) == found
     assert len(tried) == 2
+    path = tmp_path / "tuning.json"
+    for damaged in (path.read_text().replace('"loss": ', '"loss": 1', 1), path.read_text()[:50]):
+        path.write_text(damaged)  # another rate would win
+        assert tune(1e-3, 2, try_rate, tmp_path, World()) == found
+    assert {path.name for path in tmp_path.glob("tuning.json.*")} == {"tuning.json.damaged", "tuning.json.damaged-2"}
 
 
 def test_a_rate_that_diverges_is_passed_over(from_scratch: list[str], tmp_path: Path) -> None:

@@ -114,6 +114,9 @@ def test_export_is_whole_and_replaces(tokenizer: PreTrainedTokenizerFast, tmp_pa
         export(encoder, tokenizer, tmp_path / "run" / "final", card="# A student\n", mlm_head=True)
     assert same_parameters(load(tmp_path / "run").encoder, second)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["final"]
+    (tmp_path / "plain").touch()  # has the mode that the umask means
+    modes = {path.stat().st_mode for path in (tmp_path / "run" / "final").rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "plain").stat().st_mode}
     assert (tmp_path / "run" / "final" / "README.md").read_text() == "# A student\n"
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "final")("w1 w2")["input_ids"] == [6, 7]
     # An export that fails leaves what was there.
