@@ -11,7 +11,6 @@ from typing import Any
 from fastkd import methods
 from fastkd.config import Resolved, resolve
 from fastkd.run_config import RunConfig
-from fastkd.run_folder import has_student
 
 # Options that a row may have for itself, and what each changes.
 ROW_OPTIONS = {
@@ -94,6 +93,8 @@ class RowRun:
     @property
     def finished(self) -> bool:
         """Whether the run came to its end and exported a student."""
+        from fastkd.run_folder import has_student  # only now: it loads PyTorch, which a mistake in options must not
+
         return has_student(self.folder)
 
     @property
