@@ -1,12 +1,19 @@
 """The model card: its numbers are the run folder's, and the hub reads its metadata."""
 
+import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 from made_run import PLAN, make_run
+from markdown_it import MarkdownIt
 
+from fastkd.reports import plots
 from fastkd.reports.model_card import model_card
+from fastkd.reports.page import fenced
+from fastkd.reports.run_report import build_report
+from fastkd.reports.tables import Table
 
 
 @pytest.mark.parametrize("mlm_head", [True, False])
@@ -48,3 +55,48 @@ def test_the_model_card_of_scratch_training_names_no_teacher(tmp_path: Path) -> 
         ModelCard(content).data.tags == ["fastkd", "mlm", "sentence-transformers"] and "| teacher | none |" in content
     )
     assert "energy" not in content
+
+
+NASTY = "a<img src=x onerror='alert(1)'>|b`c`*d* _e_ [f](http://g) ~~h~~ \\ &amp; <!-- $i_{ \"j\": - k\n---\n```\nl"
+
+
+def shown(markdown: str) -> tuple[str, list[list[str]]]:
+    """Markdown as a hub shows it: the HTML, and the texts of a table's cells by row."""
+    parser = MarkdownIt("commonmark").enable("table")
+    cells: list[list[str]] = []
+    for before, token in pairwise(parser.parse(markdown)):
+        if token.type == "tr_open":
+            cells.append([])
+        elif before.type in ("th_open", "td_open"):
+            inner = token.children or []
+            assert {child.type for child in inner} <= {"text", "text_special"}, token.content
+            cells[-1].append("".join(child.content for child in inner))
+    return parser.render(markdown), cells
+
+
+def test_names_in_a_card_are_text_whatever_they_hold(tmp_path: Path) -> None:
+    plain = " ".join(NASTY.split())
+    plan = PLAN | {"teacher": PLAN["teacher"] | {"source": NASTY}, "corpus": PLAN["corpus"] | {"sources": [NASTY]}}
+    folder = make_run(tmp_path / NASTY.replace("/", ""), plan=plan)
+    corpus = f"corpus = {json.dumps([NASTY])}\n"
+    (folder / "config.toml").write_text(corpus + (folder / "config.toml").read_text())
+    content = model_card(folder, mlm_head=True)
+    card = ModelCard(content)
+    assert card.data.model_name == folder.name and card.data.eval_results[0].dataset_name == f"held-out part of {NASTY}"
+    html, rows = shown(card.text)
+    values = {row[0]: row[1] for row in rows if len(row) == 2}
+    assert "<img" not in html and "alert(1)" in html
+    assert values["teacher"].startswith(f"{plain}, 6 layers") and values["corpus"].startswith(
+        f"{plain}: 10,033 documents"
+    )
+    assert "<img" not in build_report(folder).read_text()
+
+
+def test_names_in_a_table_of_results_are_text_whatever_they_hold() -> None:
+    html, rows = shown(Table(("label", "score"), [(NASTY, "1"), ("a_b", "<2")]).markdown())
+    assert "<img" not in html and rows == [["label", "score"], [" ".join(NASTY.split()), "1"], ["a_b", "<2"]]
+    assert "<img" in shown(fenced(NASTY))[0].replace("&lt;", "<") and shown(fenced(NASTY))[0].startswith(
+        "<pre><code>a&lt;img"
+    )
+    drawn = plots.curves("name", [plots.Line(NASTY, [0, 1], [0, 1])], title=NASTY, x_label=NASTY)
+    assert "<img" not in drawn

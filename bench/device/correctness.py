@@ -247,7 +247,7 @@ def markdown(rows: Sequence[Row]) -> str:
         head = ("tests", "passed", "failed", "errors", "skipped", "s", "")
         blocks.append(Table(head, [_test_cells(row) for row in tests]).markdown())
     if failures:
-        cells = [(f"`{row['test']}`", row["message"]) for row in failures]
+        cells = [(row["test"], row["message"]) for row in failures]
         blocks.append(Table(("failed", "why"), list(cells)).markdown())
     if steps:
         head = ("step of", "in", "loss's error", "gradient's error", "a CPU's", "allowed", "")

@@ -10,7 +10,7 @@ from fastkd import files, quantities
 from fastkd.comparison import tables
 from fastkd.comparison.results import Arm, Results, read_results
 from fastkd.reports import bars, plots
-from fastkd.reports.page import NOT_INCLUDED, render, teacher_note
+from fastkd.reports.page import NOT_INCLUDED, fenced, render, teacher_note
 from fastkd.reports.tables import settings_table
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ def build_comparison(folder: Path) -> Path:
     for name, drawing in drawings.items():
         files.write(folder / "plots" / f"{name}.svg", str(drawing))
     contents = _contents(results) | {"plots": drawings}
-    files.write(folder / "RESULTS.md", render("comparison.md", **contents))
+    command = fenced(contents["command"])
+    files.write(folder / "RESULTS.md", render("comparison.md", **contents | {"command": command}))
     return files.write(folder / "report.html", render("comparison.html", **contents))
 
 

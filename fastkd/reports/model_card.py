@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from markupsafe import Markup
 
 from fastkd import files, methods, quantities, quickstart
 from fastkd.budget import PARTS
@@ -37,7 +38,7 @@ def model_card(run_folder: Path, *, mlm_head: bool) -> str:
     last = run.last or {"flops": dict.fromkeys(PARTS, 0), "tokens": {"real": 0}, "epoch": 0.0, "joules": None}
     return render(
         "model_card.md",
-        metadata=_front_matter(run, mlm_head=mlm_head),
+        metadata=Markup(_front_matter(run, mlm_head=mlm_head)),
         method=run.plan.get("method", run.config.get("method", "unknown")),
         student=model_text(run.plan.get("student")),
         teacher=model_text(run.plan.get("teacher")),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from fastkd import quickstart
+from fastkd.reports.tables import escape_markdown
 
 QUICKSTART_TEACHER_NOTE = (
     "The quickstart teacher, all-MiniLM-L6-v2, was fine-tuned on NLI and paraphrase pairs: what a student "
@@ -17,16 +20,27 @@ NOT_INCLUDED = "The teacher's own pretraining is not included in any number here
 
 
 def render(template: str, **contents: Any) -> str:
-    """A file of `fastkd/reports/templates/` filled with `contents`; a template that ends in .html escapes them."""
+    """A file of `fastkd/reports/templates/` filled with `contents`, escaped for HTML or Markdown unless they are `Markup`."""
     environment = Environment(
         loader=PackageLoader("fastkd.reports", "templates"),
         autoescape=lambda name: bool(name and name.endswith(".html")),
+        finalize=_markdown if template.endswith(".md") else None,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
     return environment.get_template(template).render(**contents)
+
+
+def _markdown(value: Any) -> Any:
+    return escape_markdown(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def fenced(text: str) -> Markup:
+    """A block of code in Markdown; its fence is longer than any in the text."""
+    fence = "`" * max(3, *(len(ticks) + 1 for ticks in re.findall("`+", text)), 0)
+    return Markup(f"{fence}\n{text}\n{fence}")
 
 
 def teacher_note(models: Iterable[str]) -> str:

@@ -38,6 +38,7 @@ LINE_STYLES: tuple[tuple[str, Any, str], ...] = (
 INK, FAINT = "#222222", "#DDDDDD"
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "path",
+    "text.parse_math": False,  # a $ in a name is a $
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
     "axes.edgecolor": "#777777",

@@ -10,6 +10,8 @@ from typing import Any
 
 from fastkd import quantities
 
+SPECIAL = re.compile(r"[\\`*~|\[\]<>&]|(?<!\w)_|_(?!\w)")  # what Markdown reads as more than a character; not a_b
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -66,10 +68,10 @@ class Table:
         return ["right" if any(_is_number(row, column) for row in self.rows) else "left" for column in range(columns)]
 
     def markdown(self) -> str:
-        """The table in Markdown."""
+        """The table in Markdown; the texts are escaped."""
         rules = ("---:" if side == "right" else "---" for side in self.sides)
         texts = ((cell if isinstance(cell, str) else cell.text for cell in row) for row in self.rows)
-        return "".join(map(_markdown_row, (self.head, rules, *texts)))
+        return "".join((_markdown_row(self.head), f"| {' | '.join(rules)} |\n", *map(_markdown_row, texts)))
 
 
 def _is_number(row: Cells, column: int) -> bool:
@@ -78,7 +80,16 @@ def _is_number(row: Cells, column: int) -> bool:
 
 
 def _markdown_row(texts: Iterable[str]) -> str:
-    return "| " + " | ".join(re.sub(r"\s+", " ", text).replace("|", "\\|") for text in texts) + " |\n"
+    return "| " + " | ".join(map(escape_markdown, texts)) + " |\n"
+
+
+def escape_markdown(text: str) -> str:
+    """A text as Markdown that shows it, on one line, in a table's cell too: no tag, link, code or new column comes of it."""
+    return SPECIAL.sub(_escaped, re.sub(r"\s+", " ", text))
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return {"<": "&lt;", ">": "&gt;", "&": "&amp;"}.get(found[0], f"\\{found[0]}")
 
 
 def settings_table(settings: Mapping[str, Any], head: str) -> Table:
