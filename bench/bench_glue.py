@@ -54,7 +54,7 @@ DEV_SHARE = 8  # training rows to a dev row, as in MRPC and RTE
 def plain(model: Path, task: Task, splits: Mapping[str, Examples], *, bf16: bool) -> dict[str, float]:
     """What most people write: Trainer on tokenised rows, then the dev set's metrics."""
     set_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
 
     def tokenise(batch: Mapping[str, list[str]]) -> Any:
         return tokenizer(*(batch[name] for name in task.texts), truncation=True, max_length=HEADLINE.max_length)
@@ -73,7 +73,9 @@ def plain(model: Path, task: Task, splits: Mapping[str, Examples], *, bf16: bool
             dataloader_pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
         trainer = Trainer(
-            AutoModelForSequenceClassification.from_pretrained(model, num_labels=len(task.labels)),
+            AutoModelForSequenceClassification.from_pretrained(
+                model, num_labels=len(task.labels), trust_remote_code=False
+            ),
             arguments,
             train_dataset=tables["train"],
             eval_dataset=tables["dev"],

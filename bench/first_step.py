@@ -50,7 +50,9 @@ def tokenising(characters: int = 4_000_000) -> dict[str, float]:
         if size >= characters:
             break
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer = load(AutoTokenizer.from_pretrained(quickstart.folder()).backend_tokenizer.to_str())
+    tokenizer = load(
+        AutoTokenizer.from_pretrained(quickstart.folder(), trust_remote_code=False).backend_tokenizer.to_str()
+    )
     encode(tokenizer, texts[:100])
     began = time.process_time()
     tokens = len(encode(tokenizer, texts).ids)

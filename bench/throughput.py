@@ -193,7 +193,7 @@ def write_teacher(spec: str, folder: Path, tokenizer: str = quickstart.NAME) -> 
     """
     source = model_folder(tokenizer)
     try:
-        own = AutoTokenizer.from_pretrained(source)
+        own = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"--tokenizer {tokenizer} holds no tokenizer; give a model's folder or hub id") from error
     like = hf.from_hf(BertConfig(vocab_size=len(own), pad_token_id=own.pad_token_id))

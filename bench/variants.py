@@ -143,7 +143,7 @@ def paper(spec: Spec, clock: Clock) -> dict[str, Any]:
     student = BertForMaskedLM._from_config(student_config(spec), attn_implementation="eager").to(device).train()
     teacher = None
     if method.uses_teacher:
-        teacher = BertForMaskedLM.from_pretrained(spec.teacher, attn_implementation="eager")
+        teacher = BertForMaskedLM.from_pretrained(spec.teacher, trust_remote_code=False, attn_implementation="eager")
         teacher = nn.Module.to(teacher, device).eval()
     method.initialise(torch.Generator().manual_seed(0), device)
     step = EagerStep(method, student, teacher)
@@ -162,7 +162,7 @@ def paper(spec: Spec, clock: Clock) -> dict[str, Any]:
 
 def trainer(spec: Spec, clock: Clock, **options: Any) -> dict[str, Any]:
     """transformers' Trainer for masked language modelling, as run_mlm sets it up: full blocks, dynamic masks."""
-    tokenizer = AutoTokenizer.from_pretrained(spec.teacher)
+    tokenizer = AutoTokenizer.from_pretrained(spec.teacher, trust_remote_code=False)
     blocks = sequences(spec, tokenizer, clock.total * spec.sequences, packing="full-sentences")
     with tempfile.TemporaryDirectory() as folder:
         transformers.Trainer(
@@ -186,7 +186,7 @@ def bertdistiller(spec: Spec, clock: Clock) -> dict[str, Any]:
 
     method: Any = method_of(spec)
     config = student_config(spec)
-    tokenizer = AutoTokenizer.from_pretrained(spec.teacher)
+    tokenizer = AutoTokenizer.from_pretrained(spec.teacher, trust_remote_code=False)
     rows = sequences(spec, tokenizer, clock.total * spec.sequences, packing="documents")
     with tempfile.TemporaryDirectory() as folder:
         arguments = MiniLMTrainingArguments(
@@ -195,7 +195,7 @@ def bertdistiller(spec: Spec, clock: Clock) -> dict[str, Any]:
             **trainer_options(spec, clock, folder),
         )  # fmt: skip
         MiniLMTrainer(
-            teacher_model=AutoModel.from_pretrained(spec.teacher),
+            teacher_model=AutoModel.from_pretrained(spec.teacher, trust_remote_code=False),
             model=create_student(spec.teacher, arguments),
             args=arguments,
             train_dataset=[{"input_ids": ids} for ids in rows],
@@ -259,7 +259,7 @@ def sequences(spec: Spec, tokenizer: PreTrainedTokenizerBase, count: int, packin
 
 def padded_batches(spec: Spec, count: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Batches (ids, masked ids, labels, attention mask), each [B, S], of sequences that end with their document."""
-    tokenizer = AutoTokenizer.from_pretrained(spec.teacher)
+    tokenizer = AutoTokenizer.from_pretrained(spec.teacher, trust_remote_code=False)
     special = SpecialIds.of(tokenizer)
     rows = sequences(spec, tokenizer, count * spec.sequences, packing="documents")
     lengths = torch.tensor([len(row) for row in rows])

@@ -1,5 +1,6 @@
 """Checkpoints that people bring: transformers' own numbers, or a refusal in one line that names the fix."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,11 @@ from transformers import (
 )
 from transformers.models.bert import tokenization_bert
 
-from fastkd.config import parse
-from fastkd.distributed import World
 from fastkd.models.encoder import Encoder
 from fastkd.models.hf import export, load, shape
 from fastkd.models.needs import Needs
 from fastkd.models.student import init_from_teacher, student_config
 from fastkd.models.teacher import Teacher
-from fastkd.setup import prepare
 
 MASKED_LM = (BertForMaskedLM, RobertaForMaskedLM, XLMRobertaForMaskedLM, CamembertForMaskedLM)
 NEEDS = Needs(hidden=(0, 1, 2), qkv=(2,))
@@ -122,8 +120,13 @@ CONFIG_CHANGES: dict[str, dict[str, Any]] = {
     "own code": {"auto_map": {"AutoConfig": "own.Config", "AutoModelForMaskedLM": "own.Model"}},
     "no class": {"architectures": None},
     "another class": {"architectures": ["RobertaForTokenClassification"]},
+    "another file": {"transformers_weights": "other.safetensors"},
 }
-NOT_IN_TRANSFORMERS = ("flash attention", "own code")  # it needs a package, or leave to run what it finds
+NOT_IN_TRANSFORMERS = (
+    "flash attention",
+    "own code",
+    "another file",
+)  # it needs a package, leave to run what it finds, a file
 
 
 @pytest.mark.parametrize("cls", [BertForMaskedLM, RobertaForMaskedLM])
@@ -162,9 +165,10 @@ def test_a_model_without_a_pooler(tmp_path: Path) -> None:
     assert difference(tmp_path) < 1e-12
 
 
-def test_a_linked_snapshot(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+def test_a_linked_snapshot(shard: str, tmp_path: Path) -> None:
     """A hub cache holds links to blobs."""
-    write(tmp_path / "blobs")
+    write(tmp_path / "blobs", shard=shard)
     (tmp_path / "snapshot").mkdir()
     for path in (tmp_path / "blobs").iterdir():
         (tmp_path / "snapshot" / path.name).symlink_to(f"../blobs/{path.name}")
@@ -181,7 +185,11 @@ def test_a_hub_model_is_told_by_its_commit(tmp_path: Path, monkeypatch: pytest.M
         write(repository / "snapshots" / commit, layer_norm_eps=eps)
         (repository / "refs" / "main").write_text(commit)
         loaded = load("some/bert")
-        assert (loaded.revision, loaded.sha256, loaded.config.layer_norm_eps) == (commit, None, eps)
+        assert (loaded.revision, loaded.sha256, loaded.config.layer_norm_eps) == (
+            commit,
+            load(repository / "snapshots" / commit).sha256,
+            eps,
+        )
         assert shape("some/bert")[0] == loaded.config
 
 
@@ -242,39 +250,36 @@ def test_the_exported_tokenizer_names_the_longest_sequence(tmp_path: Path) -> No
     assert AutoTokenizer.from_pretrained(tmp_path / "again").model_max_length == 32  # never more than it was
 
 
-@pytest.mark.parametrize("storage", ["safetensors", "shards", "bin", "bin shards"])
-def test_the_digest_covers_every_file(storage: str, tmp_path: Path) -> None:
-    write(tmp_path, shard="20KB" if "shards" in storage else "1GB")
-    if "bin" in storage:
-        pickled(tmp_path)
-    names = [path.name for path in tmp_path.iterdir() if path.suffix in (".safetensors", ".bin")]
-    digests = {load(tmp_path).sha256}
-    for name in names:
-        path = tmp_path / name
-        state = torch.load(path) if path.suffix == ".bin" else load_file(path)
-        first = next(iter(state))
-        state[first] = state[first] + 1
-        torch.save(state, path) if path.suffix == ".bin" else save_file(state, path, metadata={"format": "pt"})
-        digests.add(load(tmp_path).sha256)
-    edit(tmp_path, layer_norm_eps=1e-3)
-    digests.add(load(tmp_path).sha256)
-    assert None not in digests and len(digests) == len(names) + 2
-    (tmp_path / "README.md").write_text("A card is no part of a model.")
-    assert load(tmp_path).sha256 in digests
-
-
-def test_a_run_reads_another_teacher_where_any_file_changed(tmp_path: Path) -> None:
-    """``inputs`` is what a resumed run compares: see test_resume.py."""
-    folder, corpus = write(tmp_path / "teacher", shard="20KB"), tmp_path / "corpus.txt"
-    pickled(folder)
-    corpus.write_text("\n\n".join(" ".join(f"w{(7 * i + j) % 200}" for j in range(40)) for i in range(50)))
-    options = ["--preset", "quickstart", "--teacher", str(folder), "--corpus", str(corpus), "--student", "1L-24H-4A"]
-    options += ["--batch-tokens", "512", "--seq-length", "32", "--dtype", "float32", "--budget-tokens", "12000"]
-    first = prepare(parse(options), World()).inputs
-    assert prepare(parse(options), World()).inputs == first
-    last = sorted(folder.glob("*.bin"))[-1]
-    torch.save({name: tensor * 2 for name, tensor in torch.load(last).items()}, last)
-    changed = prepare(parse(options), World()).inputs
-    assert changed["corpus_version"] == first["corpus_version"]
-    assert None not in (first["teacher_version"], changed["teacher_version"])
-    assert changed["teacher_version"] != first["teacher_version"]
+def test_the_digest_is_of_the_numbers_however_they_are_stored(tmp_path: Path) -> None:
+    folder, digests = tmp_path / "model", {}
+    for storage, shard in (("safetensors", "1GB"), ("shards", "20KB"), ("bin", "1GB"), ("bin shards", "20KB")):
+        shutil.rmtree(folder, ignore_errors=True)
+        write(folder, shard=shard)
+        if "bin" in storage:
+            pickled(folder)
+        digests[storage] = load(folder).sha256
+        for path in [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]:
+            state = torch.load(path) if path.suffix == ".bin" else load_file(path)
+            first = next(iter(state))
+            state[first] = state[first] + 1
+            torch.save(state, path) if path.suffix == ".bin" else save_file(state, path, metadata={"format": "pt"})
+            digests[f"{storage}, {path.name}"] = load(folder).sha256
+    one = digests.pop("safetensors")
+    assert one is not None and [digests.pop(name) for name in ("shards", "bin", "bin shards")] == [one] * 3
+    assert one not in digests.values() and len({*digests.values()}) >= 4
+    write(folder, shard="1GB")
+    for name in folder.glob("pytorch_model*"):
+        name.unlink()
+    for changes, same in (
+        ({"layer_norm_eps": 1e-3}, False),
+        ({"hidden_act": "gelu_python"}, True),
+        ({"vocab": 3}, True),
+    ):
+        plain = (folder / "config.json").read_bytes()
+        edit(folder, **changes)
+        assert (load(folder).sha256 == one) == same, changes
+        (folder / "config.json").write_bytes(plain)
+    rewrite(folder, lambda state: {name: tensor.half() for name, tensor in state.items()})
+    half = load(folder).sha256
+    rewrite(folder, lambda state: {name: tensor.float() for name, tensor in state.items()})
+    assert half == load(folder).sha256 != one  # rounded, then stored in either format

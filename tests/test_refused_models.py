@@ -1,9 +1,17 @@
 """Model folders that cannot be used are refused in one line that names what is wrong, before anything is spent."""
 
+import ast
+import json
+import os
+import re
 import shutil
+import sys
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from given_model import SHARDED, WEIGHTS, edit, pickled, rewrite, untie, vocabulary, write
@@ -11,9 +19,13 @@ from packed_text import word_tokenizer
 from transformers import BertForMaskedLM, GPT2Config, GPT2Model, RobertaForMaskedLM
 
 from fastkd import plan
+from fastkd.glue.encoded import load_tokenizer, require_encoder
+from fastkd.glue.finetune import load_classifier
+from fastkd.glue.tasks import TASKS
 from fastkd.models.hf import load, shape
 from fastkd.models.student import student_config
 
+ROOT = Path(__file__).parents[1]
 HTML = "<!DOCTYPE html>\n<html><body>Sign in to download</body></html>\n"
 INDEX = "pytorch_model.bin.index.json"
 
@@ -66,6 +78,23 @@ def of_strangers(folder: Path) -> None:
     torch.save({"bert.embeddings.LayerNorm.bias": Strange()}, folder / "pytorch_model.bin")
 
 
+def names(*others: str) -> Callable[[Path], None]:
+    """An index of weights that names other files."""
+
+    def change(folder: Path) -> None:
+        index = json.loads((folder / SHARDED).read_text())
+        index["weight_map"] |= dict.fromkeys(list(index["weight_map"])[:1], *others)
+        put(folder, SHARDED, json.dumps(index))
+
+    return change
+
+
+def move_away(folder: Path) -> None:
+    """A part of the weights is a link that leads out of the folder."""
+    part = next(folder.glob("*-00002-*"))
+    part.symlink_to(part.rename(folder.parent / "elsewhere.safetensors"))
+
+
 def slow(folder: Path) -> None:
     vocabulary(folder, tokenizer_class="BertJapaneseTokenizer", word_tokenizer_type="basic")
 
@@ -94,6 +123,12 @@ WEIGHTS_REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda f: (edit(f, tie_word_embeddings=False), rewrite(f, lambda state: untie(state, weight=False))),
         "lacks lm_head.decoder.weight and 0 more weights",
     ),
+    "far deeper": ("bert", lambda f: edit(f, num_hidden_layers=9000), r"a model of [\d,]{10,} numbers, but its weights hold \d"),
+    "huge vocabulary": ("bert", lambda f: edit(f, vocab_size=2**31 - 1), r"a model of [\d,]{10,} numbers, but its weights hold"),
+    "index above": ("shards", names("../model/model.safetensors"), "names '../model/model.safetensors', which is not in"),
+    "absolute index": ("bin shards", lambda f: put(f, INDEX, '{"weight_map": {"a": "/dev/zero"}}'), "names '/dev/zero', which is"),
+    "link out": ("shards", move_away, "-00002-of-.*, which is not in its folder: put the file there, or take"),
+    "list as bin": ("bin", lambda f: torch.save([torch.ones(3)], f / "pytorch_model.bin"), "holds no named tensors"),
     "lost weight": ("bert", drop("bert.embeddings.LayerNorm.bias"), "lacks bert.embeddings.LayerNorm.bias and 0 more"),
     "deeper": ("bert", lambda f: edit(f, num_hidden_layers=3), "lacks bert.encoder.layer.2.* and 15 more weights"),
     "wider": ("bert", lambda f: edit(f, intermediate_size=64), "intermediate.dense.bias is .52., .*config.json wants .64."),
@@ -112,8 +147,19 @@ CONFIG_REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "cross attention": ("bert", lambda f: edit(f, add_cross_attention=True), "decoders .* are not supported; use an"),
     "quantised": ("bert", lambda f: edit(f, quantization_config={"quant_method": "gptq", "bits": 4}), "use the checkpoint"),
     "heads": ("bert", lambda f: edit(f, num_attention_heads=5), "width 24 is not divisible by 5 heads; change either"),
+    **{
+        f"{key} {value}": ("bert", partial(edit, **{key: value}), f"{key} is {re.escape(repr(value))}, not a |cannot load")
+        for key, value in (
+            ("num_hidden_layers", 10**9), ("num_attention_heads", 0), ("num_attention_heads", True), ("hidden_size", -24),
+            ("num_hidden_layers", 2.5), ("vocab_size", 10**12), ("vocab_size", "211"), ("vocab_size", None),
+            ("intermediate_size", 0), ("max_position_embeddings", [64]), ("layer_norm_eps", float("nan")),
+            ("layer_norm_eps", float("inf")), ("layer_norm_eps", "1e-12"), ("layer_norm_eps", -1.0),
+            ("initializer_range", float("nan")), ("pad_token_id", -3), ("pad_token_id", "0"), ("type_vocab_size", -1),
+        )
+    },
+    "no types": ("bert", lambda f: edit(f, type_vocab_size=0), "type_vocab_size is 0, but every token has a type; take a sound"),
     "RoBERTa without padding": ("roberta", lambda f: edit(f, pad_token_id=None), "which is null; set it"),
-    "padding beyond the table": ("bert", lambda f: edit(f, pad_token_id=999), "cannot load|pad_token_id"),
+    "padding beyond the table": ("bert", lambda f: edit(f, pad_token_id=999), "pad_token_id is 999, not a row of 211 tokens"),
 }  # fmt: skip
 TOKENIZER_REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "none": ("bert", without_tokenizer, "holds no tokenizer; put the model's tokenizer.json beside its config.json"),
@@ -160,11 +206,77 @@ def test_configuration_and_tokenizer(name: str, folders: dict[str, Path], tmp_pa
     kind, change, message = (CONFIG_REFUSED | {f"tokenizer: {n}": row for n, row in TOKENIZER_REFUSED.items()})[name]
     folder = changed(folders, kind, change, tmp_path)
     words = refusal(folder, message)
-    if name == "padding beyond the table":  # nothing reads it where no weights are
-        return
     with pytest.raises(ValueError) as caught:
         shape(folder)
     assert str(caught.value) == words
+
+
+CANARY = "from pathlib import Path\nPath({!r}).touch()\n"
+AUTO_MAP = {
+    "AutoConfig": "own.C",
+    "AutoModel": "own.M",
+    "AutoModelForMaskedLM": "own.M",
+    "AutoTokenizer": ["own.T", "own.T"],
+}
+OWN_CODE: dict[str, Callable[[Path], object]] = {
+    "model": lambda f: edit(f, auto_map=AUTO_MAP),
+    "tokenizer": lambda f: edit(f, "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.T", "own.T"]}, tokenizer_class="T"),
+    "unknown type": lambda f: edit(f, model_type="own", auto_map=AUTO_MAP),
+    "another's": lambda f: edit(f, auto_map=dict.fromkeys(AUTO_MAP, f"{f.parent}/model--own.M")),
+    "generation": lambda f: (edit(f, is_decoder=True), put(f, "custom_generate/generate.py", (f / "own.py").read_text())),
+}  # fmt: skip
+
+
+def read_with_answers(folders: list[Path], answers: Path) -> None:
+    """In a process whose stdin says yes to all: everything that reads a model folder."""
+    with answers.open() as said:
+        os.dup2(said.fileno(), 0)
+    sys.stdin = os.fdopen(0)
+    for folder in folders:
+        for read in (
+            load,
+            shape,
+            require_encoder,
+            load_tokenizer,
+            lambda folder: load_classifier(folder, TASKS["rte"]),
+        ):
+            with suppress(ValueError):
+                read(folder)
+    unread = sys.stdin.read()
+    (answers.parent / "unread").write_text(unread)
+
+
+def test_the_code_of_a_folder_is_never_run(folders: dict[str, Path], tmp_path: Path) -> None:
+    """And nobody is asked whether it may, though the answer would be yes."""
+    made = []
+    for name, change in OWN_CODE.items():
+        folder = shutil.copytree(folders["bert"], tmp_path / name)
+        (folder / "custom_generate").mkdir()
+        put(folder, "own.py", CANARY.format(str(tmp_path / "was run")))
+        change(folder)
+        made.append(folder)
+    (tmp_path / "answers").write_text("y\n" * 1000)
+    process = processes.FORKS.Process(target=read_with_answers, args=(made, tmp_path / "answers"))
+    process.start()
+    process.join(300)
+    assert process.exitcode == 0 and not (tmp_path / "was run").exists()
+    assert (tmp_path / "unread").read_text() == "y\n" * 1000
+
+
+@pytest.mark.parametrize("path", sorted(path for name in ("fastkd", "bench") for path in (ROOT / name).rglob("*.py")))
+def test_every_call_of_transformers_forbids_code(path: Path) -> None:
+    """Left out, it means that transformers asks."""
+    calls = (node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call))
+    for call in calls:
+        if not isinstance(call.func, ast.Attribute) or call.func.attr not in (
+            "from_pretrained",
+            "from_config",
+            "pipeline",
+        ):
+            continue
+        if ast.unparse(call.func) == "torch.nn.Embedding.from_pretrained":
+            continue
+        assert "trust_remote_code=False" in [ast.unparse(word) for word in call.keywords], ast.unparse(call)
 
 
 def test_places_without_a_model(tmp_path: Path) -> None:

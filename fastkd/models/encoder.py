@@ -25,6 +25,23 @@ if TYPE_CHECKING:
     from fastkd.models.families import Family
     from fastkd.models.layer import Head, Layer
 
+LARGEST = 2**31 - 1  # of a size of an encoder: no table of any model comes near it
+MOST_LAYERS = 10_000
+# Sizes by their names in config.json, where these are others.
+NAMES = {
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "max_positions": "max_position_embeddings",
+}
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "intermediate_size",
+    "max_positions",
+    "type_vocab_size",
+)
 GRAPH: dict[str, Any] = {"fullgraph": True, "dynamic": False}  # of torch.compile: shapes are the same in every step
 
 
@@ -46,9 +63,30 @@ class EncoderConfig:
     tied: bool = True  # whether the decoder's weight is the word embeddings'; every student's is
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         self.family.check(self)
         if self.hidden_size % self.num_heads:
             raise ValueError(f"width {self.hidden_size} is not divisible by {self.num_heads} heads; change either")
+
+    def _check_numbers(self) -> None:
+        """Refuse numbers that no model has: a config.json may come from anywhere."""
+        for field in SIZES:
+            value, most = getattr(self, field), MOST_LAYERS if field == "num_layers" else LARGEST
+            least = 0 if field == "type_vocab_size" else 1
+            if type(value) is not int or not least <= value <= most:
+                name = NAMES.get(field, field)
+                raise ValueError(
+                    f"{name} is {value!r}, not a whole number from {least} to {most:,}; take a sound config.json"
+                )
+        for field in ("layer_norm_eps", "initializer_range"):
+            value = getattr(self, field)
+            if type(value) not in (int, float) or not 0 <= value < 1:
+                raise ValueError(f"{field} is {value!r}, not a number from 0 to below 1; take a sound config.json")
+        pad = self.pad_token_id
+        if pad is not None and (type(pad) is not int or not 0 <= pad < self.vocab_size):
+            raise ValueError(
+                f"pad_token_id is {pad!r}, not a row of {self.vocab_size} tokens; take a sound config.json"
+            )
 
     @property
     def family(self) -> Family:

@@ -33,7 +33,7 @@ class Loaded:
     config: EncoderConfig
     tokenizer: PreTrainedTokenizerBase
     source: str
-    sha256: str | None = None  # of config.json and all weight files, for a local folder
+    sha256: str | None = None  # of configuration and numbers, however they are stored
     revision: str | None = None  # commit, for a hub id
 
 
@@ -42,21 +42,27 @@ def load(source: str | Path, *, device: torch.device | str = "cpu", sha256: str 
 
     source: a hub id, a local Hugging Face folder, or the folder of a finished run (its ``final/``). The
     encoder has an MLM head only if the checkpoint holds one. Raises ValueError if the source cannot be
-    read, is of another family, holds NaN, or, with ``sha256`` given, if its model.safetensors has another digest.
+    read, is not what was exported, is of another family, holds NaN, or, with ``sha256`` given, if its model.safetensors has
+    another digest.
     """
     where, revision, hf_config, config = _described(source)
-    digest = weights.digest(Path(where), sha256) if revision is None else None
+    if sha256 is not None:
+        weights.check_file(Path(where), sha256)
     tokenizer = _tokenizer(where)
+    weights.files(Path(where))
     with _readable(source):
-        # config.json chooses neither class nor attention: no code from a model folder runs, and no package is missing.
+        stored = weights.read(Path(where))
+    weights.check_size(stored, config, where)
+    with _readable(source):
+        # config.json chooses neither class, attention nor file: no code from a model folder runs, and no package is missing.
         model, found = config.family.classes[config.model_type].masked_lm.from_pretrained(
-            where, config=hf_config, dtype=torch.float32, attn_implementation="eager", output_loading_info=True,
-            ignore_mismatched_sizes=True,
+            None, config=hf_config, state_dict=stored, dtype=torch.float32, attn_implementation="eager",
+            output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False,
         )  # fmt: skip
     mlm_head = weights.has_head(found, config, where)
     weights.check_finite(model.named_parameters(), where)
     encoder = from_hf_model(model, mlm_head=mlm_head).to(device)
-    return Loaded(encoder, encoder.config, tokenizer, str(source), digest, revision)
+    return Loaded(encoder, encoder.config, tokenizer, str(source), weights.digest(encoder), revision)
 
 
 def shape(source: str | Path) -> tuple[EncoderConfig, PreTrainedTokenizerBase]:

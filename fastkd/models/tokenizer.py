@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from fastkd.data.recipe import tokenizer_hash
 
 REMEDY = "put the model's tokenizer.json beside its config.json"
 
@@ -44,6 +49,13 @@ def check(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
 def entries(tokenizer: PreTrainedTokenizerBase) -> int:
     """Rows that an embedding of its ids needs: one more than the largest id, since ids may have gaps."""
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 over all that batches depend on: ``tokenizer_hash``, and the ids of special tokens by what they are for."""
+    special = [getattr(tokenizer, f"{name}_token_id") for name in ("cls", "sep", "mask", "pad", "unk")]
+    content = [tokenizer_hash(tokenizer), special, sorted(tokenizer.all_special_ids)]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def reason(error: Exception) -> str:

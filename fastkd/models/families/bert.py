@@ -89,6 +89,10 @@ class Bert(Family):
         }
         return self.classes[config.model_type].config(**options)
 
+    def check(self, config: EncoderConfig) -> None:
+        if config.type_vocab_size == 0:
+            raise ValueError("type_vocab_size is 0, but every token has a type; take a sound config.json")
+
     # ---- parameter names ------------------------------------------------------------------------------------
 
     def body_names(self, config: EncoderConfig) -> Names:

@@ -43,6 +43,7 @@ class Roberta(Bert):
     head_place, head_dense, head_norm = "lm_head", "dense", "layer_norm"
 
     def check(self, config: EncoderConfig) -> None:
+        super().check(config)
         if config.pad_token_id is None:
             raise ValueError(
                 f"{config.model_type} counts positions from its pad_token_id, which is null; set it (often 1)"
