@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fastkd import manifest
 from fastkd.data import hub_requests
 
 REMEDY = "leave --push-to-hub out"
@@ -47,8 +48,11 @@ def push_folder(folder: Path, repository: str) -> str:
 
     Raises:
         NotPushed: the hub did not take it. Nothing is lost: call this again to send it again.
+        ValueError: the folder is not what was exported.
     """
     from huggingface_hub import HfApi
+
+    manifest.verify(folder)
 
     def send() -> str:
         HfApi().create_repo(repository, exist_ok=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from given_model import edit
 from oracle import assert_rounded_alike
 from packed_text import RAGGED, VOCAB, bert, pack, roberta, word_tokenizer
 from transformers import (
@@ -19,10 +20,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from fastkd.glue.model import find_model
 from fastkd.models.encoder import Encoder
-from fastkd.models.hf import export, from_hf, from_hf_model, load, to_hf
+from fastkd.models.hf import export, from_hf, from_hf_model, load, shape, to_hf
 from fastkd.models.needs import Needs
 from fastkd.models.student import init_from_teacher, student_config
+from fastkd.push import push_folder
 
 ALL = Needs(hidden=(0, 1, 2, 3))
 
@@ -184,3 +187,41 @@ def test_student_of_another_shape_cannot_start_from_the_teacher(change: dict[str
     teacher = encoder_of(bert)
     with pytest.raises(ValueError, match=r"--init-from-teacher needs the teacher's shape.*3L-48H-4A-100I.*--student"):
         init_from_teacher(Encoder(replace(teacher.config, **change), mlm_head=True), teacher)  # type: ignore[arg-type]
+
+
+def changed(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("model.safetensors", changed, "was changed since it was exported"),
+        ("config.json", lambda path: edit(path.parent, layer_norm_eps=1e-3), "was changed since it was exported"),
+        ("tokenizer.json", changed, "was changed since it was exported"),
+        ("tokenizer_config.json", lambda path: edit(path.parent, path.name, mask_token="w1"), "was changed since"),
+        ("1_Pooling/config.json", Path.unlink, "cannot be read"),
+        ("added_tokens.json", lambda path: path.write_text('{"w1": 9}'), "was not exported with the other files"),
+        ("manifest.json", changed, "is damaged"),
+        ("manifest.json", lambda path: path.write_text("{}"), "is damaged"),
+    ],
+)
+def test_an_export_that_was_changed_is_refused(
+    name: str, change: Callable[[Path], object], words: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """As teacher, as tokenizer, to be evaluated or pushed: in one line with the remedy."""
+    final = tmp_path / "run" / "final"
+    export(encoder_of(bert), tokenizer, final, card="# A student\n", mlm_head=True)
+    (final / "README.md").write_text("# A card is edited, and scores are added to it\n")
+    (final / ".gitattributes").write_text("of a hub")
+    assert load(tmp_path / "run").sha256 and shape(final) and find_model(final)
+    change(final / name)
+    for read in (load, shape, find_model, lambda folder: push_folder(folder, "a/b")):
+        with pytest.raises(ValueError, match=f"{name} {words}.*: copy the folder again, or remove it and") as caught:
+            read(final)
+        assert len(str(caught.value).splitlines()) == 1
+    (final / "manifest.json").unlink()  # an older export, or the person's own change
+    if name in ("config.json", "manifest.json", "1_Pooling/config.json"):
+        assert load(final).sha256

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from fastkd import quickstart
+from fastkd import manifest, quickstart
 from fastkd.data import hub_requests
 from fastkd.files import file_sha256
 from fastkd.run_folder import ancestors
@@ -50,7 +50,8 @@ def find_model(model: str | Path) -> EvaluatedModel:
     """The model behind a name.
 
     Raises:
-        ValueError: nothing of that name, an unfinished run, or a hub that cannot be reached.
+        ValueError: nothing of that name, an unfinished run, a folder that is not what was exported, or a hub that cannot be
+            reached.
     """
     folder = Path(model)
     if str(model) == quickstart.NAME and not folder.is_dir():
@@ -65,6 +66,7 @@ def find_model(model: str | Path) -> EvaluatedModel:
     else:
         found = EvaluatedModel(folder, path.name)
     _check_files(found)
+    manifest.verify(found.folder)
     return found
 
 

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import logging as hf_logging
 
-from fastkd import files, optim
+from fastkd import files, manifest, optim
 from fastkd.data import hub_requests
 from fastkd.health import Diverged
 from fastkd.models import families, parameter_names, sentences, weights
@@ -76,6 +76,8 @@ def _described(source: str | Path, *, weights: bool = True) -> tuple[str, str | 
     transformers' and as the encoder's."""
     where = _resolve(source, weights=weights)
     revision = None if Path(source).is_dir() else Path(where).name  # …/snapshots/COMMIT
+    if revision is None:  # of a hub's copy, some files were not downloaded, and others may be of a later commit
+        manifest.verify(Path(where))
     known = families.available()
     with _readable(source):
         found, _ = PreTrainedConfig.get_config_dict(where)
@@ -199,6 +201,7 @@ def export(
         _limited(tokenizer, max_length).save_pretrained(written)
         sentences.write(written, encoder.config.hidden_size, max_length or encoder.config.max_length)
         (written / "README.md").write_text(card, encoding="utf-8")
+        manifest.write(written)
         files.give_usual_modes(written)
         _replace(written, folder)
     finally:
