@@ -97,15 +97,25 @@ class Resolved:
         return config_file.to_toml(dataclasses.asdict(self.run), dataclasses.asdict(self.method))
 
     def continues(self, toml: str) -> bool:
-        """Whether a config.toml means this run. An older one may lack options: these had their defaults."""
+        """Whether a config.toml means this run."""
         try:
-            run = tomllib.loads(toml)
-        except tomllib.TOMLDecodeError:
+            return not self.changes(toml)
+        except ValueError:
             return False
+
+    def changes(self, toml: str) -> list[str]:
+        """The options that decide what is trained and are others than in a config.toml, as ``config_file.differences`` writes
+        them. An older one may lack options: these had their defaults.
+
+        Raises:
+            ValueError: it is no TOML.
+        """
+        run = tomllib.loads(toml)
         method = run.pop(config_file.METHOD_OPTIONS, {})
-        return _choices(self.run) == _choices(RunConfig(), run) and _choices(self.method) == _choices(
-            type(self.method)(), method
-        )
+        changed = config_file.differences(_choices(RunConfig(), run), _choices(self.run))
+        if run.get("method") != self.run.method or not isinstance(method, dict):  # its options are others too
+            return changed or [f"{config_file.METHOD_OPTIONS}: {method!r}"]
+        return changed + config_file.differences(_choices(type(self.method)(), method), _choices(self.method))
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,17 @@ def check_kinds(path: Path, values: dict[str, Any], *classes: Any) -> dict[str, 
     return {key: float(value) if is_number(known[key]) else value for key, value in values.items()}
 
 
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """The options that differ, each with its old and its new value: ``lr: 0.0005 → 0.001``."""
+    names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    return [f"{name}: {_shown(before.get(name))} → {_shown(after.get(name))}" for name in names]
+
+
+def _shown(value: Any) -> str:
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return "not set" if value is None else text if text.isprintable() and text else repr(value)
+
+
 def kinds(*classes: Any) -> dict[str, Any]:
     """The fields of dataclasses and their types."""
     return {f.name: get_type_hints(cls)[f.name] for cls in classes for f in dataclasses.fields(cls)}

@@ -90,8 +90,11 @@ def take_over(folder: Path, resolved: Resolved) -> Run | None:
     config = config_text(folder)
     if config is None:
         log.warning("%s was not there: it is written as this command means it", folder / "config.toml")
-    elif not resolved.continues(config):
-        raise ValueError(f"{folder} holds a run of another configuration: give another --output-dir, or remove it")
+    elif changes := resolved.changes(config):
+        raise ValueError(
+            f"{folder} holds a run of another configuration ({'; '.join(changes)}): give its own options to go on with it, or "
+            "another --output-dir"
+        )
     files.clear(folder)
     _write_again(folder)
     _set_damaged_aside(folder)

@@ -25,7 +25,7 @@ from fastkd.push import destination, push_folder
 from fastkd.reports.descriptions import loss_warning
 from fastkd.reports.model_card import model_card
 from fastkd.reports.run_report import build_report
-from fastkd.run_folder import Run, has_student, read_run
+from fastkd.run_folder import INPUTS, Run, has_student, read_run, refuse_links
 from fastkd.setup import Setup, prepare
 from fastkd.terminal import Console
 from fastkd.train import Trainer
@@ -42,6 +42,7 @@ def run(resolved: Resolved, world: World, console: Console) -> Path:
         Interrupted: stopped by a signal, saved.
     """
     started, folder = now(), resolved.output_dir
+    on_main(world, lambda: refuse_links(folder))
     with alone_in(folder, world):
         began = on_main(world, lambda: take_over(folder, resolved))
         repository = pushed_to(resolved, world)
@@ -79,7 +80,7 @@ def train_and_export(resolved: Resolved, began: Run | None, world: World, consol
 def opening(resolved: Resolved, setup: Setup, the_plan: dict[str, Any]) -> dict[str, str]:
     """What is known before the first step: the texts of three files, by name."""
     begun = {"command": resolved.command(), "corpus_sources": setup.shards.first.recipe["sources"]}
-    facts = environment.describe() | begun | setup.inputs
+    facts = environment.describe() | begun | setup.inputs | {"teacher_revision": setup.teacher_revision}
     return {
         "environment.json": json.dumps(facts, indent=1) + "\n",
         "plan.json": json.dumps(the_plan, indent=1) + "\n",
@@ -154,15 +155,15 @@ def with_measured_dtype(resolved: Resolved, began: Run | None) -> Resolved:
 
 
 def check_inputs(began: Run | None, setup: Setup) -> None:
-    """Refuse to go on with another corpus or teacher than a run began with.
+    """Refuse to go on with other inputs than a run began with. An older run did not note all of them.
 
     Raises:
-        ValueError: naming which of the two has changed.
+        ValueError: naming those that have changed.
     """
     if began is None:
         return
     found = setup.inputs.items()
-    changed = [name.partition("_")[0] for name, version in found if began.environment.get(name, version) != version]
+    changed = [INPUTS[name] for name, version in found if began.environment.get(name, version) != version]
     if changed:
         raise ValueError(
             f"the {' and the '.join(changed)} changed since the run in {began.folder} began: bring back what it was, "

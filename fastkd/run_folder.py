@@ -20,6 +20,18 @@ from fastkd.files import Record, read_jsonl, sound_lines
 BEGUN = ".begun.json"  # the texts of the files that a run begins with
 log = logging.getLogger(__name__)
 UNITS = {"budget_flops": "flops", "budget_tokens": "tokens"}  # budgets that are no time
+# The names of what a run writes begin with these.
+WRITTEN = (
+    "config.toml", "environment.json", "plan.json", "ledger.jsonl", "metrics.jsonl", "report.html", "trace.json", "glue.json",
+    "checkpoints", "final", ".lock", ".final", BEGUN,
+)  # fmt: skip
+INPUTS = {  # what a run reads from outside, by its key in environment.json
+    "corpus_version": "corpus",
+    "teacher_sha256": "teacher",
+    "tokenizer_sha256": "tokenizer",
+    "student_sha256": "config.json beside the tokenizer",
+    "replay_sha256": "ledger that is replayed",
+}
 MOST_BINS = 120  # points of a learning curve
 
 
@@ -271,6 +283,22 @@ def read_run(folder: Path) -> Run:
         events=[line for line in read_jsonl(ledger) if "event" in line],
         metrics=sound,
     )
+
+
+def refuse_links(folder: Path) -> None:
+    """Refuse links in the place of what a run writes: a folder from elsewhere would have it write outside. The folder itself
+    may be a link.
+
+    Raises:
+        ValueError: naming the first link.
+    """
+    own = (path for path in folder.glob("*") if path.name.startswith(WRITTEN) or path.name.endswith(".partial"))
+    deeper = (path for name in ("checkpoints", "final") for path in (folder / name).rglob("*"))
+    if (link := next((path for path in (*own, *deeper) if path.is_symlink()), None)) is not None:
+        raise ValueError(
+            f"{link} is a link, and a run writes nothing outside its folder: put in its place what it leads to, or give another "
+            "--output-dir"
+        )
 
 
 def find_run(folder: Path) -> Run | None:

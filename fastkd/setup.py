@@ -28,9 +28,11 @@ from fastkd.data.unknown import require_ordinary, unknown_remark, unknown_share
 from fastkd.device import memory
 from fastkd.device.peaks import fastest_dtype
 from fastkd.distributed import World, any_rank, barrier, on_main, smallest
+from fastkd.files import file_sha256
 from fastkd.methods import Method
-from fastkd.models import float8, flops, hf
+from fastkd.models import float8, flops, hf, weights
 from fastkd.models import student as students
+from fastkd.models import tokenizer as tokenizers
 from fastkd.models.attention import Setting
 from fastkd.models.encoder import Encoder, EncoderConfig
 from fastkd.models.needs import Needs
@@ -57,15 +59,22 @@ class Setup:
     method: Method
     teacher: Teacher | None
     teacher_parameters: int  # of the whole checkpoint: `teacher` keeps only what is read
-    teacher_version: str | None  # sha256 of the teacher's files, or its commit on the hub
+    teacher_sha256: str | None  # of its configuration and numbers, however they are stored
+    teacher_revision: str | None  # its commit on the hub
     shards: Shards
     lr: float
     micro_tokens: int  # of the first micro-batch; a `Trainer` that runs out of memory takes smaller ones
 
     @property
     def inputs(self) -> dict[str, str | None]:
-        """Versions of what was read from outside, by content: a run that is resumed must find the same."""
-        return {"corpus_version": self.shards.version, "teacher_version": self.teacher_version}
+        """Versions of what was read from outside, by content: a resumed run must find the same (see ``run_folder.INPUTS``)."""
+        return {
+            "corpus_version": self.shards.version,
+            "teacher_sha256": self.teacher_sha256,
+            "tokenizer_sha256": tokenizers.digest(self.tokenizer),
+            "student_sha256": weights.config_digest(self.student.config),
+            "replay_sha256": file_sha256(Path(self.config.replay)) if self.config.replay else None,
+        }
 
     def stream(self) -> BatchStream:
         """The training batches of this rank. What a step holds does not depend on the size of its micro-batches."""
@@ -159,7 +168,8 @@ def prepare(resolved: Resolved, world: World) -> Setup:
         method=method,
         teacher=teacher,
         teacher_parameters=sum(p.numel() for p in loaded.encoder.parameters()) if loaded else 0,
-        teacher_version=(loaded.sha256 or loaded.revision) if loaded else None,
+        teacher_sha256=loaded.sha256 if loaded else None,
+        teacher_revision=loaded.revision if loaded else None,
         shards=shards,
         lr=config.lr or method.default_lr,
         micro_tokens=_micro_batch(config, student_config, method, dtype, world),

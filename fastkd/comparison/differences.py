@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastkd.comparison.rows import ROW_OPTIONS, Row, base_row, teachers
-from fastkd.run_folder import Run, find_run
+from fastkd.run_folder import INPUTS, Run, find_run
 
 if TYPE_CHECKING:
     from fastkd.comparison.tuning import Search
@@ -30,7 +30,8 @@ NOT_COMPARED = {
     "budget_tokens",
     *ROW_OPTIONS,
 }
-NOT_SURROUNDINGS = ("command", "packages", "teacher_version")  # of environment.json; packages are compared one by one
+# Of environment.json; packages are compared one by one, and of a row's inputs the corpus.
+NOT_SURROUNDINGS = ("command", "packages", "teacher_version", "teacher_revision", *(INPUTS.keys() - {"corpus_version"}))
 
 
 def of_options(
