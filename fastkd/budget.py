@@ -1,4 +1,4 @@
-"""Budget and ledger: what is charged, how far along a run is, and when it stops.
+"""Budget: how far along a run is, and when it stops.
 
 A budget has one governing unit: ``gpu-seconds`` (summed over devices), ``flops`` or ``tokens``. The ledger records all
 of them for every step, whichever governs, so that runs can be compared in either unit afterwards.
@@ -6,29 +6,17 @@ of them for every step, whichever governs, so that runs can be compared in eithe
 
 from __future__ import annotations
 
-import os
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
-from typing import Any, Literal
-
-from fastkd.files import drop_torn_line, read_jsonl, to_line
+from typing import Literal
 
 Unit = Literal["gpu-seconds", "flops", "tokens"]
 Charge = Literal["loop", "compute", "all"]
 
-# Events that cost GPU-seconds under each policy (steps are always charged). A crash is the time of lost steps.
-CHARGED_EVENTS: dict[str, frozenset[str]] = {
-    "compute": frozenset(),
-    "loop": frozenset({"validation", "checkpoint", "compile", "crash"}),
-    "all": frozenset({"validation", "checkpoint", "compile", "crash", "setup"}),
-}
 VALIDATION_SHARE = 0.02  # of what is charged: validations that would cost more are left out
 LAST_STEP_MARGIN = 0.25  # of a step: if less than this would remain after one more step, the step counts as the last
 PARTS = ("student", "teacher", "loss")
-RECENT = 3  # lines of the ledger that a checkpoint keeps: ranks are never that many steps apart
 
 
 class BudgetTooSmall(Exception):
@@ -121,118 +109,3 @@ class Meter:
         if spent + (2 + LAST_STEP_MARGIN) * amount > self.budget.amount:
             return 1.0
         return (spent + amount) / self.budget.amount
-
-
-class Ledger:
-    """``ledger.jsonl``: one line a step, and lines with ``event`` between them. Append-only; nothing is rewritten."""
-
-    def __init__(self, path: Path, charge: Charge, totals: Totals, devices: int = 1, *, write: bool = True) -> None:
-        """``devices``: seconds are charged once for each. ``write``: only rank 0 writes."""
-        self.totals, self.charge, self.devices = totals, charge, devices
-        self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT)  # the last steps' lines
-        self._path = path
-        if write:
-            drop_torn_line(path)
-        self._file = open(path, "a", encoding="utf-8") if write else None  # noqa: SIM115 (closed by close())
-
-    def step(
-        self, cost: StepCost, phase_s: dict[str, float], *, progress: float, epoch: float, unique: int,
-        joules: float | None, lr: float, loss: float, skipped: bool = False,
-    ) -> float:  # fmt: skip
-        """Charge a finished step, ``skipped`` or not; returns its charged GPU-seconds. ``phase_s`` is its seconds by phase."""
-        t = self.totals
-        charged = sum(phase_s.values()) * self.devices
-        t.step += 1
-        t.charged_s += charged
-        for part in PARTS:
-            t.flops[part] += cost.flops[part]
-        t.tokens["real"] += cost.real
-        t.tokens["predicted"] += cost.predicted
-        t.tokens["unique"] = unique
-        t.skipped += skipped
-        t.skipped_in_a_row = t.skipped_in_a_row + 1 if skipped else 0
-        if joules is not None:
-            t.joules = (t.joules or 0.0) + joules
-        self.recent.append({
-            "step": t.step, "progress": progress, "charged_s": t.charged_s, "phase_s": phase_s, "flops": dict(t.flops),
-            "tokens": dict(t.tokens), "epoch": epoch, "joules": t.joules, "lr": lr, "loss": loss,
-            "skipped": t.skipped,
-        })  # fmt: skip
-        self._write(self.recent[-1])
-        return charged
-
-    def complete(self, recent: Sequence[dict[str, Any]]) -> None:
-        """Write the last lines of a checkpoint that are missing: rank 0 died before it wrote them, and another rank saved."""
-        written = {line["step"] for line in surviving_steps(self._path)} if recent else set()
-        for line in recent:
-            if line["step"] not in written:
-                self._write(line)
-
-    def event(self, name: str, seconds: float, *, in_loop: bool = True, **details: Any) -> None:
-        """Record an event between steps, in wall-clock seconds, and charge it if the policy says so.
-
-        After the last step nothing is charged: the budget is spent by then.
-        """
-        charged = name in CHARGED_EVENTS[self.charge] and (in_loop or name == "setup")
-        if charged:
-            self.totals.charged_s += seconds * self.devices
-        line = {"event": name, "seconds": seconds, "step": self.totals.step, "charged": charged}
-        self._write(line | {"charged_s": self.totals.charged_s} | details)
-
-    def _write(self, line: dict[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(to_line(line))
-            self._file.flush()
-
-    def sync(self) -> None:
-        """Put every line on the disk: called before a checkpoint that relies on them."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
-
-
-def replayed_progress(path: Path) -> list[float]:
-    """The progress of each step of a finished run's ledger, for a run that replays it instead of reading the clock.
-
-    It need not rise at every step: after a step that was faster than predicted, the next one may be lower.
-
-    Raises:
-        ValueError: the file is no ledger of a run from its first step on.
-    """
-    remedy = "give the ledger.jsonl of a finished run"
-    try:
-        steps = surviving_steps(path) if path.is_file() else None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--replay {path} cannot be read as a ledger: {remedy}") from error
-    if steps is None:
-        raise ValueError(f"--replay {path} is no file: {remedy}")
-    if not steps:
-        raise ValueError(f"--replay {path} holds no steps: {remedy}")
-    for number, line in enumerate(steps, start=1):
-        progress = line.get("progress")
-        if line.get("step") != number or not isinstance(progress, int | float) or not 0 < progress <= 1:
-            raise ValueError(f"--replay {path} lacks step {number} with a progress above 0 and at most 1: {remedy}")
-    return [float(line["progress"]) for line in steps]
-
-
-def surviving_steps(path: Path) -> list[dict[str, Any]]:
-    """The step lines of a ledger that count: those after a crash's rewind point were lost and are left out.
-
-    Raises:
-        ValueError: a damaged file.
-    """
-    steps: list[dict[str, Any]] = []
-    for line in read_jsonl(path):
-        if line.get("event", "crash") != "crash":
-            continue
-        if not isinstance(line.get("step"), int):
-            raise ValueError(f"{path} has a line without its step: restore the file or start a new run folder")
-        if "event" in line:
-            steps = [step for step in steps if step["step"] <= line["step"]]
-        else:
-            steps.append(line)
-    return steps

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastkd.budget import VALIDATION_SHARE, Meter, StepCost, Totals, replayed_progress
+from fastkd.budget import VALIDATION_SHARE, Meter, StepCost, Totals
 from fastkd.distributed import Decision
+from fastkd.ledger import replayed_progress
 
 if TYPE_CHECKING:
     from fastkd.files import Record
@@ -23,13 +24,20 @@ class Validations:
         self.count = 0  # within the loop
         self.seconds = 0.0  # of the last one
 
-    def take_over(self, lines: Sequence[Record]) -> None:
-        """Go on after the lines of a ledger."""
-        progress = max((line.get("progress", 0.0) for line in lines), default=0.0)
-        self._reached = int(progress * self._wanted)
+    def take_over(self, lines: Sequence[Record], step: int) -> None:
+        """Go on after ``step`` of a ledger's lines. Validations after a step that was lost are to be made again, but
+        what they took was spent."""
         validations = [line for line in lines if line.get("event") == "validation"]
         self.count = sum(line["step"] > 0 for line in validations)
         self.seconds = validations[-1]["seconds"] if validations else 0.0
+        counted: list[Record] = []
+        for line in lines:
+            if line.get("event") == "crash":
+                counted = [other for other in counted if other["step"] <= line["step"]]
+            elif "progress" in line:
+                counted.append(line)
+        progress = max((line["progress"] for line in counted if line["step"] <= step), default=0.0)
+        self._reached = int(progress * self._wanted)
 
     def due(self, progress: float, charged_s: float) -> bool:
         """Whether ``progress`` passed another multiple of 1/wanted, and one more validation is within its share."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastkd import checkpoint, health, schedule, signals
+from fastkd import checkpoint, health, ledger, schedule, signals
 from fastkd.data.builder import BuildingFailed
 from fastkd.decide import Decider
 from fastkd.device.clock import Lap, PhaseClock
@@ -251,9 +251,8 @@ class Loop:
             self.trainer.clock = PhaseClock(self.trainer.device)
         found = self.trainer.validate()
         self.validations.seconds = self.trainer.clock.event("validation")
-        self.ledger.event(
-            "validation", self.validations.seconds, in_loop=in_loop, joules=self.power.joules_since_last()
-        )
+        joules = self.power.joules_since_last()
+        self.ledger.event("validation", self.validations.seconds, in_loop=in_loop, progress=progress, joules=joules)
         t = self.totals
         if self.world.is_main:
             self.monitor.validation({
@@ -301,10 +300,11 @@ class Loop:
                 claim.rmdir()
 
     def _write_checkpoint(self) -> None:
-        recent = list(self.ledger.recent)
-        state = {"step": self.totals.step, "totals": asdict(self.totals), "recent": recent}
-        root, say = self.folder / "checkpoints", self.monitor.say
-        checkpoint.save(root, self.trainer.objective, self.trainer.optimizer, state, say=say)
+        state = {"step": self.totals.step, "totals": asdict(self.totals)}
+        checkpoint.save(
+            self.folder / "checkpoints", self.trainer.objective, self.trainer.optimizer, state,
+            copies={ledger.NAME: self.ledger.copy()}, say=self.monitor.say,
+        )  # fmt: skip
         self.checkpoints.saved()
 
     # ---- when numbers are not finite ------------------------------------------------------------------------

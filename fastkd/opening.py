@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from fastkd import files
 from fastkd.distributed import World, on_main
+from fastkd.resume import mend_ledger
 from fastkd.run_folder import BEGUN, Run, begun_with, config_text, has_student, is_object, read_opening, sealed
 
 if TYPE_CHECKING:
@@ -98,6 +99,8 @@ def take_over(folder: Path, resolved: Resolved) -> Run | None:
     files.clear(folder)
     _write_again(folder)
     _set_damaged_aside(folder)
+    if mended := mend_ledger(folder):
+        log.warning("%s", mended)
     if all((folder / name).exists() for name in COPIED):
         write_opening(folder, dict.fromkeys(COPIED, ""))
     return read_opening(folder)

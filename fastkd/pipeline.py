@@ -117,6 +117,7 @@ def train(trainer: Trainer, folder: Path, measured: planning.Measurement, setup_
                     f"the budget went to set-up or to steps that were lost, none is left for a step: raise it, or remove {folder}"
                 )
             loop.record_validation(1.0, in_loop=False)
+            loop.ledger.end()
 
 
 def export(setup: Setup, folder: Path) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from fastkd import methods
-from fastkd.budget import Budget, Charge, replayed_progress
+from fastkd.budget import Budget, Charge
 from fastkd.data.sizes import check_sizes, pack_size
+from fastkd.ledger import replayed_progress
 from fastkd.loggers import check_loggers
 from fastkd.models import shape
 from fastkd.terminal import LOST

@@ -11,11 +11,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from fastkd import quickstart
-from fastkd.budget import surviving_steps
+from fastkd import ledger, quickstart
 from fastkd.device.clock import PHASES
 from fastkd.device.power import THROTTLE_BITS
-from fastkd.files import Record, read_jsonl, sound_lines
+from fastkd.files import Record, sound_lines
 
 BEGUN = ".begun.json"  # the texts of the files that a run begins with
 log = logging.getLogger(__name__)
@@ -101,6 +100,10 @@ class Run:
         """Devices that shared the work; each is charged for every second."""
         return int(self.plan.get("devices", 1))
 
+    def _devices(self, line: Record) -> int:
+        """Devices that a ledger's line charges: a run may go on with others than it began with."""
+        return int(line.get("devices", self.devices))
+
     @property
     def last(self) -> Record | None:
         """The last step's line."""
@@ -114,15 +117,18 @@ class Run:
 
     @property
     def charged_s(self) -> float:
-        """Charged GPU-seconds, those of events after the last step included."""
-        lines = [*self.steps[-1:], *self.events]
-        return max((float(line["charged_s"]) for line in lines if "charged_s" in line), default=0.0)
+        """Charged GPU-seconds, by the ledger's last line: that of the last event, unless a step came after it."""
+        events = [line for line in self.events if "charged_s" in line]
+        last = max([*events[-1:], *self.steps[-1:]], key=lambda line: int(line["step"]), default={"charged_s": 0.0})
+        return float(last["charged_s"])
 
     @cached_property
     def phase_s(self) -> dict[str, float]:
         """GPU-seconds of all steps by phase."""
         named = [*PHASES, *sorted({name for step in self.steps for name in step["phase_s"]} - {*PHASES})]
-        return {name: self.devices * sum(step["phase_s"].get(name, 0.0) for step in self.steps) for name in named}
+        return {
+            name: sum(self._devices(step) * step["phase_s"].get(name, 0.0) for step in self.steps) for name in named
+        }
 
     @property
     def step_s(self) -> float:
@@ -134,7 +140,7 @@ class Run:
         """Events by kind, in order of first appearance; kinds without a duration are left out."""
         sums: dict[tuple[str, bool], EventSum] = {}
         for event in self.events:
-            seconds = self.devices * (event.get("seconds") or 0.0)
+            seconds = self._devices(event) * (event.get("seconds") or 0.0)
             key = (event["event"], bool(event.get("charged")))
             before = sums.get(key, EventSum(*key[:1], 0, 0.0, key[1]))
             sums[key] = EventSum(key[0], before.times + 1, before.seconds + seconds, key[1])
@@ -273,14 +279,17 @@ def read_run(folder: Path) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"no run folder {str(folder)!r}: name a folder that python -m fastkd.run made")
-    ledger, metrics = folder / "ledger.jsonl", folder / "metrics.jsonl"
+    path, metrics = folder / ledger.NAME, folder / "metrics.jsonl"
+    lines = ledger.read(path)
+    if (folder / "final").is_dir() and not ledger.has_ended(lines):
+        raise ValueError(f"{path} was cut: {ledger.REMEDY}")
     sound, damaged = sound_lines(metrics)
     if damaged:
         log.warning("%s has %d damaged lines, left out", metrics, damaged)
     return replace(
         read_opening(folder),
-        steps=surviving_steps(ledger),
-        events=[line for line in read_jsonl(ledger) if "event" in line],
+        steps=ledger.surviving(lines, path),
+        events=[line for line in lines if "event" in line],
         metrics=sound,
     )
 

@@ -31,8 +31,29 @@ if not torch.cuda.is_available():
 
 # Files that take longest, first: a worker that begins one of them at the end keeps the other waiting. Without
 # --no-loadscope-reorder, pytest-xdist begins with the files of most tests.
-LONG = """compare audit distributed run throughput device_parts kernel_properties relation_kl glue_command new_method train
-    new_kernel packed_attention compiled runs_on_parts presets hidden_mse linear_kd linear_kd_operator bundle resume""".split()
+LONG = [
+    "compare",
+    "audit",
+    "distributed",
+    "run",
+    "throughput",
+    "device_parts",
+    "kernel_properties",
+    "relation_kl",
+    "glue_command",
+    "new_method",
+    "train",
+    "new_kernel",
+    "packed_attention",
+    "compiled",
+    "runs_on_parts",
+    "presets",
+    "hidden_mse",
+    "linear_kd",
+    "linear_kd_operator",
+    "bundle",
+    "resume",
+]
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

@@ -62,7 +62,8 @@ def test_validations_keep_within_their_share_of_what_is_charged() -> None:
 def test_validations_go_on_after_a_ledger() -> None:
     validations = Validations(4, 1)
     start = {"event": "validation", "step": 0, "seconds": 9.0}
-    validations.take_over([start, {"step": 5, "progress": 0.6}, {"event": "validation", "step": 5, "seconds": 0.25}])
+    lines = [start, {"step": 5, "progress": 0.6}, {"event": "validation", "step": 5, "seconds": 0.25}]
+    validations.take_over(lines, 5)
     assert (validations.count, validations.seconds) == (1, 0.25)
     assert not validations.due(0.7, 1e9) and validations.due(0.75, 1e9)
 

@@ -13,8 +13,8 @@ import pytest
 from safetensors.torch import load_file
 
 from fastkd import checkpoint, run
-from fastkd.budget import surviving_steps
 from fastkd.files import read_jsonl
+from fastkd.ledger import surviving_steps
 
 NO_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from fastkd import opening, pipeline, run
-from fastkd.budget import surviving_steps
 from fastkd.config import parse
 from fastkd.files import read_jsonl
+from fastkd.ledger import surviving_steps
 from fastkd.loop import Loop
 from fastkd.run_folder import read_run
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from fastkd import methods
-from fastkd.budget import surviving_steps
 from fastkd.config import resolve
 from fastkd.data.batches import Batch
 from fastkd.distributed import World
+from fastkd.ledger import surviving_steps
 from fastkd.loop import Loop
 from fastkd.models import encoder
 from fastkd.models.teacher import Teacher

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from fastkd import files, signals
-from fastkd.files import drop_torn_line, to_line
+from fastkd import chain, files, signals
 from fastkd.glue import examples
 from fastkd.glue.encoded import load_examples
 from fastkd.glue.finetune import FOLDER, FineTuning, check_model, fast_bf16
@@ -252,10 +251,7 @@ def _write_ledger(evaluation: Evaluation, seconds: float, one: FineTuning | None
         "jobs": evaluation.jobs,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
-    ledger = evaluation.model.run / "ledger.jsonl"
-    drop_torn_line(ledger)
-    with ledger.open("a", encoding="utf-8") as file:
-        file.write(to_line(line))
+    chain.append(evaluation.model.run / "ledger.jsonl", line)
 
 
 def _publish(

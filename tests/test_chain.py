@@ -1,0 +1,120 @@
+"""An altered or cut ledger is known: a run mends it and says so, or refuses it in one line; a replay refuses it."""
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from ledgers import Life, charge_step
+
+from fastkd import chain
+from fastkd.checkpoint import Checkpoint
+from fastkd.ledger import NAME, replayed_progress
+from fastkd.resume import mend_ledger
+from fastkd.run_folder import read_run
+
+
+@pytest.fixture(scope="module", params=["stopped", "killed", "finished", "not saved"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of some steps that was stopped, was killed after its last checkpoint, came to its end, or was never saved."""
+    folder = tmp_path_factory.mktemp("ledgers") / request.param.replace(" ", "-")
+    folder.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoint, "restore", lambda *_: None)
+        life = Life(folder, "loop")
+        life.ledger.event("setup", 2.0)
+        for step in range(1, 13):
+            charge_step(life.ledger, progress=step / 12)
+            if step in (4, 9) and request.param != "not saved":
+                life.save()
+                life.ledger.event("checkpoint", 0.5)
+        if request.param in ("stopped", "finished"):
+            life.save()
+        if request.param == "finished":
+            life.ledger.end()
+            (folder / "final").mkdir()
+        life.log()
+        life.ledger.close()
+    return folder
+
+
+def emptied(lines: list[bytes], chance: random.Random) -> list[bytes]:
+    return []
+
+
+def cut(lines: list[bytes], chance: random.Random) -> list[bytes]:
+    return lines[: chance.randrange(len(lines))]
+
+
+def torn(lines: list[bytes], chance: random.Random) -> list[bytes]:
+    kept = chance.randrange(len(lines))
+    return [*lines[:kept], lines[kept][: chance.randrange(1, len(lines[kept]))]]
+
+
+def flipped(lines: list[bytes], chance: random.Random) -> list[bytes]:
+    place = chance.randrange(len(lines))
+    digits = [i for i, char in enumerate(lines[place]) if chr(char).isdigit()]
+    i = chance.choice(digits)
+    digit = chance.choice([each for each in b"0123456789" if each != lines[place][i]])
+    return [*lines[:place], lines[place][:i] + bytes([digit]) + lines[place][i + 1 :], *lines[place + 1 :]]
+
+
+def dropped(lines: list[bytes], chance: random.Random) -> list[bytes]:
+    place = chance.randrange(len(lines))
+    return lines[:place] + lines[place + 1 :]
+
+
+def doubled(lines: list[bytes], chance: random.Random) -> list[bytes]:
+    place = chance.randrange(len(lines))
+    return lines[: place + 1] + lines[place:]
+
+
+def swapped(lines: list[bytes], chance: random.Random) -> list[bytes]:
+    one, other = sorted(chance.sample(range(len(lines)), 2))
+    return [*lines[:one], lines[other], *lines[one + 1 : other], lines[one], *lines[other + 1 :]]
+
+
+MUTATIONS: list[Callable[[list[bytes], random.Random], list[bytes]]] = [
+    emptied, cut, torn, flipped, dropped, doubled, swapped,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mutation", [*MUTATIONS, None], ids=lambda mutation: getattr(mutation, "__name__", "removed"))
+def test_a_damaged_ledger_is_mended_and_said_or_refused(
+    mutation: Callable[[list[bytes], random.Random], list[bytes]] | None, folder: Path, tmp_path: Path
+) -> None:
+    whole = (folder / NAME).read_bytes().splitlines(keepends=True)
+    copies = [copy.read_bytes() for copy in folder.glob(f"checkpoints/*/{NAME}")]
+    for seed in range(8 if mutation else 1):
+        run = tmp_path / str(seed)
+        shutil.copytree(folder, run)
+        mutated = b"" if mutation is None else b"".join(mutation(whole, random.Random(seed)))
+        (run / NAME).unlink() if mutation is None else (run / NAME).write_bytes(mutated)
+        with pytest.raises(ValueError, match=r"give the ledger\.jsonl of a finished run$"):
+            replayed_progress(run / NAME)
+        try:
+            said = mend_ledger(run)
+        except ValueError as error:
+            assert not copies and f"remove {run}" in str(error) and "\n" not in str(error)
+            continue
+        assert said is not None and str(run / NAME) in said and "\n" not in said
+        mended = chain.whole_lines(run / NAME)
+        assert all(mended.startswith(copy) for copy in copies), "what a checkpoint knows is there"
+        ended = [line for line in mended.splitlines() if b"restored" in line]
+        assert {*mended.splitlines()} <= {*b"".join(whole).splitlines(), *ended}
+        if folder.name == "finished":
+            assert replayed_progress(run / NAME) == [step / 12 for step in range(1, 13)]
+            assert read_run(run).charged_s == read_run(folder).charged_s
+
+
+@pytest.mark.parametrize("folder", ["stopped", "finished"], indirect=True)
+def test_one_that_was_only_cut_gets_back_what_the_checkpoint_knows(folder: Path, tmp_path: Path) -> None:
+    copies = sorted(folder.glob(f"checkpoints/*/{NAME}"), key=lambda copy: copy.stat().st_size)
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    (run / NAME).write_bytes(b"".join(copies[-1].read_bytes().splitlines(keepends=True)[:3]) + b'{"torn')
+    said = mend_ledger(run)
+    assert said is not None and "lacked its last" in said
+    assert (run / NAME).read_bytes().startswith(copies[-1].read_bytes())
+    assert not list(run.glob("*.damaged"))
