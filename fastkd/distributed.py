@@ -2,11 +2,13 @@
 
 Every rank does the same steps in the same order because only rank 0 reads clocks and decides; one small all-reduce on
 the host a step carries its decisions to all ranks, and every rank's interrupt to it.
+
+Within a step, ranks wait for each other for ``TIMEOUT``. Everywhere else they meet first (``pulse.py``), and wait there for
+as long as those that are missing live.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,9 +19,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from fastkd import pulse
+from fastkd.pulse import PeerLost
+
 JOINING = timedelta(minutes=10)  # ranks start as fast as their nodes' disks, and NCCL takes its time between many nodes
 TIMEOUT = timedelta(seconds=45)  # a rank that is gone must end the job within a minute
 T = TypeVar("T")
+_pulse: pulse.Pulse | None = None  # of this process; None: it has no peers
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,8 @@ def start(timeout: timedelta = TIMEOUT) -> World:
         return World(device=device)
     backend, bound = ("cpu:gloo,cuda:nccl", device) if cuda else ("gloo", None)
     dist.init_process_group(backend, timeout=JOINING, device_id=bound)  # bound to its device, NCCL connects here
-    _meet(device)
+    _connect(device)
+    _feel_each_other(dist.get_rank(), size)
     assert dist.group.WORLD is not None
     dist.group.WORLD.set_timeout(timeout)
     return World(rank=dist.get_rank(), size=size, device=device)
@@ -78,15 +85,57 @@ def start(timeout: timedelta = TIMEOUT) -> World:
 
 @contextmanager
 def joined(timeout: timedelta = TIMEOUT) -> Iterator[World]:
-    """`start`, and `finish` at the end, even after an error."""
+    """`start`, and `finish` at the end, even after an error.
+
+    Raises:
+        PeerLost: instead of the error of a collective in which another rank is missing.
+    """
     world = start(timeout)
     try:
         yield world
+    except RuntimeError as error:
+        among_ranks = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if _pulse is not None and among_ranks and (lost := _pulse.lost()):
+            raise PeerLost(lost) from error
+        raise
     finally:
         finish(world)
 
 
-def _meet(device: torch.device) -> None:
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Name what this rank is at: other ranks say it if it hangs there."""
+    if _pulse is None:
+        yield
+        return
+    here, before = _pulse, _pulse.phase
+    here.enter(name)
+    try:
+        yield
+    finally:
+        here.enter(before)
+
+
+def _feel_each_other(rank: int, size: int) -> None:
+    """Begin to show each other that ranks live."""
+    global _pulse
+
+    def exchange(value: object) -> Any:
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    one_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == size
+    _pulse = pulse.connect(rank, size, None if one_node else os.environ["MASTER_ADDR"], exchange)
+
+
+def _meet() -> None:
+    """Wait until all ranks are here, so that the collective that follows takes no longer than its messages."""
+    assert _pulse is not None
+    _pulse.meet()
+
+
+def _connect(device: torch.device) -> None:
     """One collective on the host and one on the device, waited for: the first one makes all connections."""
     for place in dict.fromkeys((torch.device("cpu"), device)):  # in the same order on every rank
         present = torch.ones(1, device=place)
@@ -96,8 +145,11 @@ def _meet(device: torch.device) -> None:
 
 def finish(world: World) -> None:
     """Leave the process group; a peer that is dead already does not turn a clean exit into an error."""
+    global _pulse
+    if _pulse is not None:
+        _pulse.close()
+        _pulse = None
     if world.size > 1 and dist.is_initialized():
-        _patient_group.cache_clear()
         with suppress(RuntimeError):
             dist.destroy_process_group()
 
@@ -119,8 +171,16 @@ def any_rank(world: World, flag: bool) -> bool:
     """Whether the flag is set on any rank. Waits as long as the slowest rank takes."""
     if world.size == 1:
         return flag
+    _meet()
+    return any_in_step(world, flag)
+
+
+def any_in_step(world: World, flag: bool) -> bool:
+    """Whether the flag is set on any rank, within a step: a rank that is missing ends the job as in ``agree``."""
+    if world.size == 1:
+        return flag
     value = torch.tensor(float(flag))
-    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=_patient_group())
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value.item())
 
 
@@ -128,7 +188,7 @@ def on_main(world: World, work: Callable[[], T]) -> T:
     """Rank 0 does the work, for as long as it takes, and every rank gets what it returned (which must pickle).
 
     Raises:
-        RuntimeError: on the other ranks, where it failed on rank 0 (ValueError if it was one); there, what it raised.
+        PeerLost: on the other ranks, where it failed on rank 0 (ValueError if it was one); there, what it raised.
     """
     if world.size == 1:
         return work()
@@ -140,8 +200,9 @@ def on_main(world: World, work: Callable[[], T]) -> T:
         except ValueError as mistake:
             failure, answer[1] = mistake, ValueError(str(mistake))
         except Exception as caught:  # told to the others, then raised
-            failure, answer[1] = caught, RuntimeError(f"rank 0 failed: {type(caught).__name__}: {caught}")
-    dist.broadcast_object_list(answer, src=0, group=_patient_group())
+            failure, answer[1] = caught, PeerLost(f"rank 0 failed: {type(caught).__name__}: {caught}")
+    _meet()
+    dist.broadcast_object_list(answer, src=0)
     if (raised := failure or answer[1]) is not None:
         raise raised
     return answer[0]
@@ -150,7 +211,8 @@ def on_main(world: World, work: Callable[[], T]) -> T:
 def mean(world: World, values: torch.Tensor) -> torch.Tensor:
     """The mean of a host tensor over ranks."""
     if world.size > 1:
-        dist.all_reduce(values, group=_patient_group())
+        _meet()
+        dist.all_reduce(values)
         values /= world.size
     return values
 
@@ -167,16 +229,11 @@ def smallest(world: World, value: float) -> float:
     """The least of the ranks' values."""
     least = torch.tensor(value, dtype=torch.float64)
     if world.size > 1:
-        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=_patient_group())
+        _meet()
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
     return float(least)
 
 
 def barrier(world: World) -> None:
     """Wait for every rank, for as long as it takes: rank 0 may be tokenising a corpus or fine-tuning."""
     any_rank(world, False)
-
-
-@functools.cache
-def _patient_group() -> dist.ProcessGroup:
-    """Host collectives without the short time-out; a peer that dies still ends them at once."""
-    return dist.new_group(backend="gloo", timeout=timedelta(days=1))

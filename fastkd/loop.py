@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from fastkd import checkpoint, health, ledger, schedule, signals
-from fastkd.data.builder import BuildingFailed
 from fastkd.decide import Decider
 from fastkd.device.clock import Lap, PhaseClock
 from fastkd.device.memory import peak_memory_bytes
 from fastkd.device.power import PowerMeter
-from fastkd.distributed import Decision, agree, any_rank, barrier, node_devices
+from fastkd.distributed import Decision, agree, any_rank, barrier, node_devices, phase
+from fastkd.exchange import OutOfMemory
 from fastkd.health import Diverged
 from fastkd.resume import resume
 
@@ -81,13 +81,13 @@ class Loop:
             Interrupted: after a signal, once saved.
             Diverged: weights are not finite, or step after step was skipped; the last healthy state is kept.
         """
-        with signals.deferred():
+        with signals.deferred(), phase("a step"):
             try:
                 self._run(traced)
                 self.save_the_end()  # before anything that may be interrupted
                 self._stop_if_asked(any_rank(self.world, signals.asked()))
-            except (RuntimeError, BuildingFailed):
-                # A peer is gone, the device failed, or there is no more text: this rank holds the last whole step.
+            except (RuntimeError, OSError):
+                # A peer is gone, the device or a disk failed, or there is no more text: this rank holds the last whole step.
                 with contextlib.suppress(RuntimeError, OSError, Diverged):
                     self._rescue()
                 raise
@@ -139,7 +139,7 @@ class Loop:
         number, stream = self.number, self.trainer.stream
         if not stream.is_there(number):
             self.monitor.say("waiting for the next part of the corpus, which is being tokenised")
-        with contextlib.suppress(InterruptedError):
+        with contextlib.suppress(InterruptedError), phase("waiting for text"):
             stream.wait(number, signals.asked)
             self.trainer.step_cost(number)
         barrier(self.world)
@@ -188,13 +188,12 @@ class Loop:
         while True:
             try:
                 return self.trainer.step(batches, lr)
-            except torch.OutOfMemoryError:
-                if self.world.size > 1:  # ranks agreed on what fits before the first step, and cannot here
-                    raise
-                self.trainer.objective.zero_grad(set_to_none=True)
-                self.trainer.halve_micro_batch()
-                self._stop_reading()
-                batches = self._read()
+            except torch.OutOfMemoryError as error:
+                if self.world.size > 1 and not isinstance(error, OutOfMemory):  # of which the others know nothing
+                    raise OSError("out of memory when the weights were changed: free the device") from error
+            self.trainer.halve_micro_batch()
+            self._stop_reading()
+            batches = self._read()
 
     def _settle(self) -> None:
         """Charge the oldest step that was issued, once the device has finished it."""
@@ -249,7 +248,8 @@ class Loop:
         """Validate and write it down. Before the first and after the last step it costs the budget nothing."""
         if not in_loop:
             self.trainer.clock = PhaseClock(self.trainer.device)
-        found = self.trainer.validate()
+        with phase("validation"):
+            found = self.trainer.validate()
         self.validations.seconds = self.trainer.clock.event("validation")
         joules = self.power.joules_since_last()
         self.ledger.event("validation", self.validations.seconds, in_loop=in_loop, progress=progress, joules=joules)
@@ -274,14 +274,15 @@ class Loop:
         while self.issued:
             self._settle()
         self.ledger.sync()
-        try:
-            if self.world.is_main:
-                self._write_checkpoint()
-            else:  # as rank 0 does: all hold the same weights
-                checkpoint.require_finite(self.trainer.objective, self.trainer.optimizer)
-        except Diverged as error:
-            raise self._diverged(str(error), error.cause) from error
-        barrier(self.world)
+        with phase("a checkpoint"):
+            try:
+                if self.world.is_main:
+                    self._write_checkpoint()
+                else:  # as rank 0 does: all hold the same weights
+                    checkpoint.require_finite(self.trainer.objective, self.trainer.optimizer)
+            except Diverged as error:
+                raise self._diverged(str(error), error.cause) from error
+            barrier(self.world)
         seconds = self.trainer.clock.event("checkpoint")
         self.ledger.event("checkpoint", seconds, in_loop=in_loop, joules=self.power.joules_since_last())
 

@@ -6,6 +6,7 @@ A step: batches → teacher forward → student forward → fused loss (its grad
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastkd import optim
+from fastkd import exchange, optim
 from fastkd.data.sizes import pack_size
 from fastkd.device import memory, waiting
 from fastkd.device.clock import PhaseClock, now
-from fastkd.distributed import any_rank, average, mean
+from fastkd.distributed import any_in_step, any_rank, average, mean
 
 if TYPE_CHECKING:
     from fastkd.budget import StepCost
@@ -75,8 +76,15 @@ class Trainer:
         self.model: nn.Module = self.objective
         self._rehearse()
         self.optimizer = self.new_optimizer()
+        self._exchange_gradients()
+
+    def _exchange_gradients(self) -> None:
+        """Let backwards exchange gradients between ranks from now on, in a fresh way where one broke off."""
         if self.world.size > 1:
-            self.model = DistributedDataParallel(self.objective, gradient_as_bucket_view=True, static_graph=False)
+            self.model = self.objective
+            gc.collect()  # the hooks of the one before go with it
+            self.buckets = exchange.Buckets()
+            self.model = exchange.parallel(self.objective, self.buckets)
 
     def new_optimizer(self) -> torch.optim.AdamW:
         """A fresh AdamW over what is trained."""
@@ -99,18 +107,54 @@ class Trainer:
 
     def step(self, batches: list[Batch], lr: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """One optimiser step over this rank's micro-batches. Returns the loss, the gradient's norm and the loss by
-        term, all on the device; losses are means over the step, all ranks included."""
-        losses = []
-        for number, batch in enumerate(batches, start=1):
-            with self._no_sync(number < len(batches)):
-                out = self.micro_step(batch, 1 / len(batches))
-            losses.append(torch.stack([x.detach().float() for x in (out.loss, *out.terms.values())]))
+        term, all on the device; losses are means over the step, all ranks included.
+
+        Raises:
+            exchange.OutOfMemory: on every rank, where memory ran out on any of several: no parameter has changed.
+            torch.OutOfMemoryError: memory ran out where there is one rank.
+        """
+        out, losses = self._backward(batches) if self.world.size == 1 else self._backward_of_all(batches)
         loss, *terms = average(self.world, torch.stack(losses).mean(0))
         norm = optim.clip(self.trained, self.setup.config.clip_norm)
         self.skipped = optim.step_if_finite(self.optimizer, loss, norm, lr)
         self.optimizer.zero_grad(set_to_none=True)
         self.clock.mark("optimizer")
         return loss, norm, dict(zip(out.terms, terms, strict=True))
+
+    def _backward(self, batches: list[Batch]) -> tuple[MethodLoss, list[Tensor]]:
+        """Add up the gradients; the last micro-batch's loss, and the losses by term of all of them."""
+        losses = []
+        for number, batch in enumerate(batches, start=1):
+            with self._no_sync(number < len(batches)):
+                out = self.micro_step(batch, 1 / len(batches))
+            losses.append(torch.stack([x.detach().float() for x in (out.loss, *out.terms.values())]))
+        return out, losses
+
+    def _backward_of_all(self, batches: list[Batch]) -> tuple[MethodLoss, list[Tensor]]:
+        """The same among ranks, which then vote: a word on the host, while devices still work on the backward."""
+        self.buckets.step()
+        found: tuple[MethodLoss, list[Tensor]] | None = None
+        with contextlib.suppress(torch.OutOfMemoryError):
+            found = self._backward(batches)
+        if found is None:  # only here, where the error no longer holds what had been computed
+            self._free()
+            self.buckets.end_without_memory()
+        if any_in_step(self.world, found is None):
+            found = None
+            self._free()
+            self._exchange_gradients()
+            raise exchange.OutOfMemory("out of memory on a rank")
+        assert found is not None
+        self.buckets.end()
+        return found
+
+    def _free(self) -> None:
+        """Give back what a step that broke off holds."""
+        self.objective.zero_grad(set_to_none=True)
+        if self.setup.teacher is not None:
+            self.setup.teacher.release()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def micro_step(self, batch: Batch, weight: float) -> MethodLoss:
         """Teacher forward, student forward, loss and backward of one micro-batch."""
@@ -205,12 +249,9 @@ class Trainer:
             raise ValueError("out of memory with one pack a micro-batch: give a smaller --student or --seq-length")
         log.warning("out of memory: micro-batch %d → %d tokens", before, smaller)
         self.set_micro_batch(smaller)
-        if self.setup.teacher is not None:
-            self.setup.teacher.release()
         if self.setup.compile:
             torch.compiler.reset()  # graphs of the sizes that do not fit would count against the limit of recompilations
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._free()
 
     def set_micro_batch(self, tokens: int) -> None:
         """Cut the training batches into micro-batches of ``tokens``; what a step holds does not depend on it."""

@@ -131,6 +131,7 @@ def ranks(command: str, *options: object, **environment: str) -> subprocess.Comp
                 code = failed
                 for other in running.values():
                     other.send_signal(signal.SIGTERM)
+                    other.send_signal(signal.SIGCONT)  # of one that is stopped, so that it ends too
     done = [each.finish() for each in both]
     texts = ("".join(each.stdout for each in done), "".join(each.stderr for each in done))
     return subprocess.CompletedProcess(both[0].args, code, *texts)

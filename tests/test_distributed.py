@@ -188,6 +188,58 @@ def test_a_rank_that_does_not_come_ends_the_job(tmp_path: Path) -> None:
     assert "gave up" in result.stderr
 
 
+STOPPED = """
+import importlib, os, signal, sys
+from datetime import timedelta
+from fastkd import pulse, run
+from fastkd.distributed import joined
+
+phase, module, owner, name, rank, *options = sys.argv[1:]
+pulse.BEAT, pulse.PATIENCE = 0.25, 5.0
+run.joined = lambda: joined(timedelta(seconds=8))
+if os.environ["RANK"] == rank:
+    place = importlib.import_module(module)
+    place = getattr(place, owner) if owner else place
+    whole, calls = getattr(place, name), []
+
+    def stopped(*args, **kwargs):
+        calls.append(args)
+        done = whole(*args, **kwargs)
+        if phase in args or phase == "set-up" or (phase == "a step" and len(calls) == 2):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return done
+
+    setattr(place, name, stopped)
+sys.exit(run.main(options))
+"""
+PLACES = {
+    "set-up": ("fastkd.train", "Trainer", "_rehearse", 1),
+    "validation": ("fastkd.pulse", "Pulse", "enter", 1),
+    "a checkpoint": ("fastkd.pulse", "Pulse", "enter", 0),
+    "a step": ("fastkd.monitor", "Monitor", "step", 0),  # at a metrics line
+}
+
+
+@pytest.mark.parametrize("phase", PLACES)
+def test_a_rank_that_hangs_ends_the_job_with_a_line_that_names_it(
+    phase: str, from_scratch: list[str], tmp_path: Path
+) -> None:
+    """It was waited for a day. The others save what they hold."""
+    *place, rank = PLACES[phase]
+    folder, script = tmp_path / "run", tmp_path / "stopped.py"
+    script.write_text(STOPPED)
+    options = [*from_scratch, "--method", "mlm", "--budget-tokens", "30000"]
+    often = ["--checkpoint-minutes", "0.0001", "--output-dir", str(folder)]
+    result = processes.ranks(
+        str(script), phase, *place, rank, *options, *(often if phase == "a checkpoint" else often[2:])
+    )
+    assert result.returncode == 75, result.stderr
+    assert f"error: rank {rank} hangs in {phase}: it gave no sign of life for 5 s: " in result.stderr
+    if phase in ("a checkpoint", "a step"):
+        found = checkpoint.newest(folder / "checkpoints")
+        assert found is not None and found.state["step"] == surviving_steps(folder / "ledger.jsonl")[-1]["step"] > 0
+
+
 RESUMED = """
 import os, sys, threading
 from datetime import timedelta

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -133,10 +134,10 @@ def test_killed_and_issued_again_it_repeats_nothing(run_folder: Path, data: Path
     assert len(after) == 3 and finished.items() <= after.items()
 
 
-def start_two_workers(run_folder: Path, data: Path) -> tuple[processes.Command, list[int]]:
+def start_two_workers(run_folder: Path, data: Path, command: str = GLUE) -> tuple[processes.Command, list[int]]:
     """An evaluation of two long fine-tunings side by side, and the ids of its workers."""
     write_sst2(data, train=12000)
-    process = processes.Command(GLUE, run_folder, "--data", data, "--seeds", 2, "--jobs", 2)
+    process = processes.Command(command, run_folder, "--data", data, "--seeds", 2, "--jobs", 2)
     wait_for(process, "2 at a time")
     children: list[int] = []
     while len(children) < 2:  # multiprocessing's resource tracker is a child too
@@ -164,6 +165,25 @@ def test_a_worker_that_dies_is_named(run_folder: Path, data: Path) -> None:
     done = process.finish()
     assert done.returncode == 1
     assert "seed 1, died (exit code -9); the same command continues" in done.stderr and done.stderr.count("\n") == 1
+
+
+IMPATIENT = """
+import sys
+if __name__ == "__main__":
+    from fastkd.glue import __main__ as glue, workers
+    workers.PATIENCE = 8.0
+    sys.exit(glue.main())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_worker_that_is_stopped_is_ended_and_named(run_folder: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "impatient.py").write_text(IMPATIENT)
+    process, children = start_two_workers(run_folder, data, str(tmp_path / "impatient.py"))
+    os.kill(max(children), signal.SIGSTOP)
+    done = process.finish()
+    assert done.returncode == 1
+    assert re.search(r"seed 1, gave no sign of life for \d+ s; the same command continues", done.stderr)
 
 
 def test_a_terminated_evaluation_says_how_to_go_on(run_folder: Path, data: Path) -> None:

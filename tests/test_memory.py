@@ -11,6 +11,7 @@ from packed_text import VOCAB, pack
 from safetensors.torch import load_file
 
 from fastkd import run
+from fastkd.budget import surviving_steps
 from fastkd.comparison.budgets import release_memory
 from fastkd.config import resolve
 from fastkd.device import memory
@@ -146,6 +147,57 @@ def test_all_ranks_take_a_smaller_micro_batch_where_one_runs_out_of_memory(
     assert len(read_jsonl(tmp_path / "two" / "ledger.jsonl")) == len(read_jsonl(tmp_path / "alone" / "ledger.jsonl"))
     alone, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("alone", "two"))
     assert max(float((alone[key] - two[key]).abs().max()) for key in alone) <= 1e-5
+
+
+# A run in which rank 1's device gets so full before its fourth step that a whole micro-batch does not fit any more, or
+# only its backward does not: then a part of the gradient has been exchanged.
+FULL_IN_THE_LOOP = """
+import os, sys, torch
+torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 1000  # so that the small student's gradient is in several buckets
+from fastkd import run
+from fastkd.models.encoder import Encoder
+from fastkd.train import Trainer
+
+where, *options = sys.argv[1:]
+if os.environ["RANK"] == "1":
+    step, whole, steps, tokens = Trainer.step, Encoder.forward, [], []
+
+    def full(*gradient):
+        if len(steps) > 3 and tokens[-1] > 512:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def counted(self, batches, lr):
+        if not steps and where == "backward":
+            next(self.objective.student.parameters()).register_hook(full)
+        steps.append(lr)
+        return step(self, batches, lr)
+
+    def forward(self, ids, *args, **kwargs):
+        tokens.append(len(ids))
+        if where == "forward" and torch.is_grad_enabled():
+            full()
+        return whole(self, ids, *args, **kwargs)
+
+    Trainer.step, Encoder.forward = counted, forward
+sys.exit(run.main(options))
+"""
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_all_ranks_repeat_a_step_in_which_one_runs_out_of_memory(
+    where: str, from_scratch: list[str], tmp_path: Path
+) -> None:
+    script = tmp_path / "full.py"
+    script.write_text(FULL_IN_THE_LOOP)
+    options = [*from_scratch, "--batch-tokens", "2048", "--method", "mlm", "--budget-tokens", "16000"]
+    assert run.main([*options, "--micro-batch", "512", "--output-dir", str(tmp_path / "alone")]) == 0
+    result = processes.ranks(str(script), where, *options, "--micro-batch", "1024", "--output-dir", tmp_path / "two")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("out of memory: micro-batch 1024 → 512 tokens") == 2  # a line each
+    alone, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("alone", "two"))
+    assert max(float((alone[key] - two[key]).abs().max()) for key in alone) <= 1e-5
+    steps = [surviving_steps(tmp_path / name / "ledger.jsonl") for name in ("alone", "two")]
+    assert [line["tokens"] for line in steps[0]] == [line["tokens"] for line in steps[1]]
 
 
 def test_one_pack_that_does_not_fit_is_refused(small: list[str], tmp_path: Path, monkeypatch, capsys) -> None:

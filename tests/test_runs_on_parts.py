@@ -235,3 +235,38 @@ def test_who_waits_for_another_build_says_so(
     assert prepare.main([*unbudgeted, "--tokens", "1"]) == 0
     builder.removeHandler(ending)
     assert f"waiting for another process that tokenises this corpus into {corpus}" in capsys.readouterr().out
+
+
+SPOILT = """
+import os, shutil, sys
+from fastkd import run
+from fastkd.data.shards import cache
+from fastkd.train import Trainer
+
+how, *options = sys.argv[1:]
+step = Trainer.step
+
+def spoil(self, batches, lr):
+    (part,) = cache().glob("*/part-00000")
+    if how == "deleted":
+        shutil.rmtree(part)
+    else:
+        for path in part.glob("*.bin"):
+            os.truncate(path, 0)
+    Trainer.step = step
+    return step(self, batches, lr)
+
+Trainer.step = spoil
+sys.exit(run.main(options))
+"""
+
+
+@pytest.mark.parametrize("how", ["cut", "deleted"])
+def test_a_part_that_is_spoilt_while_it_is_read_does_not_end_the_run(
+    how: str, unbudgeted: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "spoilt.py").write_text(SPOILT)
+    command = [*unbudgeted, "--budget-tokens", "4000", "--output-dir", str(tmp_path / "run")]
+    done = processes.run(str(tmp_path / "spoilt.py"), how, *command, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "report.html").exists()

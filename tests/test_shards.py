@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fastkd.data.corpus import documents
+from fastkd.data.part import PartLost
 from fastkd.data.shards import Shards, build_shards, tokenizer_hash
 from fastkd.data.tokenise import PIECE_CHARACTERS, WorkerLost, tokenise
 
@@ -75,10 +76,28 @@ def test_the_tokens_are_those_of_transformers(
     assert expected[-2] == [], "a document without a token"
     assert Counter(map(tuple, train + validation)) == Counter(map(tuple, filter(None, expected)))
     assert shards.documents()[0].dtype == np.uint16
-    assert isinstance(shards.documents()[0], np.memmap)
     assert shards.unique_tokens == sum(map(len, train))
     assert shards.vocab_size == len(tokenizer)
     assert shards.tokenizer_hash == tokenizer_hash(tokenizer)
+
+
+def test_a_file_that_is_cut_while_it_is_in_use_is_one_line(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, articles: list[str]
+) -> None:
+    """A memory map of it would end this process by SIGBUS."""
+    shards = build_shards(write(tmp_path / "a.jsonl", articles), tokenizer, tmp_path / "shards")
+    (ids, offsets), part = shards.documents(), shards.first.folder
+    expected = ids.sum()
+    for path in part.glob("*.bin"):
+        os.truncate(path, 8)
+    assert ids.sum() == expected and offsets[-1] == len(ids)
+    with pytest.raises(PartLost, match=r"^shard '.*train\.tokens\.bin' was cut or changed while it was in use$"):
+        shards.documents()
+    with pytest.raises(ValueError, match=r"heldout\.bin' is corrupted .*: delete"):
+        _ = shards.first.held_out
+    (part / "train.tokens.bin").unlink()
+    with pytest.raises(PartLost, match=r"^shard '.*' cannot be read any more \(No such file or directory\)$"):
+        shards.documents()
 
 
 def test_special_tokens_spelt_in_a_text_are_words(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

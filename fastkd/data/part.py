@@ -1,4 +1,7 @@
-"""A part of a tokenised corpus: a folder that is written whole, verified when it is loaded and read through memory maps.
+"""A part of a tokenised corpus: a folder that is written whole, verified when it is loaded and read into memory.
+
+A memory map would save a copy (fastkd's own parts have at most 2^27 tokens), but a file that is cut while it is mapped, or
+a disk that fails, ends the process by SIGBUS, which nothing can catch.
 
     train.tokens.bin       uint16, or uint32 past 65,536 entries: documents end to end, no special tokens added
     train.offsets.bin      int64 [documents + 1]: where each document begins, and the end of the last one
@@ -48,6 +51,10 @@ def part_folder(corpus: Path, number: int) -> Path:
     return corpus / f"part-{number:05d}"
 
 
+class PartLost(OSError):
+    """A file of a part was cut or taken away while it was in use; the same command again finds it and says what to do."""
+
+
 class Part:
     """A verified part. Raises ``ValueError`` where a file is missing or is not what was written.
 
@@ -89,16 +96,29 @@ class Part:
 
     @property
     def held_out(self) -> HeldOut:
-        """What part 0 holds out."""
-        return HeldOut(self.index["piece"], self._map(HASHES, "uint64"))
+        """What part 0 holds out; later parts depend on it, so it is verified each time."""
+        self._verify(HASHES)
+        return HeldOut(self.index["piece"], self._read(HASHES, "uint64"))
 
     def documents(self, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
-        """(token ids [N], offsets o [documents + 1] int64) of a split, memory maps; document d is ids[o[d] : o[d + 1]]."""
-        return self._map(f"{split}.tokens.bin", self.index["dtype"]), self._map(f"{split}.offsets.bin", "int64")
+        """(token ids [N], offsets o [documents + 1] int64) of a split; document d is ids[o[d] : o[d + 1]].
 
-    def _map(self, name: str, dtype: str) -> np.ndarray:
+        Raises:
+            PartLost: a file is not as long as it was, or cannot be read.
+        """
+        tokens, documents = self.index["tokens"][split], self.index["documents"][split]
+        ids = self._read(f"{split}.tokens.bin", self.index["dtype"], tokens)
+        return ids, self._read(f"{split}.offsets.bin", "int64", documents + 1)
+
+    def _read(self, name: str, dtype: str, count: int | None = None) -> np.ndarray:
         path = self.folder / name
-        return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
+        try:
+            found = np.fromfile(path, dtype)
+        except OSError as error:
+            raise PartLost(f"shard {str(path)!r} cannot be read any more ({error.strerror})") from error
+        if count is not None and len(found) != count:
+            raise PartLost(f"shard {str(path)!r} was cut or changed while it was in use")
+        return found
 
     def _verify(self, name: str) -> None:
         path, expected = self.folder / name, self.index["files"][name]

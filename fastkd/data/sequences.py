@@ -36,7 +36,7 @@ class Text:
 
     def __init__(
         self,
-        tokens: np.ndarray,  # [N] ids, a memory map
+        tokens: np.ndarray,  # [N] ids
         offsets: np.ndarray,  # [documents + 1] int64
         *,
         seq_length: int,

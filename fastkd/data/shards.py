@@ -118,7 +118,7 @@ class Shards:
     def documents(self, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
         """(token ids [N], offsets o [documents + 1] int64) of a split; document d is ids[o[d] : o[d + 1]].
 
-        Memory maps where there is one part, and for the validation split; else the parts that exist, joined in memory.
+        Of the training split, the parts that exist.
         """
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}: take one of {', '.join(SPLITS)}")
