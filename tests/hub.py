@@ -108,11 +108,11 @@ class Fault:
     """What goes wrong with the requests whose ``METHOD /path`` the pattern is found in."""
 
     where: str
-    kind: int | str  # a status code, or: cut (half of the body), html (a page with status 200), slow
+    kind: int | str  # a status code, or: cut (half of the body), html (a page with status 200), slow, drip
     times: int | None = None  # how often; None is always
     skip: int = 0  # after so many that go well
     retry_after: int | None = 0  # of 429
-    seconds: float = 60.0  # of slow, at most: the end of the hub ends the wait
+    seconds: float = 60.0  # of slow, and between two bytes of drip, at most: the end of the hub ends the wait
 
 
 class Hub:

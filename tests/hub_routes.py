@@ -264,10 +264,14 @@ class Routes(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.send_header("Content-Length", str(size))
         self.end_headers()
+        if kind == "drip":
+            pieces = (bytes([byte]) for piece in pieces for byte in piece)
         left = size // 2 if kind == "cut" else size
         for piece in pieces if self.command != "HEAD" else ():
             self.hub.wait(len(piece[:left]))
             self.wfile.write(piece[:left])
+            if self.fault is not None and kind == "drip":
+                self.hub.stopped.wait(self.fault.seconds)
             left -= len(piece[:left])
         if kind == "cut":
             self.close_connection = True

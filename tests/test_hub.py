@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import logging
 import re
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 
 import fsspec
 import hub as test_hub
@@ -19,6 +21,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from fastkd import push
 from fastkd.data import hub_parquet, hub_requests
 from fastkd.data.hub import HubDataset
 
@@ -328,6 +331,44 @@ LASTING = {
     "page of a file": ("/blobs/", "html", r"cannot read corpus"),
     "slow": ("/api/datasets", "slow", r"no answer in time.*issue the same command again later"),
 }
+
+
+SILENT = {  # what is asked, and which request gets no answer, or one that comes drop by drop
+    "a dataset": ("corpus 'silent/{}'", "GET /api/datasets"),
+    "a footer": ("corpus 'silent/{}'", "GET /datasets.*bytes"),
+    "a model": ("model 'silent/{}'", "GET /silent.*json"),
+    "an upload": ("model 'someone/{}'", "POST /api/models.*commit"),
+}
+
+
+@pytest.mark.parametrize("kind", ["slow", "drip"])
+@pytest.mark.parametrize("name", SILENT)
+def test_a_hub_that_says_nothing_is_named_soon_and_given_up(
+    hub: test_hub.Hub, waits: list[float], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    tmp_path: Path, name: str, kind: str,
+) -> None:  # fmt: skip
+    """A byte now and then is no answer either. It is asked once more only as long as little time was lost."""
+    for limit, seconds in {"NO_ANSWER": 0.3, "WORD_AFTER": 0.1, "LONGEST_SILENCE": 0.2}.items():
+        monkeypatch.setattr(hub_requests, limit, seconds)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+    caplog.set_level(logging.INFO)
+    asked, where = SILENT[name]
+    own = f"{name.split()[1]}-{kind}"
+    what = asked.format(own)
+    hub.large = 1 << 30
+    hub.add("datasets", f"silent/{own}", files(1))
+    hub.add("models", f"silent/{own}", {"config.json": json.dumps({"filler": "x" * 500})})
+    (tmp_path / "config.json").write_text("{}")
+    hub.faults = [test_hub.Fault(where, kind, seconds=60 if kind == "slow" else 0.02)]
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    ask: dict[str, Callable[[], object]] = {
+        "a model": lambda: hub_requests.model_folder(f"silent/{own}", remedy="do without"),
+        "an upload": lambda: push.push_folder(tmp_path, f"someone/{own}"),
+    }
+    with pytest.raises((ValueError, push.NotPushed), match=rf"cannot (read|push) {what} .*no answer in time"):
+        ask.get(name, lambda: documents(f"silent/{own}"))()
+    said = [record.getMessage() for record in caplog.records]
+    assert any(line.startswith(f"waiting for the hub: {what}, ") for line in said)
 
 
 @pytest.mark.parametrize("name", LASTING)

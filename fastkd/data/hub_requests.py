@@ -9,10 +9,12 @@ import atexit
 import json
 import logging
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
@@ -22,7 +24,10 @@ log = logging.getLogger(__name__)
 
 WAITS = (2.0, 8.0, 30.0)  # seconds before each new try, unless the hub says how long
 LONGEST_WAIT = 300.0  # seconds: the hub counts requests in windows of five minutes
-NO_ANSWER = 60.0  # seconds, for requests to which huggingface_hub sets no limit
+NO_ANSWER = 45.0  # seconds, for requests to which huggingface_hub sets no limit
+LEAST = 1000  # bytes of an answer in so many seconds: a byte now and then is no answer
+WORD_AFTER = 10.0  # seconds of a request after which it is said what is waited for
+LONGEST_SILENCE = 120.0  # seconds after which a hub that has not answered in time is not asked again
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 MODEL_FILES = ("*.json", "*.txt", "*.model")
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # pickled weights only if there are no safetensors
@@ -40,7 +45,7 @@ class NotOnHub(ValueError):
 
 def ask(what: str, call: Callable[[], T], *, remedy: str, verb: str = "read") -> T:
     """Call a function that makes a request. Try again after a failure that may pass: no answer, one that was cut off, too
-    many requests, an error of the hub's own. Each wait is logged.
+    many requests, an error of the hub's own. Each wait is logged. A hub that stays silent is given up after some minutes.
 
     Args:
         what: what is asked for, such as ``corpus 'a/b'``.
@@ -54,20 +59,49 @@ def ask(what: str, call: Callable[[], T], *, remedy: str, verb: str = "read") ->
     """
     from huggingface_hub import close_session, get_session
 
+    began = time.monotonic()
     for wait in (*WAITS, None):
         session = get_session()
         if _limit not in session.event_hooks["request"]:
             atexit.unregister(close_session)  # threads that still wait for an answer would log a closed connection
-            session.event_hooks = {**session.event_hooks, "request": [*session.event_hooks["request"], _limit]}
+            hooks = session.event_hooks
+            session.event_hooks = {
+                "request": [*hooks["request"], _limit],
+                "response": [*hooks["response"], _require_progress],
+            }
         try:
-            return call()
+            with _said(what):
+                return call()
         except Exception as error:  # the hub's HTTP library, and so its exceptions, changes from version to version
-            if wait is None or not _is_transient(error):
+            given_up = _is_silence(error) and time.monotonic() - began > LONGEST_SILENCE
+            if wait is None or given_up or not _is_transient(error):
                 raise _explained(what, error, remedy, verb) from error
             seconds = min(_asked_to_wait(error) or wait, LONGEST_WAIT)
             log.warning("%s: %s; trying again in %g s", what, _reason(error), seconds)
         time.sleep(seconds)
     raise AssertionError("the last try returns or raises")
+
+
+_words: dict[str, float] = {}  # when it was said last what is waited for: threads that wait for the same say it once
+
+
+@contextmanager
+def _said(what: str) -> Iterator[None]:
+    """Say what is waited for, if that takes long."""
+
+    def say() -> None:
+        now = time.monotonic()
+        if now - _words.get(what, -WORD_AFTER) >= WORD_AFTER:
+            _words[what] = now
+            log.info("waiting for the hub: %s, %g s so far", what, WORD_AFTER)
+
+    timer = threading.Timer(WORD_AFTER, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def resumed(items: Callable[[], Iterator[T]], ask: Callable[[Callable[[], Any]], Any]) -> Iterator[T]:
@@ -165,6 +199,31 @@ def _limit(request: Any) -> None:
     request.extensions["timeout"] = {kind: NO_ANSWER if wait is None else wait for kind, wait in waits.items()}
 
 
+def _require_progress(response: Any) -> None:
+    """Let an answer that comes drop by drop end as one that does not come: no wait for the next drop is too long."""
+    library = sys.modules[type(response).__module__.partition(".")[0]]  # httpx or httpx2
+    plain = response.stream
+
+    class Watched(library.SyncByteStream):  # type: ignore[name-defined]
+        def __iter__(self) -> Iterator[bytes]:
+            parts, waited, got = iter(plain), 0.0, 0
+            while True:
+                before = time.monotonic()
+                if (part := next(parts, None)) is None:
+                    return
+                waited, got = waited + time.monotonic() - before, got + len(part)
+                if waited >= NO_ANSWER:
+                    if got < LEAST:
+                        raise library.ReadTimeout(f"{got} bytes in {waited:.0f} s", request=response.request)
+                    waited, got = 0.0, 0
+                yield part
+
+        def close(self) -> None:
+            plain.close()
+
+    response.stream = Watched()
+
+
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     """An error and its causes."""
     while error is not None:
@@ -192,6 +251,11 @@ def _is_transient(error: BaseException) -> bool:
         return False  # no network: waiting some seconds does not help
     cut = any("Consistency check failed" in str(cause) for cause in causes)
     return cut or any(_is_a(cause, "TransportError", "TimeoutError") for cause in causes)
+
+
+def _is_silence(error: BaseException) -> bool:
+    """Whether the hub did not answer in time."""
+    return _response(error) is None and any(_is_a(one, "TimeoutException", "TimeoutError") for one in _chain(error))
 
 
 def _asked_to_wait(error: BaseException) -> float | None:
@@ -238,7 +302,7 @@ def _reason(error: BaseException) -> str:
         return f"status {answer.status_code}, {said.get(answer.status_code, 'an error of its own')}"
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set and the cache has not all of it"
-    if any(_is_a(cause, "TimeoutException", "TimeoutError") for cause in causes):
+    if _is_silence(error):
         return "no answer in time"
     if any(_is_a(cause, "ConnectError") for cause in causes):
         return "no connection"
