@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 from packaging.version import Version
 
-from fastkd import signals, terminal
+from fastkd import disk, signals, terminal
 from fastkd.budget import BudgetTooSmall
 from fastkd.health import Diverged
 from fastkd.signals import EXIT_INTERRUPTED, INTERRUPTED
@@ -41,6 +41,9 @@ def answer(work: Callable[[], int]) -> int:
         except KeyboardInterrupt as error:
             return _interrupted(str(error))  # the loop's own says where it stopped
         except Exception as error:
+            if (found := disk.full(error)) is not None:
+                terminal.complain(disk.line(error, found))
+                return EXIT_INTERRUPTED
             return _interrupted() if signals.asked() else _failed(error)
 
 

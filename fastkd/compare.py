@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from fastkd import cli, terminal
+from fastkd import cli, disk, terminal
 from fastkd.cli import EXIT_OK, EXIT_ROWS
 from fastkd.comparison.options import CompareConfig, check
 from fastkd.config import split_options
@@ -32,7 +32,8 @@ def _main(argv: list[str]) -> int:
 
     with terminal.kept_for_answer(own.json) as out, joined() as world, terminal.stages(quiet=not world.is_main):
         comparison = Comparison(own, shared, argv, world)
-        failed = comparison.run()
+        with disk.written(comparison.folder):
+            failed = comparison.run()
         if own.json and world.is_main:
             print(to_json(comparison, failed), file=out, flush=True)
         if not own.plan_only:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from fastkd import cli, files, terminal
+from fastkd import cli, disk, files, terminal
 from fastkd.cli import EXIT_BUDGET, EXIT_CONFIGURATION, EXIT_INTERRUPTED, EXIT_OK
 from fastkd.config import parse, require_inputs
 from fastkd.terminal import Console
@@ -29,7 +29,7 @@ def _main(argv: Sequence[str]) -> int:
     from fastkd import pipeline  # only now: PyTorch takes seconds to load, and neither --help nor a mistake needs it
     from fastkd.distributed import joined
 
-    with joined() as world, terminal.stages(quiet=not world.is_main):
+    with joined() as world, terminal.stages(quiet=not world.is_main), disk.written(resolved.output_dir):
         pipeline.run(resolved, world, Console(quiet=not world.is_main))
     return EXIT_OK
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastkd import files, pipeline, signals
+from fastkd import disk, files, pipeline, signals
 from fastkd.budget import Budget
 from fastkd.comparison import differences
 from fastkd.comparison.budgets import MatchedBudgets, release_memory
@@ -101,8 +101,8 @@ class Comparison:
                 more["lr"] = self.tuned(run).lr
             pipeline.run(run.row.resolved(self.shared, **run.budget, **more), self.world, self.console)
             on_main(self.world, lambda: self.scorer.fine_tune(run.folder, run.folder))
-        except Exception as caught:  # whatever ends one row but an interrupt, the others go on
-            if signals.asked():
+        except Exception as caught:  # whatever ends one row, the others go on, but for a signal or a full disk
+            if signals.asked() or disk.full(caught):
                 raise
             error = f"{type(caught).__name__}: {caught}".splitlines()[0]
         failed = any_rank(self.world, error is not None)

@@ -247,7 +247,8 @@ class Builder:
     def _start(self, number: int) -> None:
         package = str(Path(fastkd.__file__).parents[1])
         path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-        # -P: the folder that a user is in must not shadow any module of the process's.
+        # -P: the folder that a user is in must not shadow any module of the process's. Its group is its own: a signal to
+        # this one's, such as Ctrl-C, does not reach it before it ignores that.
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL, text=True, env=os.environ | {"PYTHONPATH": path}, process_group=0,

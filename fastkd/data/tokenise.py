@@ -165,7 +165,7 @@ class _Worker:
         # -P: no module in the folder of this file may shadow one that the worker imports.
         self._process = subprocess.Popen(
             [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env=os.environ | {"TOKENIZERS_PARALLELISM": "false"}, process_group=0,  # out of reach of a terminal's Ctrl-C
+            env=os.environ | {"TOKENIZERS_PARALLELISM": "false"}, process_group=0,  # Ctrl-C does not reach it
         )  # fmt: skip
         self._tokenizer_json: str | None = tokenizer_json  # until it is sent
         self._left: float | None = None  # seconds until an answer is overdue; None: none is waited for

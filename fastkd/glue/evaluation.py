@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastkd import chain, files, signals
+from fastkd import chain, disk, files, signals
 from fastkd.glue import examples
 from fastkd.glue.encoded import load_examples
 from fastkd.glue.finetune import FOLDER, FineTuning, check_model, fast_bf16
@@ -118,7 +118,8 @@ def evaluate(
     evaluation = Evaluation(found, PROTOCOLS[protocol], folder, jobs, found.saw_pairs, fast_bf16())
     for task in chosen.values():
         evaluation.add(task, data, seeds or evaluation.protocol.seeds, limits.get(task.name), predict_test)
-    return carry_out(evaluation, log)
+    with disk.written(folder):
+        return carry_out(evaluation, log)
 
 
 def _check_card(model: EvaluatedModel) -> None:
