@@ -25,6 +25,7 @@ from fastkd.glue import __main__ as command_line
 from fastkd.glue.evaluation import evaluate
 from fastkd.glue.examples import read_examples
 from fastkd.glue.tasks import TASKS
+from fastkd.signals import INTERRUPTED
 
 GLUE = "fastkd.glue.__main__"
 
@@ -194,6 +195,17 @@ def test_a_terminated_evaluation_says_how_to_go_on(run_folder: Path, data: Path)
     assert done.returncode == 75 and "the same command continues" in done.stderr
     first, *_, last = [line for line in read_jsonl(run_folder / "ledger.jsonl") if line["event"] == "glue"]
     assert first["seed"] == 0 and last["task"] is None and last["seconds"] > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_signal_to_all_processes_of_an_evaluation_is_one_line(run_folder: Path, data: Path) -> None:
+    """As a scheduler sends it."""
+    process, children = start_two_workers(run_folder, data)
+    for number in (*children, process.pid):
+        os.kill(number, signal.SIGTERM)
+    done = process.finish()
+    assert (done.returncode, done.stderr) == (75, INTERRUPTED + "\n")
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
 
 
 def break_layer(folder: Path) -> None:
