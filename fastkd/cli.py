@@ -45,6 +45,8 @@ def answer(work: Callable[[], int]) -> int:
                 terminal.complain(disk.line(error, found))
                 return EXIT_INTERRUPTED
             return _interrupted() if signals.asked() else _failed(error)
+        finally:
+            terminal.let_go()
 
 
 def _interrupted(text: str = "") -> int:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
+
+from fastkd import disk
 
 STARTED = time.monotonic()
 LOST = re.compile("[\ud800-\udfff]")  # bytes of a file name that are not UTF-8, as Python stores them
@@ -31,6 +34,18 @@ def say(text: str, stream: TextIO | None = None) -> None:
 def complain(text: str) -> None:
     """Say on standard error, in one line, what was wrong."""
     say("error: " + " ".join(text.splitlines()), sys.stderr)
+
+
+def let_go() -> None:
+    """Drop what a full disk did not take of the output. Python would try it again at its end, and end with a code of its own."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is None or stream.closed:
+            continue
+        try:
+            stream.flush()
+        except OSError as error:
+            if disk.full(error):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def called(name: str) -> str:

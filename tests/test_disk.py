@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import processes
@@ -121,6 +122,21 @@ def test_glue_goes_on_after_a_full_disk_at_each_of_its_writes(
     done = processes.run("fastkd.glue.__main__", *command)
     assert done.returncode == 0 and "1 of them finished before" in done.stdout, done.stderr
     assert "\n## GLUE\n" in (run / "final" / "README.md").read_text()
+
+
+LOGGED = """
+import resource, sys
+from fastkd import cli, terminal
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+sys.exit(cli.answer(lambda: terminal.say("what is done goes on") or 0))
+"""
+
+
+def test_a_log_on_a_full_disk_changes_no_exit_code(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w") as log:
+        done = subprocess.run([sys.executable, "-c", LOGGED], stdout=log, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # ---- errors -----------------------------------------------------------------------------------------------------
