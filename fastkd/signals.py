@@ -62,8 +62,9 @@ def watched() -> Iterator[None]:
         yield
     finally:
         signal.set_wakeup_fd(descriptor)
-        writer.close()
+        writer.shutdown(socket.SHUT_WR)  # a fork may hold it open
         thread.join()
+        writer.close()
         reader.close()
         _watching = False
         _begin()
@@ -82,8 +83,6 @@ def deferred() -> Iterator[None]:
     """
     with _stopped(DEFERRED):
         yield
-        if asked():
-            raise KeyboardInterrupt
 
 
 @contextmanager
@@ -117,6 +116,8 @@ def _stopped(how: str) -> Iterator[None]:
             yield
         finally:
             _stop = before
+        if asked():
+            raise KeyboardInterrupt
 
 
 def _begin() -> None:
