@@ -55,7 +55,6 @@ class Launcher:
 
     def _compile(self, given: dict[str, Any], options: dict[str, Any]) -> tuple[list[Operation], dict[str, Any]]:
         """The operations, and the values of the arguments that are none of its constants; specialised as Triton does."""
-        import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
@@ -69,8 +68,24 @@ class Launcher:
         if key not in self.compiled:
             attributes = {(list(given).index(name),): [["tt.divisibility", 16]] for name in aligned}
             source = ASTSource(self.kernel, signature, fixed, attributes)
-            self.compiled[key] = parsed(triton.compile(source, GPUTarget("cuda", self.arch, 32), options).asm["ttir"])
+            self.compiled[key] = parsed(_triton_ir(source, GPUTarget("cuda", self.arch, 32), options))
         return self.compiled[key], runtime
+
+
+def _triton_ir(source: Any, target: Any, options: dict[str, Any]) -> str:
+    """The beginning of ``triton.compile``: the rest, which makes machine code, takes five times as long and is not read."""
+    from triton._C.libtriton import ir
+    from triton.compiler import make_backend
+
+    backend = make_backend(target)
+    given = backend.parse_options(options | source.parse_options())
+    context, stages = ir.context(), dict[str, Callable[[Any, dict[str, Any]], Any]]()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    backend.add_stages(stages, given, source.language)
+    functions, modules = backend.get_codegen_implementation(given), backend.get_module_map()
+    module = source.make_ir(target, given, functions, modules, context)
+    return str(stages["ttir"](module, dict(vars(given))))
 
 
 def _argument(x: Any) -> Any:
