@@ -31,29 +31,11 @@ if not torch.cuda.is_available():
 
 # Files that take longest, first: a worker that begins one of them at the end keeps the other waiting. Without
 # --no-loadscope-reorder, pytest-xdist begins with the files of most tests.
-LONG = [
-    "compare",
-    "audit",
-    "distributed",
-    "run",
-    "throughput",
-    "device_parts",
-    "kernel_properties",
-    "relation_kl",
-    "glue_command",
-    "new_method",
-    "train",
-    "new_kernel",
-    "packed_attention",
-    "compiled",
-    "runs_on_parts",
-    "presets",
-    "hidden_mse",
-    "linear_kd",
-    "linear_kd_operator",
-    "bundle",
-    "resume",
-]
+LONG = (
+    "compare", "audit", "distributed", "run", "throughput", "device_parts", "kernel_properties", "relation_kl",
+    "glue_command", "new_method", "train", "new_kernel", "packed_attention", "compiled", "runs_on_parts", "presets",
+    "hidden_mse", "linear_kd", "linear_kd_operator", "bundle", "resume",
+)  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
@@ -114,13 +96,13 @@ def made_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def shard_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shard_cache(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """A cache of the tests' own, so that nothing of the user's is read or written."""
     folder = tmp_path_factory.mktemp("cache")
     os.environ["XDG_CACHE_HOME"] = str(folder)
     # What a killed compiler left elsewhere is not loaded.
-    workers = "PYTEST_XDIST_WORKER" in os.environ  # which share it, headers that are compiled for the first of them too
-    shared = tmp_path_factory.getbasetemp().parent if workers else folder
+    # Workers share it, and the headers that are compiled for the first of them.
+    shared = tmp_path_factory.getbasetemp().parent if hasattr(request.config, "workerinput") else folder
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(shared / "inductor")
     return folder
 

@@ -184,9 +184,9 @@ def test_nothing_but_files_of_a_bundle_is_unpacked(bad: tarfile.TarInfo, tmp_pat
 
 
 def zeros(tar: tarfile.TarFile, name: str, **pax: str) -> None:
-    """A file or a header of a gigabyte that an archive of a kilobyte holds."""
+    """A file or a header of more than a small archive may unpack to, in one of some kilobytes."""
     info = tarfile.TarInfo(name)
-    info.size, info.pax_headers = (0, pax) if pax else (1 << 30, {})
+    info.size, info.pax_headers = (0, pax) if pax else (2 * unpacking.LEAST_BYTES, {})
     tar.addfile(info, Zeros())
 
 
@@ -208,7 +208,7 @@ def sparse(tar: tarfile.TarFile, size: int) -> None:
     ("fill", "reason"),
     [
         (lambda tar: zeros(tar, "teacher/a"), "is larger unpacked than an archive of its size may be: do not use it"),
-        (lambda tar: zeros(tar, "teacher/a", comment="a" * (1 << 28)), "is larger unpacked than"),
+        (lambda tar: zeros(tar, "teacher/a", comment="a" * (unpacking.LEAST_BYTES + 1)), "is larger unpacked than"),
         (lambda tar: sparse(tar, 1 << 40), "holds 'teacher/a', which is no file of a bundle"),
     ],
     ids=["content", "header", "sparse"],

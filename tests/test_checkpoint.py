@@ -265,6 +265,6 @@ def test_kill_9_while_saving_leaves_a_checkpoint_that_verifies(tmp_path: Path) -
                 break
         time.sleep(0.011)
         process.kill()
-        process.finish(timeout=60)
+        process.finish()
         found = checkpoint.newest(root)
         assert found is not None and found.state["step"] >= 5

@@ -51,9 +51,9 @@ def test_a_changed_wall_clock_changes_nothing(monkeypatch) -> None:
 
 
 def test_steps_and_events_of_a_loop_sum_to_its_wall_clock(small: list[str], tmp_path: Path) -> None:
-    options = [*small, "--method", "minilmv2", "--checkpoint-minutes", "0.02", "--budget-tokens", "20000"]
+    options = [*small, "--method", "minilmv2", "--checkpoint-minutes", "0.002", "--budget-tokens", "8000"]
     trainer = Trainer(prepare(parse(options), World()))
-    with Monitor(tmp_path, 20000, "tokens") as monitor:
+    with Monitor(tmp_path, 8000, "tokens") as monitor:
         loop = Loop(trainer, tmp_path, monitor, step_seconds=0.1)
         loop.record_validation(0.0, in_loop=False)
         start = now()

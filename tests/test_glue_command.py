@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -144,8 +145,9 @@ def start_two_workers(run_folder: Path, data: Path, command: str = GLUE) -> tupl
     while len(children) < 2:  # multiprocessing's resource tracker is a child too
         ids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         children = [int(pid) for pid in ids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        time.sleep(0.01)  # between two looks
     while any(len(list(Path(f"/proc/{pid}/task").iterdir())) < 2 for pid in children):
-        pass  # until both wait for their parent's end in a thread
+        time.sleep(0.01)  # until both wait for their parent's end in a thread
     return process, children
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import processes
 import pytest
 
 from fastkd.run_folder import read_run
@@ -93,6 +94,14 @@ class METHOD(Method):
         led = options.get("guided_layer")
         return "" if led is None else f"Nothing above layer {led} of the student was trained."
 '''
+RUN = """
+import os, runpy, sys
+import sitecustomize
+
+os.chdir(ROOT)
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
 Do = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -103,12 +112,12 @@ def do(tmp_path_factory: pytest.TempPathFactory) -> Do:
     (folder / "methods").mkdir()
     (folder / "methods" / "fitnet.py").write_text(FITNET.lstrip())
     added = f"import fastkd.methods\n\nfastkd.methods.__path__.append({str(folder / 'methods')!r})\n"
-    (folder / "sitecustomize.py").write_text(added)  # which Python imports at its start
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, sys.path)])}
+    (folder / "sitecustomize.py").write_text(added)
+    (folder / "run.py").write_text(RUN.replace("ROOT", repr(str(ROOT))).replace("import sitecustomize", added))
+    path = os.pathsep.join([str(folder), *filter(None, sys.path)])
 
     def run(*command: object) -> subprocess.CompletedProcess[str]:
-        argv = [sys.executable, "-m", *map(str, command)]
-        done = subprocess.run(argv, env=environment, cwd=ROOT, capture_output=True, text=True)
+        done = processes.run(str(folder / "run.py"), *command, PYTHONPATH=path)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
         return done
 
@@ -154,7 +163,13 @@ def test_it_is_tested_as_the_others_are(do: Do) -> None:
     """Its FLOPs and gradient against its plain definition, its micro-batches, its predictions, its names."""
     files = ("flops", "throughput", "methods", "train", "predictions", "device", "config")
     chosen = "fitnet or every_option or needs_no_torch or has_what_the_command_prints"
-    tests = do("pytest", "-v", "-p", "no:cacheprovider", *(f"tests/test_{file}.py" for file in files), "-k", chosen)
+    quiet = (
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore:Module already imported",
+    )  # before pytest, in the process that forked
+    tests = do("pytest", "-v", *quiet, *(f"tests/test_{file}.py" for file in files), "-k", chosen)
     passed = {line.split("::")[1] for line in tests.stdout.splitlines() if "fitnet" in line and "PASSED" in line}
     assert {name.split("[")[0] for name in passed} == {
         "test_a_step_of_every_method",

@@ -4,8 +4,7 @@ import json
 import logging
 import random
 import shutil
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import hub as test_hub
@@ -126,24 +125,16 @@ raise SystemExit(main(sys.argv[2:]))
 def test_a_run_that_is_killed_in_a_later_part_goes_on_with_the_same_bits(
     finished: Path, options: list[str], tmp_path: Path
 ) -> None:
-    folder = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-c",
-        RUN,
-        str(RUN_FIRST),
-        *options,
-        "--output-dir",
-        str(folder),
-        "--checkpoint-minutes",
-        "0",
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder, script = tmp_path / "run", tmp_path / "run.py"
+    script.write_text(RUN)
+    more = ["--output-dir", folder, "--checkpoint-minutes", "0"]
+    process = processes.Command(str(script), RUN_FIRST, *options, *more)
     ledger = folder / "ledger.jsonl"
     while not ledger.exists() or ledger.read_text().count('"lr"') < 30:
         assert process.poll() is None
+        time.sleep(0.02)  # between two looks at the file
     process.kill()
-    process.wait()
+    process.finish()
     assert run.main([*options, "--output-dir", str(folder)]) == 0
     assert_same_student(folder, finished)
 

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from itertools import islice, pairwise
 from pathlib import Path
@@ -318,10 +319,11 @@ def test_a_build_that_dies_leaves_nothing_half_built_and_no_process(
     while len(workers) < 2:
         assert build.poll() is None
         workers = children(build.pid)
+        time.sleep(0.01)  # between two looks
     build.send_signal(death)
     build.communicate()
     while any(Path(f"/proc/{worker}").exists() for worker in workers):
-        pass
+        time.sleep(0.01)  # between two looks
     assert not list(folder.glob("*/"))
 
 
