@@ -158,7 +158,7 @@ def test_workers_end_with_their_parent(run_folder: Path, data: Path) -> None:
     process.kill()
     process.finish()
     for handle in handles:
-        assert select.select([handle], [], [], 15)[0], "a worker outlived its parent"
+        assert select.select([handle], [], [], 120)[0], "a worker outlived its parent"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -41,7 +41,7 @@ def stop_at(step: int, how: signal.Signals, options: list[str], folder: Path) ->
             process.send_signal(how)
             break
         time.sleep(0.005)  # between two looks at the file
-    return process.finish(timeout=60).returncode
+    return process.finish().returncode
 
 
 @pytest.mark.parametrize("step", [1, 37, 91])
