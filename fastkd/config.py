@@ -300,7 +300,7 @@ def _of_file(resolved: Resolved, file: ConfigFile) -> Resolved:
     explicit = resolved.explicit | {"preset", "method"} | {name for name in given if values[name] != plain[name]}
     explicit |= {"init_from_teacher"} if resolved.run.init_from_teacher else set()
     resolved = dataclasses.replace(resolved, explicit=frozenset(explicit))
-    same = file.folder is not None and resolved.continues(file.path.read_text(encoding="utf-8"))
+    same = file.folder is not None and resolved.continues(config_file.text(file.path))
     return dataclasses.replace(resolved, folder=file.folder if same else None)
 
 

@@ -10,6 +10,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 
+from fastkd.begun import begun_with
+
 METHOD_OPTIONS = "method_options"
 KINDS = {str: "text in quotes", int: "a whole number", float: "a number", bool: "true or false"}
 
@@ -26,13 +28,23 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file cannot be read or is not TOML; names the file and the line.
     """
+    return tomllib.loads(text(path))
+
+
+def text(path: Path) -> str:
+    """The file's text; of a run's config.toml that is damaged, the text that the run began with. Raises as ``read``."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+        found = path.read_text(encoding="utf-8")
+        tomllib.loads(found)
+        return found
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        if copy := begun_with(path.parent).get(path.name):
+            return copy
+        if isinstance(error, UnicodeDecodeError):
+            raise ValueError(f"{path} cannot be read: it is no UTF-8 text") from error
         raise ValueError(f"{path} is no TOML: {error}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
-        raise ValueError(f"{path} cannot be read: {reason}") from error
 
 
 def check_kinds(path: Path, values: dict[str, Any], *classes: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ leaves it there; `clear` removes it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
@@ -22,6 +23,7 @@ Record = dict[str, Any]
 PARTIAL = re.compile(
     r"(?:\.fastkd-.+|.+\.(?:jsonl?|toml|html|md|svg|tsv))\.(\d+)\.partial"
 )  # the process that writes it
+FULL = (errno.ENOSPC, errno.EDQUOT)  # an error that passes when there is room
 SUM = "sum"  # the last field of a line that has one
 BUILDING = re.compile(r"\.(final|building|dropped|rescue)-.+")
 WRITTEN_IN = ("checkpoints", "final", "plots", "glue", "references/*")  # of a run's or a comparison's folder
@@ -96,6 +98,7 @@ def check_writable(folder: Path, *files: Path) -> None:
 
     Raises:
         ValueError: naming what is in the way and --output-dir.
+        OSError: the disk is full.
     """
     nearest = folder
     try:
@@ -106,6 +109,8 @@ def check_writable(folder: Path, *files: Path) -> None:
         with tempfile.TemporaryFile(dir=nearest, prefix=".fastkd-", suffix=f".{os.getpid()}.partial"):
             pass
     except OSError as error:
+        if error.errno in FULL:
+            raise
         raise ValueError(f"{nearest} is not a folder that can be written; give --output-dir another one") from error
 
 

@@ -1,7 +1,6 @@
 """A run folder before its next step: its lock, what a kill or a bad disk left in it, and what the run began with.
 
-A run begins with one file that is written whole, ``.begun.json``: the texts of environment.json, plan.json and config.toml. These
-three are written from it, and again where one is lost or damaged. No parameter depends on a file that is set aside here.
+No parameter depends on a file that is set aside here.
 """
 
 from __future__ import annotations
@@ -16,9 +15,10 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from fastkd import files
+from fastkd.begun import BEGUN, CONFIG, COPIED, begun_with, config_text, sealed
 from fastkd.distributed import World, on_main
 from fastkd.resume import mend_ledger
-from fastkd.run_folder import BEGUN, Run, begun_with, config_text, has_student, is_object, read_opening, sealed
+from fastkd.run_folder import Run, has_student, is_object, read_opening
 
 if TYPE_CHECKING:
     from fastkd.config import Resolved
@@ -27,7 +27,6 @@ LOCK = ".lock"
 HALF_OPENED = re.compile(
     r"\.lock|(\.begun\.json|\.fastkd-.+)\.\d+\.partial"
 )  # what is in a folder before a run began there
-COPIED = ("environment.json", "plan.json", "config.toml")
 FILES = (*COPIED, "ledger.jsonl", "metrics.jsonl", "report.html")
 log = logging.getLogger(__name__)
 
@@ -57,6 +56,8 @@ def _locked(folder: Path) -> Iterator[None]:
     except Timeout as error:
         raise ValueError(f"another process trains in {folder}: wait for it, or give another --output-dir") from error
     except (OSError, NotImplementedError) as error:  # such as a network's disk without locks
+        if getattr(error, "errno", None) in files.FULL:
+            raise
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{folder} cannot be locked ({reason}): give an --output-dir on another disk") from error
     with lock:
@@ -90,7 +91,7 @@ def take_over(folder: Path, resolved: Resolved) -> Run | None:
         return None
     config = config_text(folder)
     if config is None:
-        log.warning("%s was not there: it is written as this command means it", folder / "config.toml")
+        log.warning("%s was not there: it is written as this command means it", folder / CONFIG)
     elif changes := resolved.changes(config):
         raise ValueError(
             f"{folder} holds a run of another configuration ({'; '.join(changes)}): give its own options to go on with it, or "
@@ -108,9 +109,7 @@ def take_over(folder: Path, resolved: Resolved) -> Run | None:
 
 def _is_run(folder: Path) -> bool:
     """Whether a run began here; one whose config.toml was removed is known by the command in environment.json."""
-    return (
-        (folder / BEGUN).exists() or (folder / "config.toml").exists() or "command" in read_opening(folder).environment
-    )
+    return (folder / BEGUN).exists() or (folder / CONFIG).exists() or "command" in read_opening(folder).environment
 
 
 def _write_again(folder: Path) -> None:

@@ -1,10 +1,9 @@
 """A run folder read back: what was planned, what each step cost, and where the seconds went."""
 
-import hashlib
 import json
 import logging
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +11,11 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from fastkd import ledger, quickstart
+from fastkd.begun import BEGUN, begun_with, config_text
 from fastkd.device.clock import PHASES
 from fastkd.device.power import THROTTLE_BITS
 from fastkd.files import Record, sound_lines
 
-BEGUN = ".begun.json"  # the texts of the files that a run begins with
 log = logging.getLogger(__name__)
 UNITS = {"budget_flops": "flops", "budget_tokens": "tokens"}  # budgets that are no time
 # The names of what a run writes begin with these.
@@ -251,25 +250,6 @@ def _is_whole(weights: Path) -> bool:
         return False
 
 
-def sealed(contents: Mapping[str, str]) -> str:
-    """The text of ``.begun.json``: the contents of files by name, and their SHA-256."""
-    return json.dumps({"sha256": _digest(contents), "files": dict(contents)}, indent=1) + "\n"
-
-
-def begun_with(folder: Path) -> dict[str, str]:
-    """The contents of files by name that ``.begun.json`` holds; empty if there is none or it is damaged."""
-    try:
-        found = json.loads((folder / BEGUN).read_bytes())
-        contents: dict[str, str] = found["files"]
-        return contents if found["sha256"] == _digest(contents) else {}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return {}
-
-
-def _digest(contents: Mapping[str, str]) -> str:
-    return hashlib.sha256(json.dumps(contents, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
 def read_run(folder: Path) -> Run:
     """Reads a run folder; files that are not there yet are empty, and so is a damaged one on which no parameter depends.
 
@@ -327,26 +307,6 @@ def read_opening(folder: Path) -> Run:
     """
     config = tomllib.loads(config_text(folder) or "")
     return Run(folder, config, _json(folder / "environment.json"), _json(folder / "plan.json"), [], [], [])
-
-
-def config_text(folder: Path) -> str | None:
-    """The text of config.toml as the run began, or as it is now; None if there is none.
-
-    Raises:
-        ValueError: it is no TOML, with a remedy.
-    """
-    path = folder / "config.toml"
-    try:
-        text = begun_with(folder).get(path.name) or path.read_text("utf-8")
-        tomllib.loads(text)
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is damaged ({error}): put a copy of it back, or remove it and issue the command that the run began with, "
-            "which environment.json names: it is written again"
-        ) from error
-    return text
 
 
 def _json(path: Path) -> Record:

@@ -15,10 +15,11 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from fastkd import files, opening, pipeline, run
+from fastkd.begun import BEGUN, begun_with
 from fastkd.config import Resolved, parse
 from fastkd.files import read_jsonl
 from fastkd.opening import alone_in, take_over, write_opening
-from fastkd.run_folder import BEGUN, begun_with, has_student, read_run
+from fastkd.run_folder import has_student, read_run
 
 CONTENTS = {"environment.json": '{"command": ["x"], "corpus_version": "1"}\n', "plan.json": '{"dtype": "float32"}\n'}
 KILLED = """
@@ -286,6 +287,15 @@ def test_a_damaged_configuration_without_a_copy_is_written_again_once_it_is_remo
         assert take_over(folder, resolved) is not None
         write_opening(folder, contents)
     assert begun_with(folder) == contents
+
+
+def test_a_damaged_configuration_still_names_its_run(finished: Path, tmp_path: Path) -> None:
+    folder = copied(finished, tmp_path / "run")
+    (folder / "config.toml").write_bytes(b"\xff")
+    again = parse(["--config", str(folder / "config.toml")])
+    assert (
+        again.output_dir == folder and again.to_toml() == parse(["--config", str(finished / "config.toml")]).to_toml()
+    )
 
 
 def test_the_sound_lines_of_damaged_metrics_are_kept(finished: Path, resolved: Resolved, caplog) -> None:

@@ -1,0 +1,56 @@
+"""What a run began with, as one file of its folder holds it: ``.begun.json``, written whole before any other.
+
+It has the texts of environment.json, plan.json and config.toml. These three are written from it, and read from it where one is
+lost or damaged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+
+BEGUN = ".begun.json"
+CONFIG = "config.toml"
+COPIED = ("environment.json", "plan.json", CONFIG)
+
+
+def sealed(contents: Mapping[str, str]) -> str:
+    """The text of ``.begun.json``: the contents of files by name, and their SHA-256."""
+    return json.dumps({"sha256": _digest(contents), "files": dict(contents)}, indent=1) + "\n"
+
+
+def begun_with(folder: Path) -> dict[str, str]:
+    """The contents of files by name that ``.begun.json`` holds; empty if there is none or it is damaged."""
+    try:
+        found = json.loads((folder / BEGUN).read_bytes())
+        contents: dict[str, str] = found["files"]
+        return contents if found["sha256"] == _digest(contents) else {}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return {}
+
+
+def config_text(folder: Path) -> str | None:
+    """The text of config.toml as the run began, or as it is now; None if there is none.
+
+    Raises:
+        ValueError: it is no TOML, with a remedy.
+    """
+    path = folder / CONFIG
+    try:
+        text = begun_with(folder).get(CONFIG) or path.read_text("utf-8")
+        tomllib.loads(text)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): put a copy of it back, or remove it and issue the command that the run began with, "
+            "which environment.json names: it is written again"
+        ) from error
+    return text
+
+
+def _digest(contents: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(contents, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
