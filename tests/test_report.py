@@ -187,7 +187,7 @@ def test_a_page_says_what_it_must(finished: Page) -> None:
 def test_whatever_is_missing_leaves_a_page(tmp_path: Path, missing: str) -> None:
     folder = make_run(tmp_path / "run")
     path = folder / missing
-    path.rmdir() if path.is_dir() else path.unlink()
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
     page = Page(build_report(folder))
     assert "Where the GPU-seconds went" in page.text
     assert ("not finished: 95.0% of the budget at step 57" in page.text) == (missing == "final")
