@@ -205,6 +205,16 @@ def test_an_earlier_head_is_forgotten(student: Path, tmp_path: Path) -> None:
     assert not (heads[0] == 0.5).any() and not torch.equal(heads[0], heads[1]) and torch.equal(heads[0], heads[2])
 
 
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": 10**9}, {"num_attention_heads": 0}, {"vocab_size": 10**12}])
+def test_a_configuration_that_no_model_has_is_refused(changes: dict[str, int], student: Path, tmp_path: Path) -> None:
+    shutil.copytree(student, tmp_path, dirs_exist_ok=True)
+    config = json.loads((student / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match="cannot be loaded") as caught:
+        load_classifier(tmp_path, TASKS["rte"])
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_an_attention_that_is_not_installed_is_not_needed(student: Path, tmp_path: Path) -> None:
     """config.json keeps the name of what the model was trained with."""
     shutil.copytree(student, tmp_path, dirs_exist_ok=True)

@@ -47,6 +47,8 @@ from fastkd.glue.encoded import (
 from fastkd.glue.metrics import score
 from fastkd.glue.protocol import Protocol
 from fastkd.glue.tasks import TASKS, Task
+from fastkd.models import weights
+from fastkd.models.encoder import NAMES, SIZES, require_size
 from fastkd.models.tokenizer import reason
 
 FOLDER = "glue"  # of the results, in the folder of scores
@@ -203,6 +205,7 @@ def load_classifier(folder: Path, task: Task) -> PreTrainedModel:
     Raises:
         ValueError: transformers cannot load it, or weights below the head are missing.
     """
+    weights.files(folder)
     labels = 1 if task.is_regression else len(task.labels)
     problem = "regression" if task.is_regression else "single_label_classification"
     try:
@@ -210,6 +213,8 @@ def load_classifier(folder: Path, task: Task) -> PreTrainedModel:
             config = AutoConfig.from_pretrained(
                 folder, num_labels=labels, problem_type=problem, trust_remote_code=False
             )
+            for name in {*NAMES.values(), *SIZES}:
+                require_size(name, vars(config).get(name, 0), least=0)
             config._attn_implementation = None  # transformers' default: what config.json names may not be installed
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 folder, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,

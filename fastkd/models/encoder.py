@@ -71,13 +71,7 @@ class EncoderConfig:
     def _check_numbers(self) -> None:
         """Refuse numbers that no model has: a config.json may come from anywhere."""
         for field in SIZES:
-            value, most = getattr(self, field), MOST_LAYERS if field == "num_layers" else LARGEST
-            least = 0 if field == "type_vocab_size" else 1
-            if type(value) is not int or not least <= value <= most:
-                name = NAMES.get(field, field)
-                raise ValueError(
-                    f"{name} is {value!r}, not a whole number from {least} to {most:,}; take a sound config.json"
-                )
+            require_size(NAMES.get(field, field), getattr(self, field), least=int(field != "type_vocab_size"))
         for field in ("layer_norm_eps", "initializer_range"):
             value = getattr(self, field)
             if type(value) not in (int, float) or not 0 <= value < 1:
@@ -107,6 +101,17 @@ class EncoderConfig:
     def max_length(self) -> int:
         """The longest sequence in tokens that the model has positions for."""
         return self.max_positions - self.position_offset
+
+
+def require_size(name: str, value: object, *, least: int = 1) -> None:
+    """Refuse a value of config.json, by its ``name`` there, that no model has for a size.
+
+    Raises:
+        ValueError: it is no whole number, or one far out of range.
+    """
+    most = MOST_LAYERS if name == "num_hidden_layers" else LARGEST
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{name} is {value!r}, not a whole number from {least} to {most:,}; take a sound config.json")
 
 
 class Packed(Protocol):

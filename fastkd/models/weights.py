@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,7 @@ from fastkd.models.parameter_names import body_prefix
 if TYPE_CHECKING:
     from fastkd.models.encoder import Encoder, EncoderConfig
 
+log = logging.getLogger(__name__)
 SAFETENSORS = "model.safetensors"
 STORAGES = (SAFETENSORS, f"{SAFETENSORS}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -75,6 +77,8 @@ def read(folder: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for path in files(folder):
         pickled = path.suffix == ".bin"
+        if pickled:
+            log.info("%s is pickled: its tensors are read, and nothing in it is run", path)
         stored = torch.load(path, map_location="cpu", weights_only=True) if pickled else load_file(path)
         if not isinstance(stored, dict) or not all(isinstance(name, str) for name in stored):
             raise ValueError(f"{path} holds no named tensors; take a sound checkpoint")
