@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from ledgers import Life, charge_step
 
-from fastkd import chain
+from fastkd import chain, run
+from fastkd.budget import Totals
 from fastkd.checkpoint import Checkpoint
-from fastkd.ledger import NAME, replayed_progress
+from fastkd.ledger import NAME, Ledger, has_ended, read, replayed_progress
 from fastkd.resume import mend_ledger
 from fastkd.run_folder import read_run
 
@@ -118,3 +119,47 @@ def test_one_that_was_only_cut_gets_back_what_the_checkpoint_knows(folder: Path,
     assert said is not None and "lacked its last" in said
     assert (run / NAME).read_bytes().startswith(copies[-1].read_bytes())
     assert not list(run.glob("*.damaged"))
+
+
+def test_lines_of_an_older_version_are_covered_once_lines_with_sums_follow(tmp_path: Path) -> None:
+    path, totals = tmp_path / NAME, Totals()
+    path.write_text('{"event": "setup", "seconds": 1.0, "step": 0}\n')
+    chain.append(path, {"event": "glue"})
+    assert b"sum" not in path.read_bytes() and has_ended(read(path))
+    ledger = Ledger(path, "loop", totals)
+    charge_step(ledger)
+    ledger.close()
+    chain.append(path, {"event": "glue"})
+    assert [line.get("event") for line in read(path)] == ["setup", "glue", None, "glue"] and not has_ended(read(path))
+    path.write_bytes(path.read_bytes().replace(b"1.0", b"2.0", 1))
+    with pytest.raises(ValueError, match=r"ledger\.jsonl:3 was altered, or lines before it are missing"):
+        read(path)
+
+
+def test_the_copy_of_a_rank_that_outlived_rank_0_holds_what_that_did_not_write(tmp_path: Path) -> None:
+    path = tmp_path / NAME
+    first, other = (Ledger(path, "loop", Totals(), 2, write=write) for write in (True, False))
+    for _ in range(5):
+        charge_step(first)
+        charge_step(other)
+    first.close()
+    whole = path.read_bytes()
+    assert other.copy() == whole
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]) + b'{"step": 4, "torn')
+    assert other.copy() == whole
+    path.write_bytes(whole.replace(b"0.1", b"0.2", 1))
+    assert other.copy() == path.read_bytes(), "a damaged ledger does not keep the parameters from being saved"
+
+
+def test_the_same_command_restores_the_ledger_of_a_finished_run(mlm_run: Path, small: list[str], tmp_path: Path, capfd):
+    folder = tmp_path / "run"
+    shutil.copytree(mlm_run, folder)
+    whole = (folder / NAME).read_bytes()
+    (folder / NAME).write_bytes(whole.replace(b'"charged_s": 0', b'"charged_s": 1', 1))
+    with pytest.raises(ValueError, match="issue the run's command again"):
+        read_run(folder)
+    options = [*small, "--method", "mlm", "--budget-tokens", "40000", "--output-dir", str(folder)]
+    assert run.main(options) == 0
+    assert "was damaged and is kept as ledger.jsonl.damaged" in "".join(capfd.readouterr())
+    assert (folder / NAME).read_bytes() == whole
+    assert replayed_progress(folder / NAME)[-1] == 1.0

@@ -62,18 +62,23 @@ def test_kill_9_then_the_same_command(
     assert charged == sorted(charged)
 
 
-def test_kill_9_twice_at_the_same_place(
+def test_stopped_and_killed_in_turn_it_is_charged_for_the_steps_that_count(
     options: list[str], uninterrupted: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    argv = [*options, "--output-dir", str(folder)]
-    for step in (20, 40):
-        assert stop_at(step, signal.SIGKILL, argv, folder) == -signal.SIGKILL
+    argv = [*options, "--charge", "compute", "--checkpoint-minutes", "60", "--output-dir", str(folder)]
+    assert stop_at(10, signal.SIGTERM, argv, folder) == run.EXIT_INTERRUPTED
+    assert stop_at(60, signal.SIGKILL, argv, folder) == -signal.SIGKILL
     with (folder / "ledger.jsonl").open("a") as ledger:
         ledger.write('{"step": 99, "torn')
     assert processes.run("fastkd.run", *argv).returncode == 0
     student = load_file(folder / "final" / "model.safetensors")
     assert all(torch.equal(student[key], uninterrupted[key]) for key in uninterrupted)
+    lines = read_jsonl(folder / "ledger.jsonl")
+    assert sum(line.get("event") == "crash" and line["lost_steps"] >= 40 for line in lines) == 1
+    steps = surviving_steps(folder / "ledger.jsonl")
+    spent = sum(sum(line["phase_s"].values()) for line in steps)
+    assert lines[-1]["charged_s"] == pytest.approx(spent) == read_run(folder).charged_s
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
