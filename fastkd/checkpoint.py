@@ -79,9 +79,11 @@ def save(
         OSError: it cannot be written; older checkpoints are as they were.
     """
     require_finite(model, optimizer)
-    _clear(root)
     final = root / _free_name(root, state["step"])
-    building = root / f".building-{final.name}"
+    building = (
+        root / f".building-{final.name}-{os.getpid()}"
+    )  # a rank that takes another for dead may write the same step
+    shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     try:
         _write_tensors(building / MODEL, model.state_dict())

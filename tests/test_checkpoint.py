@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastkd import checkpoint
+from fastkd import checkpoint, files
 from fastkd.files import file_sha256
 from fastkd.health import Diverged
 
@@ -164,14 +164,34 @@ def test_a_copy_of_a_file_is_part_of_the_checkpoint(tmp_path: Path) -> None:
         checkpoint.newest(tmp_path / "c")
 
 
-def test_what_kills_left_half_built_goes(tmp_path: Path) -> None:
+def test_what_kills_left_half_built_goes_when_a_run_goes_on(tmp_path: Path) -> None:
     net, optimizer = trained()
-    for read in (lambda: checkpoint.save(tmp_path, net, optimizer, {"step": 1}), lambda: checkpoint.newest(tmp_path)):
-        for name in (".building-step-9", ".dropped-step-3"):
-            (tmp_path / name).mkdir()
-            (tmp_path / name / "model.safetensors").write_text("half")
-        read()
-        assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
+    for name in (".building-step-9-123", ".building-step-1", ".dropped-step-3"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text("half")
+    checkpoint.save(tmp_path, net, optimizer, {"step": 1})
+    checkpoint.newest(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_two_ranks_that_save_the_same_step_at_once_leave_a_sound_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One takes the other for dead, and writes while that one does."""
+    net, optimizer = trained()
+    sync, mine = files.sync, os.getpid()
+
+    def other_rank(path: Path) -> None:
+        monkeypatch.setattr(files, "sync", sync)
+        monkeypatch.setattr(os, "getpid", lambda: mine + 1)
+        checkpoint.save(tmp_path, net, optimizer, {"step": 1})
+        sync(path)
+
+    monkeypatch.setattr(files, "sync", other_rank)
+    with pytest.raises(OSError, match="not empty"):
+        checkpoint.save(tmp_path, net, optimizer, {"step": 1})
+    found = checkpoint.newest(tmp_path)
+    assert found is not None and [p.name for p in tmp_path.iterdir()] == ["step-1"]
 
 
 @pytest.mark.parametrize("place", ["weight", "moment"])
