@@ -8,16 +8,20 @@ ASSETS := $(shell sed -n 's/^quickstart = \[\(.*\)\]/\1/p' pyproject.toml | tr -
 PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -q
 INSTALL = $(VENV)/bin/pip install -q $(CONSTRAINTS) -e
 
-.PHONY: quickstart test test-all lint clean
+.PHONY: quickstart test test-all test-faults lint clean
 
 quickstart: $(VENV)/.fastkd
 	$(VENV)/bin/fastkd run --preset quickstart --budget-gpu-hours 0.02 --output-dir runs/quickstart
 
 test: $(VENV)/.test
-	$(PYTEST) -m "not exhaustive" tests
+	$(PYTEST) -m "not exhaustive and not campaign" tests
 
 test-all: $(VENV)/.test
 	$(PYTEST) tests
+
+# The whole campaign of faults, up to half an hour: docs/reliability.md. FAULTS="--faults-page docs/reliability.md" writes its table.
+test-faults: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -q -m "" $(FAULTS) tests/faults
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy

@@ -16,14 +16,24 @@ import socket
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from importlib import import_module
-from multiprocessing import connection, reduction
+from multiprocessing import connection, forkserver, reduction
 from typing import IO, Any
+
+import shim
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     ["fastkd.pipeline", "fastkd.comparison.experiment", "fastkd.glue.finetune", "torch.distributed.run"]
 )
+
+
+@cache
+def _serve() -> None:
+    """Start the process that is forked, with the shim loaded: ``shim.faults`` in an environment arms it in a fork."""
+    with shim.loaded():
+        forkserver.ensure_running()
 
 
 class _Descriptor:
@@ -43,13 +53,19 @@ def _received(sent: Any) -> _Descriptor:
 def _enter(
     command: str, options: tuple[str, ...], environment: dict[str, str], out: _Descriptor, err: _Descriptor
 ) -> None:
-    """In the fork: what ``python -m command options`` or ``python command options`` would do."""
+    """In the fork: what ``python -m command options`` or ``python command options`` would do, with STDIN's file as its input."""
     os.environ.clear()
     os.environ.update(environment)
     for mine, given in ((1, out), (2, err)):
         os.dup2(given.number, mine)
         os.close(given.number)
+    if "STDIN" in environment:
+        os.dup2(os.open(environment["STDIN"], os.O_RDONLY), 0)
+        sys.stdin = os.fdopen(0, closefd=False)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    if "torch" in sys.modules and "OMP_NUM_THREADS" in environment:
+        sys.modules["torch"].set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    shim.arm(environment)
     sys.argv = [command, *options]
     if command.endswith(".py"):
         runpy.run_path(command, run_name="__main__")
@@ -61,6 +77,7 @@ class Command:
     """A command that runs: part of what ``subprocess.Popen`` offers. It prints into ``stdout``, or where ``output`` leads."""
 
     def __init__(self, command: str, *options: object, output: int | None = None, **environment: str) -> None:
+        _serve()
         self.args = (command, *map(str, options))
         reader, writer = os.pipe()
         self.stdout: IO[str] = os.fdopen(reader)
@@ -90,6 +107,10 @@ class Command:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+    def wait_a_little(self, seconds: float) -> None:
+        """Until it ends, but no longer than this."""
+        self._process.join(seconds)
 
     def wait(self, timeout: float) -> int:
         self._process.join(timeout)
