@@ -61,7 +61,7 @@ def test_killed_again_and_again(numbers: range, scratch: Case, tmp_path: Path, f
                 scratch.check(place, scratch.run(place))
 
 
-@tries(short=1, long=24, shares=2)
+@tries(short=0, long=24, shares=2)
 def test_killed_at_a_random_time(numbers: range, scratch: Case, tmp_path: Path, fault) -> None:
     """From outside, some moment after an operation: within a step, a validation, a wait."""
     with fault("kill -9 at a random time", PROMISE) as tally:
