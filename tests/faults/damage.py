@@ -91,28 +91,27 @@ def damaged_run(spec: dict[str, Any], seed: int) -> str | None:
         assert done.returncode == 0, f"{line} | then: {run_case.last_line(done)}"
     whole = Path(spec["whole"])
     student, wanted = (folder / "final" / "model.safetensors" for folder in (place.folder, whole))
-    said = done.stdout + done.stderr
     if student.read_bytes() != wanted.read_bytes():
         return "another student, in silence"
     if not (place.folder / "report.html").is_file():
         return "no report"
-    if not books_agree(place.folder, Path(spec["from"]) / "run") and "ledger" not in said.replace("ledger.jsonl\n", ""):
-        return "another ledger, in silence"
+    before = Path(spec["from"]) / "run"
+    run_case.check_books(place.folder)
+    if (wrong := another_ledger(place.folder, before, exactly="run/ledger.jsonl" in spec["files"])) is not None:
+        return f"{wrong} of the ledger is another"
     left = run_case.debris(place.folder)
     return f"debris {left}" if left else None
 
 
-def books_agree(folder: Path, before: Path) -> bool:
-    """Whether each step that was written before the damage is in the ledger as it was."""
-    try:
-        run_case.check_books(folder)
-        found, known = (run_case.surviving(run_case.lines_of(each / "ledger.jsonl")) for each in (folder, before))
-    except (AssertionError, ValueError, KeyError, TypeError, OSError):
-        return False
-    kept = ("tokens", "flops", "progress")
-    return all(
-        {name: a[name] for name in kept} == {name: b[name] for name in kept} for a, b in zip(found, known, strict=False)
-    )
+def another_ledger(folder: Path, before: Path, *, exactly: bool) -> str | None:
+    """The first step that was written before the damage and is another now: in what repeats, or in all that a checkpoint knows."""
+    found, known = (run_case.surviving(run_case.lines_of(each / "ledger.jsonl")) for each in (folder, before))
+    saved = max(int(path.name[5:]) for path in (before / "checkpoints").glob("step-*"))
+    for mine, theirs in zip(found, known, strict=False):
+        kept = theirs.keys() - {"sum"} if exactly and theirs["step"] <= saved else ("tokens", "flops", "progress")
+        if any(mine[name] != theirs[name] for name in kept):
+            return f"step {theirs['step']}"
+    return None
 
 
 def damaged_model(spec: dict[str, Any], seed: int) -> str | None:
