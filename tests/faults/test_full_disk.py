@@ -25,7 +25,7 @@ def check_full(done: subprocess.CompletedProcess[str]) -> None:
 @pytest.mark.parametrize(
     ("how", "name"), [("full", "full disk from the n-th write on"), ("eio", "one write that fails")]
 )
-@places(short=1, shares=2, every=2)
+@places(short=1, shares=2, every=3)
 def test_a_run(how: str, name: str, places: Places, scratch: Case, tmp_path: Path, fault) -> None:
     numbers = [n for n, name in enumerate(scratch.operations, start=1) if name.split()[0] in GROWING]
     with fault(name, PROMISE) as tally:
@@ -96,4 +96,4 @@ def test_a_comparison(light: list[str], shimmed: None, tmp_path: Path, fault) ->
     ]
     options += ["--budget-flops", "1e8", "--checkpoint-minutes", "0"]
     with fault("full disk in a comparison", "one line, exit 75, and the same command goes on") as tally:
-        Another("fastkd.compare", options, tmp_path).tried(tally, Places(count=24), tmp_path)
+        Another("fastkd.compare", options, tmp_path).tried(tally, Places(count=12), tmp_path)

@@ -41,7 +41,7 @@ def test_killed_at_a_file_operation(how: str, name: str, places: Places, scratch
 @pytest.mark.timeout(1700)
 def test_killed_at_a_file_operation_with_the_quickstart_teacher(taught: Case, tmp_path: Path, fault) -> None:
     with fault("the same with the quickstart teacher", PROMISE) as tally:
-        for at in Places(count=24).of(len(taught.operations)):
+        for at in Places(count=12).of(len(taught.operations)):
             with tally.attempt(f"{at}, {taught.operations[at - 1]}"):
                 place = Try.below(tmp_path / "try")
                 disturb(taught, place, "kill" if at % 2 else "torn", at)
