@@ -41,9 +41,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     terminalreporter.section("faults")
     terminalreporter.write_line(campaign.table(found))
-    if path := config.getoption("faults_json"):
+    if path := config.getoption("faults_json", None):
         path.write_text(json.dumps([asdict(each) for each in found], indent=1) + "\n", "utf-8")
-    if page := config.getoption("faults_page"):
+    if page := config.getoption("faults_page", None):
         caption = f"{date.today().isoformat()}, {platform.machine()}, Linux {platform.release().split('-')[0]}: `make test-faults`."
         campaign.write_into(page, found, caption)
 
