@@ -48,7 +48,7 @@ from fastkd.glue.metrics import score
 from fastkd.glue.protocol import Protocol
 from fastkd.glue.tasks import TASKS, Task
 from fastkd.models import weights
-from fastkd.models.encoder import NAMES, SIZES, require_size
+from fastkd.models.shape import NAMES, SIZES, require_size
 from fastkd.models.tokenizer import reason
 
 FOLDER = "glue"  # of the results, in the folder of scores

@@ -20,28 +20,12 @@ from fastkd.models import families
 from fastkd.models.attention import Sequences, choose_backend
 from fastkd.models.lookup import lookup
 from fastkd.models.needs import Needs, Outputs
+from fastkd.models.shape import NAMES, SIZES, require_size
 
 if TYPE_CHECKING:
     from fastkd.models.families import Family
     from fastkd.models.layer import Head, Layer
 
-LARGEST = 2**31 - 1  # of a size of an encoder: no table of any model comes near it
-MOST_LAYERS = 10_000
-# Sizes by their names in config.json, where these are others.
-NAMES = {
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "max_positions": "max_position_embeddings",
-}
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "num_layers",
-    "num_heads",
-    "intermediate_size",
-    "max_positions",
-    "type_vocab_size",
-)
 GRAPH: dict[str, Any] = {"fullgraph": True, "dynamic": False}  # of torch.compile: shapes are the same in every step
 
 
@@ -101,17 +85,6 @@ class EncoderConfig:
     def max_length(self) -> int:
         """The longest sequence in tokens that the model has positions for."""
         return self.max_positions - self.position_offset
-
-
-def require_size(name: str, value: object, *, least: int = 1) -> None:
-    """Refuse a value of config.json, by its ``name`` there, that no model has for a size.
-
-    Raises:
-        ValueError: it is no whole number, or one far out of range.
-    """
-    most = MOST_LAYERS if name == "num_hidden_layers" else LARGEST
-    if type(value) is not int or not least <= value <= most:
-        raise ValueError(f"{name} is {value!r}, not a whole number from {least} to {most:,}; take a sound config.json")
 
 
 class Packed(Protocol):

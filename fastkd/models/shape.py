@@ -1,9 +1,27 @@
-"""The shape that ``--student`` names. Imports no torch: a command refuses a malformed one before that is loaded."""
+"""The sizes of an encoder, as ``--student`` and config.json name them. Imports no torch: a mistake is refused before it is loaded."""
 
 from __future__ import annotations
 
 import re
 from typing import NamedTuple
+
+LARGEST = 2**31 - 1  # of a size of an encoder: no table of any model comes near it
+MOST_LAYERS = 10_000
+# Sizes by their names in config.json, where these are others.
+NAMES = {
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "max_positions": "max_position_embeddings",
+}
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "intermediate_size",
+    "max_positions",
+    "type_vocab_size",
+)
 
 
 class Shape(NamedTuple):
@@ -28,3 +46,14 @@ def parse(spec: str) -> Shape:
     if width % heads:
         raise ValueError(f"width {width} is not divisible by {heads} heads; change either")
     return Shape(layers, width, heads, int(match[4]) if match[4] else 4 * width)
+
+
+def require_size(name: str, value: object, *, least: int = 1) -> None:
+    """Refuse a value of config.json, by its ``name`` there, that no model has for a size.
+
+    Raises:
+        ValueError: it is no whole number, or one far out of range.
+    """
+    most = MOST_LAYERS if name == "num_hidden_layers" else LARGEST
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{name} is {value!r}, not a whole number from {least} to {most:,}; take a sound config.json")
