@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -118,7 +119,8 @@ def _restored(path: Path, found: chain.Chain, copy: chain.Chain) -> str | None:
 def _end_again(folder: Path, steps: list[Record]) -> str:
     """Say in the ledger of a finished run that it has ended, where that line was cut off and no step is missing."""
     path = folder / ledger.NAME
-    saved = [int(entry.name.split("-")[1].split(".")[0]) for entry in (folder / "checkpoints").glob("step-[0-9]*")]
+    names = (re.fullmatch(r"step-(\d+)(\.\d+)?", entry.name) for entry in (folder / "checkpoints").glob("step-*"))
+    saved = [int(name[1]) for name in names if name]  # a damaged one too: only its number is read
     if not steps or steps[-1]["step"] != max(saved, default=0):
         raise ValueError(f"{path} was cut, and no checkpoint holds a copy: {_remedy(folder)}")
     last = steps[-1]

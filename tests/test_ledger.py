@@ -184,7 +184,7 @@ class History:
         self.life.save()
         self.saved = [*(each for each in self.saved if each < step), step][-2:]
         for folder in (self.folder / "checkpoints").iterdir():
-            if int(folder.name[5:]) not in self.saved:
+            if folder.name[5:].isdigit() and int(folder.name[5:]) not in self.saved:
                 shutil.rmtree(folder)
         self.event("checkpoint")
 
