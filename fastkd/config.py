@@ -22,7 +22,6 @@ from fastkd.cli import Parser, unknown_option
 from fastkd.data import corpus
 from fastkd.run_config import BUDGETS, FREE_TO_CHANGE, PRESENTATION, RunConfig
 
-PRESETS = Path(__file__).parent / "presets"
 # One of them is there if CUDA (also under Windows and on Jetson) or ROCm can work.
 GPU_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/nvmap", "/dev/kfd")
 AUTO = {"paper-6l": "a CUDA device is at hand", "quickstart": "no CUDA device is at hand"}  # what --preset auto means
@@ -98,22 +97,33 @@ class Resolved:
 
     def continues(self, toml: str) -> bool:
         """Whether a config.toml means this run."""
-        try:
-            return not self.changes(toml)
-        except ValueError:
-            return False
+        return not self.changes(toml)
+
+    def require_same(self, toml: str, folder: Path) -> None:
+        """Refuse to go on in a folder whose config.toml is of other options.
+
+        Raises:
+            ValueError: naming each option that has changed, with its old and its new value.
+        """
+        if changes := self.changes(toml):
+            raise ValueError(
+                f"{folder} holds a run of another configuration ({'; '.join(changes)}): give its own options to go on with it, "
+                "or another --output-dir"
+            )
 
     def changes(self, toml: str) -> list[str]:
         """The options that decide what is trained and are others than in a config.toml, as ``config_file.differences`` writes
         them. An older one may lack options: these had their defaults.
-
-        Raises:
-            ValueError: it is no TOML.
         """
-        run = tomllib.loads(toml)
+        try:
+            run = tomllib.loads(toml)
+        except tomllib.TOMLDecodeError as error:
+            return [f"it is no TOML: {error}"]
         method = run.pop(config_file.METHOD_OPTIONS, {})
         changed = config_file.differences(_choices(RunConfig(), run), _choices(self.run))
-        if run.get("method") != self.run.method or not isinstance(method, dict):  # its options are others too
+        if run.get("method", RunConfig.method) != self.run.method or not isinstance(
+            method, dict
+        ):  # its options are others too
             return changed or [f"{config_file.METHOD_OPTIONS}: {method!r}"]
         return changed + config_file.differences(_choices(type(self.method)(), method), _choices(self.method))
 
@@ -278,7 +288,7 @@ def _layers(explicit: dict[str, Any], file: ConfigFile | None, preset: str) -> d
 
     A preset that the command line names overrides the file. A layer with a budget drops the budgets of those before it.
     """
-    given, chosen = dict(file.run) if file else {}, read_preset(preset)
+    given, chosen = dict(file.run) if file else {}, config_file.read_preset(preset)
     layers = [given, chosen, explicit] if "preset" in explicit else [chosen, given, explicit]
     method = next(layer["method"] for layer in (*reversed(layers), {"method": RunConfig.method}) if "method" in layer)
     if file and method == file.method:
@@ -334,18 +344,6 @@ def _choices(options: Any, changes: dict[str, Any] | None = None) -> dict[str, A
 
 
 # ---- files ------------------------------------------------------------------------------------------------------
-
-
-def read_preset(name: str) -> dict[str, Any]:
-    """The values of a preset.
-
-    Raises:
-        ValueError: no such preset.
-    """
-    known = {path.stem: path for path in sorted(PRESETS.glob("*.toml"))}
-    if name not in known:
-        raise ValueError(f"unknown preset {name!r}: choose auto, {', '.join(known)}, or give a file with --config")
-    return config_file.read(known[name])
 
 
 def read_config(name: str | None) -> ConfigFile | None:

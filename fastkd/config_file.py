@@ -12,6 +12,7 @@ import tomli_w
 
 from fastkd.begun import begun_with
 
+PRESETS = Path(__file__).parent / "presets"
 METHOD_OPTIONS = "method_options"
 KINDS = {str: "text in quotes", int: "a whole number", float: "a number", bool: "true or false"}
 
@@ -45,6 +46,18 @@ def text(path: Path) -> str:
         if isinstance(error, UnicodeDecodeError):
             raise ValueError(f"{path} cannot be read: it is no UTF-8 text") from error
         raise ValueError(f"{path} is no TOML: {error}") from error
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The values of a preset.
+
+    Raises:
+        ValueError: no such preset.
+    """
+    known = {path.stem: path for path in sorted(PRESETS.glob("*.toml"))}
+    if name not in known:
+        raise ValueError(f"unknown preset {name!r}: choose auto, {', '.join(known)}, or give a file with --config")
+    return read(known[name])
 
 
 def check_kinds(path: Path, values: dict[str, Any], *classes: Any) -> dict[str, Any]:

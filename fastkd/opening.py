@@ -92,11 +92,8 @@ def take_over(folder: Path, resolved: Resolved) -> Run | None:
     config = config_text(folder)
     if config is None:
         log.warning("%s was not there: it is written as this command means it", folder / CONFIG)
-    elif changes := resolved.changes(config):
-        raise ValueError(
-            f"{folder} holds a run of another configuration ({'; '.join(changes)}): give its own options to go on with it, or "
-            "another --output-dir"
-        )
+    else:
+        resolved.require_same(config, folder)
     files.clear(folder)
     _write_again(folder)
     _set_damaged_aside(folder)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fastkd import config, methods, run_config
-from fastkd.config import parse, read_preset, resolve
+from fastkd.config import parse, resolve
+from fastkd.config_file import PRESETS, read_preset
 from fastkd.run_config import RunConfig
 
 BUDGET = ["--budget-gpu-hours", "1"]
@@ -34,7 +35,7 @@ def test_every_option_is_read() -> None:
         assert read or field.name == "preset", field.name
 
 
-@pytest.mark.parametrize("path", sorted(config.PRESETS.glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(PRESETS.glob("*.toml")), ids=lambda path: path.stem)
 def test_presets_name_options_alone(path: Path) -> None:
     values = read_preset(path.stem)
     assert set(values) <= {f.name for f in dataclasses.fields(RunConfig)}

@@ -1,4 +1,4 @@
-"""The sizes of an encoder, as ``--student`` and config.json name them. Imports no torch: a mistake is refused before it is loaded."""
+"""The sizes of an encoder, as ``--student`` and config.json name them. Imports no torch, which takes seconds to load."""
 
 from __future__ import annotations
 
