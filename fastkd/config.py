@@ -121,9 +121,8 @@ class Resolved:
             return [f"it is no TOML: {error}"]
         method = run.pop(config_file.METHOD_OPTIONS, {})
         changed = config_file.differences(_choices(RunConfig(), run), _choices(self.run))
-        if run.get("method", RunConfig.method) != self.run.method or not isinstance(
-            method, dict
-        ):  # its options are others too
+        other = run.get("method", RunConfig.method) != self.run.method  # its options are others too
+        if other or not isinstance(method, dict):
             return changed or [f"{config_file.METHOD_OPTIONS}: {method!r}"]
         return changed + config_file.differences(_choices(type(self.method)(), method), _choices(self.method))
 
