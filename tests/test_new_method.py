@@ -116,8 +116,13 @@ def do(tmp_path_factory: pytest.TempPathFactory) -> Do:
     (folder / "run.py").write_text(RUN.replace("ROOT", repr(str(ROOT))).replace("import sitecustomize", added))
     path = os.pathsep.join([str(folder), *filter(None, sys.path)])
 
-    def run(*command: object) -> subprocess.CompletedProcess[str]:
-        done = processes.run(str(folder / "run.py"), *command, PYTHONPATH=path)
+    def run(*command: object, new: bool = False) -> subprocess.CompletedProcess[str]:
+        """``new``: in a process that has not imported the texts of ``--help`` yet."""
+        if new:
+            argv, environment = [sys.executable, "-m", *map(str, command)], os.environ | {"PYTHONPATH": path}
+            done = subprocess.run(argv, env=environment, cwd=ROOT, capture_output=True, text=True)
+        else:
+            done = processes.run(str(folder / "run.py"), *command, PYTHONPATH=path)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
         return done
 
@@ -145,7 +150,7 @@ def test_it_is_planned_and_compared(do: Do, light: list[str], tmp_path: Path) ->
 
 
 def test_help_tells_of_it(do: Do) -> None:
-    shown = " ".join(do("fastkd.run", "--help", "--method", "fitnet").stdout.split())
+    shown = " ".join(do("fastkd.run", "--help", "--method", "fitnet", new=True).stdout.split())
     assert "fitnet (Hidden states of one layer of each model)" in shown
     assert "student layer that is led; default: the last" in shown
 
@@ -163,13 +168,9 @@ def test_it_is_tested_as_the_others_are(do: Do) -> None:
     """Its FLOPs and gradient against its plain definition, its micro-batches, its predictions, its names."""
     files = ("flops", "throughput", "methods", "train", "predictions", "device", "config")
     chosen = "fitnet or every_option or needs_no_torch or has_what_the_command_prints"
-    quiet = (
-        "-p",
-        "no:cacheprovider",
-        "-W",
-        "ignore:Module already imported",
-    )  # before pytest, in the process that forked
-    tests = do("pytest", "-v", *quiet, *(f"tests/test_{file}.py" for file in files), "-k", chosen)
+    tests = do(
+        "pytest", "-v", "-p", "no:cacheprovider", *(f"tests/test_{file}.py" for file in files), "-k", chosen, new=True
+    )
     passed = {line.split("::")[1] for line in tests.stdout.splitlines() if "fitnet" in line and "PASSED" in line}
     assert {name.split("[")[0] for name in passed} == {
         "test_a_step_of_every_method",

@@ -156,7 +156,7 @@ def test_a_seed_gives_identical_parameters_and_another_gives_others(light: list[
 
 
 def test_a_gpu_second_run_is_replayed_bit_for_bit(light: list[str], tmp_path: Path) -> None:
-    options = [*light, "--method", "minilmv2", "--batch-tokens", "512", "--budget-gpu-hours", "0.0004"]
+    options = [*light, "--method", "minilmv2", "--batch-tokens", "512", "--budget-gpu-hours", "0.0006"]
     assert do(options, tmp_path / "run") == 0
     assert do([*options, "--replay", str(tmp_path / "run" / "ledger.jsonl")], tmp_path / "replay") == 0
     run_, replay = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("run", "replay"))
