@@ -155,20 +155,25 @@ FULL_IN_THE_LOOP = """
 import os, sys, torch
 torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 1000  # so that the small student's gradient is in several buckets
 from fastkd import run
+from fastkd.loop import Loop
 from fastkd.models.encoder import Encoder
 from fastkd.train import Trainer
 
 where, *options = sys.argv[1:]
 if os.environ["RANK"] == "1":
-    step, whole, steps, tokens = Trainer.step, Encoder.forward, [], []
+    step, whole, loop, steps, tokens = Trainer.step, Encoder.forward, Loop.run, [], []
 
     def full(*gradient):
-        if len(steps) > 3 and tokens[-1] > 512:
+        if len(steps) == 4 and tokens[-1] > 512:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
+    def looped(self, *args):
+        steps.clear()  # those of the plan
+        if where == "backward":
+            next(self.trainer.objective.student.parameters()).register_hook(full)
+        return loop(self, *args)
+
     def counted(self, batches, lr):
-        if not steps and where == "backward":
-            next(self.objective.student.parameters()).register_hook(full)
         steps.append(lr)
         return step(self, batches, lr)
 
@@ -178,7 +183,7 @@ if os.environ["RANK"] == "1":
             full()
         return whole(self, ids, *args, **kwargs)
 
-    Trainer.step, Encoder.forward = counted, forward
+    Loop.run, Trainer.step, Encoder.forward = looped, counted, forward
 sys.exit(run.main(options))
 """
 
