@@ -372,3 +372,14 @@ def test_a_rate_that_diverges_is_passed_over(from_scratch: list[str], tmp_path: 
     with pytest.raises(ValueError, match="no learning rate"):
         tune(1e-2, 2, try_rate, tmp_path / "b", World())
     assert searched(tmp_path / "b") is None and searched(tmp_path / "c") is None
+
+
+def test_a_search_ends_where_the_teacher_is_to_blame(tmp_path: Path) -> None:
+    def try_rate(rate: float, where: Path) -> None:
+        tried.append(rate)
+        raise Diverged("not finite", "teacher")
+
+    tried: list[float] = []
+    with pytest.raises(Diverged):
+        tune(1e-3, 2, try_rate, tmp_path, World())
+    assert len(tried) == 1
