@@ -15,7 +15,7 @@ PROMISE = "one line, exit 75, and the same command goes on to the same bits"
 
 
 @pytest.mark.parametrize(("how", "name"), [("term", "SIGTERM in every phase"), ("int", "Ctrl-C twice in every phase")])
-@places(short=2, shares=2, every=3)
+@places(short=1, shares=2, every=3)
 def test_a_signal_in_every_phase(how: str, name: str, places: Places, scratch: Case, tmp_path: Path, fault) -> None:
     with fault(name, PROMISE) as tally:
         for at in places.of(len(scratch.operations)):
