@@ -48,7 +48,7 @@ from fastkd.glue.metrics import score
 from fastkd.glue.protocol import Protocol
 from fastkd.glue.tasks import TASKS, Task
 from fastkd.models import weights
-from fastkd.models.shape import NAMES, SIZES, require_size
+from fastkd.models.shape import LARGEST, MOST_LAYERS, NAMES, SIZES, require_size
 from fastkd.models.tokenizer import reason
 
 FOLDER = "glue"  # of the results, in the folder of scores
@@ -214,7 +214,8 @@ def load_classifier(folder: Path, task: Task) -> PreTrainedModel:
                 folder, num_labels=labels, problem_type=problem, trust_remote_code=False
             )
             for name in {*NAMES.values(), *SIZES}:
-                require_size(name, vars(config).get(name, 0), least=0)
+                most = MOST_LAYERS if name == "num_hidden_layers" else LARGEST
+                require_size(name, vars(config).get(name, 0), least=0, most=most)
             config._attn_implementation = None  # transformers' default: what config.json names may not be installed
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 folder, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,

@@ -21,6 +21,7 @@ from fastkd.health import Diverged
 from fastkd.models import families, parameter_names, sentences, weights
 from fastkd.models import tokenizer as tokenizers
 from fastkd.models.encoder import Encoder, EncoderConfig
+from fastkd.models.shape import MOST_LAYERS, require_size
 
 REMEDY = "name a hub id, a Hugging Face folder or a finished run, or use --preset quickstart"
 
@@ -138,7 +139,9 @@ def from_hf(config: PreTrainedConfig) -> EncoderConfig:
     family = families.of(config.model_type)
     if getattr(config, "quantization_config", None):
         raise ValueError("quantised weights are not supported; use the checkpoint that they were made from")
-    return family.from_hf(config)
+    found = family.from_hf(config)
+    require_size("num_hidden_layers", found.num_layers, most=MOST_LAYERS)
+    return found
 
 
 def to_hf(config: EncoderConfig) -> PreTrainedConfig:

@@ -6,7 +6,7 @@ import re
 from typing import NamedTuple
 
 LARGEST = 2**31 - 1  # of a size of an encoder: no table of any model comes near it
-MOST_LAYERS = 10_000
+MOST_LAYERS = 10_000  # in a config.json that comes from anywhere
 # Sizes by their names in config.json, where these are others.
 NAMES = {
     "num_layers": "num_hidden_layers",
@@ -48,12 +48,11 @@ def parse(spec: str) -> Shape:
     return Shape(layers, width, heads, int(match[4]) if match[4] else 4 * width)
 
 
-def require_size(name: str, value: object, *, least: int = 1) -> None:
+def require_size(name: str, value: object, *, least: int = 1, most: int = LARGEST) -> None:
     """Refuse a value of config.json, by its ``name`` there, that no model has for a size.
 
     Raises:
         ValueError: it is no whole number, or one far out of range.
     """
-    most = MOST_LAYERS if name == "num_hidden_layers" else LARGEST
     if type(value) is not int or not least <= value <= most:
         raise ValueError(f"{name} is {value!r}, not a whole number from {least} to {most:,}; take a sound config.json")
