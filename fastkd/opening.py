@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from fastkd import files
+from fastkd import checkpoint, files, manifest
 from fastkd.begun import BEGUN, CONFIG, COPIED, begun_with, config_text, sealed
 from fastkd.distributed import World, on_main
 from fastkd.resume import mend_ledger
@@ -97,6 +97,7 @@ def take_over(folder: Path, resolved: Resolved) -> Run | None:
     files.clear(folder)
     _write_again(folder)
     _set_damaged_aside(folder)
+    _set_damaged_student_aside(folder)
     if mended := mend_ledger(folder):
         log.warning("%s", mended)
     if all((folder / name).exists() for name in COPIED):
@@ -141,11 +142,25 @@ def _set_damaged_aside(folder: Path) -> None:
             "%s has %d damaged lines, left out: kept as %s", metrics, damaged_lines, files.set_aside(metrics).name
         )
         files.write(metrics, "".join(files.to_line(record) for record in sound))
-    if (folder / "final").exists() and not has_student(folder):
-        final = folder / "final"
-        log.warning(
-            "%s lacks a part of the student, which is exported again: kept as %s", final, files.set_aside(final).name
-        )
+
+
+def _set_damaged_student_aside(folder: Path) -> None:
+    """Set ``final/`` aside if it is not what was exported: the checkpoint at the end exports the same again.
+
+    Raises:
+        ValueError: a file was changed, and there is no checkpoint to export it from again.
+    """
+    final = folder / "final"
+    try:
+        damaged = "it lacks a part of the student" if final.exists() and not has_student(folder) else None
+        manifest.verify(final)
+    except ValueError:
+        if checkpoint.latest(folder / "checkpoints") is None:
+            raise
+        damaged = "it is not what was exported"
+    if damaged:
+        aside = files.set_aside(final)
+        log.warning("%s is exported again, since %s: kept as %s", final, damaged, aside.name)
 
 
 def write_opening(folder: Path, contents: Mapping[str, str]) -> None:

@@ -54,6 +54,7 @@ def _enter(
     command: str, options: tuple[str, ...], environment: dict[str, str], out: _Descriptor, err: _Descriptor
 ) -> None:
     """In the fork: what ``python -m command options`` or ``python command options`` would do, with STDIN's file as its input."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts in the background
     os.environ.clear()
     os.environ.update(environment)
     for mine, given in ((1, out), (2, err)):

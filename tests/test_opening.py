@@ -232,6 +232,23 @@ def test_a_student_without_all_of_its_weights_is_exported_again(
     assert same_student(folder, finished)
 
 
+def test_a_student_that_was_changed_is_exported_again_or_refused(
+    options: list[str], finished: Path, tmp_path: Path, capsys
+) -> None:
+    folder = copied(finished, tmp_path / "run")
+    student = folder / "final" / "model.safetensors"
+    content = bytearray(student.read_bytes())
+    content[-1] ^= 1
+    student.write_bytes(content)
+    bare = copied(folder, tmp_path / "bare", "checkpoints")
+    assert run.main([*options, "--output-dir", str(folder)]) == 0
+    assert "is exported again" in capsys.readouterr().err and (folder / "final.damaged").is_dir()
+    assert same_student(folder, finished)
+    assert run.main([*options, "--output-dir", str(bare)]) == 2  # nothing to export it from
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "model.safetensors was changed" in said and (bare / "final").is_dir()
+
+
 # ---- damage ----------------------------------------------------------------------------------------------------------
 
 

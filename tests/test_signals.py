@@ -104,10 +104,9 @@ def test_what_nohup_ignores_stays_ignored() -> None:
 
 # A command that stops where it calls MODULE:NAME, says so, and stays there; its other arguments are its own.
 STOPPED = """
-import signal, sys, threading
+import sys, threading
 from importlib import import_module
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts in the background
 command, place, *options = sys.argv[1:]
 module, _, name = place.partition(":")
 *owners, name = name.split(".")
