@@ -232,10 +232,11 @@ SPOILT = """
 import os, shutil, sys
 from fastkd import run
 from fastkd.data.shards import cache
+from fastkd.loop import Loop
 from fastkd.train import Trainer
 
 how, *options = sys.argv[1:]
-step = Trainer.step
+step, loop = Trainer.step, Loop.run
 
 def spoil(self, batches, lr):
     (part,) = cache().glob("*/part-00000")
@@ -247,7 +248,11 @@ def spoil(self, batches, lr):
     Trainer.step = step
     return step(self, batches, lr)
 
-Trainer.step = spoil
+def looped(self, *args):  # the plan's steps are over
+    Trainer.step = spoil
+    return loop(self, *args)
+
+Loop.run = looped
 sys.exit(run.main(options))
 """
 
