@@ -130,7 +130,7 @@ def test_a_killed_rank_ends_the_job_with_a_checkpoint(victim: int, from_scratch:
     os.kill(workers(launcher.pid)[victim], signal.SIGKILL)
     killed = time.monotonic()
     assert launcher.finish().returncode != 0
-    assert time.monotonic() - killed < 240  # not for a day, though the machine may be busy with other things
+    assert time.monotonic() - killed < 60
     found = checkpoint.newest(folder / "checkpoints")
     assert found is not None and found.state["step"] >= 5
 
