@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from bench.unpacking import FORMAT, INDEX, PARTS, most_bytes
-from fastkd import files
+from fastkd import files, manifest
 from fastkd.data.shards import Shards, build_shards, cache, tokenizer_hash, write_sample
 from fastkd.device import environment
 from fastkd.files import file_sha256
@@ -106,6 +106,7 @@ def _write_teacher(source: str, folder: Path) -> tuple[PreTrainedTokenizerBase, 
     config = json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "plan.json").write_text(json.dumps({"ancestors": ancestors(source)}) + "\n")
+    manifest.write(folder)  # again: these files are not those of the export
     packed = hf.load(folder).tokenizer
     assert tokenizer_hash(packed) == tokenizer_hash(loaded.tokenizer), "the tokenizer changed when it was saved"
     return packed, {"source": source, "sha256": loaded.sha256, "revision": loaded.revision}

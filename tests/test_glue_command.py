@@ -229,10 +229,6 @@ def spoil_card(folder: Path) -> None:
     (folder / "final" / "README.md").write_bytes(b"\xff\xfe\xfa")
 
 
-def spoil_plan(folder: Path) -> None:
-    (folder / "plan.json").write_text('{"teacher": ')
-
-
 REFUSED: dict[str, tuple[Callable[[Path], None] | None, list[str], str]] = {
     "protocol": (None, ["--protocol", "best"], "invalid choice: 'best'"),
     "option": (None, ["--seed", "3"], "unknown option '--seed': --help lists them"),
@@ -243,7 +239,6 @@ REFUSED: dict[str, tuple[Callable[[Path], None] | None, list[str], str]] = {
     "rows of another task": (None, ["--train-rows", "rte=3"], "--train-rows names 'rte', which is not evaluated"),
     "no rows": (None, ["--train-rows", "0"], "--train-rows takes a number from 1"),
     "card": (spoil_card, [], "README.md is no text file in UTF-8"),
-    "plan": (spoil_plan, [], "plan.json holds no JSON object: restore the file"),
     "data": (None, ["--data", "nowhere"], "--data nowhere is not a folder"),
     "task file": (None, ["--task-file", "absent.toml"], "absent.toml: not a readable TOML file"),
     "weights": (break_layer, [], "lacks bert.encoder.layer.0.output.dense.weight and 0 more weights"),

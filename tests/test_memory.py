@@ -11,12 +11,12 @@ from packed_text import VOCAB, pack
 from safetensors.torch import load_file
 
 from fastkd import run
-from fastkd.budget import surviving_steps
 from fastkd.comparison.budgets import release_memory
 from fastkd.config import resolve
 from fastkd.device import memory
 from fastkd.distributed import World
 from fastkd.files import read_jsonl
+from fastkd.ledger import surviving_steps
 from fastkd.models import encoder
 from fastkd.models.encoder import Encoder, EncoderConfig
 from fastkd.models.needs import Needs
