@@ -23,13 +23,19 @@ def sealed(contents: Mapping[str, str]) -> str:
 
 
 def begun_with(folder: Path) -> dict[str, str]:
-    """The contents of files by name that ``.begun.json`` holds; empty if there is none or it is damaged."""
+    """The contents of files by name that ``.begun.json`` holds; empty if there is none, it is damaged, or it holds others."""
     try:
         found = json.loads((folder / BEGUN).read_bytes())
         contents: dict[str, str] = found["files"]
-        return contents if found["sha256"] == _digest(contents) else {}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        sound = found["sha256"] == _digest(contents) and all(_fits(name, text) for name, text in contents.items())
+        return contents if sound else {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
+
+
+def _fits(name: str, text: str) -> bool:
+    """Whether a file is one that is copied: anyone can make the digest, and a name may lead out of the folder."""
+    return name in COPIED and isinstance(text, str) and (name == CONFIG or isinstance(json.loads(text), dict))
 
 
 def config_text(folder: Path) -> str | None:
