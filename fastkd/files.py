@@ -59,8 +59,10 @@ def _is_debris(path: Path) -> bool:
 
 
 def clear(folder: Path) -> None:
-    """Remove what killed processes left half-written in a run's or a comparison's folder, whose lock is held."""
-    places = [folder, *(place for pattern in WRITTEN_IN for place in folder.glob(pattern) if place.is_dir())]
+    """Remove what killed processes left half-written in a run's or a comparison's folder, whose lock is held; through a link
+    that leads out of it, nothing."""
+    below = (place for pattern in WRITTEN_IN for place in folder.glob(pattern) if place.is_dir())
+    places = [folder, *(place for place in below if place.resolve().is_relative_to(folder.resolve()))]
     for left in [path for place in places for path in place.iterdir() if _is_debris(path)]:
         shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 

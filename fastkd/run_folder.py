@@ -18,10 +18,15 @@ from fastkd.files import Record, sound_lines
 
 log = logging.getLogger(__name__)
 UNITS = {"budget_flops": "flops", "budget_tokens": "tokens"}  # budgets that are no time
-# The names of what a run writes begin with these.
+# The names of what a run, its evaluation or a comparison writes begin with these.
 WRITTEN = (
-    "config.toml", "environment.json", "plan.json", "ledger.jsonl", "metrics.jsonl", "report.html", "trace.json", "glue.json",
-    "checkpoints", "final", ".lock", ".final", BEGUN,
+    "config.toml", "environment.json", "plan.json", "ledger.jsonl", "metrics.jsonl", "report.html", "trace.json",
+    "checkpoints", "final", ".lock", ".final", BEGUN, "glue", "submission",
+    "results.json", "RESULTS.md", "scratch.json", "plots", "references", "rows", "tuning",
+)  # fmt: skip
+# What is written deeper; a row's run looks into its own folder.
+WRITTEN_DEEPER = (
+    "checkpoints/**/*", "final/**/*", "glue/*", "submission/*", "plots/*", "references/**/*", "rows/*", "tuning/*", "tuning/*/*",
 )  # fmt: skip
 INPUTS = {  # what a run reads from outside, by its key in environment.json
     "corpus_version": "corpus",
@@ -275,14 +280,14 @@ def read_run(folder: Path) -> Run:
 
 
 def refuse_links(folder: Path) -> None:
-    """Refuse links in the place of what a run writes: a folder from elsewhere would have it write outside. The folder itself
-    may be a link.
+    """Refuse links in the place of what a run, its evaluation or a comparison writes: a folder from elsewhere would have it
+    write outside. The folder itself may be a link.
 
     Raises:
         ValueError: naming the first link.
     """
     own = (path for path in folder.glob("*") if path.name.startswith(WRITTEN) or path.name.endswith(".partial"))
-    deeper = (path for name in ("checkpoints", "final") for path in (folder / name).rglob("*"))
+    deeper = (path for pattern in WRITTEN_DEEPER for path in folder.glob(pattern))
     if (link := next((path for path in (*own, *deeper) if path.is_symlink()), None)) is not None:
         raise ValueError(
             f"{link} is a link, and a run writes nothing outside its folder: put in its place what it leads to, or give another "

@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from fastkd import compare, files
 from fastkd.begun import BEGUN, sealed
 from fastkd.config import Resolved, parse
+from fastkd.glue.evaluation import evaluate
 from fastkd.opening import alone_in, take_over, write_opening
 
 
@@ -43,3 +46,61 @@ def test_a_copy_that_holds_other_files_is_set_aside(crafted: object, resolved: R
     assert victim.read_text() == "precious"
     assert {path.name for path in folder.iterdir()} == {*contents, BEGUN, f"{BEGUN}.damaged", ".lock"}
     assert (folder / BEGUN).read_text() == sealed(contents) and f"{BEGUN} is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["ledger.jsonl", "glue", "glue.md", "glue/sst2.json", "submission", "final/README.md"])
+def test_an_evaluation_writes_through_no_link(name: str, quickstart_teacher: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(quickstart_teacher, folder / "final")
+    outside = lead_outside(folder / name, tmp_path / "outside")
+    other = {} if name == "ledger.jsonl" else {"output_dir": tmp_path / "scores"}
+    for options in ({}, other):
+        with pytest.raises(ValueError, match=f"run/{name} is a link, and a run writes nothing outside its folder"):
+            evaluate(folder, **options)
+    with pytest.raises(ValueError, match=f"run/{name} is a link"):
+        evaluate(quickstart_teacher, output_dir=folder)
+    assert contents(outside) == PRECIOUS
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["plots", "plots/curve.svg", "references", "references/untrained", "references/untrained/model.safetensors",
+     "rows", "rows/mlm-0.001-seed0", "tuning", "tuning/mlm-0.001", "tuning/mlm-0.001/tuning.json",
+     "results.json", "RESULTS.md", "scratch.json"],
+)  # fmt: skip
+def test_a_comparison_writes_through_no_link(name: str, from_scratch: list[str], tmp_path: Path, capsys) -> None:
+    outside = lead_outside(tmp_path / "run" / name, tmp_path / "outside")
+    options = [*from_scratch, "--methods", "mlm", "--budget-gpu-hours", "0.001", "--output-dir", str(tmp_path / "run")]
+    assert compare.main(options) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"run/{name} is a link, and a run writes nothing outside its folder" in error
+    assert contents(outside) == PRECIOUS
+
+
+@pytest.mark.parametrize("name", ["glue", "plots", "references", "references/untrained", "checkpoints", "final"])
+def test_nothing_is_cleared_through_a_link(name: str, tmp_path: Path) -> None:
+    outside = lead_outside(tmp_path / "run" / name, tmp_path / "outside")
+    files.clear(tmp_path / "run")
+    assert contents(outside) == PRECIOUS
+
+
+PRECIOUS = {".final-1": None, "curve.svg": "precious", ".final-1/a": "precious", "x.json.99999999.partial": "precious"}
+
+
+def lead_outside(link: Path, outside: Path) -> Path:
+    """Put a link in a place to a new folder, which holds what looks like debris; returns that folder."""
+    (outside / ".final-1").mkdir(parents=True)
+    for name, text in PRECIOUS.items():
+        if text is not None:
+            (outside / name).write_text(text)
+    if link.is_dir():
+        shutil.rmtree(link)
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(outside)
+    return outside
+
+
+def contents(folder: Path) -> dict[str, str | None]:
+    """What is below a folder; None for a folder."""
+    return {str(path.relative_to(folder)): None if path.is_dir() else path.read_text() for path in folder.rglob("*")}

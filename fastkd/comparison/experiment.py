@@ -25,6 +25,7 @@ from fastkd.distributed import World, any_rank, on_main
 from fastkd.files import finite
 from fastkd.opening import alone_in
 from fastkd.run_config import PRESENTATION
+from fastkd.run_folder import refuse_links
 from fastkd.terminal import Console
 
 
@@ -50,6 +51,7 @@ class Comparison:
         """
         if self.own.plan_only:
             return self._run()
+        on_main(self.world, lambda: refuse_links(self.folder))
         with alone_in(self.folder, self.world):
             on_main(self.world, lambda: files.clear(self.folder))
             return self._run()

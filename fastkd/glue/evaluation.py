@@ -24,6 +24,7 @@ from fastkd.glue.submission import write_submission
 from fastkd.glue.tasks import Task, choose_tasks
 from fastkd.glue.workers import run_all, visible_gpus
 from fastkd.reports import model_card
+from fastkd.run_folder import refuse_links
 
 EXTRA = ("accelerate", "sklearn", "scipy")
 SAW_PAIRS = (
@@ -106,6 +107,7 @@ def evaluate(
     found = find_model(model)
     folder = Path(output_dir) if output_dir is not None else found.output_dir
     for written in (folder, found.run or folder):
+        refuse_links(written)
         files.check_writable(written / FOLDER, written / "glue.json", written / "glue.md")
     if predict_test:
         files.check_writable(folder / SUBMISSION)
