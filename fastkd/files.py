@@ -138,8 +138,10 @@ def file_sha256(path: Path) -> str:
     """Hexadecimal digest of a file.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: it cannot be read, or is a device or a pipe, which may never end.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

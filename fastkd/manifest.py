@@ -46,11 +46,15 @@ def _read(folder: Path) -> dict[str, str]:
     try:
         content: Any = json.loads((folder / NAME).read_bytes())
         files = {str(name): str(digest) for name, digest in content["files"].items()}
-        if content == {"files": files, "sha256": _sum(files)}:
+        if content == {"files": files, "sha256": _sum(files)} and all(_is_inside(Path(name)) for name in files):
             return files
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise _differs(folder / NAME, "is damaged")
+
+
+def _is_inside(name: Path) -> bool:
+    return not name.is_absolute() and ".." not in name.parts
 
 
 def _files(folder: Path) -> list[str]:

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
-from fastkd import compare, files
+from fastkd import compare, files, manifest
 from fastkd.begun import BEGUN, sealed
 from fastkd.config import Resolved, parse
 from fastkd.glue.evaluation import evaluate
@@ -82,6 +83,23 @@ def test_nothing_is_cleared_through_a_link(name: str, tmp_path: Path) -> None:
     outside = lead_outside(tmp_path / "run" / name, tmp_path / "outside")
     files.clear(tmp_path / "run")
     assert contents(outside) == PRECIOUS
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("/dev/zero", "manifest.json is damaged"), ("../secret", "manifest.json is damaged"),
+     ("a/../../secret", "manifest.json is damaged"), ("pipe", "pipe cannot be read .it is no regular file."), ("a", "a cannot be read .it is no regular file.")],
+)  # fmt: skip
+def test_a_list_of_files_leads_nowhere_else(name: str, words: str, tmp_path: Path) -> None:
+    final = tmp_path / "final"
+    (final / "a").mkdir(parents=True)
+    (tmp_path / "secret").write_text("words")
+    os.mkfifo(final / "pipe")
+    listed = {name: hashlib.sha256(b"words").hexdigest()}
+    digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    (final / "manifest.json").write_text(json.dumps({"files": listed, "sha256": digest}))
+    with pytest.raises(ValueError, match=f"{words}: copy the folder again"):
+        manifest.verify(final)
 
 
 PRECIOUS = {".final-1": None, "curve.svg": "precious", ".final-1/a": "precious", "x.json.99999999.partial": "precious"}
