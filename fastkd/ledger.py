@@ -11,6 +11,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import TYPE_CHECKING
 
 from fastkd import chain
@@ -27,6 +28,24 @@ CHARGED_EVENTS: dict[str, frozenset[str]] = {
     "loop": frozenset({"validation", "checkpoint", "compile", "crash"}),
     "all": frozenset({"validation", "checkpoint", "compile", "crash", "setup"}),
 }
+Number = int | float
+FIELDS: dict[str, type | UnionType] = {  # of any line; a number that was not finite is null
+    "event": str, "step": int, "seconds": Number | None, "charged_s": Number, "progress": Number, "phase_s": dict, "flops": dict,
+    "tokens": dict, "epoch": Number, "joules": Number | None, "lr": Number, "loss": Number | None, "devices": int,
+}  # fmt: skip
+STEP = (
+    "step",
+    "charged_s",
+    "progress",
+    "phase_s",
+    "flops",
+    "tokens",
+    "epoch",
+    "joules",
+    "lr",
+    "loss",
+)  # of a step's line
+INNER = {"flops": PARTS, "tokens": ("real", "predicted", "unique")}
 RECENT = 3  # steps that one rank may have finished and rank 0 not written: ranks are never that many steps apart
 REMEDY = "issue the run's command again, which restores it from a checkpoint"
 
@@ -148,7 +167,24 @@ def read(path: Path) -> list[Record]:
         ValueError: a line that was altered, or that is no line of a ledger.
     """
     _verified(path)
-    return read_jsonl(path)
+    lines = read_jsonl(path)
+    for line in lines:
+        if (name := wrong_field(line)) is not None:
+            raise ValueError(f"{path} has a line without its {name}: restore the file or start a new run folder")
+    return lines
+
+
+def wrong_field(line: Record) -> str | None:
+    """The field that a line lacks or that holds something else: in a ledger without sums, any may have been altered."""
+    needed = STEP if "event" not in line else () if line["event"] == "glue" else ("step", "seconds")
+    for name, kind in FIELDS.items():
+        value = line.get(name)
+        sound = isinstance(value, kind)
+        if sound and isinstance(value, dict):
+            sound = value.keys() >= {*INNER.get(name, ())} and all(isinstance(each, Number) for each in value.values())
+        if not sound if name in line else name in needed:
+            return name
+    return None
 
 
 def surviving_steps(path: Path) -> list[Record]:
@@ -221,7 +257,8 @@ def replayed_progress(path: Path) -> list[float]:
     """
     remedy = "give the ledger.jsonl of a finished run"
     try:
-        lines = read(path) if path.is_file() else None
+        lines = read_jsonl(path) if path.is_file() else None
+        _verified(path)
         steps = None if lines is None else surviving(lines, path)
     except (OSError, ValueError) as error:
         raise ValueError(f"--replay {path} cannot be read as a ledger, or was altered: {remedy}") from error

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from ledgers import WANTED, Life, charge_step, tear
+from made_run import make_run, write_lines
 
 from fastkd import resume
 from fastkd.budget import Charge, Totals
@@ -86,6 +87,24 @@ def test_a_checkpoint_fills_in_what_rank_0_died_before_writing(tmp_path: Path) -
     resumed.close()
     assert path.read_text() == whole
     assert [line["step"] for line in surviving_steps(path)] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("change", [lambda name: f"{name}x", None], ids=["key", "value"])
+def test_a_ledger_without_sums_in_which_anything_was_changed_is_refused_in_one_line(change, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    path, whole = run / NAME, read_jsonl(run / NAME)
+    for place in (1, 10, len(whole) - 1):  # an event, a step, an event at the end
+        for name in whole[place].keys() - {"charged"}:
+            line = dict(whole[place])
+            value = line.pop(name)
+            line[change(name) if change else name] = value if change else [value]
+            write_lines(path, [*whole[:place], line, *whole[place + 1 :]])
+            if change and name == "charged_s" and "event" in line:
+                read_run(run)  # what an event adds is in its seconds
+                continue
+            for read in (read_run, mend_ledger):
+                with pytest.raises(ValueError, match=r"has a line without its|is damaged, and no checkpoint"):
+                    read(run)
 
 
 # ---- random histories, against a model of the truth that knows no ledger ------------------------------------
