@@ -7,7 +7,7 @@ of them for every step, whichever governs, so that runs can be compared in eithe
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Literal
 
@@ -56,6 +56,18 @@ class Totals:
     joules: float | None = None
     skipped: int = 0  # steps without effect: their loss or gradient was not finite
     skipped_in_a_row: int = 0  # up to the last step
+
+    @classmethod
+    def fits(cls, kept: object) -> bool:
+        """Whether an object is what a checkpoint kept of totals; an older version kept fewer of them."""
+        start = asdict(cls())
+        return isinstance(kept, dict) and kept.keys() <= start.keys() and all(_alike(kept[k], start[k]) for k in kept)
+
+
+def _alike(value: object, start: object) -> bool:
+    if isinstance(start, dict):
+        return isinstance(value, dict) and value.keys() == start.keys() and all(_alike(value[k], 0) for k in value)
+    return isinstance(value, int | float) or (value is None and start is None)
 
 
 class Meter:

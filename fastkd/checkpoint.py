@@ -24,8 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastkd import files, optim
+from fastkd.budget import Totals
 from fastkd.files import file_sha256
 from fastkd.health import Diverged
+from fastkd.ledger import wrong_field
 
 log = logging.getLogger(__name__)
 
@@ -217,11 +219,20 @@ def _damage(folder: Path, only: str | None = None) -> str | None:
         state = json.loads((folder / STATE).read_bytes())
         if not isinstance(state, dict) or state.get("step") != _order(folder)[0]:
             return f"{STATE} is of another step"
+        if not _says_what_was_spent(state):
+            return f"{STATE} is of another version"
     except OSError as error:
         return f"{Path(error.filename or folder).name}: {error.strerror}"
     except (ValueError, RecursionError):
         return f"{MANIFEST} is no JSON"
     return None
+
+
+def _says_what_was_spent(state: dict[str, Any]) -> bool:
+    """Whether totals and last lines of the ledger, where a state has them, are such."""
+    recent = state.get("recent", [])
+    lines = isinstance(recent, list) and all(isinstance(line, dict) and not wrong_field(line) for line in recent)
+    return lines and Totals.fits(state.get("totals", {}))
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -34,10 +34,16 @@ def resume(trainer: Trainer, folder: Path, monitor: Monitor) -> tuple[Ledger, Va
 
 
 def _restore(trainer: Trainer, checkpoints: Path, monitor: Monitor) -> tuple[Totals, list[Record]]:
-    """What was spent, and the ledger's lines of the last steps (of an older version), at the newest checkpoint."""
+    """What was spent, and the ledger's lines of the last steps (of an older version), at the newest checkpoint.
+
+    Raises:
+        ValueError: a checkpoint that was not written by a run.
+    """
     found = on_main(trainer.world, lambda: checkpoint.newest(checkpoints, monitor.say))
     if found is None:
         return Totals(), []
+    if "totals" not in found.state:
+        raise ValueError(f"{found.folder} does not say what was spent: remove it, or give another --output-dir")
     found.restore(trainer.objective, trainer.optimizer)
     return Totals(**found.state["totals"]), found.state.get("recent", [])
 

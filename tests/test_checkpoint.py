@@ -7,6 +7,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import processes
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from fastkd import checkpoint, files
+from fastkd.budget import Totals
 from fastkd.files import file_sha256
 from fastkd.health import Diverged
 
@@ -225,6 +227,28 @@ def test_a_disk_that_is_full_leaves_older_checkpoints_alone(room: int, tmp_path:
     assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
     found = checkpoint.newest(tmp_path)
     assert found is not None and found.state["step"] == 1
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"totals": []},
+        {"totals": {"step": 2, "more": 1}},
+        {"totals": {"step": "2"}},
+        {"totals": {"step": 2, "flops": {"student": 1}}},
+        {"recent": [{"stop": 2}]},
+        {"recent": 1},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_with_the_state_of_another_version_is_set_aside(state: dict, tmp_path: Path) -> None:
+    net, optimizer = trained()
+    checkpoint.save(tmp_path, net, optimizer, {"step": 1, "totals": asdict(Totals(1))})
+    checkpoint.save(tmp_path, net, optimizer, {"step": 2, **state})
+    said: list[str] = []
+    found = checkpoint.newest(tmp_path, said.append)
+    assert found is not None and found.state["step"] == 1
+    assert "step-2 is passed over (state.json is of another version" in said[0]
 
 
 def test_a_checkpoint_of_another_model_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from fastkd import compare, files, manifest
 from fastkd.begun import BEGUN, sealed
 from fastkd.config import Resolved, parse
+from fastkd.data import hub
 from fastkd.glue.evaluation import evaluate
 from fastkd.opening import alone_in, take_over, write_opening
 
@@ -88,7 +89,8 @@ def test_nothing_is_cleared_through_a_link(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [("/dev/zero", "manifest.json is damaged"), ("../secret", "manifest.json is damaged"),
-     ("a/../../secret", "manifest.json is damaged"), ("pipe", "pipe cannot be read .it is no regular file."), ("a", "a cannot be read .it is no regular file.")],
+     ("a/../../secret", "manifest.json is damaged"), ("pipe", "pipe cannot be read .it is no regular"),
+     ("a", "a cannot be read .it is no regular")],
 )  # fmt: skip
 def test_a_list_of_files_leads_nowhere_else(name: str, words: str, tmp_path: Path) -> None:
     final = tmp_path / "final"
@@ -98,8 +100,17 @@ def test_a_list_of_files_leads_nowhere_else(name: str, words: str, tmp_path: Pat
     listed = {name: hashlib.sha256(b"words").hexdigest()}
     digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
     (final / "manifest.json").write_text(json.dumps({"files": listed, "sha256": digest}))
-    with pytest.raises(ValueError, match=f"{words}: copy the folder again"):
+    with pytest.raises(ValueError, match=f"{words}.*: copy the folder again"):
         manifest.verify(final)
+
+
+@pytest.mark.parametrize(
+    "sources", [None, 1, [1], [{"hub": "a/b", "commit": "c"}], [{"hub": ["a"], "revision": "", "commit": "c"}]]
+)
+def test_what_is_no_source_pins_nothing(sources: object) -> None:
+    with hub.pinned(sources), hub.pinned([{"hub": "a/b", "revision": "", "commit": "1234"}]):
+        found = hub.HubDataset.parse("a/b")
+        assert found is not None and found.commit == "1234"
 
 
 PRECIOUS = {".final-1": None, "curve.svg": "precious", ".final-1/a": "precious", "x.json.99999999.partial": "precious"}

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -30,10 +30,17 @@ _pinned: dict[tuple[str, str | None], str] = {}  # (name, revision): commit
 
 
 @contextmanager
-def pinned(sources: Sequence[dict[str, str]]) -> Iterator[None]:
-    """Read datasets at the commits of these identities: a corpus goes on as it began, even if the hub has newer data."""
+def pinned(sources: object) -> Iterator[None]:
+    """Read datasets at the commits of these identities: a corpus goes on as it began, even if the hub has newer data.
+
+    Args:
+        sources: as a run's environment.json holds them; what is no identity pins nothing.
+    """
     before = dict(_pinned)
-    _pinned.update({(one["hub"], one["revision"] or None): one["commit"] for one in sources if one.get("commit")})
+    for one in sources if isinstance(sources, list) else ():
+        match one:
+            case {"hub": str(name), "revision": str(revision), "commit": str(commit)} if commit:
+                _pinned[name, revision or None] = commit
     try:
         yield
     finally:
