@@ -236,7 +236,7 @@ def _says_what_was_spent(state: dict[str, Any]) -> bool:
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file that everyone may read who may enter its folder.
+    """Write a safetensors file.
 
     Raises:
         OSError: where safetensors' own error has the system's number in its text.
@@ -248,7 +248,6 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
