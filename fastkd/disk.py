@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# No space, no more of a quota, a file larger than the system lets it be.
-FULL = [getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name)]
+from fastkd.files import FULL
 
 
 def full(error: BaseException | None) -> OSError | None:

@@ -23,7 +23,8 @@ Record = dict[str, Any]
 PARTIAL = re.compile(
     r"(?:\.fastkd-.+|.+\.(?:jsonl?|toml|html|md|svg|tsv))\.(\d+)\.partial"
 )  # the process that writes it
-FULL = (errno.ENOSPC, errno.EDQUOT)  # an error that passes when there is room
+# No space, no more of a quota, a file larger than the system lets it be: errors that pass when there is room.
+FULL = [getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name)]
 SUM = "sum"  # the last field of a line that has one
 BUILDING = re.compile(r"\.(final|building|dropped|rescue)-.+")
 WRITTEN_IN = ("checkpoints", "final", "plots", "glue", "references/*")  # of a run's or a comparison's folder

@@ -60,15 +60,15 @@ def _locked(folder: Path) -> Iterator[None]:
             raise
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{folder} cannot be locked ({reason}): give an --output-dir on another disk") from error
-    with lock:
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # something is in it
-                if LOCK not in before and _names(folder) == before | {LOCK}:
-                    (folder / LOCK).unlink()
-                    for path in made:
-                        path.rmdir()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # something is in it
+            if LOCK not in before and _names(folder) == before | {LOCK}:
+                (folder / LOCK).unlink()
+                for path in made:
+                    path.rmdir()
+        lock.release()
 
 
 def _names(folder: Path) -> set[str]:

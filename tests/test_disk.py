@@ -12,7 +12,8 @@ import pytest
 from glue_case import save_student, write_sst2
 from safetensors import SafetensorError
 
-from fastkd import cli, compare, disk
+from fastkd import cli, compare, disk, files
+from fastkd.opening import alone_in
 from fastkd.run_folder import read_run
 
 NO_ROOM = os.strerror(errno.ENOSPC)
@@ -154,6 +155,17 @@ FROM_A_FULL_DISK = [
     raised_from(RuntimeError("a worker failed"), OSError(errno.ENOSPC, NO_ROOM)),
     raised_from(ValueError("cannot write shards to 'there'"), OSError(errno.ENOSPC, NO_ROOM)),
 ]
+
+
+def test_a_file_that_may_not_grow_is_a_full_disk_wherever_it_is_met(tmp_path: Path, monkeypatch) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    for place in ("tempfile.TemporaryFile", "filelock.FileLock.acquire"):
+        with monkeypatch.context() as patch, pytest.raises(OSError) as caught:
+            patch.setattr(place, refuse)
+            files.check_writable(tmp_path) if place.startswith("temp") else alone_in(tmp_path / "run").__enter__()
+        assert disk.full(caught.value) is caught.value
 
 
 @pytest.mark.parametrize("error", FROM_A_FULL_DISK, ids=lambda error: type(error).__name__)

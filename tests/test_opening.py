@@ -168,6 +168,13 @@ def test_of_two_processes_in_a_new_folder_one_is_refused(options: list[str], tmp
     assert any("another process trains in" in each.stderr for each in done)
 
 
+def test_a_lock_is_given_back_while_its_error_is_kept(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError) as kept, alone_in(tmp_path):
+        raise RuntimeError
+    with FileLock(tmp_path / ".lock", timeout=0):
+        assert kept.value
+
+
 def test_every_rank_is_refused_in_one_line(options: list[str], tmp_path: Path) -> None:
     with alone_in(tmp_path / "run"):
         both = processes.ranks("fastkd.run", *options, "--output-dir", tmp_path / "run")
