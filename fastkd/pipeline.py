@@ -26,7 +26,7 @@ from fastkd.reports.descriptions import loss_warning
 from fastkd.reports.model_card import model_card
 from fastkd.reports.run_report import build_report
 from fastkd.run_folder import INPUTS, Run, has_student, read_run, refuse_links
-from fastkd.setup import Setup, prepare
+from fastkd.setup import Setup, model_folder, prepare
 from fastkd.terminal import Console
 from fastkd.train import Trainer
 
@@ -156,15 +156,18 @@ def with_measured_dtype(resolved: Resolved, began: Run | None) -> Resolved:
 
 
 def check_inputs(began: Run | None, setup: Setup) -> None:
-    """Refuse to go on with other inputs than a run began with. An older run did not note all of them.
+    """Refuse to go on with other inputs than a run began with. An older run did not note all of them, and of its teacher the
+    commit on the hub or the digest of its files.
 
     Raises:
         ValueError: naming those that have changed.
     """
     if began is None:
         return
-    found = setup.inputs.items()
-    changed = [INPUTS[name] for name, version in found if began.environment.get(name, version) != version]
+    found, noted = dict(setup.inputs), began.environment
+    if setup.config.teacher and "teacher_sha256" not in noted and "teacher_version" in noted:
+        found["teacher_version"] = setup.teacher_revision or hf.digest_of_files(model_folder(setup.config.teacher))
+    changed = [INPUTS[name] for name, version in found.items() if noted.get(name, version) != version]
     if changed:
         raise ValueError(
             f"the {' and the '.join(changed)} changed since the run in {began.folder} began: bring back what it was, "

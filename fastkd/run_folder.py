@@ -31,6 +31,7 @@ WRITTEN_DEEPER = (
 INPUTS = {  # what a run reads from outside, by its key in environment.json
     "corpus_version": "corpus",
     "teacher_sha256": "teacher",
+    "teacher_version": "teacher",  # as an older run noted it
     "tokenizer_sha256": "tokenizer",
     "student_sha256": "config.json beside the tokenizer",
     "replay_sha256": "ledger that is replayed",

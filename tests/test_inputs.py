@@ -1,5 +1,6 @@
 """A run goes on only with the inputs and options that it began with, however they are stored, and only in a folder of its own."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -107,6 +108,13 @@ def appended(text: str) -> Callable[[Inputs], object]:
     return lambda inputs: inputs.corpus.write_text(inputs.corpus.read_text() + text)
 
 
+def older(inputs: Inputs, files: list[Path]) -> None:
+    """What an older version noted of a teacher: one digest over its files."""
+    contents = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    version = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+    (inputs.run / "environment.json").write_text(json.dumps({"teacher_version": version}))
+
+
 SAME: dict[str, Callable[[Inputs], object]] = {
     "nothing": lambda i: None,
     "shards": lambda i: sharded(i.teacher),
@@ -116,12 +124,20 @@ SAME: dict[str, Callable[[Inputs], object]] = {
     "a card": lambda i: (i.teacher / "README.md").write_text("words"),
     "gelu by another name": lambda i: edit(i.teacher, hidden_act="gelu_python"),
     "what no forward reads": lambda i: edit(i.teacher, hidden_dropout_prob=0.3, _name_or_path="elsewhere"),
-    "an older run": lambda i: (i.run / "environment.json").write_text('{"teacher_version": "of its files"}'),
+    "an older run": lambda i: older(i, [i.teacher / "config.json", i.teacher / WEIGHTS]),
+    "an older run with shards": lambda i: (sharded(i.teacher), older(i, [i.teacher / "config.json", *i.teacher.glob("model*")])),
+    "a run that noted nothing": lambda i: (i.run / "environment.json").write_text("{}"),
 }  # fmt: skip
 OTHER: dict[str, tuple[Callable[[Inputs], object], str]] = {
     "a weight": (weights(lambda s: s | {WORD: s[WORD] * 1.001}), "the teacher"),
     "a weight of the head": (weights(lambda s: s | {"cls.predictions.bias": s["cls.predictions.bias"] + 1}), "the teacher"),
     "a decoder": (weights(untie), "the teacher"),
+    "a weight of an older run's": (
+        lambda i: (older(i, [i.teacher / "config.json", i.teacher / WEIGHTS]), weights(untie)(i)), "the teacher",
+    ),
+    "another commit of an older run's": (
+        lambda i: (i.run / "environment.json").write_text('{"teacher_version": "0123abcd"}'), "the teacher",
+    ),
     "no head": (weights(lambda s: {n: t for n, t in s.items() if not n.startswith("cls")}), "the teacher"),
     "rounded weights": (weights(lambda s: {n: t.half() for n, t in s.items()}), "the teacher"),
     "a shard": (last_of("model-0*.safetensors"), "the teacher"),

@@ -31,7 +31,7 @@ NOT_COMPARED = {
     *ROW_OPTIONS,
 }
 # Of environment.json; packages are compared one by one, and of a row's inputs the corpus.
-NOT_SURROUNDINGS = ("command", "packages", "teacher_version", "teacher_revision", *(INPUTS.keys() - {"corpus_version"}))
+NOT_SURROUNDINGS = ("command", "packages", "teacher_revision", *(INPUTS.keys() - {"corpus_version"}))
 
 
 def of_options(

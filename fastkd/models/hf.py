@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -70,6 +72,14 @@ def shape(source: str | Path) -> tuple[EncoderConfig, PreTrainedTokenizerBase]:
     """The configuration and tokenizer that ``load`` would load, without the weights. Raises as ``load``."""
     where, _, _, config = _described(source, weights=False)
     return config, _tokenizer(where)
+
+
+def digest_of_files(source: str | Path) -> str:
+    """What an older version noted of a local model: sha256 over its config.json and weight files, by name."""
+    folder = Path(_resolve(source, weights=True))
+    first = next(folder / name for name in weights.STORAGES if (folder / name).is_file())
+    contents = {path.name: files.file_sha256(path) for path in (folder / "config.json", first, *weights.files(folder))}
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 
 def _described(source: str | Path, *, weights: bool = True) -> tuple[str, str | None, PreTrainedConfig, EncoderConfig]:
