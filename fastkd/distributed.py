@@ -1,7 +1,8 @@
 """Several GPUs: set-up under torchrun, rank 0's decisions, and what differs between one process and many.
 
-Every rank does the same steps in the same order because only rank 0 reads clocks and decides; one small all-reduce on
-the host a step carries its decisions to all ranks, and every rank's interrupt to it.
+Every rank does the same steps in the same order because only rank 0 reads clocks and decides. Two small all-reduces on the
+host a step: one carries its decisions to all ranks, and every rank's interrupt to it; in the other all vote whether memory
+ran out on any (``exchange.py``).
 
 Within a step, ranks wait for each other for ``TIMEOUT``. Everywhere else they meet first (``pulse.py``), and wait there for
 as long as those that are missing live.
@@ -88,32 +89,36 @@ def joined(timeout: timedelta = TIMEOUT) -> Iterator[World]:
     """`start`, and `finish` at the end, even after an error.
 
     Raises:
-        PeerLost: instead of the error of a collective in which another rank is missing.
+        PeerLost: instead of the error of a collective: another rank is missing, or lives and is late.
     """
     world = start(timeout)
     try:
         yield world
     except RuntimeError as error:
-        among_ranks = isinstance(error, dist.DistError) or "gloo" in str(error)
-        if _pulse is not None and among_ranks and (lost := _pulse.lost()):
-            raise PeerLost(lost) from error
+        if _pulse is not None and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise PeerLost(_pulse.lost() or _late(error, _pulse.phase, timeout)) from error
         raise
     finally:
         finish(world)
 
 
+def _late(error: RuntimeError, during: str, timeout: timedelta) -> str:
+    """What an error among ranks means that all live. Which of them was late, gloo does not tell."""
+    if "timed out" in str(error).lower():
+        return f"a rank took more than {timeout.total_seconds():g} s for {during}"
+    return f"ranks could not reach one another during {during}: {str(error).splitlines()[0]}"
+
+
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Name what this rank is at: other ranks say it if it hangs there."""
+    """Name what this rank is at: other ranks say it if it hangs or ends there. After an error that stays its name."""
     if _pulse is None:
         yield
         return
     here, before = _pulse, _pulse.phase
     here.enter(name)
-    try:
-        yield
-    finally:
-        here.enter(before)
+    yield
+    here.enter(before)
 
 
 def _feel_each_other(rank: int, size: int) -> None:

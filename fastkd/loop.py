@@ -139,7 +139,7 @@ class Loop:
         number, stream = self.number, self.trainer.stream
         if not stream.is_there(number):
             self.monitor.say("waiting for the next part of the corpus, which is being tokenised")
-        with contextlib.suppress(InterruptedError), phase("waiting for text"):
+        with phase("waiting for text"), contextlib.suppress(InterruptedError):
             stream.wait(number, signals.asked)
             self.trainer.step_cost(number)
         barrier(self.world)

@@ -17,7 +17,7 @@ from fastkd.config import Resolved
 from fastkd.data import hub
 from fastkd.device import environment
 from fastkd.device.clock import now, trace
-from fastkd.distributed import World, on_main
+from fastkd.distributed import World, on_main, phase
 from fastkd.loop import Loop
 from fastkd.models import hf
 from fastkd.opening import alone_in, take_over, write_opening
@@ -62,16 +62,17 @@ def train_and_export(resolved: Resolved, began: Run | None, world: World, consol
     """Set up, plan, train to the end of the budget, and write ``final/``. ``started``: when this process began the run."""
     folder = resolved.output_dir
     planning.announce(resolved, console)
-    with hub.pinned(began.environment.get("corpus_sources", []) if began else []):
-        setup = prepare(with_measured_dtype(resolved, began), world)
-    check_inputs(began, setup)
-    trainer = Trainer(setup)
-    measured = planning.measure(trainer)
-    the_plan = planning.make(resolved, trainer, measured)
-    trainer.stream.want(round(READ_AHEAD * the_plan["steps"]))
-    if world.is_main:
-        planning.render(the_plan, console)
-    on_main(world, lambda: write_opening(folder, opening(resolved, setup, the_plan)))
+    with phase("set-up"):
+        with hub.pinned(began.environment.get("corpus_sources", []) if began else []):
+            setup = prepare(with_measured_dtype(resolved, began), world)
+        check_inputs(began, setup)
+        trainer = Trainer(setup)
+        measured = planning.measure(trainer)
+        the_plan = planning.make(resolved, trainer, measured)
+        trainer.stream.want(round(READ_AHEAD * the_plan["steps"]))
+        if world.is_main:
+            planning.render(the_plan, console)
+        on_main(world, lambda: write_opening(folder, opening(resolved, setup, the_plan)))
     with contextlib.closing(setup.shards):
         train(trainer, folder, measured, setup_seconds=now() - started)
         on_main(world, lambda: export(setup, folder))

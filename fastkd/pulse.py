@@ -21,6 +21,7 @@ from typing import Any
 BEAT = 1.0  # seconds between two signs of life
 PATIENCE = 30.0  # seconds without one: the rank is stopped, or its machine is gone
 DAY, HOUR = 86400.0, 3600.0
+WORK = "its work"  # what a rank is at that has not named it
 WITHIN = {"validation": HOUR, "a checkpoint": HOUR}  # how long a rank that lives may take; anything else: a day
 JOINING = 600.0  # seconds: ranks connect as soon as they have met
 
@@ -59,7 +60,7 @@ class Pulse:
     """
 
     def __init__(self, rank: int, peers: dict[int, socket.socket]) -> None:
-        self.phase = "set-up"  # what this rank is at
+        self.phase = WORK  # what this rank is at
         self._rank, self._peers = rank, {number: Peer(connection) for number, connection in peers.items()}
         self._arrived = self._everyone = 0  # meetings that this rank, and all ranks, have come to
         self._last = (0, self.phase)  # the rank that came to the fewest, and what it is at
@@ -156,14 +157,14 @@ class Pulse:
             if peer.closed:
                 return f"rank {rank} has ended, during {_state(peer)[1]}"
             if peer.silent > PATIENCE:
-                return f"rank {rank} hangs in {_state(peer)[1]}: it gave no sign of life for {PATIENCE:g} s"
+                return f"rank {rank} hangs in {_state(peer)[1]}: it said nothing for {PATIENCE:g} s"
         said: str | None = self._peers[0].said.get("lost") if self._rank else None
         return said
 
 
 def _state(peer: Peer) -> tuple[int, str]:
     """(meetings that a rank has come to, what it is at)."""
-    return peer.said.get("arrived", 0), peer.said.get("phase", "set-up")
+    return peer.said.get("arrived", 0), peer.said.get("phase", WORK)
 
 
 def connect(rank: int, size: int, host: str | None, exchange: Callable[[Any], Any]) -> Pulse:

@@ -188,6 +188,45 @@ def test_a_rank_that_does_not_come_ends_the_job(tmp_path: Path) -> None:
     assert "gave up" in result.stderr
 
 
+LATE_IN_A_STEP = """
+import os, sys
+from datetime import timedelta
+from fastkd import cli
+from fastkd.distributed import Decision, agree, joined, phase
+
+def work():
+    try:
+        with joined(timedelta(seconds=0.5)) as world, phase("a step"):
+            if world.is_main:
+                if sys.argv[2] == "fails":
+                    raise OSError("a disk is gone")
+                sys.stdin.read()  # stuck, while its pulse beats on
+            agree(world, Decision(0.5))
+    finally:
+        if os.environ["RANK"] == "0":  # until the other one has ended
+            sys.stdin.read()
+
+sys.exit(cli.answer(work))
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [("hangs", "a rank took more than 0.5 s for a step: "), ("fails", "rank 0 has ended, during a step: ")],
+)
+def test_a_rank_that_is_late_or_fails_in_a_step_is_one_line_on_the_others(how: str, said: str, tmp_path: Path) -> None:
+    script, pipe = tmp_path / "script.py", tmp_path / "pipe"
+    script.write_text(LATE_IN_A_STEP)
+    os.mkfifo(pipe)
+    held = os.open(pipe, os.O_RDWR)
+    try:
+        result = processes.ranks(str(script), tmp_path, how, STDIN=str(pipe))
+    finally:
+        os.close(held)
+    assert result.returncode == 75, result.stderr
+    assert f"error: {said}" in result.stderr and "Traceback" not in result.stderr
+
+
 STOPPED = """
 import importlib, os, signal, sys
 from datetime import timedelta
@@ -234,7 +273,7 @@ def test_a_rank_that_hangs_ends_the_job_with_a_line_that_names_it(
         str(script), phase, *place, rank, *options, *(often if phase == "a checkpoint" else often[2:])
     )
     assert result.returncode == 75, result.stderr
-    assert f"error: rank {rank} hangs in {phase}: it gave no sign of life for 5 s: " in result.stderr
+    assert f"error: rank {rank} hangs in {phase}: it said nothing for 5 s: " in result.stderr
     if phase in ("a checkpoint", "a step"):
         found = checkpoint.newest(folder / "checkpoints")
         assert found is not None and found.state["step"] == surviving_steps(folder / "ledger.jsonl")[-1]["step"] > 0

@@ -12,7 +12,7 @@ import torch
 from fastkd import files, planning
 from fastkd.budget import BudgetTooSmall
 from fastkd.comparison.rows import BudgetOption, Row
-from fastkd.distributed import World, on_main
+from fastkd.distributed import World, on_main, phase
 from fastkd.files import SUM, sum_holds, with_sum
 from fastkd.setup import prepare
 from fastkd.train import Trainer
@@ -93,8 +93,9 @@ class MatchedBudgets:
             ValueError, BudgetTooSmall: the row cannot work.
         """
         release_memory()
-        trainer = Trainer(prepare(row.resolved(self.shared, **budgets[-1]), self.world))
-        measured = planning.measure(trainer)
+        with phase("set-up"):
+            trainer = Trainer(prepare(row.resolved(self.shared, **budgets[-1]), self.world))
+            measured = planning.measure(trainer)
         for ((option, amount),) in map(dict.items, budgets):
             searching = row.resolved(self.shared, **{option: share * amount}).run.budget
             try:

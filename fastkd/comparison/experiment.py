@@ -21,7 +21,7 @@ from fastkd.comparison.rows import BudgetOption, Row, RowRun, base_row, parse_ro
 from fastkd.comparison.scores import Scorer, headline
 from fastkd.comparison.tuning import BUDGET_SHARE, Search, searched, tune
 from fastkd.device import environment
-from fastkd.distributed import World, any_rank, on_main
+from fastkd.distributed import World, any_rank, on_main, phase
 from fastkd.files import finite
 from fastkd.opening import alone_in
 from fastkd.run_config import PRESENTATION
@@ -86,7 +86,8 @@ class Comparison:
         # Finished runs come first and make no report: the last one stays until all their scores are read again.
         for number, run in enumerate(sorted(runs, key=lambda run: run not in finished), start=1):
             self.console.print(f"\nrow {number} of {len(runs)}: {run.row.label}, seed {run.seed}, {run.folder}")
-            errors[run.folder] = self.run_row(run)
+            with phase("a row"):
+                errors[run.folder] = self.run_row(run)
             if errors[run.folder] is not None:
                 self.console.print(f"row failed: {errors[run.folder]}")
             if number >= len(finished):
