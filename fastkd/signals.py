@@ -1,8 +1,10 @@
 """Signals that ask a command to stop (Ctrl-C, SIGTERM, a closed terminal): one line and exit code 75, in every phase.
 
 All files are written whole or not at all. So a command ends at once, wherever it is, unless it is in work that stops better:
-`deferred`, which saves first, or `raised`, which tidies up. A second signal ends it at once there too. A thread looks for
-signals: the main thread sees one only after a call into a library, and a rank may wait in such a call for hours.
+`deferred`, which saves first, or `raised`, which tidies up. A second Ctrl-C ends it at once there too. A second signal of
+another kind does not stop a save: launchers and schedulers send several (LSF a SIGINT and, 10 s later, a SIGTERM; torchrun
+passes on what the group has got already), and set an end with SIGKILL. A thread looks for signals: the main thread sees one
+only after a call into a library, and a rank may wait in such a call for hours.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ SHOW_CURSOR = b"\x1b[?25h\n"  # a progress bar hides it
 AT_ONCE, DEFERRED, RAISED = "at once", "deferred", "raised"
 _stop = AT_ONCE  # what the first signal does
 _asked_at: float | None = None
+_interrupted_at: float | None = None  # the first Ctrl-C
 _was_raised = _watching = False
 _ending = threading.Lock()
 
@@ -76,7 +79,7 @@ def watched() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Within, the first signal only makes `asked` true; the work then saves and ends itself.
+    """Within, a signal only makes `asked` true; the work then saves and ends itself. A second Ctrl-C ends it at once.
 
     Raises:
         KeyboardInterrupt: at the end, if it was asked to stop and did not.
@@ -99,7 +102,7 @@ def raised() -> Iterator[None]:
 
 @contextmanager
 def withheld() -> Iterator[None]:
-    """Within, a process that this thread starts is born deaf to these signals: until it ignores them, they do not end it."""
+    """Within, a process that this thread starts has these signals blocked: they do not end it before it ignores them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
     try:
         yield
@@ -121,8 +124,8 @@ def _stopped(how: str) -> Iterator[None]:
 
 
 def _begin() -> None:
-    global _stop, _asked_at, _was_raised
-    _stop, _asked_at, _was_raised = AT_ONCE, None, False
+    global _stop, _asked_at, _interrupted_at, _was_raised
+    _stop, _asked_at, _interrupted_at, _was_raised = AT_ONCE, None, None, False
 
 
 def _lost(seen: Any, hook: Callable[[Any], object]) -> None:
@@ -152,16 +155,22 @@ def _watch(reader: socket.socket, numbers: frozenset[int]) -> None:
             _end()
         if not came:
             return
-        if numbers.intersection(came):
-            _take()
+        for number in came:
+            if number in numbers:
+                _take(number)
 
 
-def _take() -> None:
-    global _asked_at
+def _take(number: int) -> None:
+    global _asked_at, _interrupted_at
     now = time.monotonic()
     if _asked_at is None:
         _asked_at = now
-    if _stop == AT_ONCE or now - _asked_at > ECHO_S:
+    if number == signal.SIGINT and _interrupted_at is None:
+        _interrupted_at = now
+    if _stop == AT_ONCE:
+        _end()
+    first = _asked_at if _stop == RAISED else _interrupted_at if number == signal.SIGINT else None
+    if first is not None and now - first > ECHO_S:
         _end()
 
 

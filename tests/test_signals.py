@@ -1,5 +1,6 @@
 """A signal ends every phase of every command with one line and exit code 75, and the same command goes on."""
 
+import contextlib
 import signal
 import socket
 import subprocess
@@ -78,14 +79,29 @@ def test_a_request_that_is_swallowed_is_kept(work: str) -> None:
     assert ended(process) == (75, LINE)
 
 
-def test_the_echo_of_a_signal_lets_work_save_first_and_a_second_signal_does_not() -> None:
-    """``timeout`` and launchers signal a process, and then its group."""
+@pytest.mark.parametrize(
+    "first",
+    [
+        [signal.SIGTERM, signal.SIGTERM],
+        [signal.SIGINT, signal.SIGTERM],
+        [signal.SIGHUP, signal.SIGINT],
+        [signal.SIGINT] * 2,
+    ],
+)
+def test_only_a_second_ctrl_c_ends_work_that_saves_first(first: list[signal.Signals]) -> None:
+    """Not its echo: ``timeout`` and launchers signal a process, and then its group. Nor what a scheduler sends later."""
     process = start("deferred", "library")
-    for _ in range(2):
-        process.send_signal(signal.SIGTERM)
+    for number in first:
+        process.send_signal(number)
     with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(signals.ECHO_S)
-    process.send_signal(signal.SIGINT)
+        process.wait(1.5 * signals.ECHO_S)
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.2)
+    for _ in range(1 if signal.SIGINT in first else 2):
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(1.5 * signals.ECHO_S)
     assert ended(process) == (75, LINE)
 
 
