@@ -3,7 +3,7 @@
 A checkpoint is a folder ``step-N`` with ``model.safetensors``, ``optimizer.safetensors``, ``state.json``, copies of files that
 its state goes with, and, written last, ``manifest.json`` with the sha256 of each. It is built in a hidden folder beside, synced
 to the disk, and then renamed. A step that is saved again becomes ``step-N.1``, ``step-N.2``: what is there stays until the new
-one is. A damaged one that is met is kept as ``step-N.damaged`` and said.
+one is. A damaged one that is met is kept as ``step-N.damaged``, one of a past that was given up as ``step-N.given-up``, and said.
 """
 
 from __future__ import annotations
@@ -68,13 +68,17 @@ def save(
     state: dict[str, Any],
     *,
     copies: Mapping[str, bytes] | None = None,
+    goes_on: bool = True,
     say: Callable[[str], None] = log.warning,
 ) -> Path:
     """Write ``root/step-N`` (N is ``state["step"]``) whole or not at all, and drop all but it and the newest other sound one.
 
     Args:
         copies: more files of the checkpoint, by name.
-        say: is told of each damaged checkpoint that is set aside.
+        goes_on: whether the run goes on from here, so that one of a later step belongs to a past that was given up: it was
+            put back by hand, or written late by a rank of a job that ended. False where ranks save because others are gone:
+            another one may have come further, and what it saved stays the newest.
+        say: is told of each checkpoint that is set aside.
 
     Raises:
         Diverged: a weight or a moment is not finite; nothing is written.
@@ -103,7 +107,7 @@ def save(
         shutil.rmtree(building, ignore_errors=True)
         raise
     files.sync(root)
-    _rotate(root, final, say)
+    _rotate(root, final, goes_on, say)
     return final
 
 
@@ -172,12 +176,12 @@ def _free_name(root: Path, step: int) -> str:
     return f"step-{step}.{max(saved) + 1}" if saved else f"step-{step}"
 
 
-def _rotate(root: Path, saved: Path, say: Callable[[str], None]) -> None:
-    """Keep what was just saved and the newest sound ones before it. A later step belongs to a past that was given up."""
+def _rotate(root: Path, saved: Path, goes_on: bool, say: Callable[[str], None]) -> None:
+    """Keep what was just saved and the newest other sound ones."""
     kept = 1
     for folder in _folders(root):
-        if _order(folder) > _order(saved):
-            _set_aside(folder, f"it is of a later step than {saved.name}, where the run went on", say)
+        if goes_on and _order(folder) > _order(saved):
+            _set_aside(folder, f"it is of a later step than {saved.name}, where the run went on", say, "given-up")
         elif folder != saved and kept == KEEP:
             _drop(folder)
         elif folder != saved and (reason := _damage(folder)) is not None:
@@ -198,8 +202,8 @@ def _clear(root: Path) -> None:
             shutil.rmtree(path)
 
 
-def _set_aside(folder: Path, reason: str, say: Callable[[str], None]) -> None:
-    aside = files.set_aside(folder)
+def _set_aside(folder: Path, reason: str, say: Callable[[str], None], called: str = "damaged") -> None:
+    aside = files.set_aside(folder, called)
     say(f"checkpoint {folder} is passed over ({reason}) and kept as {aside.name}")
 
 

@@ -45,10 +45,14 @@ def write(path: Path, content: str | bytes) -> Path:
     return path
 
 
-def set_aside(path: Path) -> Path:
-    """Keep a damaged file that is not needed under another name beside it; returns that name: NAME.damaged, NAME.damaged-2, …"""
+def set_aside(path: Path, called: str = "damaged") -> Path:
+    """Keep a damaged file that is not needed under another name beside it; returns that name: NAME.damaged, NAME.damaged-2, …
+
+    Args:
+        called: another word, for a file that is not damaged.
+    """
     taken = {entry.name for entry in path.parent.iterdir()}
-    names = (f"{path.name}.damaged{'' if i == 1 else f'-{i}'}" for i in itertools.count(1))
+    names = (f"{path.name}.{called}{'' if i == 1 else f'-{i}'}" for i in itertools.count(1))
     return path.rename(path.with_name(next(name for name in names if name not in taken)))
 
 

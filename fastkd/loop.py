@@ -296,15 +296,15 @@ class Loop:
         with contextlib.suppress(FileExistsError):  # another survivor writes it
             claim.mkdir()
             try:
-                self._write_checkpoint()
+                self._write_checkpoint(goes_on=False)
             finally:
                 claim.rmdir()
 
-    def _write_checkpoint(self) -> None:
+    def _write_checkpoint(self, *, goes_on: bool = True) -> None:
         state = {"step": self.totals.step, "totals": asdict(self.totals)}
         checkpoint.save(
             self.folder / "checkpoints", self.trainer.objective, self.trainer.optimizer, state,
-            copies={ledger.NAME: self.ledger.copy()}, say=self.monitor.say,
+            copies={ledger.NAME: self.ledger.copy()}, goes_on=goes_on, say=self.monitor.say,
         )  # fmt: skip
         self.checkpoints.saved()
 

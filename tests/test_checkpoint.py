@@ -123,7 +123,24 @@ def test_what_is_saved_now_is_the_newest_whatever_its_number(tmp_path: Path) -> 
         saved = checkpoint.save(tmp_path, net, optimizer, {"step": step})
         found = checkpoint.newest(tmp_path)
         assert found is not None and found.folder == saved
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-100.damaged", "step-20", "step-200.damaged", "step-30"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "step-100.given-up",
+        "step-20",
+        "step-200.given-up",
+        "step-30",
+    ]
+
+
+def test_the_save_of_a_rank_that_came_less_far_leaves_that_of_another_the_newest(tmp_path: Path) -> None:
+    net, optimizer = trained()
+    said: list[str] = []
+    for step in (98, 99):
+        checkpoint.save(tmp_path, net, optimizer, {"step": step})
+    for step in (101, 100):
+        checkpoint.save(tmp_path, net, optimizer, {"step": step}, goes_on=False, say=said.append)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-100", "step-101"] and not said
+    found = checkpoint.newest(tmp_path)
+    assert found is not None and found.state["step"] == 101
 
 
 def test_a_step_that_is_saved_again_stays_until_the_new_one_is_in_place(
