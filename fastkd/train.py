@@ -233,8 +233,8 @@ class Trainer:
                 f"the loss is not finite before the first step: give {numerics}another --student or --corpus"
             )
         raise ValueError(
-            f"the loss is not finite before the first step, which is teacher {config.teacher}'s doing: its numbers are too "
-            f"large; give {numerics}another --teacher"
+            f"the loss is not finite before the first step because of teacher {config.teacher}: its numbers are too large; "
+            f"give {numerics}another --teacher"
         )
 
     def halve_micro_batch(self) -> None:

@@ -186,7 +186,7 @@ def test_a_worker_that_is_stopped_is_ended_and_named(run_folder: Path, data: Pat
     os.kill(max(children), signal.SIGSTOP)
     done = process.finish()
     assert done.returncode == 1
-    assert re.search(r"seed 1, gave no sign of life for \d+ s; the same command continues", done.stderr)
+    assert re.search(r"seed 1, said nothing for \d+ s; the same command continues", done.stderr)
 
 
 def test_a_terminated_evaluation_says_how_to_go_on(run_folder: Path, data: Path) -> None:

@@ -220,7 +220,7 @@ def test_a_builder_that_is_stopped_is_ended_and_told(waiting: Shards, monkeypatc
         return False
 
     waiting.ahead(1)
-    with pytest.raises(BuildingFailed, match=r"^the process that tokenises .* \(\d+\) gave no sign of life for 1 s$"):
+    with pytest.raises(BuildingFailed, match=r"^the process that tokenises .* \(\d+\) said nothing for 1 s$"):
         waiting.part(1, stop)
     assert next(looks) > 10 and set(builders(waiting)) == before
 

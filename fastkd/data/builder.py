@@ -196,7 +196,7 @@ class Builder:
     def require(self, number: int, seconds: float) -> None:
         """Wait for a part that is needed now, at most ``seconds``; one that could not be built is tried once more.
 
-        A process that gives no sign of life for ``PATIENCE`` is ended. Only the seconds of these waits count: while this
+        A process that says nothing for ``PATIENCE`` is ended. Only the seconds of these waits count: while this
         process is itself stopped, so is the other.
 
         Raises:
@@ -216,7 +216,7 @@ class Builder:
                 process.kill()
             silent, said = self._silent >= PATIENCE, self._ended()
             if process.returncode and self._building == number:
-                how = f"gave no sign of life for {PATIENCE:g} s" if silent else f"ended by {_end_of(process)}"
+                how = f"said nothing for {PATIENCE:g} s" if silent else f"ended by {_end_of(process)}"
                 raise BuildingFailed(said or f"the process that tokenises the corpus ({process.pid}) {how}")
 
     def _listen(self, seconds: float) -> None:

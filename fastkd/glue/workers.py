@@ -34,7 +34,7 @@ def run_all(fine_tunings: list[FineTuning], jobs: int) -> Iterator[tuple[FineTun
 
     Raises:
         ValueError: what a fine-tuning raised.
-        ChildProcessError: a worker process died, or gave no sign of life.
+        ChildProcessError: a worker process died, or said nothing for ``PATIENCE``.
     """
     jobs = min(jobs, len(fine_tunings))
     if jobs <= 1 and torch.cuda.device_count() <= 1:
@@ -73,7 +73,7 @@ class _Worker:
         self._seen, self._silent = 0, 0.0
         self._pool = ProcessPoolExecutor(1, context, _prepare, (gpu, jobs, self._beat))
         before = set(multiprocessing.active_children())
-        resource_tracker.ensure_running()  # it makes itself deaf, and this thread hear again
+        resource_tracker.ensure_running()  # first: its start would let signals through to this thread again
         with withheld():
             self._pool.submit(os.getpid)  # starts the process
         started = set(multiprocessing.active_children()) - before
@@ -106,7 +106,7 @@ class _Worker:
         except BrokenProcessPool:
             self._pool.shutdown()  # it waits for the process: the exit code is known then
             code = "unknown" if self._process is None else self._process.exitcode
-            how = f"gave no sign of life for {self._silent:g} s" if self._hangs else f"died (exit code {code})"
+            how = f"said nothing for {self._silent:g} s" if self._hangs else f"died (exit code {code})"
             raise ChildProcessError(
                 f"the process of {one.task.title}, seed {one.seed}, {how}; "
                 "the same command continues after the fine-tunings that finished"
