@@ -136,15 +136,16 @@ def run(command: str, *options: object, **environment: str) -> subprocess.Comple
     return Command(command, *options, **environment).finish()
 
 
-def ranks(command: str, *options: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Two ranks of a job, as torchrun starts them; one that fails ends the other, and its code is the job's."""
+def ranks(command: str, *options: object, count: int = 2, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The ranks of a job, as torchrun starts them; one that fails ends the others, and its code is the job's."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    numbered = [{"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
-    both = [Command(command, *options, **environment, **job, **number) for number in numbered]
-    running = {each.sentinel: each for each in both}
+    size = str(count)
+    job = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    numbered = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    started = [Command(command, *options, **environment, **job, **number) for number in numbered]
+    running = {each.sentinel: each for each in started}
     code = 0
     while running:
         for ended in connection.wait(list(running)):
@@ -154,6 +155,6 @@ def ranks(command: str, *options: object, **environment: str) -> subprocess.Comp
                 for other in running.values():
                     other.send_signal(signal.SIGTERM)
                     other.send_signal(signal.SIGCONT)  # of one that is stopped, so that it ends too
-    done = [each.finish() for each in both]
+    done = [each.finish() for each in started]
     texts = ("".join(each.stdout for each in done), "".join(each.stderr for each in done))
-    return subprocess.CompletedProcess(both[0].args, code, *texts)
+    return subprocess.CompletedProcess(started[0].args, code, *texts)

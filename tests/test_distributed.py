@@ -319,6 +319,38 @@ def test_ranks_that_resume_wait_for_each_others_shuffle(mlm_run: Path, small: li
     assert surviving_steps(folder / "ledger.jsonl")[-1]["epoch"] > 1 and (folder / "final").is_dir()
 
 
+MEAN = """
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from fastkd import exchange
+from fastkd.distributed import finish, start
+
+world, gradients = start(), []
+for parallel in (
+    lambda model: exchange.parallel(model, exchange.Buckets()),
+    lambda model: DistributedDataParallel(model, gradient_as_bucket_view=True),
+):
+    torch.manual_seed(0)
+    model = parallel(torch.nn.Linear(50, 50))
+    torch.manual_seed(world.rank)
+    for _ in range(2):  # DDP orders its buckets anew after the first
+        model.zero_grad()
+        model(torch.randn(8, 50)).square().mean().backward()
+    gradients.append(torch.cat([p.grad.flatten().clone() for p in model.parameters()]))
+print(torch.equal(*gradients))
+finish(world)
+"""
+
+
+def test_the_mean_over_ranks_has_the_bits_of_ddps_own(tmp_path: Path) -> None:
+    """Of three ranks: a third of a gradient is not what it is times a third."""
+    script = tmp_path / "mean.py"
+    script.write_text(MEAN)
+    result = processes.ranks(str(script), count=3)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["True"] * 3
+
+
 FLOAT8 = """
 import sys
 from fastkd.distributed import finish, start
