@@ -18,7 +18,6 @@ from fastkd.device.clock import Lap, PhaseClock
 from fastkd.device.memory import peak_memory_bytes
 from fastkd.device.power import PowerMeter
 from fastkd.distributed import Decision, agree, any_rank, barrier, node_devices, phase
-from fastkd.exchange import OutOfMemory
 from fastkd.health import Diverged
 from fastkd.resume import resume
 
@@ -186,14 +185,14 @@ class Loop:
 
     def _step_within_memory(self, batches: list[Batch], lr: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         while True:
-            try:
+            with contextlib.suppress(torch.OutOfMemoryError):
                 return self.trainer.step(batches, lr)
-            except torch.OutOfMemoryError as error:
-                if self.world.size > 1 and not isinstance(error, OutOfMemory):  # of which the others know nothing
-                    raise OSError("out of memory when the weights were changed: free the device") from error
-            self.trainer.halve_micro_batch()
-            self._stop_reading()
-            batches = self._read()
+            fits = False
+            while not fits:
+                self.trainer.halve_micro_batch()
+                self._stop_reading()
+                batches = self._read()
+                fits = self.trainer.fits(batches[0])
 
     def _settle(self) -> None:
         """Charge the oldest step that was issued, once the device has finished it."""

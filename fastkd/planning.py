@@ -23,6 +23,7 @@ from fastkd.device.clock import PHASES, PhaseClock, now
 from fastkd.device.peaks import measured_matmul_flops, peak_flops
 from fastkd.device.power import PowerMeter
 from fastkd.distributed import mean, node_devices, on_main, smallest
+from fastkd.exchange import OutOfMemory
 from fastkd.run_folder import ancestors
 
 if TYPE_CHECKING:
@@ -58,12 +59,33 @@ class Measurement:
 def measure(trainer: Trainer) -> Measurement:
     """Time real steps, then put every parameter back; the optimiser starts again.
 
+    Where memory runs out, the micro-batch is halved and all steps are timed again.
+
     Raises:
         BudgetTooSmall: the budget does not pay for one step.
     """
     require_a_step(trainer.setup.config.budget, trainer.step_cost(0))
     log.info("timing steps, for %.0f seconds at most", MEASURED_SECONDS)
     saved = {name: value.clone() for name, value in trainer.objective.state_dict().items()}
+    measured = None
+    while measured is None:
+        try:
+            measured = _measure(trainer)
+        except torch.OutOfMemoryError as error:
+            if trainer.world.size > 1 and not isinstance(error, OutOfMemory):  # of which the others know nothing
+                raise OSError("out of memory in a validation, though steps fitted: free the device") from error
+        trainer.objective.load_state_dict(saved)
+        trainer.optimizer = trainer.new_optimizer()
+        fits, began = measured is not None, now()
+        while not fits:
+            trainer.halve_micro_batch()
+            fits = trainer.fits(trainer.stream.step(0)[0])
+        trainer.rehearsal_seconds += now() - began
+    return on_main(trainer.world, lambda: measured)
+
+
+def _measure(trainer: Trainer) -> Measurement:
+    """This rank's seconds; the parameters are not put back."""
     power = PowerMeter(node_devices(trainer.world) if trainer.world.is_main else [])
     with contextlib.closing(trainer.stream.prefetch(0)) as stream:  # as a run reads them
         first, *_ = warm_up = [_timed_step(trainer, stream, step) for step in range(WARMUP_STEPS)]
@@ -80,9 +102,7 @@ def measure(trainer: Trainer) -> Measurement:
     trainer.validate()
     validation_seconds = trainer.clock.event("validation")
     compile_seconds -= validation_seconds
-    trainer.objective.load_state_dict(saved)
-    trainer.optimizer = trainer.new_optimizer()
-    mine = Measurement(
+    return Measurement(
         step_seconds=step_seconds,
         phase_s={phase: sum(lap[phase] for lap in laps) / count for phase in PHASES},
         joules=None if joules is None else joules / count,
@@ -91,7 +111,6 @@ def measure(trainer: Trainer) -> Measurement:
         matmul_flops=measured_matmul_flops(trainer.device, trainer.setup.dtype),
         queued_share=queued_share,
     )
-    return on_main(trainer.world, lambda: mine)
 
 
 def _steps_worth_timing(trainer: Trainer, estimate: float) -> int:

@@ -112,11 +112,17 @@ class Trainer:
         Raises:
             exchange.OutOfMemory: on every rank, where memory ran out on any of several: no parameter has changed.
             torch.OutOfMemoryError: memory ran out where there is one rank.
+            OSError: memory ran out on one of several ranks where the others cannot know it.
         """
         out, losses = self._backward(batches) if self.world.size == 1 else self._backward_of_all(batches)
-        loss, *terms = average(self.world, torch.stack(losses).mean(0))
-        norm = optim.clip(self.trained, self.setup.config.clip_norm)
-        self.skipped = optim.step_if_finite(self.optimizer, loss, norm, lr)
+        try:
+            loss, *terms = average(self.world, torch.stack(losses).mean(0))
+            norm = optim.clip(self.trained, self.setup.config.clip_norm)
+            self.skipped = optim.step_if_finite(self.optimizer, loss, norm, lr)
+        except torch.OutOfMemoryError as error:
+            if self.world.size == 1:
+                raise
+            raise OSError("out of memory when the weights were changed: free the device") from error
         self.optimizer.zero_grad(set_to_none=True)
         self.clock.mark("optimizer")
         return loss, norm, dict(zip(out.terms, terms, strict=True))
@@ -202,8 +208,7 @@ class Trainer:
         started = now()
         compiling = ", compiling" if self.setup.compile else ""
         log.info("trying a micro-batch of %d tokens%s", self.micro_tokens, compiling)
-        while any_rank(self.world, (loss := self._tried()) is None):
-            self.objective.zero_grad(set_to_none=True)
+        while any_rank(self.world, (loss := self._tried_with_optimizer()) is None):
             self.halve_micro_batch()
         self._require_finite(loss)
         for parameter in self.objective.parameters():
@@ -212,15 +217,36 @@ class Trainer:
         self.rehearsal_seconds = now() - started
         self.clock.lap()
 
-    def _tried(self) -> Tensor | None:
-        """The loss of a micro-batch, or None where it does not fit."""
+    def _tried_with_optimizer(self) -> Tensor | None:
+        """The loss of the first micro-batch, or None where it does not fit beside the optimiser that is still to come."""
         try:
             room = memory.optimizer_room(self.objective, self.device)
-            loss = self.micro_step(self.stream.step(0)[0], 1.0).loss.detach()
-            del room
         except torch.OutOfMemoryError:
             return None
+        loss = self._tried(self.stream.step(0)[0])
+        del room
         return loss
+
+    def _tried(self, batch: Batch) -> Tensor | None:
+        """The loss of a micro-batch, or None where it does not fit."""
+        try:
+            return self.micro_step(batch, 1.0).loss.detach()
+        except torch.OutOfMemoryError:
+            return None
+
+    def fits(self, batch: Batch) -> bool:
+        """Whether a micro-batch of the size just taken fits on every rank; one rank alone learns it in its step.
+
+        Several ranks try it before they wait for each other within a step: it is compiled anew, which may take one of them
+        longer than the others would wait there.
+        """
+        if self.world.size == 1:
+            return True
+        self.model, exchanging = self.objective, self.model
+        loss = self._tried(batch)
+        self.model = exchanging
+        self._free()
+        return not any_rank(self.world, loss is None)
 
     def _require_finite(self, loss: Tensor | None) -> None:
         """Refuse a first loss that is not finite: no learning rate has moved the student yet."""

@@ -150,25 +150,31 @@ def test_all_ranks_take_a_smaller_micro_batch_where_one_runs_out_of_memory(
 
 
 # A run in which rank 1's device gets so full before its fourth step that a whole micro-batch does not fit any more, or
-# only its backward does not: then a part of the gradient has been exchanged.
+# only its backward does not: then a part of the gradient has been exchanged. Or that is so while the plan times steps.
 FULL_IN_THE_LOOP = """
-import os, sys, torch
+import os, sys, threading, torch
+from datetime import timedelta
 torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 1000  # so that the small student's gradient is in several buckets
 from fastkd import run
+from fastkd.distributed import joined
 from fastkd.loop import Loop
 from fastkd.models.encoder import Encoder
 from fastkd.train import Trainer
 
 where, *options = sys.argv[1:]
+run.joined = lambda: joined(timedelta(seconds=4))
 if os.environ["RANK"] == "1":
     step, whole, loop, steps, tokens = Trainer.step, Encoder.forward, Loop.run, [], []
+    loops, late = [], []
 
     def full(*gradient):
-        if len(steps) == 4 and tokens[-1] > 512:
+        if len(steps) == 4 and tokens[-1] > 512 and bool(loops) == (where != "plan"):
+            late.append(where == "forward")
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     def looped(self, *args):
         steps.clear()  # those of the plan
+        loops.append(self)
         if where == "backward":
             next(self.trainer.objective.student.parameters()).register_hook(full)
         return loop(self, *args)
@@ -179,8 +185,10 @@ if os.environ["RANK"] == "1":
 
     def forward(self, ids, *args, **kwargs):
         tokens.append(len(ids))
-        if where == "forward" and torch.is_grad_enabled():
+        if where != "backward" and torch.is_grad_enabled():
             full()
+            if late and late.pop():  # it compiles for longer than the other rank would wait within a step
+                threading.Event().wait(6)
         return whole(self, ids, *args, **kwargs)
 
     Loop.run, Trainer.step, Encoder.forward = looped, counted, forward
@@ -188,7 +196,7 @@ sys.exit(run.main(options))
 """
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("where", ["forward", "backward", "plan"])
 def test_all_ranks_repeat_a_step_in_which_one_runs_out_of_memory(
     where: str, from_scratch: list[str], tmp_path: Path
 ) -> None:

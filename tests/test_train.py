@@ -9,7 +9,7 @@ import made_model
 import pytest
 import torch
 
-from fastkd import methods
+from fastkd import methods, planning
 from fastkd.config import resolve
 from fastkd.data.batches import Batch
 from fastkd.distributed import World
@@ -87,6 +87,26 @@ def test_running_out_of_memory_in_the_loop_halves_once(
     assert taken[:2] == [4096, 4096] and set(taken[2:]) == {2048} and trainer.micro_tokens == 2048
     steps = surviving_steps(tmp_path / "ledger.jsonl")
     assert [line["step"] for line in steps] == list(range(1, len(taken) + 1))
+
+
+def test_running_out_of_memory_in_the_plans_steps_halves_too(
+    setup_of: Callable[..., Setup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, plain, taken = Trainer(setup_of("mlm", World(), dtype="float32", micro_batch="4096")), Trainer.step, []
+    before = {name: value.clone() for name, value in trainer.objective.state_dict().items()}
+
+    def limited(self: Trainer, batches: list[Batch], lr: float) -> object:
+        if len(taken) >= 3 and len(batches[0].input_ids) > 2048:
+            raise torch.OutOfMemoryError("what a device says")
+        taken.append(len(batches[0].input_ids))
+        return plain(self, batches, lr)
+
+    monkeypatch.setattr(Trainer, "step", limited)
+    monkeypatch.setattr(planning, "MEASURED_STEPS", 3)
+    assert planning.measure(trainer).step_seconds > 0
+    assert taken == [4096] * 3 + [2048] * 5 and trainer.micro_tokens == 2048
+    assert all(torch.equal(value, before[name]) for name, value in trainer.objective.state_dict().items())
+    assert not trainer.optimizer.state
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
