@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 from fastkd.files import Record, drop_torn_line, to_line
 
 _SUM = re.compile(rb', "sum": "([0-9a-f]{16})"\}\n\Z')
@@ -65,15 +67,16 @@ def link(head: str, record: Record) -> tuple[bytes, str]:
 
 
 def append(path: Path, record: Record) -> None:
-    """Add a line to a file that no other process writes. A file of an older version stays without sums."""
-    drop_torn_line(path)
-    *_, last = [b"", *whole_lines(path).splitlines(keepends=True)]
-    found = _SUM.search(last)
-    with path.open("ab") as file:
-        if last and not found:
-            file.write(to_line(record).encode())
-        else:
-            file.write(link(found[1].decode() if found else _digest(b""), record)[0])
+    """Add a line to a file that other processes may append to as well. One of an older version stays without sums."""
+    with FileLock(path.with_name(f".lock-{path.name}")):  # a line goes on from the one that is the last by then
+        drop_torn_line(path)
+        *_, last = [b"", *whole_lines(path).splitlines(keepends=True)]
+        found = _SUM.search(last)
+        with path.open("ab") as file:
+            if last and not found:
+                file.write(to_line(record).encode())
+            else:
+                file.write(link(found[1].decode() if found else _digest(b""), record)[0])
 
 
 def _after(head: str, line: bytes) -> str | None:

@@ -3,6 +3,7 @@
 import random
 import shutil
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,23 @@ def test_lines_of_an_older_version_are_covered_once_lines_with_sums_follow(tmp_p
     path.write_bytes(path.read_bytes().replace(b"1.0", b"2.0", 1))
     with pytest.raises(ValueError, match=r"ledger\.jsonl:3 was altered, or lines before it are missing"):
         read(path)
+
+
+def test_lines_of_processes_that_append_at_the_same_time_are_one_chain(tmp_path: Path) -> None:
+    path, context = tmp_path / NAME, get_context("fork")
+    both = context.Barrier(2)
+
+    def write(task: str) -> None:
+        both.wait()
+        for seed in range(150):
+            chain.append(path, {"event": "glue", "task": task, "seed": seed})
+
+    writers = [context.Process(target=write, args=(name,)) for name in ("cola", "sst2")]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert len(read(path)) == 300
 
 
 def test_the_copy_of_a_rank_that_outlived_rank_0_holds_what_that_did_not_write(tmp_path: Path) -> None:
