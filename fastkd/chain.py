@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,30 +23,37 @@ _SUM = re.compile(rb', "sum": "([0-9a-f]{16})"\}\n\Z')
 
 @dataclass(frozen=True)
 class Chain:
-    """The lines of a file, how many of them are sound from the first on, and the sum that the next line goes on from."""
+    """How many lines of a file are sound from the first on, whether all are, their bytes, and the sum that the next one needs."""
 
-    lines: list[bytes]
     sound: int
+    whole: bool
+    size: int
     head: str
 
 
-def whole_lines(path: Path) -> bytes:
-    """A file's content to the end of its last whole line; nothing if there is no file."""
-    content = path.read_bytes() if path.exists() else b""
-    return content[: content.rfind(b"\n") + 1]
+def whole_lines(path: Path) -> Iterator[bytes]:
+    """A file's lines one by one, to its last whole line; none if there is no file."""
+    if path.exists():
+        with path.open("rb") as file:
+            yield from (line for line in file if line.endswith(b"\n"))
 
 
-def follow(content: bytes) -> Chain:
+def follow(lines: Iterable[bytes]) -> Chain:
     """Check whole lines against their sums, up to the first that does not fit."""
-    lines = [line + b"\n" for line in content.split(b"\n")[:-1]]
-    first = next((i for i, line in enumerate(lines) if _SUM.search(line)), len(lines))
-    head = _digest(b"".join(lines[:first]))
-    for i, line in enumerate(lines[first:], start=first):
-        after = _after(head, line)
-        if after is None:
-            return Chain(lines, i, head)
-        head = after
-    return Chain(lines, len(lines), head)
+    sound, size, head = 0, 0, None
+    before = hashlib.sha256()  # of the lines without sums
+    for line in lines:
+        if head is None and _SUM.search(line):
+            head = before.hexdigest()[:16]
+        if head is None:
+            before.update(line)
+        else:
+            after = _after(head, line)
+            if after is None:
+                return Chain(sound, False, size, head)
+            head = after
+        sound, size = sound + 1, size + len(line)
+    return Chain(sound, True, size, head or before.hexdigest()[:16])
 
 
 def continued(head: str, lines: Iterable[bytes]) -> list[bytes]:
@@ -70,7 +78,7 @@ def append(path: Path, record: Record) -> None:
     """Add a line to a file that other processes may append to as well. One of an older version stays without sums."""
     with FileLock(path.with_name(f".lock-{path.name}")):  # a line goes on from the one that is the last by then
         drop_torn_line(path)
-        *_, last = [b"", *whole_lines(path).splitlines(keepends=True)]
+        last = b"".join(deque(whole_lines(path), maxlen=1))
         found = _SUM.search(last)
         with path.open("ab") as file:
             if last and not found:

@@ -67,7 +67,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     *,
-    copies: Mapping[str, bytes] | None = None,
+    copies: Mapping[str, files.Beginning] | None = None,
     goes_on: bool = True,
     say: Callable[[str], None] = log.warning,
 ) -> Path:
@@ -96,7 +96,7 @@ def save(
         _write_tensors(building / OPTIMIZER, _optimizer_tensors(optimizer))
         (building / STATE).write_text(json.dumps(state, indent=1))
         for name, content in (copies or {}).items():
-            (building / name).write_bytes(content)
+            content.copy_to(building / name)
         manifest = {path.name: file_sha256(path) for path in sorted(building.iterdir())}
         (building / MANIFEST).write_text(json.dumps(manifest, indent=1))
         files.give_usual_modes(building)

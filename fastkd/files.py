@@ -16,6 +16,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ PARTIAL = re.compile(
 FULL = [getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name)]
 SUM = "sum"  # the last field of a line that has one
 BUILDING = re.compile(r"\.(final|building|dropped|rescue)-.+")
+BLOCK = 1 << 20  # bytes that are read at once
 WRITTEN_IN = ("checkpoints", "final", "plots", "glue", "references/*")  # of a run's or a comparison's folder
 
 
@@ -43,6 +45,24 @@ def write(path: Path, content: str | bytes) -> Path:
     finally:
         partial.unlink(missing_ok=True)  # a full disk
     return path
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """The first bytes of a file that only grows, and what goes on from them; a copy of it is never held in memory."""
+
+    path: Path
+    size: int
+    more: bytes = b""
+
+    def copy_to(self, target: Path) -> None:
+        """Write it as a file of its own."""
+        with target.open("wb") as copy:
+            if self.size:
+                with self.path.open("rb") as file:
+                    for start in range(0, self.size, BLOCK):
+                        copy.write(file.read(min(BLOCK, self.size - start)))
+            copy.write(self.more)
 
 
 def set_aside(path: Path, called: str = "damaged") -> Path:
@@ -161,16 +181,19 @@ def read_jsonl(path: Path) -> list[Record]:
     """
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")
     records: list[Record] = []
-    for i, line in enumerate(lines):
-        if not line.strip():
-            continue
-        record = _parse(line)
-        if record is not None:
-            records.append(record)
-        elif any(rest.strip() for rest in lines[i + 1 :]):
-            raise ValueError(f"{path}:{i + 1} is no JSON object: restore the file or start a new run folder")
+    torn = None
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            if torn is not None:
+                raise ValueError(f"{path}:{torn} is no JSON object: restore the file or start a new run folder")
+            record = _parse(line)
+            if record is None:
+                torn = number
+            else:
+                records.append(record)
     return records
 
 
@@ -207,12 +230,26 @@ def _parse(line: bytes) -> Record | None:
     return record if isinstance(record, dict) else None
 
 
+def whole_size(path: Path) -> int:
+    """Bytes of a file up to the end of its last whole line; 0 if there is no file."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - BLOCK)
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            end = start
+    return 0
+
+
 def drop_torn_line(path: Path) -> None:
     """Cuts off a last line without an end, as a kill leaves it, so that the next line starts on its own."""
     if path.exists():
-        with path.open("rb+") as file:
-            whole = file.read().rfind(b"\n") + 1
-            file.truncate(whole)
+        os.truncate(path, whole_size(path))
 
 
 def cut_jsonl(path: Path, keep: Callable[[Record], bool]) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from fastkd import chain
 from fastkd.budget import PARTS
-from fastkd.files import Record, drop_torn_line, read_jsonl
+from fastkd.files import Beginning, Record, drop_torn_line, read_jsonl, whole_size
 
 if TYPE_CHECKING:
     from fastkd.budget import Charge, StepCost, Totals
@@ -63,7 +63,7 @@ class Ledger:
         self.recent: deque[Record] = deque(maxlen=RECENT)  # the last steps' lines
         if write:
             drop_torn_line(path)
-            self._head = _verified(path)
+            self._head = _verified(path).head
         self._file = open(path, "a", encoding="utf-8") if write else None  # noqa: SIM115 (closed by close())
 
     def step(
@@ -122,16 +122,17 @@ class Ledger:
         for line in _missing(self.path, recent):
             self._write(line)
 
-    def copy(self) -> bytes:
+    def copy(self) -> Beginning:
         """The whole ledger up to this step, for a checkpoint; on a rank that does not write, with what rank 0 did not write."""
-        content = chain.whole_lines(self.path)
+        size, more = whole_size(self.path), b""
         if self._file is None:
             with contextlib.suppress(ValueError):  # damaged on the disk: this copy will be passed over
-                missing, head = _missing(self.path, self.recent), chain.follow(content).head
-                for record in missing:
+                found = _verified(self.path)
+                size, head = found.size, found.head
+                for record in _missing(self.path, self.recent):
                     line, head = chain.link(head, record)
-                    content += line
-        return content
+                    more += line
+        return Beginning(self.path, size, more)
 
     def sync(self) -> None:
         """Put every line on the disk: called before a checkpoint that relies on them."""
@@ -293,9 +294,8 @@ def _missing(path: Path, recent: Sequence[Record]) -> list[Record]:
     return [line for line in recent if line["step"] not in written]
 
 
-def _verified(path: Path) -> str:
-    """The sum that the next line goes on from."""
+def _verified(path: Path) -> chain.Chain:
     found = chain.follow(chain.whole_lines(path))
-    if found.sound < len(found.lines):
+    if not found.whole:
         raise ValueError(f"{path}:{found.sound + 1} was altered, or lines before it are missing: {REMEDY}")
-    return found.head
+    return found

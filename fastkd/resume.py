@@ -52,7 +52,7 @@ def _take_over(book: Ledger, recent: list[Record], validations: Validations, mon
     """Charge what the ledger says, with the steps after the checkpoint as one crash; returns the charged GPU-seconds."""
     totals = book.totals
     book.complete(recent)
-    lines = ledger.read(book.path)
+    lines = files.read_jsonl(book.path)  # the ledger was verified when it was opened
     steps = ledger.surviving(lines, book.path)
     lost = [step for step in steps if step["step"] > totals.step]
     if [step["step"] for step in steps[: len(steps) - len(lost)]] != list(range(1, totals.step + 1)):
@@ -82,9 +82,9 @@ def mend_ledger(folder: Path) -> str | None:
     path = folder / ledger.NAME
     copy = _newest_copy(folder / "checkpoints")  # first: a process that still writes only makes the ledger longer
     found = chain.follow(chain.whole_lines(path))
-    said = None if copy is None else _restored(path, found, copy)
+    said = None if copy is None else _restored(path, found, *copy)
     try:
-        lines = ledger.read(path)
+        lines = files.read_jsonl(path) if found.whole and not said else ledger.read(path)
         steps = ledger.surviving(lines, path)
     except ValueError as error:
         raise ValueError(f"{path} is damaged, and no checkpoint holds a copy: {_remedy(folder)}") from error
@@ -97,25 +97,27 @@ def mend_ledger(folder: Path) -> str | None:
     return "; ".join(filter(None, [said, more])) or None
 
 
-def _newest_copy(checkpoints: Path) -> chain.Chain | None:
+def _newest_copy(checkpoints: Path) -> tuple[Path, chain.Chain] | None:
     """The longest sound copy: a ledger only grows."""
-    chains = [chain.follow(chain.whole_lines(copy)) for copy in checkpoint.sound_files(checkpoints, ledger.NAME)]
-    sound = [found for found in chains if found.sound == len(found.lines)]
-    return max(sound, key=lambda found: found.sound, default=None)
+    copies = checkpoint.sound_files(checkpoints, ledger.NAME)
+    sound = [(copy, found) for copy in copies if (found := chain.follow(chain.whole_lines(copy))).whole]
+    return max(sound, key=lambda each: each[1].sound, default=None)
 
 
-def _restored(path: Path, found: chain.Chain, copy: chain.Chain) -> str | None:
+def _restored(path: Path, found: chain.Chain, copy: Path, known: chain.Chain) -> str | None:
     """Restore a ledger that does not go on from a copy; what was done."""
-    count = len(copy.lines)
-    if found.sound == len(found.lines) and found.lines[:count] == copy.lines:
+    both = zip(chain.whole_lines(path), chain.whole_lines(copy), strict=False)
+    if found.whole and found.sound >= known.sound and all(line == copied for line, copied in both):
         return None
-    if found.lines == copy.lines[: len(found.lines)]:
-        files.write(path, b"".join(copy.lines))
-        return f"{path} lacked its last {count - len(found.lines)} lines: restored from the copy in a checkpoint"
-    later = chain.continued(copy.head, found.lines)
-    lost = len({*found.lines}.difference(copy.lines, later))
+    lines, copied = list(chain.whole_lines(path)), list(chain.whole_lines(copy))
+    count = len(copied)
+    if lines == copied[: len(lines)]:
+        files.write(path, b"".join(copied))
+        return f"{path} lacked its last {count - len(lines)} lines: restored from the copy in a checkpoint"
+    later = chain.continued(known.head, lines)
+    lost = len({*lines}.difference(copied, later))
     aside = files.set_aside(path)
-    files.write(path, b"".join([*copy.lines, *later]))
+    files.write(path, b"".join([*copied, *later]))
     return (
         f"{path} was damaged and is kept as {aside.name}: {count} lines restored from the copy in a checkpoint, "
         f"{len(later)} after them kept, {lost} lost"

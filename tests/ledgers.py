@@ -11,7 +11,7 @@ from typing import Any
 from fastkd import resume
 from fastkd.budget import Charge, StepCost
 from fastkd.decide import Validations
-from fastkd.files import to_line
+from fastkd.files import file_sha256, to_line
 from fastkd.ledger import NAME, Ledger
 
 COST = StepCost({"student": 60, "teacher": 30, "loss": 10}, real=4000, predicted=600)
@@ -54,11 +54,12 @@ class Life:
             "model.safetensors": b"",
             "optimizer.safetensors": b"",
             "state.json": json.dumps({"step": self.totals.step, "totals": asdict(self.totals)}).encode(),
-            NAME: self.ledger.copy(),
         }
-        manifest = {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
         folder = self.folder / "checkpoints" / f"step-{self.totals.step}"
         folder.mkdir(parents=True, exist_ok=True)
+        self.ledger.copy().copy_to(folder / NAME)
+        manifest = {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
+        manifest[NAME] = file_sha256(folder / NAME)
         for name, data in {**content, "manifest.json": json.dumps(manifest).encode()}.items():
             (folder / name).write_bytes(data)
         return folder

@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
@@ -101,7 +102,7 @@ def test_a_damaged_ledger_is_mended_and_said_or_refused(
             assert not copies and f"remove {run}" in str(error) and "\n" not in str(error)
             continue
         assert said is not None and str(run / NAME) in said and "\n" not in said
-        mended = chain.whole_lines(run / NAME)
+        mended = b"".join(chain.whole_lines(run / NAME))
         assert all(mended.startswith(copy) for copy in copies), "what a checkpoint knows is there"
         ended = [line for line in mended.splitlines() if b"restored" in line]
         assert {*mended.splitlines()} <= {*b"".join(whole).splitlines(), *ended}
@@ -162,11 +163,30 @@ def test_the_copy_of_a_rank_that_outlived_rank_0_holds_what_that_did_not_write(t
         charge_step(other)
     first.close()
     whole = path.read_bytes()
-    assert other.copy() == whole
+    assert copied(other) == whole
     path.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]) + b'{"step": 4, "torn')
-    assert other.copy() == whole
+    assert copied(other) == whole
     path.write_bytes(whole.replace(b"0.1", b"0.2", 1))
-    assert other.copy() == path.read_bytes(), "a damaged ledger does not keep the parameters from being saved"
+    assert copied(other) == path.read_bytes(), "a damaged ledger does not keep the parameters from being saved"
+
+
+def copied(ledger: Ledger) -> bytes:
+    """What a checkpoint would hold of a ledger."""
+    ledger.copy().copy_to(ledger.path.with_name("copy"))
+    return ledger.path.with_name("copy").read_bytes()
+
+
+def test_a_copy_is_made_without_holding_the_ledger_in_memory(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / NAME, "loop", Totals())
+    charge_step(ledger)
+    ledger.close()
+    ledger.path.write_bytes(ledger.path.read_bytes() * 40_000 + b'{"torn')  # 16 MB
+    tracemalloc.start()
+    ledger.copy().copy_to(tmp_path / "copy")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4e6
+    assert (tmp_path / "copy").read_bytes() + b'{"torn' == ledger.path.read_bytes()
 
 
 def test_the_same_command_restores_the_ledger_of_a_finished_run(mlm_run: Path, small: list[str], tmp_path: Path, capfd):

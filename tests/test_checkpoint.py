@@ -17,7 +17,7 @@ from torch import nn
 
 from fastkd import checkpoint, files
 from fastkd.budget import Totals
-from fastkd.files import file_sha256
+from fastkd.files import Beginning, file_sha256
 from fastkd.health import Diverged
 
 
@@ -171,9 +171,12 @@ def test_a_step_that_is_saved_again_stays_until_the_new_one_is_in_place(
 
 def test_a_copy_of_a_file_is_part_of_the_checkpoint(tmp_path: Path) -> None:
     net, optimizer = trained()
+    (tmp_path / "ledger").write_text("a line, and more")
+    copy = Beginning(tmp_path / "ledger", 6, b"\n")
     for step in (1, 2):
-        checkpoint.save(tmp_path / "c", net, optimizer, {"step": step}, copies={"ledger.jsonl": b"a line\n"})
+        checkpoint.save(tmp_path / "c", net, optimizer, {"step": step}, copies={"ledger.jsonl": copy})
     older, newer = (tmp_path / "c" / f"step-{step}" / "ledger.jsonl" for step in (1, 2))
+    assert newer.read_text() == "a line\n"
     (newer.parent / "model.safetensors").unlink()
     assert checkpoint.sound_files(tmp_path / "c", "ledger.jsonl") == [newer, older]
     older.write_text("another line\n")
