@@ -60,6 +60,7 @@ class Ledger:
             ValueError: the file was altered.
         """
         self.path, self.totals, self.charge, self.devices = path, totals, charge, devices
+        self.finished = False  # the run came to its end in an earlier process: nothing more is charged
         self.recent: deque[Record] = deque(maxlen=RECENT)  # the last steps' lines
         if write:
             drop_torn_line(path)
@@ -97,7 +98,7 @@ class Ledger:
 
         After the last step nothing is charged: the budget is spent by then.
         """
-        charged = self._charges(name) and (in_loop or name == "setup")
+        charged = self._charges(name) and (in_loop or name == "setup") and not self.finished
         if charged:
             self.totals.charged_s += seconds * self.devices
         self._write_event(name, seconds, charged, details)
@@ -244,8 +245,13 @@ def has_ended(lines: Sequence[Record]) -> bool:
     """Whether lines are those of a finished run, to its end; of an older version's, which wrote no sums, nothing is known."""
     if not any("sum" in line for line in lines):
         return True
+    return holds_its_end(lines)
+
+
+def holds_its_end(lines: Sequence[Record]) -> bool:
+    """Whether lines have an ``end``, and after it no step and no crash, which gives steps up."""
     marks = [line.get("event", "step") for line in lines]
-    return "end" in marks and "step" not in marks[len(marks) - marks[::-1].index("end") :]
+    return "end" in marks and not {"step", "crash"} & {*marks[len(marks) - marks[::-1].index("end") :]}
 
 
 def replayed_progress(path: Path) -> list[float]:

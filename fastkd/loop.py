@@ -76,13 +76,16 @@ class Loop:
     def run(self, traced: Callable[[], None] = lambda: None) -> None:
         """Train until no further step fits, and save the last one; ``traced`` is called after each step.
 
+        A finished run takes no step more, even if one would fit that is faster than those before it.
+
         Raises:
             Interrupted: after a signal, once saved.
             Diverged: weights are not finite, or step after step was skipped; the last healthy state is kept.
         """
         with signals.deferred(), phase("a step"):
             try:
-                self._run(traced)
+                if not self.ledger.finished:
+                    self._run(traced)
                 self.save_the_end()  # before anything that may be interrupted
                 self._stop_if_asked(any_rank(self.world, signals.asked()))
             except (RuntimeError, OSError):

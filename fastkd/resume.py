@@ -29,7 +29,7 @@ def resume(trainer: Trainer, folder: Path, monitor: Monitor) -> tuple[Ledger, Va
     totals, recent = _restore(trainer, folder / "checkpoints", monitor)
     book = Ledger(folder / ledger.NAME, config.charge, totals, world.size, write=world.is_main)
     validations = Validations(config.validations, world.size)
-    totals.charged_s = on_main(world, lambda: _take_over(book, recent, validations, monitor))
+    totals.charged_s, book.finished = on_main(world, lambda: _take_over(book, recent, validations, monitor))
     return book, validations
 
 
@@ -48,8 +48,11 @@ def _restore(trainer: Trainer, checkpoints: Path, monitor: Monitor) -> tuple[Tot
     return Totals(**found.state["totals"]), found.state.get("recent", [])
 
 
-def _take_over(book: Ledger, recent: list[Record], validations: Validations, monitor: Monitor) -> float:
-    """Charge what the ledger says, with the steps after the checkpoint as one crash; returns the charged GPU-seconds."""
+def _take_over(book: Ledger, recent: list[Record], validations: Validations, monitor: Monitor) -> tuple[float, bool]:
+    """Charge what the ledger says, with the steps after the checkpoint as one crash.
+
+    Returns the charged GPU-seconds, and whether the run has come to its end.
+    """
     totals = book.totals
     book.complete(recent)
     lines = files.read_jsonl(book.path)  # the ledger was verified when it was opened
@@ -64,7 +67,7 @@ def _take_over(book: Ledger, recent: list[Record], validations: Validations, mon
     if lost:
         book.crash(lost)
         monitor.say(f"resumed at step {totals.step}: {len(lost)} steps after its checkpoint are repeated")
-    return totals.charged_s
+    return totals.charged_s, ledger.holds_its_end(lines) and not lost
 
 
 # ---- a ledger that was damaged ------------------------------------------------------------------------------
