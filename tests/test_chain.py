@@ -111,6 +111,22 @@ def test_a_damaged_ledger_is_mended_and_said_or_refused(
             assert read_run(run).charged_s == read_run(folder).charged_s
 
 
+@pytest.mark.parametrize("folder", ["not saved"], indirect=True)
+def test_metrics_that_are_later_than_a_ledger_without_a_copy_are_only_said(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    metrics, whole = run / "metrics.jsonl", (run / NAME).read_bytes()
+    charged = read(run / NAME)[-1]["charged_s"]
+    metrics.write_text(
+        metrics.read_text().replace(str(charged), str(charged + 1))
+    )  # a line of an older version: no sum
+    said = mend_ledger(run)
+    assert said is not None and "not in the bill" in said and (run / NAME).read_bytes() == whole
+    (run / NAME).write_bytes(b"")  # the power was cut before the first checkpoint
+    said = mend_ledger(run)
+    assert said is not None and "ends at step 0 " in said
+
+
 @pytest.mark.parametrize("folder", ["stopped", "finished"], indirect=True)
 def test_one_that_was_only_cut_gets_back_what_the_checkpoint_knows(folder: Path, tmp_path: Path) -> None:
     copies = sorted(folder.glob(f"checkpoints/*/{NAME}"), key=lambda copy: copy.stat().st_size)
