@@ -158,6 +158,11 @@ def latest(root: Path) -> Path | None:
     return next(iter(_folders(root)), None)
 
 
+def step_of(folder: Path) -> int:
+    """The number of the step after which a checkpoint was saved."""
+    return _order(folder)[0]
+
+
 def _order(folder: Path) -> tuple[int, int]:
     """The number of a checkpoint's step, and which save of that step it is."""
     found = NAME.fullmatch(folder.name)
@@ -172,7 +177,7 @@ def _folders(root: Path) -> list[Path]:
 
 
 def _free_name(root: Path, step: int) -> str:
-    saved = [_order(folder)[1] for folder in _folders(root) if _order(folder)[0] == step]
+    saved = [_order(folder)[1] for folder in _folders(root) if step_of(folder) == step]
     return f"step-{step}.{max(saved) + 1}" if saved else f"step-{step}"
 
 
@@ -221,7 +226,7 @@ def _damage(folder: Path, only: str | None = None) -> str | None:
         if only:
             return None
         state = json.loads((folder / STATE).read_bytes())
-        if not isinstance(state, dict) or state.get("step") != _order(folder)[0]:
+        if not isinstance(state, dict) or state.get("step") != step_of(folder):
             return f"{STATE} is of another step"
         if not _says_what_was_spent(state):
             return f"{STATE} is of another version"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -128,9 +127,8 @@ def _restored(path: Path, found: chain.Chain, copy: Path, known: chain.Chain) ->
 def _end_again(folder: Path, steps: list[Record]) -> str:
     """Say in the ledger of a finished run that it has ended, where that line was cut off and no step is missing."""
     path = folder / ledger.NAME
-    names = (re.fullmatch(r"step-(\d+)(\.\d+)?", entry.name) for entry in (folder / "checkpoints").glob("step-*"))
-    saved = [int(name[1]) for name in names if name]  # a damaged one too: only its number is read
-    if not steps or steps[-1]["step"] != max(saved, default=0):
+    saved = checkpoint.latest(folder / "checkpoints")  # a damaged one too: only its number is read
+    if not steps or saved is None or steps[-1]["step"] != checkpoint.step_of(saved):
         raise ValueError(f"{path} was cut, and no checkpoint holds a copy: {_remedy(folder)}")
     last = steps[-1]
     chain.append(path, {"event": "end", "seconds": 0.0, "step": last["step"], "charged": False, "restored": True})
