@@ -1,7 +1,8 @@
 """A part of a tokenised corpus: a folder that is written whole, verified when it is loaded and read into memory.
 
-A memory map would save a copy (fastkd's own parts have at most 2^27 tokens), but a file that is cut while it is mapped, or
-a disk that fails, ends the process by SIGBUS, which nothing can catch.
+Each rank holds up to two in memory, the one it reads and the next: of fastkd's own, with 2^27 tokens at most, 256 to 512 MB
+each. A memory map would save that, but a file that is cut while it is mapped, or a disk that fails, ends the process by
+SIGBUS, which nothing can catch.
 
     train.tokens.bin       uint16, or uint32 past 65,536 entries: documents end to end, no special tokens added
     train.offsets.bin      int64 [documents + 1]: where each document begins, and the end of the last one
