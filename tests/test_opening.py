@@ -16,10 +16,8 @@ from safetensors.torch import load_file
 
 from fastkd import files, opening, pipeline, run
 from fastkd.begun import BEGUN, begun_with
-from fastkd.budget import Meter
 from fastkd.config import Resolved, parse
 from fastkd.files import read_jsonl
-from fastkd.loop import Loop
 from fastkd.opening import alone_in, take_over, write_opening
 from fastkd.run_folder import has_student, read_run
 
@@ -351,24 +349,6 @@ def test_a_damaged_run_is_read_without_what_is_damaged(finished: Path, tmp_path:
             read_run(folder)
             pipeline.build_report(folder)
             assert f"{name} " in caplog.text
-
-
-def test_a_finished_run_takes_no_step_more_and_is_charged_no_more(
-    options: list[str], tmp_path: Path, monkeypatch
-) -> None:
-    folder, before = tmp_path / "run", tmp_path / "before"
-    argv = [*options, "--charge", "all", "--output-dir", str(folder)]
-    assert run.main(argv) == 0
-    folder.rename(before)
-    copied(before, folder, "final")
-    monkeypatch.setattr(Meter, "next_progress", lambda *_, **__: 1.0)  # steps cost less than in the process before
-    monkeypatch.setattr(Loop, "_issue", lambda *_: pytest.fail("a step after the end"))
-    assert run.main(argv) == 0
-    assert same_student(folder, before)
-    found, known = read_run(folder), read_run(before)
-    assert found.steps == known.steps
-    assert (found.charged_s, found.accounted_s) == (known.charged_s, known.accounted_s)
-    assert [event["event"] for event in found.events[len(known.events) :]] == ["setup", "validation", "end"]
 
 
 # ---- debris and modes ------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Killed or interrupted anywhere, the same command again gives the parameters of a run that was not interrupted."""
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastkd import opening, pipeline, run
+from fastkd.budget import Meter
 from fastkd.config import parse
 from fastkd.files import read_jsonl
 from fastkd.ledger import surviving_steps
@@ -152,6 +154,35 @@ def test_an_interrupt_in_the_last_validation_loses_nothing(
     assert surviving_steps(folder / "ledger.jsonl") == steps
     student = load_file(folder / "final" / "model.safetensors")
     assert all(torch.equal(student[key], uninterrupted[key]) for key in uninterrupted)
+
+
+def test_a_finished_run_takes_no_step_more_and_is_charged_no_more(
+    from_scratch: list[str], tmp_path: Path, monkeypatch
+) -> None:
+    folder, before = tmp_path / "run", tmp_path / "before"
+    argv = [
+        *from_scratch,
+        "--method",
+        "mlm",
+        "--budget-tokens",
+        "20000",
+        "--charge",
+        "all",
+        "--output-dir",
+        str(folder),
+    ]
+    assert run.main(argv) == 0
+    folder.rename(before)
+    shutil.copytree(before, folder, ignore=shutil.ignore_patterns("final"))
+    monkeypatch.setattr(Meter, "next_progress", lambda *_, **__: 1.0)  # steps cost less than in the process before
+    monkeypatch.setattr(Loop, "_issue", lambda *_: pytest.fail("a step after the end"))
+    assert run.main(argv) == 0
+    mine, theirs = (load_file(each / "final" / "model.safetensors") for each in (folder, before))
+    assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+    found, known = read_run(folder), read_run(before)
+    assert found.steps == known.steps
+    assert (found.charged_s, found.accounted_s) == (known.charged_s, known.accounted_s)
+    assert [event["event"] for event in found.events[len(known.events) :]] == ["setup", "validation", "end"]
 
 
 def test_another_corpus_than_the_run_began_with_is_refused(
