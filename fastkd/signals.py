@@ -167,7 +167,8 @@ def _take(number: int) -> None:
         _asked_at = now
     if number == signal.SIGINT and _interrupted_at is None:
         _interrupted_at = now
-    if _stop == AT_ONCE:
+    raised_already = _was_raised and now - _asked_at <= ECHO_S  # the main thread was faster, and has left `raised`
+    if _stop == AT_ONCE and not raised_already:
         _end()
     first = _asked_at if _stop == RAISED else _interrupted_at if number == signal.SIGINT else None
     if first is not None and now - first > ECHO_S:

@@ -17,7 +17,7 @@ from fastkd.reports.tables import Table
 
 NAME = "README.md"
 OUTCOMES = "suite.jsonl"  # what became of each part
-VERDICTS, UNKNOWN = {True: "met", False: "**not met**", None: "measured"}, "not measured"
+VERDICTS, UNKNOWN = {True: "met", False: "not met", None: "measured"}, "not measured"
 OUTPUT_LINES = 12  # of a log, for a part that did not end well
 
 
