@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from bench import losses
@@ -266,7 +267,7 @@ def _test_cells(row: Row) -> tuple[Any, ...]:
 def _step_cells(row: Row) -> tuple[Any, ...]:
     names = ("loss_error", "gradient_error", "cpu_gradient_error", "bound")
     cells = [numeric(name, row.get(name), f"{row[name]:.1e}" if row.get(name) is not None else "") for name in names]
-    verdict = row.get("skipped") or row.get("error") or ("passed" if row["ok"] else "**failed**")
+    verdict = row.get("skipped") or row.get("error") or ("passed" if row["ok"] else Markup("**failed**"))
     return (row["method"], row.get("dtype", ""), *cells, verdict)
 
 

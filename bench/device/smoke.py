@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from bench import losses
@@ -219,7 +220,7 @@ def markdown(rows: Sequence[Row]) -> str:
     """A line a check."""
     lines = []
     for row in rows:
-        verdict = "passed" if row.get("ok") else "skipped" if "skipped" in row else "**failed**"
+        verdict = "passed" if row.get("ok") else "skipped" if "skipped" in row else Markup("**failed**")
         remark = row.get("error") or row.get("skipped") or row["found"]
         seconds = row.get("seconds")
         lines.append((row["check"], verdict, numeric("seconds", seconds, f"{seconds or 0:.1f}"), remark))

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from markupsafe import Markup
+
 from fastkd import quantities
 
 SPECIAL = re.compile(r"[\\`*~|\[\]<>&]|(?<!\w)_|_(?!\w)")  # what Markdown reads as more than a character; not a_b
@@ -68,7 +70,7 @@ class Table:
         return ["right" if any(_is_number(row, column) for row in self.rows) else "left" for column in range(columns)]
 
     def markdown(self) -> str:
-        """The table in Markdown; the texts are escaped."""
+        """The table in Markdown; texts are escaped unless they are `Markup`."""
         rules = ("---:" if side == "right" else "---" for side in self.sides)
         texts = ((cell if isinstance(cell, str) else cell.text for cell in row) for row in self.rows)
         return "".join((_markdown_row(self.head), f"| {' | '.join(rules)} |\n", *map(_markdown_row, texts)))
@@ -80,7 +82,7 @@ def _is_number(row: Cells, column: int) -> bool:
 
 
 def _markdown_row(texts: Iterable[str]) -> str:
-    return "| " + " | ".join(map(escape_markdown, texts)) + " |\n"
+    return "| " + " | ".join(text if isinstance(text, Markup) else escape_markdown(text) for text in texts) + " |\n"
 
 
 def escape_markdown(text: str) -> str:
