@@ -169,6 +169,15 @@ def read(path: Path) -> list[Record]:
         ValueError: a line that was altered, or that is no line of a ledger.
     """
     _verified(path)
+    return read_verified(path)
+
+
+def read_verified(path: Path) -> list[Record]:
+    """``read``, of a file whose sums were followed already.
+
+    Raises:
+        ValueError: a line that is no line of a ledger.
+    """
     lines = read_jsonl(path)
     for line in lines:
         if (name := wrong_field(line)) is not None:
@@ -263,14 +272,14 @@ def replayed_progress(path: Path) -> list[float]:
         ValueError: the file is no ledger of a run from its first step to its end.
     """
     remedy = "give the ledger.jsonl of a finished run"
+    if not path.is_file():
+        raise ValueError(f"--replay {path} is no file: {remedy}")
     try:
-        lines = read_jsonl(path) if path.is_file() else None
+        lines = read_jsonl(path)
         _verified(path)
-        steps = None if lines is None else surviving(lines, path)
+        steps = surviving(lines, path)
     except (OSError, ValueError) as error:
         raise ValueError(f"--replay {path} cannot be read as a ledger, or was altered: {remedy}") from error
-    if lines is None or steps is None:
-        raise ValueError(f"--replay {path} is no file: {remedy}")
     if not steps:
         raise ValueError(f"--replay {path} holds no steps: {remedy}")
     for number, line in enumerate(steps, start=1):

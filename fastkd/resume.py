@@ -86,7 +86,7 @@ def mend_ledger(folder: Path) -> str | None:
     found = chain.follow(chain.whole_lines(path))
     said = None if copy is None else _restored(path, found, *copy)
     try:
-        lines = files.read_jsonl(path) if found.whole and not said else ledger.read(path)
+        lines = ledger.read_verified(path) if found.whole and not said else ledger.read(path)
         steps = ledger.surviving(lines, path)
     except ValueError as error:
         raise ValueError(f"{path} is damaged, and no checkpoint holds a copy: {_remedy(folder)}") from error

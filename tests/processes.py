@@ -8,6 +8,7 @@ module reads when it is imported (HF_ENDPOINT, TRITON_INTERPRET, OMP_NUM_THREADS
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -153,8 +154,9 @@ def ranks(command: str, *options: object, count: int = 2, **environment: str) ->
             if failed and not code:
                 code = failed
                 for other in running.values():
-                    other.send_signal(signal.SIGTERM)
-                    other.send_signal(signal.SIGCONT)  # of one that is stopped, so that it ends too
+                    with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                        other.send_signal(signal.SIGTERM)
+                        other.send_signal(signal.SIGCONT)  # of one that is stopped, so that it ends too
     done = [each.finish() for each in started]
     texts = ("".join(each.stdout for each in done), "".join(each.stderr for each in done))
     return subprocess.CompletedProcess(started[0].args, code, *texts)
