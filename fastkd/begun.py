@@ -6,11 +6,12 @@ lost or damaged.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+
+from fastkd.files import json_sha256
 
 BEGUN = ".begun.json"
 CONFIG = "config.toml"
@@ -19,7 +20,7 @@ COPIED = ("environment.json", "plan.json", CONFIG)
 
 def sealed(contents: Mapping[str, str]) -> str:
     """The text of ``.begun.json``: the contents of files by name, and their SHA-256."""
-    return json.dumps({"sha256": _digest(contents), "files": dict(contents)}, indent=1) + "\n"
+    return json.dumps({"sha256": json_sha256(contents), "files": dict(contents)}, indent=1) + "\n"
 
 
 def begun_with(folder: Path) -> dict[str, str]:
@@ -27,7 +28,7 @@ def begun_with(folder: Path) -> dict[str, str]:
     try:
         found = json.loads((folder / BEGUN).read_bytes())
         contents: dict[str, str] = found["files"]
-        sound = found["sha256"] == _digest(contents) and all(_fits(name, text) for name, text in contents.items())
+        sound = found["sha256"] == json_sha256(contents) and all(_fits(name, text) for name, text in contents.items())
         return contents if sound else {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
@@ -56,7 +57,3 @@ def config_text(folder: Path) -> str | None:
             "which environment.json names: it is written again"
         ) from error
     return text
-
-
-def _digest(contents: Mapping[str, str]) -> str:
-    return hashlib.sha256(json.dumps(contents, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

@@ -171,6 +171,11 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def json_sha256(content: Any) -> str:
+    """Hexadecimal digest of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def read_jsonl(path: Path) -> list[Record]:
     """The objects of a JSON-lines file, `[]` if there is no file.
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-from fastkd.files import file_sha256
+from fastkd.files import file_sha256, json_sha256
 
 NAME = "manifest.json"
 CARD = "README.md"  # is prose: scores are added to it, and people edit it
@@ -17,7 +16,9 @@ READ = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")  # k
 def write(folder: Path) -> None:
     """Write the list of all files in a folder, but the card's. The list has a digest of its own."""
     files = {name: file_sha256(folder / name) for name in _files(folder)}
-    (folder / NAME).write_text(json.dumps({"files": files, "sha256": _sum(files)}, indent=1) + "\n", encoding="utf-8")
+    (folder / NAME).write_text(
+        json.dumps({"files": files, "sha256": json_sha256(files)}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def verify(folder: Path) -> None:
@@ -46,7 +47,7 @@ def _read(folder: Path) -> dict[str, str]:
     try:
         content: Any = json.loads((folder / NAME).read_bytes())
         files = {str(name): str(digest) for name, digest in content["files"].items()}
-        if content == {"files": files, "sha256": _sum(files)} and all(_is_inside(Path(name)) for name in files):
+        if content == {"files": files, "sha256": json_sha256(files)} and all(_is_inside(Path(name)) for name in files):
             return files
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
@@ -62,10 +63,6 @@ def _files(folder: Path) -> list[str]:
     names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     kept = (name for name in names if not any(part.startswith(".") for part in name.parts))
     return sorted(name.as_posix() for name in kept if str(name) not in (NAME, CARD))
-
-
-def _sum(files: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def _differs(path: Path, what: str) -> ValueError:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastkd.files import file_sha256
+from fastkd.files import file_sha256, json_sha256
 from fastkd.models.parameter_names import body_prefix
 
 if TYPE_CHECKING:
@@ -105,17 +105,15 @@ def digest(encoder: Encoder) -> str:
 
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
         numbers = dict(zip(state, pool.map(of, state), strict=True))
-    return _sha256([config_digest(encoder.config), numbers])
+    return json_sha256([config_digest(encoder.config), numbers])
 
 
 def config_digest(config: EncoderConfig) -> str:
     """sha256 over the fields that are not at their defaults: a field that a later version adds changes nothing."""
     fields = dataclasses.fields(config)
-    return _sha256({field.name: value for field in fields if (value := getattr(config, field.name)) != field.default})
-
-
-def _sha256(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json_sha256(
+        {field.name: value for field in fields if (value := getattr(config, field.name)) != field.default}
+    )
 
 
 def check_size(stored: dict[str, Tensor], config: EncoderConfig, source: str) -> None:
