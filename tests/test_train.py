@@ -66,20 +66,27 @@ def test_a_step_is_the_same_in_micro_batches_of_any_size(
     assert float((cut_gradient - gradient).norm()) <= 1e-5 * float(gradient.norm())
 
 
-def test_running_out_of_memory_in_the_loop_halves_once(
-    setup_of: Callable[..., Setup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The steps after it, which were read ahead in the old size, take the new one too."""
-    setup = setup_of("mlm", World(), dtype="float32", micro_batch="4096")
-    trainer, plain, taken = Trainer(setup), Trainer.step, []
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, *, after: int) -> list[int]:
+    """From now on, so many steps fit; later ones run out of memory above 2,048 tokens a micro-batch. Returns the sizes taken."""
+    plain, taken = Trainer.step, list[int]()
 
     def limited(self: Trainer, batches: list[Batch], lr: float) -> object:
-        if len(taken) >= 2 and len(batches[0].input_ids) > 2048:
+        if len(taken) >= after and len(batches[0].input_ids) > 2048:
             raise torch.OutOfMemoryError("what a device says")
         taken.append(len(batches[0].input_ids))
         return plain(self, batches, lr)
 
     monkeypatch.setattr(Trainer, "step", limited)
+    return taken
+
+
+def test_running_out_of_memory_in_the_loop_halves_once(
+    setup_of: Callable[..., Setup], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps after it, which were read ahead in the old size, take the new one too."""
+    setup = setup_of("mlm", World(), dtype="float32", micro_batch="4096")
+    trainer, taken = Trainer(setup), short_of_memory(monkeypatch, after=2)
+
     budget = setup.config.budget
     loop = Loop(trainer, tmp_path, SilentMonitor(tmp_path, budget.amount, budget.unit, log_every=1000), 0.01)
     with contextlib.closing(loop.ledger):
@@ -92,16 +99,10 @@ def test_running_out_of_memory_in_the_loop_halves_once(
 def test_running_out_of_memory_in_the_plans_steps_halves_too(
     setup_of: Callable[..., Setup], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer, plain, taken = Trainer(setup_of("mlm", World(), dtype="float32", micro_batch="4096")), Trainer.step, []
+    trainer = Trainer(setup_of("mlm", World(), dtype="float32", micro_batch="4096"))
+    taken = short_of_memory(monkeypatch, after=3)
     before = {name: value.clone() for name, value in trainer.objective.state_dict().items()}
 
-    def limited(self: Trainer, batches: list[Batch], lr: float) -> object:
-        if len(taken) >= 3 and len(batches[0].input_ids) > 2048:
-            raise torch.OutOfMemoryError("what a device says")
-        taken.append(len(batches[0].input_ids))
-        return plain(self, batches, lr)
-
-    monkeypatch.setattr(Trainer, "step", limited)
     monkeypatch.setattr(planning, "MEASURED_STEPS", 3)
     assert planning.measure(trainer).step_seconds > 0
     assert taken == [4096] * 3 + [2048] * 5 and trainer.micro_tokens == 2048
