@@ -126,7 +126,7 @@ def require_finite(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 def newest(root: Path, say: Callable[[str], None] = log.warning) -> Checkpoint | None:
     """The newest checkpoint whose files match its manifest; None where none was ever saved.
 
-    Damaged ones that are newer are set aside, and ``say`` is told so: they were passed over.
+    Damaged ones that are newer are set aside, and ``say`` is told so: they were passed over. What a killed save left is removed.
 
     Raises:
         ValueError: there are checkpoints, and all are damaged.
@@ -138,6 +138,8 @@ def newest(root: Path, say: Callable[[str], None] = log.warning) -> Checkpoint |
         if reason is None:
             for passed, why in damaged.items():
                 _set_aside(passed, f"{why}; {folder.name} is taken instead", say)
+            if len(_folders(root)) > KEEP:  # the last save was killed before it dropped the oldest
+                _rotate(root, folder, False, say)
             return Checkpoint(folder, json.loads((folder / STATE).read_bytes()))
         damaged[folder] = reason
     if damaged:
