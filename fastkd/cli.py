@@ -41,7 +41,7 @@ def answer(work: Callable[[], int]) -> int:
         except KeyboardInterrupt as error:
             return _interrupted(str(error))  # the loop's own says where it stopped
         except Exception as error:
-            if (found := disk.full(error)) is not None:
+            if (found := disk.failure(error)) is not None:
                 terminal.complain(disk.line(error, found))
                 return EXIT_INTERRUPTED
             return _interrupted() if signals.asked() else _failed(error)

@@ -1,4 +1,4 @@
-"""A full disk: known in any library's error, and said in one line with the path that could not be written."""
+"""A disk that is full or fails: known in any library's error, and said in one line with the path."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fastkd.files import FULL
+from fastkd.files import FULL, OF_A_DISK
 
 
-def full(error: BaseException | None) -> OSError | None:
-    """The system's error of a full disk that another one is or comes from; None if it comes from something else.
+def failure(error: BaseException | None) -> OSError | None:
+    """The system's error of a disk that another one is or comes from; None if it comes from something else.
 
     Libraries raise errors of their own with the system's text, and what comes from another process has only a text.
     """
     causes = list(_causes(error))
     for cause in causes:
-        if isinstance(cause, OSError) and cause.errno in FULL:
+        if isinstance(cause, OSError) and cause.errno in OF_A_DISK:
             return cause
     texts = [str(cause) for cause in causes]
-    numbers = (number for number in FULL if any(os.strerror(number) in text for text in texts))
+    numbers = (number for number in OF_A_DISK if any(os.strerror(number) in text for text in texts))
     return next((OSError(number, os.strerror(number)) for number in numbers), None)
 
 
@@ -32,15 +32,15 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 @contextmanager
 def written(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Within, ``folder`` is written: the error of a full disk that names no path, whichever library raised it, gets this one.
+    """Within, ``folder`` is written: the error of a disk that names no path, whichever library raised it, gets this one.
 
     Raises:
-        OSError: a full disk.
+        OSError: a disk that is full or fails.
     """
     try:
         yield
     except Exception as error:
-        found = full(error)
+        found = failure(error)
         names_a_place = isinstance(error, ValueError) or (isinstance(error, OSError) and error.errno is None)
         if found is None or found.filename is not None or names_a_place:
             raise
@@ -48,9 +48,12 @@ def written(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def line(error: Exception, found: OSError) -> str:
-    """What to say about an error that comes from a full disk, as `full` found it."""
-    if found.filename is None:
-        problem = f"no room on the disk ({found.strerror})" if error is found else str(error)
+    """What to say about an error that comes from a disk, as `failure` found it."""
+    is_full = found.errno in FULL
+    if found.filename is not None:
+        problem = f"{'no room to write' if is_full else 'the disk failed at'} {found.filename} ({found.strerror})"
+    elif error is found:
+        problem = f"{'no room on the disk' if is_full else 'the disk failed'} ({found.strerror})"
     else:
-        problem = f"no room to write {found.filename} ({found.strerror})"
-    return f"{problem}: make room, then the same command goes on from what is saved"
+        problem = str(error)
+    return f"{problem}: {'make room' if is_full else 'mend the disk'}, then the same command goes on from what is saved"

@@ -26,6 +26,7 @@ PARTIAL = re.compile(
 )  # the process that writes it
 # No space, no more of a quota, a file larger than the system lets it be: errors that pass when there is room.
 FULL = [getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name)]
+OF_A_DISK = [*FULL, errno.EIO]  # the last: a disk that fails
 SUM = "sum"  # the last field of a line that has one
 BUILDING = re.compile(r"\.(final|building|dropped|rescue)-.+")
 BLOCK = 1 << 20  # bytes that are read at once
@@ -125,7 +126,7 @@ def check_writable(folder: Path, *files: Path) -> None:
 
     Raises:
         ValueError: naming what is in the way and --output-dir.
-        OSError: the disk is full.
+        OSError: the disk is full or fails.
     """
     nearest = folder
     try:
@@ -136,7 +137,7 @@ def check_writable(folder: Path, *files: Path) -> None:
         with tempfile.TemporaryFile(dir=nearest, prefix=".fastkd-", suffix=f".{os.getpid()}.partial"):
             pass
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno in OF_A_DISK:
             raise
         raise ValueError(f"{nearest} is not a folder that can be written; give --output-dir another one") from error
 

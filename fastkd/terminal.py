@@ -37,14 +37,14 @@ def complain(text: str) -> None:
 
 
 def let_go() -> None:
-    """Drop what a full disk did not take of the output. Python would try it again at its end, and end with a code of its own."""
+    """Drop what a disk did not take of the output. Python would try it again at its end, and end with a code of its own."""
     for stream in (sys.stdout, sys.stderr):
         if stream is None or stream.closed:
             continue
         try:
             stream.flush()
         except OSError as error:
-            if disk.full(error):
+            if disk.failure(error):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

@@ -148,39 +148,44 @@ def raised_from(error: Exception, cause: Exception) -> Exception:
     return error
 
 
-FROM_A_FULL_DISK = [
+BROKEN = os.strerror(errno.EIO)
+OF_A_DISK = [
     OSError(errno.ENOSPC, NO_ROOM),
     OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "there"),
     SafetensorError(f"Error while serializing: IoError(I/O error: {NO_ROOM} (os error 28))"),
     raised_from(RuntimeError("a worker failed"), OSError(errno.ENOSPC, NO_ROOM)),
     raised_from(ValueError("cannot write shards to 'there'"), OSError(errno.ENOSPC, NO_ROOM)),
+    OSError(errno.EIO, BROKEN),
+    SafetensorError(f"Error while serializing: I/O error: {BROKEN} (os error 5)"),
+    raised_from(ValueError("cannot write shards to 'there'"), OSError(errno.EIO, BROKEN)),
 ]
 
 
-def test_a_file_that_may_not_grow_is_a_full_disk_wherever_it_is_met(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("number", [errno.EFBIG, errno.EIO], ids=errno.errorcode.get)
+def test_a_disk_is_known_to_be_at_fault_wherever_it_is_met(number: int, tmp_path: Path, monkeypatch) -> None:
     def refuse(*args: object, **options: object) -> None:
-        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        raise OSError(number, os.strerror(number))
 
     for place in ("tempfile.TemporaryFile", "filelock.FileLock.acquire"):
         with monkeypatch.context() as patch, pytest.raises(OSError) as caught:
             patch.setattr(place, refuse)
             files.check_writable(tmp_path) if place.startswith("temp") else alone_in(tmp_path / "run").__enter__()
-        assert disk.full(caught.value) is caught.value
+        assert disk.failure(caught.value) is caught.value
 
 
-@pytest.mark.parametrize("error", FROM_A_FULL_DISK, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("error", OF_A_DISK, ids=lambda error: type(error).__name__)
 def test_any_librarys_error_is_known_and_names_its_place(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
     def work() -> int:
         with disk.written("there"):
             raise error
 
     assert cli.answer(work) == cli.EXIT_INTERRUPTED
-    shown = capsys.readouterr().err
-    assert shown.count("\n") == 1 and "there" in shown and "make room, then the same command goes on" in shown
+    shown, remedy = capsys.readouterr().err, "mend the disk" if BROKEN in str(disk.failure(error)) else "make room"
+    assert shown.count("\n") == 1 and "there" in shown and f"{remedy}, then the same command goes on" in shown
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EACCES, "Permission denied"), RuntimeError("of ours")])
 def test_other_errors_are_what_they_were(error: Exception) -> None:
     with pytest.raises(type(error)) as caught, disk.written("there"):
         raise error
-    assert caught.value is error and disk.full(error) is None
+    assert caught.value is error and disk.failure(error) is None

@@ -104,8 +104,8 @@ class Comparison:
                 more["lr"] = self.tuned(run).lr
             pipeline.run(run.row.resolved(self.shared, **run.budget, **more), self.world, self.console)
             on_main(self.world, lambda: self.scorer.fine_tune(run.folder, run.folder))
-        except Exception as caught:  # whatever ends one row, the others go on, but for a signal or a full disk
-            if signals.asked() or disk.full(caught):
+        except Exception as caught:  # whatever ends one row, the others go on, but for a signal or the disk
+            if signals.asked() or disk.failure(caught):
                 raise
             error = f"{type(caught).__name__}: {caught}".splitlines()[0]
         failed = any_rank(self.world, error is not None)
