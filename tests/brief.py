@@ -1,36 +1,25 @@
-"""A command of fastkd without what takes its seconds and touches no file: `brief.py fastkd.run OPTIONS`.
+"""Runs without what takes their seconds and few tests are about: no file operation, line or rule of a run is left out.
 
-Fewer steps are timed before the plan, and the report's plots are not drawn. Every file operation stays. With BRIEF_CHUNK in
-the environment, that many characters are enough for a worker process that tokenises.
+Three steps are timed before a plan instead of twenty, no matrix product, and a report's drawings are empty. A module whose
+tests are about plans or drawings asks for the fixture ``in_full``. With CHUNK in the environment, that many characters are
+enough for a worker process that tokenises.
 """
 
+from __future__ import annotations
+
 import os
-import sys
-from importlib import import_module
+from collections.abc import Callable
 from typing import Any
 
 
-def shorten() -> None:
-    """In this process, from now on."""
+def shorten(put: Callable[[Any, str, Any], object]) -> None:
+    """In this process, from now on; ``put`` is `setattr`, or the one that a test takes back."""
     from matplotlib.figure import Figure
 
     from fastkd import planning
     from fastkd.data import tokenise
 
-    tokenise.CHUNK_CHARACTERS = int(os.environ.get("BRIEF_CHUNK", tokenise.CHUNK_CHARACTERS))
-
-    planning.MEASURED_STEPS = 3
-    planning.measured_matmul_flops = lambda device, dtype: 1e11  # type: ignore[assignment]
-    Figure.savefig = lambda self, file, **given: file.write("<svg></svg>")  # type: ignore[assignment,method-assign]
-
-
-def main() -> int:
-    """The command that is named first."""
-    shorten()
-    name, *options = sys.argv[1:]
-    command: Any = import_module(name)
-    return int(command.main(options))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    put(planning, "MEASURED_STEPS", 3)
+    put(planning, "measured_matmul_flops", lambda device, dtype: 1e11)
+    put(Figure, "savefig", lambda self, file, **given: file.write("<svg ></svg>"))
+    put(tokenise, "CHUNK_CHARACTERS", int(os.environ.get("CHUNK", tokenise.CHUNK_CHARACTERS)))

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+import brief
 import hub as test_hub
 import hub_environment
 import pytest
@@ -93,6 +95,23 @@ def made_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("made") / "corpus.txt"
     path.write_text("\n\n".join(made_model.texts()))
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_runs() -> Iterator[pytest.MonkeyPatch]:
+    """Runs are brief, in this process too. Tests of kernels alone import nothing for that."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "fastkd.planning" in sys.modules:
+            brief.shorten(patch.setattr)
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def in_full(short_runs: pytest.MonkeyPatch) -> Iterator[None]:
+    """The runs of a module's tests are as they are for a user."""
+    short_runs.undo()
+    yield
+    brief.shorten(short_runs.setattr)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -177,6 +196,4 @@ def mlm_run(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def command() -> Callable[..., list[str]]:
     """The argv of a fastkd command as a process."""
-    import sys
-
     return lambda module, *options: [sys.executable, "-m", f"fastkd.{module}", *map(str, options)]

@@ -3,7 +3,8 @@
 A fork is a process as any other: its signals, exit code, environment, threads and memory are its own. What it is spared
 is the five seconds in which a new one imports PyTorch and transformers. Tests of what a command does when it is killed,
 runs twice or has a second rank are about the process, not about its imports; other tests type the commands out. What a
-module reads when it is imported (HF_ENDPOINT, TRITON_INTERPRET, OMP_NUM_THREADS) is as the tests began with it.
+module reads when it is imported (HF_ENDPOINT, TRITON_INTERPRET, OMP_NUM_THREADS) is as the tests began with it. What they
+do is `brief`.
 """
 
 from __future__ import annotations
@@ -22,11 +23,18 @@ from importlib import import_module
 from multiprocessing import connection, forkserver, reduction
 from typing import IO, Any
 
+import brief
 import shim
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["fastkd.pipeline", "fastkd.comparison.experiment", "fastkd.glue.finetune", "torch.distributed.run"]
+    [
+        "fastkd.pipeline",
+        "fastkd.comparison.experiment",
+        "fastkd.glue.finetune",
+        "torch.distributed.run",
+        "matplotlib.figure",
+    ]
 )
 
 
@@ -67,6 +75,7 @@ def _enter(
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     if "torch" in sys.modules and "OMP_NUM_THREADS" in environment:
         sys.modules["torch"].set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    brief.shorten(setattr)
     shim.arm(environment)
     sys.argv = [command, *options]
     if command.endswith(".py"):

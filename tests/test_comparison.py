@@ -14,6 +14,7 @@ from report_page import Page
 from fastkd.comparison.report import build_comparison
 from fastkd.comparison.results import read_results, row_from_run, write_results
 
+pytestmark = pytest.mark.usefixtures("in_full")
 FLOPS = {"mlm": (2e14, 0.0, 1e12), "minilmv2": (1.5e14, 1.2e14, 4e12)}
 SCORES = {"mlm": (54.0, 55.5), "minilmv2": (58.25, 58.75)}
 

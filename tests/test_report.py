@@ -20,6 +20,8 @@ from fastkd.reports.run_report import build_report
 from fastkd.reports.tables import Table, numeric
 from fastkd.run_folder import read_run
 
+pytestmark = pytest.mark.usefixtures("in_full")
+
 # ---- numbers ------------------------------------------------------------------------------------------------
 
 

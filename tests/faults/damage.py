@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import brief
 import mutations
 import run_case
 from run_case import Try
@@ -24,7 +23,6 @@ UNDONE = ("--output-dir", "bring back", "copy it again", "download", "export")  
 
 def main(argv: Sequence[str]) -> int:
     """Do all that the spec names, and write the answers beside it: what failed, or null."""
-    brief.shorten()
     path = Path(argv[0])
     spec = json.loads(path.read_text())
     do: Callable[[dict[str, Any], int], str | None] = {

@@ -17,7 +17,6 @@ import shim
 import torch
 from safetensors.torch import load_file
 
-BRIEF = str(Path(__file__).with_name("brief.py"))
 INTERRUPTED = 75
 REFUSED = (1, 2, 3, INTERRUPTED)
 # What a file system leaves beside a file that is being written, and what is set aside on purpose.
@@ -54,7 +53,7 @@ class Case:
     def start(self, place: Try, *more: object, **environment: str) -> processes.Command:
         """Begin a try."""
         given = {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(place.cache)} | environment
-        return processes.Command(BRIEF, "fastkd.run", *self.options, "--output-dir", place.folder, *more, **given)
+        return processes.Command("fastkd.run", *self.options, "--output-dir", place.folder, *more, **given)
 
     def run(self, place: Try, *more: object, **environment: str) -> subprocess.CompletedProcess[str]:
         """A try from its start to its end."""

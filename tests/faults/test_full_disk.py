@@ -10,7 +10,7 @@ import pytest
 import run_case
 import shim
 from campaign import Places, Tally, places
-from run_case import BRIEF, INTERRUPTED, Case, Try, names
+from run_case import INTERRUPTED, Case, Try, names
 
 PROMISE = "one line, exit 75, and the same command goes on to the same bits"
 GROWING = ("open", "write", "writev", "pwrite", "mkdir", "ftruncate", "link", "symlink")
@@ -55,7 +55,7 @@ class Another:
         """Begin a try."""
         where = () if self.module == "fastkd.prepare" else ("--output-dir", place.folder)
         given = {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(place.cache)} | environment
-        return processes.Command(BRIEF, self.module, *self.options, *where, **given)
+        return processes.Command(self.module, *self.options, *where, **given)
 
     def fill(self, place: Try, at: int) -> None:
         """A full disk from an operation on, then the same command on one with space."""
@@ -94,6 +94,6 @@ def test_a_comparison(light: list[str], shimmed: None, tmp_path: Path, fault) ->
         "--match",
         "flops",
     ]
-    options += ["--budget-flops", "1e8", "--checkpoint-minutes", "0"]
+    options += ["--budget-flops", "4e9", "--checkpoint-minutes", "0"]
     with fault("full disk in a comparison", "one line, exit 75, and the same command goes on") as tally:
         Another("fastkd.compare", options, tmp_path).tried(tally, Places(count=12), tmp_path)

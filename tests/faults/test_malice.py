@@ -15,7 +15,6 @@ import pytest
 import run_case
 import torch
 from campaign import some
-from run_case import BRIEF
 
 SECONDS = 60  # a refusal takes less
 
@@ -115,7 +114,7 @@ def test_a_malicious_model(name: str, light: list[str], made_teacher: Path, tmp_
         tally.attempt(name),
     ):
         process = processes.Command(
-            BRIEF, "fastkd.run", *options, "--budget-tokens", "600", "--output-dir", folder,
+            "fastkd.run", *options, "--budget-tokens", "600", "--output-dir", folder,
             OMP_NUM_THREADS="1", STDIN=str(tmp_path / "answers"),
         )  # fmt: skip
         done = process.finish(timeout=SECONDS) if ended(process) else None
@@ -177,7 +176,6 @@ def test_names_in_a_report_are_text(
     options = [*light, "--teacher", teacher, "--method", "minilmv2", "--student", "1L-24H-12A", "--batch-tokens", "512"]
     with fault("tags in names", "they are text in the report and in the model card") as tally:
         done = processes.run(
-            BRIEF,
             "fastkd.run",
             *options,
             "--budget-tokens",
