@@ -204,17 +204,18 @@ def read_jsonl(path: Path) -> list[Record]:
 
 
 def sound_lines(path: Path) -> tuple[list[Record], int]:
-    """The sound objects of a JSON-lines file, and how many lines are damaged: no JSON object, or not what their sum says.
+    """The sound objects of a JSON-lines file, and how many lines are damaged: no JSON object, not what their sum says, doubled.
 
     A line without a sum is of an older version. A torn last line, as a kill leaves it, counts as neither.
     """
     if not path.exists():
         return [], 0
     *lines, last = path.read_bytes().split(b"\n")
-    records = [_parse(line) for line in lines if line.strip()]
+    lines = [line for line in lines if line.strip()]
+    records = [_parse(line) for line in dict.fromkeys(lines)]
     sound = [record for record in records if record is not None and sum_holds(record)]
     end = _parse(last)
-    return sound + ([end] if end is not None and sum_holds(end) else []), len(records) - len(sound)
+    return sound + ([end] if end is not None and sum_holds(end) else []), len(lines) - len(sound)
 
 
 def with_sum(record: Mapping[str, Any]) -> Record:

@@ -32,6 +32,7 @@ from fastkd.kernels import tiling
 from fastkd.models import hf
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("in_full")
 PARTS = {"training": training, "kernels": kernels, "blocks": blocks, "comparison": comparison}
 
 

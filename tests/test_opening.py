@@ -327,11 +327,12 @@ def test_the_sound_lines_of_damaged_metrics_are_kept(finished: Path, resolved: R
     path = folder / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     whole = read_jsonl(path)
-    path.write_bytes(b"".join([lines[0], lines[1].replace(b'"loss": ', b'"loss": 1', 1), b"\xff\n", *lines[2:]]))
+    changed = lines[1].replace(b'"loss": ', b'"loss": 1', 1)
+    path.write_bytes(b"".join([lines[0], lines[0], changed, b"\xff\n", *lines[2:]]))
     with alone_in(folder):
         take_over(folder, resolved)
     assert read_jsonl(path) == [whole[0], *whole[2:]] == read_run(folder).metrics
-    assert "2 damaged lines" in caplog.text and (folder / "metrics.jsonl.damaged").exists()
+    assert "3 damaged lines" in caplog.text and (folder / "metrics.jsonl.damaged").exists()
 
 
 def test_a_damaged_run_is_read_without_what_is_damaged(finished: Path, tmp_path: Path, caplog) -> None:

@@ -75,12 +75,13 @@ def signal_to(pid: int, number: int) -> None:
 
 
 def pair(case: Case, place: Try, **environment: str) -> list[processes.Command]:
-    """Two ranks of the case's job."""
+    """Two ranks of the case's job, with twice its tokens."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    return [case.start(place, **job, **environment, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+    twice = ("--batch-tokens", 1024, "--budget-tokens", 5600)
+    return [case.start(place, *twice, **job, **environment, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
 
 
 @pytest.fixture(scope="module")
@@ -116,4 +117,4 @@ def test_one_of_two_ranks(
                 assert [each.returncode for each in again] == [0, 0], run_case.last_line(again[0])
                 student = load_file(place.folder / "final" / "model.safetensors")
                 assert all(torch.equal(student[name], two_ranks[name]) for name in two_ranks), "other bits"
-                run_case.check_books(place.folder)
+                run_case.check_books(place.folder, devices=2)
