@@ -56,7 +56,7 @@ def test_a_tokeniser(how: signal.Signals, numbers: range, scratch: Case, tmp_pat
         for number in numbers:
             place = Try.below(tmp_path / "try")
             with tally.attempt(str(number)):
-                process = scratch.start(place, CHUNK="2048")
+                process = scratch.start(place, CHUNK="2048", PATIENCE="10")
                 worker = await_child(process, "tokenise")
                 assert worker is not None, "no worker was started"
                 time.sleep(0.1 * number)
