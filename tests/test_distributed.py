@@ -230,12 +230,11 @@ def test_a_rank_that_is_late_or_fails_in_a_step_is_one_line_on_the_others(how: s
 STOPPED = """
 import importlib, os, signal, sys
 from datetime import timedelta
-from fastkd import pulse, run
-from fastkd.distributed import joined
+from fastkd import distributed, pulse, run
 
 phase, module, owner, name, rank, *options = sys.argv[1:]
-pulse.BEAT, pulse.PATIENCE = 0.25, 5.0
-run.joined = lambda: joined(timedelta(seconds=8))
+pulse.BEAT, pulse.PATIENCE, joined = 0.25, 5.0, distributed.joined
+distributed.joined = lambda: joined(timedelta(seconds=8))
 if os.environ["RANK"] == rank:
     place = importlib.import_module(module)
     place = getattr(place, owner) if owner else place
@@ -283,12 +282,11 @@ RESUMED = """
 import os, sys, threading
 from datetime import timedelta
 
-from fastkd import run
+from fastkd import distributed, run
 from fastkd.data import packing
 from fastkd.data.epochs import Epochs
-from fastkd.distributed import joined
 
-seconds = 3
+seconds, joined = 2, distributed.joined
 
 
 class Slow(Epochs):  # of a large corpus, on rank 0: every epoch but the first
@@ -303,7 +301,7 @@ class Slow(Epochs):  # of a large corpus, on rank 0: every epoch but the first
 
 if os.environ["RANK"] == "0":
     packing.Epochs = Slow
-run.joined = lambda: joined(timedelta(seconds=seconds))
+distributed.joined = lambda: joined(timedelta(seconds=seconds))
 sys.exit(run.main())
 """
 

@@ -19,6 +19,8 @@ DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 # Around the lengths at which a launch changes its tile or its kernel, and anything short.
 LENGTHS = st.integers(0, 20) | st.sampled_from([31, 32, 33, 63, 64, 65, 127, 128, 129, 150])
 
+some_examples = pytest.mark.parametrize("examples", [5, pytest.param(25, marks=pytest.mark.exhaustive)])
+
 
 @st.composite
 def packed_cases(draw: st.DrawFn, kind: type[PackedCase] = PackedCase, **options: Any) -> PackedCase:
@@ -50,21 +52,26 @@ def check(function: Any, reference: Any, inputs: dict[str, Any], tolerance: floa
             assert error(out, ref) <= tolerance or (out - ref).norm() <= 1e-7, (backend, error(out, ref))
 
 
-@settings(max_examples=25)
-@given(head_cases(), st.sampled_from([None, 1, 7, 16]))
-def test_linear_kd(case: HeadCase, chunk_rows: int | None) -> None:
+@some_examples
+def test_linear_kd(examples: int) -> None:
     def loss(function: Any) -> Any:
         return lambda **options: function(**options).loss
 
-    inputs = case.inputs(DEVICE)
-    # Below that, p − 1 and log p − log q cancel, and a rounding of a logit is a large error: listed cases go there.
-    assume(linear_kd.reference(**exact(inputs)).loss >= 0.05 * max(1.0, case.temperature**2))
-    check(loss(linear_kd.linear_kd), loss(linear_kd.reference), inputs, case.tolerance, chunk_rows=chunk_rows)
+    @settings(max_examples=examples)
+    @given(head_cases(), st.sampled_from([None, 1, 7, 16]))
+    def agrees(case: HeadCase, chunk_rows: int | None) -> None:
+        inputs = case.inputs(DEVICE)
+        # Below that, p − 1 and log p − log q cancel, and a rounding of a logit is a large error: listed cases go there.
+        assume(linear_kd.reference(**exact(inputs)).loss >= 0.05 * max(1.0, case.temperature**2))
+        check(loss(linear_kd.linear_kd), loss(linear_kd.reference), inputs, case.tolerance, chunk_rows=chunk_rows)
+
+    agrees()
 
 
+@some_examples
 @pytest.mark.parametrize("cross", [False, True])
-def test_relation_kl(cross: bool) -> None:
-    @settings(max_examples=20)
+def test_relation_kl(cross: bool, examples: int) -> None:
+    @settings(max_examples=examples)
     @given(packed_cases(cross=cross))
     def agrees(case: PackedCase) -> None:
         check(relation_kl.relation_kl, relation_kl.reference, case.inputs(DEVICE), case.tolerance)
@@ -72,7 +79,11 @@ def test_relation_kl(cross: bool) -> None:
     agrees()
 
 
-@settings(max_examples=25)
-@given(packed_cases(kind=ScoreCase))
-def test_score_mse(case: ScoreCase) -> None:
-    check(score_mse.score_mse, score_mse.reference, case.inputs(DEVICE), case.tolerance)
+@some_examples
+def test_score_mse(examples: int) -> None:
+    @settings(max_examples=examples)
+    @given(packed_cases(kind=ScoreCase))
+    def agrees(case: ScoreCase) -> None:
+        check(score_mse.score_mse, score_mse.reference, case.inputs(DEVICE), case.tolerance)
+
+    agrees()

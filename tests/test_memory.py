@@ -155,14 +155,13 @@ FULL_IN_THE_LOOP = """
 import os, sys, threading, torch
 from datetime import timedelta
 torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 1000  # so that the small student's gradient is in several buckets
-from fastkd import run
-from fastkd.distributed import joined
+from fastkd import distributed, run
 from fastkd.loop import Loop
 from fastkd.models.encoder import Encoder
 from fastkd.train import Trainer
 
-where, *options = sys.argv[1:]
-run.joined = lambda: joined(timedelta(seconds=4))
+(where, *options), joined = sys.argv[1:], distributed.joined
+distributed.joined = lambda: joined(timedelta(seconds=4))
 if os.environ["RANK"] == "1":
     step, whole, loop, steps, tokens = Trainer.step, Encoder.forward, Loop.run, [], []
     loops, late = [], []

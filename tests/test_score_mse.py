@@ -1,20 +1,14 @@
-"""score_mse against float64 autograd of its definition, in every case and backend."""
+"""score_mse where a case needs more than its value and gradients, which test_fused_losses checks."""
 
 import pytest
 import torch
-from oracle import check, check_directional_derivative, error, exact, in_tiles, value_and_gradients
+from oracle import check_directional_derivative, error, exact, in_tiles, value_and_gradients
 
 from bench.losses.score_mse import CASES
 from fastkd.kernels.score_mse import reference, score_mse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("blocked", "triton")
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_value_and_gradients(case, backend: str) -> None:
-    check(score_mse, reference, in_tiles(case, backend, DEVICE), backend, DEVICE)
 
 
 @pytest.mark.parametrize("backend", ("reference", *BACKENDS))
@@ -26,15 +20,6 @@ def test_a_student_that_is_the_teacher_has_no_loss_and_no_gradient(backend: str)
     loss, gradients = value_and_gradients(score_mse, inputs, backend=backend)
     assert abs(float(loss)) <= 1e-7
     assert all(float(g.abs().max()) <= 1e-7 for g in gradients)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_two_runs_give_the_same_bits(backend: str) -> None:
-    for name in ("ragged", "long"):
-        case = in_tiles(next(c for c in CASES if c.name == name), backend, DEVICE, longest=40)
-        first, second = (value_and_gradients(score_mse, case.inputs(DEVICE), backend=backend) for _ in range(2))
-        assert torch.equal(first[0], second[0])
-        assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
 
 
 def test_the_linear_time_form_has_the_same_value_and_gradients() -> None:
@@ -49,15 +34,12 @@ def test_directional_derivative_in_float64() -> None:
     check_directional_derivative(score_mse, next(c for c in CASES if c.name == "ragged").inputs())
 
 
-def test_an_upstream_factor_scales_the_gradient_and_a_second_derivative_is_refused() -> None:
+def test_an_upstream_factor_scales_the_gradient() -> None:
     inputs = next(c for c in CASES if c.name == "ragged").inputs(DEVICE)
     loss = score_mse(**inputs)
     (once,) = torch.autograd.grad(loss, inputs["student_query"], retain_graph=True)
     (thrice,) = torch.autograd.grad(3 * loss, inputs["student_query"])
     assert torch.allclose(thrice, 3 * once, rtol=1e-6)
-    with pytest.raises(RuntimeError):
-        (first,) = torch.autograd.grad(score_mse(**inputs), inputs["student_query"], create_graph=True)
-        first.sum().backward()
 
 
 def test_compiles_without_a_break() -> None:
