@@ -294,6 +294,7 @@ def test_a_proposed_rule_can_be_pasted_and_gives_the_fastest_right_tile(
 # ---- comparison -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_comparison_and_its_resumption(tmp_path: Path, scratch: Path) -> None:
     first = rows_of("comparison", tmp_path, scratch)
     lanes = [row for row in first if row["match"] == "flops"]

@@ -32,7 +32,12 @@ sys.exit(run.main())
 
 @pytest.mark.parametrize(
     ("method", "compile"),
-    [("mlm", "false"), ("minilmv2", "false"), ("tinybert", "false"), pytest.param("mlm", "true", marks=NO_COMPILER)],
+    [
+        ("mlm", "false"),
+        ("minilmv2", "false"),
+        pytest.param("tinybert", "false", marks=pytest.mark.exhaustive),
+        pytest.param("mlm", "true", marks=NO_COMPILER),
+    ],
 )
 def test_two_ranks_equal_one_with_twice_the_micro_batch(
     method: str, compile: str, light: list[str], from_scratch: list[str], tmp_path: Path

@@ -52,7 +52,7 @@ def test_relation_methods_run_with_the_quickstart_teacher(
         folder = request.getfixturevalue("distilled")
     else:
         folder = tmp_path / "run"
-        assert do([*small, "--method", method, "--budget-tokens", "4200"], folder) == 0
+        assert do([*small, "--method", method, "--budget-tokens", "3200"], folder) == 0
     names = {path.name for path in folder.iterdir()}
     expected = {
         "config.toml",

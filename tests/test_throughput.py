@@ -147,6 +147,7 @@ def without_packages(folder: Path, *command: object) -> subprocess.CompletedProc
     return subprocess.run(argv, env=environment | {"XDG_CACHE_HOME": str(folder)}, capture_output=True, text=True)
 
 
+@pytest.mark.exhaustive
 def test_the_benches_run_without_packages_from_a_tokenizer_and_shards(
     made_teacher: Path, made_corpus: Path, tmp_path: Path
 ) -> None:

@@ -129,7 +129,9 @@ def test_compiled_layers_survive_a_halving(setup_of: Callable[..., Setup], monke
     """Each size is compiled for training, for validation and for the teacher; smaller ones start with a clean slate."""
     monkeypatch.setitem(encoder.GRAPH, "backend", "aot_eager")  # the limit is Dynamo's
     monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 8)
-    setup = setup_of("logit_kd", World(), dtype="float32", compile=True, micro_batch="4096", budget_tokens=1e6)
+    setup = setup_of(
+        "logit_kd", World(), dtype="float32", compile=True, micro_batch="4096", budget_tokens=1e6, student="1L-96H-12A"
+    )
     trainer = Trainer(setup)
     trainer.validate()
     for _ in range(2):
