@@ -26,7 +26,7 @@ PARTIAL = re.compile(
 )  # the process that writes it
 # No space, no more of a quota, a file larger than the system lets it be: errors that pass when there is room.
 FULL = [getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name)]
-OF_A_DISK = [*FULL, errno.EIO]  # the last: a disk that fails
+DISK_ERRORS = [*FULL, errno.EIO]  # the last: a disk that fails
 SUM = "sum"  # the last field of a line that has one
 BUILDING = re.compile(r"\.(final|building|dropped|rescue)-.+")
 BLOCK = 1 << 20  # bytes that are read at once
@@ -137,7 +137,7 @@ def check_writable(folder: Path, *files: Path) -> None:
         with tempfile.TemporaryFile(dir=nearest, prefix=".fastkd-", suffix=f".{os.getpid()}.partial"):
             pass
     except OSError as error:
-        if error.errno in OF_A_DISK:
+        if error.errno in DISK_ERRORS:
             raise
         raise ValueError(f"{nearest} is not a folder that can be written; give --output-dir another one") from error
 
@@ -206,16 +206,22 @@ def read_jsonl(path: Path) -> list[Record]:
 def sound_lines(path: Path) -> tuple[list[Record], int]:
     """The sound objects of a JSON-lines file, and how many lines are damaged: no JSON object, not what their sum says, doubled.
 
-    A line without a sum is of an older version. A torn last line, as a kill leaves it, counts as neither.
+    A line without a sum is of an older version. A torn last line, as a kill leaves it, counts as neither. An event may stand
+    twice: older versions wrote the last validation again when they went on.
     """
     if not path.exists():
         return [], 0
     *lines, last = path.read_bytes().split(b"\n")
-    lines = [line for line in lines if line.strip()]
-    records = [_parse(line) for line in dict.fromkeys(lines)]
-    sound = [record for record in records if record is not None and sum_holds(record)]
+    sound: dict[bytes, Record] = {}
+    damaged = 0
+    for line in filter(bytes.strip, lines):
+        record = _parse(line)
+        if record is not None and sum_holds(record) and (line not in sound or "event" in record):
+            sound[line] = record
+        else:
+            damaged += 1
     end = _parse(last)
-    return sound + ([end] if end is not None and sum_holds(end) else []), len(lines) - len(sound)
+    return [*sound.values(), *([end] if end is not None and sum_holds(end) else [])], damaged
 
 
 def with_sum(record: Mapping[str, Any]) -> Record:

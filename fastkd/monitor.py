@@ -97,9 +97,14 @@ class Monitor:
             logger.close(finished=kind is None)
 
     def rewind(self, step: int) -> None:
-        """Cuts the metrics of steps after `step`, atomically: a resumed run writes them again."""
+        """Cuts the metrics of steps after `step` and the validation of the end, atomically: a resumed run writes them again."""
+
+        def stays(record: Record) -> bool:
+            at_the_end = record.get("event") == "validation" and record.get("progress") == 1.0
+            return record.get("step", 0) <= step and not at_the_end
+
         self._file.close()
-        cut_jsonl(self.path, lambda record: record.get("step", 0) <= step)
+        cut_jsonl(self.path, stays)
         self._file = self.path.open("a")
 
     def due(self, step: int) -> bool:

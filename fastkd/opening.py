@@ -56,7 +56,7 @@ def _locked(folder: Path) -> Iterator[None]:
     except Timeout as error:
         raise ValueError(f"another process trains in {folder}: wait for it, or give another --output-dir") from error
     except (OSError, NotImplementedError) as error:  # such as a network's disk without locks
-        if getattr(error, "errno", None) in files.OF_A_DISK:
+        if getattr(error, "errno", None) in files.DISK_ERRORS:
             raise
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{folder} cannot be locked ({reason}): give an --output-dir on another disk") from error

@@ -18,7 +18,7 @@ __all__ = ["EXIT_BUDGET", "EXIT_CONFIGURATION", "EXIT_INTERRUPTED", "EXIT_OK", "
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit codes: 0 done, 1 numbers stopped being finite, 2 bad configuration, 3 budget under one step,
-    75 interrupted or a full disk, can be resumed."""
+    75 interrupted, or a disk that is full or fails: can be resumed."""
     return cli.answer(lambda: _main(sys.argv[1:] if argv is None else argv))
 
 

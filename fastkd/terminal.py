@@ -37,7 +37,7 @@ def complain(text: str) -> None:
 
 
 def let_go() -> None:
-    """Drop what a disk did not take of the output. Python would try it again at its end, and end with a code of its own."""
+    """Drop the output that could not be written. Python would try it again at its end, and end with a code of its own."""
     for stream in (sys.stdout, sys.stderr):
         if stream is None or stream.closed:
             continue

@@ -237,6 +237,8 @@ def test_a_student_without_all_of_its_weights_is_exported_again(
     assert run.main([*options, "--output-dir", str(folder)]) == 0
     assert "kept as final.damaged" in capsys.readouterr().err and (folder / "final.damaged").is_dir()
     assert same_student(folder, finished)
+    ends = [line for line in read_jsonl(folder / "metrics.jsonl") if line.get("progress") == 1.0 and "event" in line]
+    assert len(ends) == 1, "the last validation is made again, and stands once"
 
 
 def test_a_student_that_was_changed_is_exported_again_or_refused(
@@ -328,7 +330,7 @@ def test_the_sound_lines_of_damaged_metrics_are_kept(finished: Path, resolved: R
     lines = path.read_bytes().splitlines(keepends=True)
     whole = read_jsonl(path)
     changed = lines[1].replace(b'"loss": ', b'"loss": 1', 1)
-    path.write_bytes(b"".join([lines[0], lines[0], changed, b"\xff\n", *lines[2:]]))
+    path.write_bytes(b"".join([lines[0], changed, b"\xff\n", lines[2], *lines[2:]]))
     with alone_in(folder):
         take_over(folder, resolved)
     assert read_jsonl(path) == [whole[0], *whole[2:]] == read_run(folder).metrics
