@@ -34,9 +34,9 @@ if not torch.cuda.is_available():
 # Files that take longest, first: a worker that begins one of them at the end keeps the other waiting. Without
 # --no-loadscope-reorder, pytest-xdist begins with the files of most tests.
 LONG = (
-    "compare", "audit", "distributed", "run", "throughput", "device_parts", "kernel_properties", "relation_kl",
-    "glue_command", "new_method", "train", "new_kernel", "packed_attention", "compiled", "runs_on_parts", "presets",
-    "hidden_mse", "linear_kd", "linear_kd_operator", "bundle", "resume",
+    "distributed", "compare", "run", "linear_kd", "fused_losses", "device", "glue_command", "golden", "kernel_properties",
+    "train", "new_method", "shards", "device_parts", "memory", "throughput", "encoder", "compiled", "relation_kl", "score_mse",
+    "config_file", "resume", "runs_on_parts", "new_kernel", "linear_kd_operator", "hub", "ledger", "presets", "parts",
 )  # fmt: skip
 
 
@@ -97,12 +97,17 @@ def made_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def shorten(patch: pytest.MonkeyPatch) -> None:
+    """Have runs be brief, in this process too. Tests of kernels alone import nothing for that."""
+    if sys.modules.keys() & {"fastkd.run", "fastkd.compare", "fastkd.planning"}:
+        brief.shorten(patch.setattr)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def short_runs() -> Iterator[pytest.MonkeyPatch]:
-    """Runs are brief, in this process too. Tests of kernels alone import nothing for that."""
+    """Runs are brief, but in a module that asks for them in full."""
     with pytest.MonkeyPatch.context() as patch:
-        if sys.modules.keys() & {"fastkd.run", "fastkd.compare", "fastkd.planning"}:
-            brief.shorten(patch.setattr)
+        shorten(patch)
         yield patch
 
 
@@ -110,8 +115,10 @@ def short_runs() -> Iterator[pytest.MonkeyPatch]:
 def in_full(short_runs: pytest.MonkeyPatch) -> Iterator[None]:
     """The runs of a module's tests are as they are for a user."""
     short_runs.undo()
+    short_runs.setenv(brief.IN_FULL, "1")
     yield
-    brief.shorten(short_runs.setattr)
+    short_runs.undo()
+    shorten(short_runs)
 
 
 @pytest.fixture(scope="session", autouse=True)

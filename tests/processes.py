@@ -75,7 +75,8 @@ def _enter(
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     if "torch" in sys.modules and "OMP_NUM_THREADS" in environment:
         sys.modules["torch"].set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    brief.shorten(setattr)
+    if brief.IN_FULL not in environment:
+        brief.shorten(setattr)
     shim.arm(environment)
     sys.argv = [command, *options]
     if command.endswith(".py"):

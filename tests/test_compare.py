@@ -36,7 +36,7 @@ def errors(folder: Path) -> list[str | None]:
 
 
 SECONDS_MATCHED = ("--methods", "mlm,minilmv2", "--budget-gpu-hours", "0.0005", "--seeds", "2", "--batch-tokens", "512")
-FLOPS_MATCHED = ("--methods", "mlm,minilmv2", "--match", "flops", "--budget-flops", "4e9")
+FLOPS_MATCHED = ("--methods", "mlm,minilmv2", "--match", "flops", "--batch-tokens", "512", "--budget-flops", "6e9")
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,8 @@ def test_flops_agree_within_a_step(light: list[str], tmp_path: Path) -> None:
     assert do(light, tmp_path / "c", *FLOPS_MATCHED) == 0, errors(tmp_path / "c")
     for row in results(tmp_path / "c")["rows"]:
         steps = read_run(next((tmp_path / "c" / "rows").glob(f"{row['method']}-*"))).steps
-        assert 0 <= 4e9 - row["flops"] <= 1.1 * row["flops"] / len(steps)
+        assert len(steps) >= 4
+        assert 0 <= 6e9 - row["flops"] <= 1.1 * row["flops"] / len(steps)
 
 
 def test_kill_9_then_the_same_command_finishes_the_rest(light: list[str], tmp_path: Path) -> None:
@@ -128,7 +129,7 @@ def test_kill_9_then_the_same_command_finishes_the_rest(light: list[str], tmp_pa
 
 def test_a_row_that_fails_is_reported_and_the_others_go_on(light: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "c"
-    blocked = folder / "rows" / "mlm-4e09-seed0"
+    blocked = folder / "rows" / "mlm-6e09-seed0"
     blocked.mkdir(parents=True)
     (blocked / "something else").write_text("")
     assert do(light, folder, *FLOPS_MATCHED) == compare.EXIT_ROWS == 4

@@ -88,11 +88,20 @@ def test_a_plan_times_the_steps_whose_text_is_there(
 ) -> None:
     """What the building of a part takes is in no step's seconds; part 0 is some steps here, of 20 that would be timed."""
     monkeypatch.setattr(setup, "FIRST_TOKENS", 5_000)
+    monkeypatch.setattr(planning, "MEASURED_STEPS", 20)
+    monkeypatch.setattr(planning, "MEASURED_SECONDS", 1e9)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    trainer = Trainer(setup.prepare(parse(options), World()))
+    trainer, timed, timing = Trainer(setup.prepare(parse(options), World())), [], planning._timed_step
+
+    def counted(*given: object) -> object:
+        timed.append(given)
+        return timing(*given)
+
+    monkeypatch.setattr(planning, "_timed_step", counted)
     measured = planning.measure(trainer)
     assert measured.phase_s["data"] < 0.1
-    assert trainer.stream.is_there(5) and not trainer.stream.is_there(20)
+    assert 5 < len(timed) < 20
+    assert trainer.stream.is_there(len(timed) - 1) and not trainer.stream.is_there(len(timed))
 
 
 @pytest.mark.usefixtures("small_parts")

@@ -9,6 +9,7 @@ import socket
 import time
 from pathlib import Path
 
+import brief
 import processes
 import pytest
 import run_case
@@ -56,7 +57,7 @@ def test_a_tokeniser(how: signal.Signals, numbers: range, scratch: Case, tmp_pat
         for number in numbers:
             place = Try.below(tmp_path / "try")
             with tally.attempt(str(number)):
-                process = scratch.start(place, CHUNK="2048", PATIENCE="10")
+                process = scratch.start(place, **{brief.CHUNK: "2048", brief.PATIENCE: "10"})
                 worker = await_child(process, "tokenise")
                 assert worker is not None, "no worker was started"
                 time.sleep(0.1 * number)
