@@ -98,6 +98,7 @@ def test_parts_are_found_without_being_imported(package: str) -> None:
     assert [name for name in PLAN if name in available("bench.device")][:4] == list(PLAN[:4])
 
 
+@pytest.mark.exhaustive
 def test_whatever_happens_to_a_part_the_others_still_come(package: str, tmp_path: Path) -> None:
     out, started = tmp_path / "out", time.monotonic()
     assert suite(out, package, minutes=1.0) == 4
@@ -138,6 +139,7 @@ def test_a_later_run_replaces_the_parts_that_it_runs(package: str, tmp_path: Pat
     assert not (out / "b_crash.png").exists() and "values: 1.5" in (out / page.NAME).read_text()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_part_and_still_writes_the_page(package: str, tmp_path: Path, number: int) -> None:
     out = tmp_path / "out"
@@ -221,6 +223,7 @@ def test_a_process_and_what_it_leaves_behind_end_together(tmp_path: Path) -> Non
 # ---- parts ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_the_command_measures_the_machine_and_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # it holds the scratch folder
     out = tmp_path / "out"

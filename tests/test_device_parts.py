@@ -149,6 +149,7 @@ def test_a_worker_says_that_it_is_ready_and_is_told_to_go_on(tmp_path: Path) -> 
 # ---- training -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_training(tmp_path: Path, scratch: Path) -> None:
     rows = rows_of("training", tmp_path, scratch)
     methods = {row["method"]: row for row in rows if row["what"] == "method"}
@@ -215,6 +216,7 @@ def test_whole_flops_run_the_last_layer_at_every_row(scratch: Path, tmp_path: Pa
 # ---- kernels --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_kernels(tmp_path: Path, scratch: Path) -> None:
     rows = [row for row in rows_of("kernels", tmp_path, scratch) if row["what"] == "kernel"]
     ours = [row for row in rows if row["contender"] == "fastkd"]

@@ -76,6 +76,7 @@ def test_it_is_checked_and_its_flops_are_counted(tested: list[str]) -> None:
         assert any(test in line for line in lines), tested
 
 
+@pytest.mark.exhaustive
 def test_it_is_benched(checkout: Path, told: str) -> None:
     out = run(checkout, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", "bench", "-k", NAME)
     for contender in ("fastkd", "reference", "reference compiled"):

@@ -155,6 +155,7 @@ def test_help_tells_of_it(do: Do) -> None:
     assert "student layer that is led; default: the last" in shown
 
 
+@pytest.mark.exhaustive
 def test_it_is_benched_beside_the_paper_s_way(do: Do, made_teacher: Path, made_corpus: Path, tmp_path: Path) -> None:
     tiny = ["--device", "cpu", "--sizes", "tiny", "--methods", "fitnet", "--dtypes", "float32", "--sequences", 16]
     given = ["--tokenizer", made_teacher, "--corpus", made_corpus, "--results", tmp_path]

@@ -54,6 +54,7 @@ def test_value(case):
 """
 
 
+@pytest.mark.exhaustive
 def test_what_computes_on_a_gpu_is_marked_so(tmp_path: Path) -> None:
     """So that ``-m gpu`` takes the cases of every kernel where there is one, and no test runs twice for it."""
     done = run_pytest(tmp_path, MARKED, "-m", "gpu", "--collect-only", "-q")
@@ -74,6 +75,7 @@ def test_bench_shapes_on_a_gpu(case):
 """
 
 
+@pytest.mark.exhaustive
 def test_one_worker_at_a_time_takes_shapes_of_the_benches(tmp_path: Path) -> None:
     pytest.importorskip("xdist")
     done = run_pytest(tmp_path, SHAPES, "-n", "2", "--dist", "load")

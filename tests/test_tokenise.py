@@ -100,7 +100,7 @@ def test_a_worker_that_is_killed_or_stopped_is_one_line(
     """As the system does when memory runs out. The other workers end too, and say nothing."""
     tokenizer = serialise(AutoTokenizer.from_pretrained(quickstart_teacher))
     monkeypatch.setattr(tokenise_module, "CHUNK_CHARACTERS", 2**15)
-    monkeypatch.setattr(tokenise_module, "PATIENCE", 6.0)
+    monkeypatch.setattr(tokenise_module, "PATIENCE", 3.0)
     text = "a text " * (2**15 // 7)
     before = children()  # of this process; other tests may have left some
     results = tokenise([text] * 50, tokenizer, workers=2)
