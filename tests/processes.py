@@ -1,10 +1,10 @@
 """Processes of fastkd's commands that begin at once: forks of one that has imported everything.
 
 A fork is a process as any other: its signals, exit code, environment, threads and memory are its own. What it is spared
-is the five seconds in which a new one imports PyTorch and transformers. Tests of what a command does when it is killed,
-runs twice or has a second rank are about the process, not about its imports; other tests type the commands out. What a
-module reads when it is imported (HF_ENDPOINT, TRITON_INTERPRET, OMP_NUM_THREADS) is as the tests began with it. What they
-do is `brief`.
+is the five seconds in which a new one imports PyTorch and transformers, and what else `warm` does once. Tests of what a
+command does when it is killed, runs twice or has a second rank are about the process, not about its imports; other tests
+type the commands out. What a module reads when it is imported (HF_ENDPOINT, TRITON_INTERPRET, OMP_NUM_THREADS) is as the
+tests began with it. What they do is `brief`.
 """
 
 from __future__ import annotations
@@ -21,28 +21,26 @@ import tempfile
 from functools import cache
 from importlib import import_module
 from multiprocessing import connection, forkserver, reduction
+from pathlib import Path
 from typing import IO, Any
 
 import brief
 import shim
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    [
-        "fastkd.pipeline",
-        "fastkd.comparison.experiment",
-        "fastkd.glue.finetune",
-        "torch.distributed.run",
-        "matplotlib.figure",
-    ]
-)
+FORKS.set_forkserver_preload(["warm"])
 
 
 @cache
 def _serve() -> None:
     """Start the process that is forked, with the shim loaded: ``shim.faults`` in an environment arms it in a fork."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [before])])  # where `warm` is
     with shim.loaded():
         forkserver.ensure_running()
+    os.environ.pop("PYTHONPATH")
+    if before is not None:
+        os.environ["PYTHONPATH"] = before
 
 
 class _Descriptor:

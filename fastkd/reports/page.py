@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -21,16 +22,21 @@ NOT_INCLUDED = "The teacher's own pretraining is not included in any number here
 
 def render(template: str, **contents: Any) -> str:
     """A file of `fastkd/reports/templates/` filled with `contents`, escaped for HTML or Markdown unless they are `Markup`."""
-    environment = Environment(
+    return environment(template.endswith(".md")).get_template(template).render(**contents)
+
+
+@cache
+def environment(is_markdown: bool) -> Environment:
+    """The templates, each of which is compiled once a process."""
+    return Environment(
         loader=PackageLoader("fastkd.reports", "templates"),
         autoescape=lambda name: bool(name and name.endswith(".html")),
-        finalize=_markdown if template.endswith(".md") else None,
+        finalize=_markdown if is_markdown else None,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template(template).render(**contents)
 
 
 def _markdown(value: Any) -> Any:
