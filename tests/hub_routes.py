@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import re
 from http.server import BaseHTTPRequestHandler
@@ -44,7 +45,8 @@ class Routes(BaseHTTPRequestHandler):
             headers = {"X-Error-Code": refused.code, "X-Error-Message": refused.message}
             retry = self.fault.retry_after if self.fault is not None and refused.status == 429 else None
             headers |= {"Retry-After": str(retry)} if retry is not None else {}
-            self.json({"error": refused.message}, refused.status, headers)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the other side has gone
+                self.json({"error": refused.message}, refused.status, headers)
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True  # the other side has seen enough
 

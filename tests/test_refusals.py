@@ -184,7 +184,7 @@ def test_a_folder_with_something_else_in_it(small: list[str], tmp_path: Path, ca
 
 
 def test_a_budget_that_set_up_uses_up_exports_nothing(from_scratch: list[str], tmp_path: Path, capsys) -> None:
-    options = [*from_scratch, "--method", "mlm", "--budget-gpu-hours", "0.0002", "--charge", "all"]
+    options = [*from_scratch, "--method", "mlm", "--budget-gpu-hours", "0.00006", "--charge", "all"]
     error = refused([*options, "--output-dir", str(tmp_path / "run")], capsys, code=3)
     assert "none is left for a step" in error
     assert not (tmp_path / "run" / "final").exists()
