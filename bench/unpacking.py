@@ -121,11 +121,19 @@ def _extract(archive: Path, folder: Path) -> None:
         with lzma.open(archive) as stream, tarfile.open(fileobj=_Limited(stream, archive), mode="r|") as tar:  # type: ignore[call-overload]
             for member in tar:
                 _check(member, archive)
-                tar.extract(member, folder, filter="data")
+                _write(tar.extractfile(member), folder / member.name)
     except (EOFError, lzma.LZMAError, tarfile.TarError) as error:
         raise ValueError(f"{archive} is not a whole archive of bench.bundle ({error}): copy it again") from error
     except OSError as error:
         raise ValueError(f"{archive} could not be unpacked ({error}): look at the disk, or copy it again") from error
+
+
+def _write(content: IO[bytes] | None, path: Path) -> None:
+    """A plain file, whatever else its member says: no mode, owner or link is taken from an archive."""
+    assert content is not None  # it was checked
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with content, path.open("wb") as file:
+        shutil.copyfileobj(content, file)
 
 
 def _check(member: tarfile.TarInfo, archive: Path) -> None:
