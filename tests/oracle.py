@@ -60,15 +60,19 @@ def in_tiles(case, backend: str, device: str, longest: int | None = None):
 
 
 def check(function, reference, case, backend: str, device: str) -> None:
-    """Value and gradients of a case within its tolerance of float64 autograd."""
+    """Value and gradients of a case within its tolerance of float64 autograd; where the plain definition in float32 is further
+    off than that, as a small loss between large scores may be, at least as near as that definition."""
     inputs = case.inputs(device)
     loss, gradients = value_and_gradients(function, inputs, backend=backend)
     expected, expected_gradients = value_and_gradients(reference, exact(inputs))
-    if expected.abs() > 1e-12:
-        assert error(loss, expected) <= case.tolerance
-    for out, ref in zip(gradients, expected_gradients, strict=True):
+    plain, plain_gradients = (
+        (loss, gradients) if case.dtype != torch.float32 else value_and_gradients(reference, inputs)
+    )
+    found = zip((loss, *gradients), (expected, *expected_gradients), (plain, *plain_gradients), strict=True)
+    for out, ref, rounded in found:
         if ref.norm() > 1e-12:
-            assert error(out, ref) <= case.tolerance
+            rounding = error(rounded, ref) if case.dtype == torch.float32 else 0.0
+            assert error(out, ref) <= max(case.tolerance, rounding)
 
 
 def check_directional_derivative(function, inputs: dict) -> None:
