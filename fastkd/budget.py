@@ -6,7 +6,9 @@ of them for every step, whichever governs, so that runs can be compared in eithe
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Literal
@@ -50,6 +52,7 @@ class Totals:
     """Cumulative counters of a run; saved in every checkpoint."""
 
     step: int = 0
+    progress: float = 0.0  # of the last step
     charged_s: float = 0.0
     flops: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PARTS, 0))
     tokens: dict[str, int] = field(default_factory=lambda: {"real": 0, "predicted": 0, "unique": 0})
@@ -92,13 +95,13 @@ class Meter:
         """Charged seconds that the next step will take: the median of the last nine."""
         return median(self._recent) if self._recent else self._guess
 
-    def charged(self) -> float:
-        """Spent so far, in the governing unit."""
+    def charged(self, in_flight: Sequence[StepCost] = ()) -> float:
+        """Spent so far, in the governing unit, with the steps that were issued to the device but are not charged yet."""
         if self.budget.unit == "gpu-seconds":
-            return self.totals.charged_s
+            return self.totals.charged_s + len(in_flight) * self.predicted_step_seconds
         if self.budget.unit == "flops":
-            return float(sum(self.totals.flops.values()))
-        return float(self.totals.tokens["real"])
+            return float(sum(self.totals.flops.values()) + sum(sum(cost.flops.values()) for cost in in_flight))
+        return float(self.totals.tokens["real"] + sum(cost.real for cost in in_flight))
 
     def step_amount(self, cost: StepCost) -> float:
         """What a step of this cost will take of the budget."""
@@ -106,18 +109,19 @@ class Meter:
             return self.predicted_step_seconds
         return float(sum(cost.flops.values()) if self.budget.unit == "flops" else cost.real)
 
-    def next_progress(self, cost: StepCost, *, in_flight: int = 0) -> float | None:
+    def next_progress(
+        self, cost: StepCost, *, in_flight: Sequence[StepCost] = (), start: float = 0.0, end: float = 1.0
+    ) -> float | None:
         """Progress of the next step, or None when it no longer fits.
 
         Args:
-            in_flight: steps that were issued to the device but whose seconds are not known yet.
+            in_flight: costs of steps that were issued to the device but are not charged yet.
+            start, end: the part of the budget that the step must fit, in progress. It is ``end`` for the last one that
+                does, and above ``start`` for the first one, even if the part before left more than a step's amount.
         """
-        amount = self.step_amount(cost)
-        spent = self.charged()
-        if self.budget.unit == "gpu-seconds":
-            spent += in_flight * amount
-        if spent + amount > self.budget.amount:
+        amount, spent, most = self.step_amount(cost), self.charged(in_flight), end * self.budget.amount
+        if spent + amount > most:
             return None
-        if spent + (2 + LAST_STEP_MARGIN) * amount > self.budget.amount:
-            return 1.0
-        return (spent + amount) / self.budget.amount
+        if spent + (2 + LAST_STEP_MARGIN) * amount > most:
+            return end
+        return max((spent + amount) / self.budget.amount, math.nextafter(start, 1.0) if start else 0.0)

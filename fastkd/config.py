@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from fastkd import config_file, methods, quickstart
+from fastkd import config_file, methods, quickstart, recipe
 from fastkd.cli import Parser, unknown_option
 from fastkd.data import corpus
 from fastkd.run_config import BUDGETS, FREE_TO_CHANGE, PRESENTATION, RunConfig
@@ -46,10 +46,10 @@ class ConfigFile:
 
 @dataclass(frozen=True)
 class Resolved:
-    """What a command line means: the run, its method's options, and how the preset was chosen."""
+    """What a command line means: the run, its methods' options, and how the preset was chosen."""
 
     run: RunConfig
-    method: Any
+    method: Any  # `recipe.options_class` of the run's method or methods
     preset_reason: str
     explicit: frozenset[str]
     folder: Path | None = None  # of the run whose config.toml was read, if this is the same run
@@ -69,7 +69,7 @@ class Resolved:
             "flops": f"{budget.amount:g}flop",
             "tokens": f"{budget.amount:g}tok",
         }
-        name = f"{self.run.preset}-{self.run.method}-{amount[budget.unit]}".replace("+", "")
+        name = f"{self.run.preset}-{recipe.slug(self.run.method)}-{amount[budget.unit]}".replace("+", "")
         named = {"preset", "method", *BUDGETS, *PRESENTATION}
         values = dataclasses.asdict(self.run) | dataclasses.asdict(self.method)
         others = {key: values[key] for key in sorted(self.explicit - named)}
@@ -150,9 +150,8 @@ def parse_with(own: Any, argv: Sequence[str], prog: str, *, needs_budget: bool =
     chosen, _ = _parser([RunConfig], prog, add_help=False).given(argv)
     file = read_config(chosen.pop("config", None))
     method = _settled(chosen, file, lambda preset: _layers(chosen, file, preset)["method"])
-    module = methods.load(method)
     epilog = "--method NAME --help lists another method's options."
-    explicit, unknown = _parser([RunConfig, module.Config, own], prog, epilog=epilog).given(argv)
+    explicit, unknown = _parser([RunConfig, recipe.options_class(method), own], prog, epilog=epilog).given(argv)
     if unknown:
         raise _unknown(unknown[0], method)
     explicit.pop("config", None)
@@ -269,8 +268,7 @@ def _preset_named(explicit: dict[str, Any], file: ConfigFile | None) -> str:
 def _resolved(explicit: dict[str, Any], file: ConfigFile | None, preset: str, needs_budget: bool) -> Resolved:
     """``resolve`` with a preset in place of ``auto``."""
     values = _layers(explicit, file, preset)
-    module = methods.load(values["method"])
-    if not module.METHOD.uses_teacher:
+    if not recipe.uses_teacher(values["method"]):
         values = _without_teacher(values, explicit)
     run = RunConfig(**_fields(RunConfig, values))
     run.check(needs_budget=needs_budget)
@@ -278,7 +276,8 @@ def _resolved(explicit: dict[str, Any], file: ConfigFile | None, preset: str, ne
         reason = AUTO[preset]
     else:
         reason = f"named by {'--preset' if file is None or 'preset' in explicit else file.path}"
-    resolved = Resolved(run, module.Config(**_fields(module.Config, values)), reason, frozenset(explicit))
+    options = recipe.options_class(run.method)
+    resolved = Resolved(run, options(**_fields(options, values)), reason, frozenset(explicit))
     return resolved if file is None else _of_file(resolved, file)
 
 
@@ -289,7 +288,8 @@ def _layers(explicit: dict[str, Any], file: ConfigFile | None, preset: str) -> d
     """
     given, chosen = dict(file.run) if file else {}, config_file.read_preset(preset)
     layers = [given, chosen, explicit] if "preset" in explicit else [chosen, given, explicit]
-    method = next(layer["method"] for layer in (*reversed(layers), {"method": RunConfig.method}) if "method" in layer)
+    named = next(layer["method"] for layer in (*reversed(layers), {"method": RunConfig.method}) if "method" in layer)
+    method = recipe.spelled(named)
     if file and method == file.method:
         given |= file.method_options
     values: dict[str, Any] = {}
@@ -373,10 +373,10 @@ def read_config(name: str | None) -> ConfigFile | None:
 def _config_of(path: Path, values: dict[str, Any], table: dict[str, Any], preset: str) -> ConfigFile:
     """The file of these values and this table of method options, checked with a preset."""
     method = _layers(values, None, preset)["method"]
-    module = methods.load(method)
-    options = config_file.check_kinds(path, table, module.Config)
-    values = config_file.check_kinds(path, values, RunConfig, module.Config)
-    own = {f.name for f in dataclasses.fields(module.Config)}
+    read = recipe.options_class(method)
+    options = config_file.check_kinds(path, table, read)
+    values = config_file.check_kinds(path, values, RunConfig, read)
+    own = {f.name for f in dataclasses.fields(read)}
     run = {key: value for key, value in values.items() if key not in own}
     options |= {key: value for key, value in values.items() if key in own}
     file = ConfigFile(path, run, options, method)

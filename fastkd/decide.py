@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastkd import recipe
 from fastkd.budget import VALIDATION_SHARE, Meter, StepCost, Totals
 from fastkd.distributed import Decision
 from fastkd.ledger import replayed_progress
 
 if TYPE_CHECKING:
     from fastkd.files import Record
+    from fastkd.recipe import Stage
     from fastkd.run_config import RunConfig
 
 
@@ -69,17 +71,24 @@ class Decider:
     """The decisions of one run. A step's progress is what the meter says, or what a replayed ledger says."""
 
     def __init__(
-        self, config: RunConfig, totals: Totals, step_cost: Callable[[int], StepCost], step_seconds: float,
-        validations: Validations,
+        self, config: RunConfig, totals: Totals, stages: Sequence[Stage], step_cost: Callable[[int, int], StepCost],
+        step_seconds: Sequence[float], validations: Validations,
     ) -> None:  # fmt: skip
-        """``step_cost``: of a step by its number. ``step_seconds``: a first guess at a step's charged seconds."""
-        self.meter = Meter(config.budget, totals, step_seconds)
+        """``step_cost``: by a step's number and its stage's. ``step_seconds``: for each stage, a first guess at a step's
+        charged seconds."""
+        self._meters = [Meter(config.budget, totals, seconds) for seconds in step_seconds]
+        self.stage = recipe.at(stages, totals.progress)  # that the run is in
         self.validations, self.checkpoints = validations, Checkpoints(config.checkpoint_minutes)
-        self._totals, self._step_cost = totals, step_cost
+        self._totals, self._stages, self._step_cost = totals, stages, step_cost
         self._replayed = None if config.replay is None else replayed_progress(Path(config.replay))
 
-    def decide(self, number: int, in_flight: int, *, interrupted: bool) -> Decision:
-        """What to do before step ``number``; ``in_flight`` steps before it are not charged yet."""
+    @property
+    def meter(self) -> Meter:
+        """Of the stage that the run is in."""
+        return self._meters[self.stage]
+
+    def decide(self, number: int, in_flight: Sequence[StepCost], *, interrupted: bool) -> Decision:
+        """What to do before step ``number``; ``in_flight``: the costs of steps before it that are not charged yet."""
         progress = self._progress(number, in_flight)
         if progress is None:
             return Decision(0.0, stop=True)
@@ -90,17 +99,26 @@ class Decider:
             interrupted=interrupted,
         )
 
-    def _progress(self, number: int, in_flight: int) -> float | None:
+    def _progress(self, number: int, in_flight: Sequence[StepCost]) -> float | None:
         """The progress of a step, or None where it does not fit the budget."""
         if self._replayed is not None:
             return self._replayed[number] if number < len(self._replayed) else None
-        return self.meter.next_progress(self._step_cost(number), in_flight=in_flight)
+        return self._fitting(number, in_flight)
 
-    def is_spent(self, number: int, in_flight: int) -> bool:
+    def _fitting(self, like: int, in_flight: Sequence[StepCost]) -> float | None:
+        """The progress of a step that costs what step ``like`` does, in the first stage, from the present one on, that it fits."""
+        for number in range(self.stage, len(self._stages)):
+            stage, cost = self._stages[number], self._step_cost(like, number)
+            progress = self._meters[number].next_progress(cost, in_flight=in_flight, start=stage.start, end=stage.end)
+            if progress is not None:
+                return progress
+        return None
+
+    def is_spent(self, number: int, in_flight: Sequence[StepCost]) -> bool:
         """Whether step ``number`` would not fit if it cost what the one before it did.
 
         Asked before the text of that step is there: no part of the corpus is built for a step that will not run.
         """
         if self._replayed is not None:
             return number >= len(self._replayed)
-        return self.meter.next_progress(self._step_cost(number - 1), in_flight=in_flight) is None
+        return self._fitting(number - 1, in_flight) is None

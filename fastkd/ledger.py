@@ -25,13 +25,13 @@ NAME = "ledger.jsonl"
 # Events that cost GPU-seconds under each policy (steps that count are always charged). A crash is the time of lost steps.
 CHARGED_EVENTS: dict[str, frozenset[str]] = {
     "compute": frozenset(),
-    "loop": frozenset({"validation", "checkpoint", "compile", "crash"}),
-    "all": frozenset({"validation", "checkpoint", "compile", "crash", "setup"}),
+    "loop": frozenset({"validation", "checkpoint", "compile", "crash", "stage"}),
+    "all": frozenset({"validation", "checkpoint", "compile", "crash", "stage", "setup"}),
 }
 Number = int | float
 FIELDS: dict[str, type | UnionType] = {  # of any line; a number that was not finite is null
-    "event": str, "step": int, "seconds": Number | None, "charged_s": Number, "progress": Number, "phase_s": dict, "flops": dict,
-    "tokens": dict, "epoch": Number, "joules": Number | None, "lr": Number, "loss": Number | None, "devices": int,
+    "event": str, "step": int, "stage": int, "seconds": Number | None, "charged_s": Number, "progress": Number, "phase_s": dict,
+    "flops": dict, "tokens": dict, "epoch": Number, "joules": Number | None, "lr": Number, "loss": Number | None, "devices": int,
 }  # fmt: skip
 STEP = (
     "step",
@@ -69,12 +69,16 @@ class Ledger:
 
     def step(
         self, cost: StepCost, phase_s: dict[str, float], *, progress: float, epoch: float, unique: int,
-        joules: float | None, lr: float, loss: float, skipped: bool = False,
+        joules: float | None, lr: float, loss: float, skipped: bool = False, stage: int | None = None,
     ) -> float:  # fmt: skip
-        """Charge a finished step, ``skipped`` or not; returns its charged GPU-seconds. ``phase_s`` is its seconds by phase."""
+        """Charge a finished step, ``skipped`` or not; returns its charged GPU-seconds.
+
+        ``phase_s`` is its seconds by phase; ``stage``, if it is given, the number of its stage, from 0.
+        """
         t = self.totals
         charged = sum(phase_s.values()) * self.devices
         t.step += 1
+        t.progress = progress
         t.charged_s += charged
         for part in PARTS:
             t.flops[part] += cost.flops[part]
@@ -85,8 +89,9 @@ class Ledger:
         t.skipped_in_a_row = t.skipped_in_a_row + 1 if skipped else 0
         if joules is not None:
             t.joules = (t.joules or 0.0) + joules
+        in_stage = {} if stage is None else {"stage": stage}
         self.recent.append({
-            "step": t.step, "progress": progress, "charged_s": t.charged_s, "phase_s": phase_s, "flops": dict(t.flops),
+            "step": t.step, **in_stage, "progress": progress, "charged_s": t.charged_s, "phase_s": phase_s, "flops": dict(t.flops),
             "tokens": dict(t.tokens), "epoch": epoch, "joules": t.joules, "lr": lr, "loss": loss, "devices": self.devices,
             "skipped": t.skipped,
         })  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastkd import checkpoint, health, ledger, schedule, signals
 from fastkd.decide import Decider
-from fastkd.device.clock import Lap, PhaseClock
+from fastkd.device.clock import Lap, PhaseClock, now
 from fastkd.device.memory import peak_memory_bytes
 from fastkd.device.power import PowerMeter
 from fastkd.distributed import Decision, agree, any_rank, barrier, node_devices, phase
@@ -52,15 +52,14 @@ class IssuedStep:
 class Loop:
     """Steps until the budget is spent: issues, settles, logs, validates and saves."""
 
-    def __init__(self, trainer: Trainer, folder: Path, monitor: Monitor, step_seconds: float) -> None:
-        """``step_seconds``: what a step takes on the wall clock, as measured."""
+    def __init__(self, trainer: Trainer, folder: Path, monitor: Monitor, step_seconds: Sequence[float]) -> None:
+        """``step_seconds``: what a step of each stage takes on the wall clock, as measured."""
         self.trainer, self.setup, self.world = trainer, trainer.setup, trainer.world
         self.folder, self.monitor, self.config = folder, monitor, trainer.setup.config
         self.ledger, self.validations = resume(trainer, folder, monitor)
-        self.totals = self.ledger.totals
-        self.decider = Decider(
-            self.config, self.totals, trainer.step_cost, step_seconds * self.world.size, self.validations
-        )
+        self.totals, self.stages = self.ledger.totals, trainer.setup.stages
+        charged = [seconds * self.world.size for seconds in step_seconds]
+        self.decider = Decider(self.config, self.totals, self.stages.all, trainer.step_cost, charged, self.validations)
         self.checkpoints = self.decider.checkpoints
         self.power = PowerMeter(node_devices(self.world) if self.world.is_main else [])
         self.issued: deque[IssuedStep] = deque()
@@ -106,7 +105,7 @@ class Loop:
             self._require_health(SKIPS_TOLERATED)
             self.trainer.clock.mark("other")
             if self.trainer.stream.enters_part(self.number):
-                spent = self.world.is_main and self.decider.is_spent(self.number, len(self.issued))
+                spent = self.world.is_main and self.decider.is_spent(self.number, self._in_flight())
                 if any_rank(self.world, spent):
                     break
                 self._await_text()
@@ -118,6 +117,8 @@ class Loop:
                 self._validate_between_steps(decision.progress)
             if decision.checkpoint:
                 self.save()
+            if (stage := self.stages.at(decision.progress)) != self.stages.number:
+                self._enter(stage)
             self._issue(self._read(), decision.progress)
             traced()
         while self.issued:
@@ -164,7 +165,24 @@ class Loop:
             return Decision(0.0, interrupted=signals.asked())
         if signals.asked() and not self.trainer.stream.is_there(self.number):
             return Decision(0.0, interrupted=True)  # what the step costs is not known without its text
-        return self.decider.decide(self.number, len(self.issued), interrupted=signals.asked())
+        return self.decider.decide(self.number, self._in_flight(), interrupted=signals.asked())
+
+    def _in_flight(self) -> list[StepCost]:
+        return [step.cost for step in self.issued]
+
+    def _enter(self, number: int) -> None:
+        """Go over to another stage of the recipe."""
+        while self.issued:
+            self._settle()
+        self._stop_reading()  # its micro-batches may be smaller
+        began = now()
+        with phase("a stage's start"):
+            self.trainer.enter(number)
+        self.decider.stage = number
+        self.trainer.clock = PhaseClock(self.trainer.device)
+        self.ledger.event("stage", now() - began, stage=number, joules=self.power.joules_since_last())
+        name, count = self.stages.stage.method, len(self.stages.all)
+        self.monitor.say(f"step {self.totals.step:,} · stage {number + 1} of {count}: {name}")
 
     # ---- one step, from issue to charge ---------------------------------------------------------------------
 
@@ -172,7 +190,7 @@ class Loop:
         """Give a step to the device; where memory runs out, halve the micro-batch and repeat it."""
         trainer, number = self.trainer, self.number
         trainer.clock.mark("data")
-        lr = schedule.learning_rate(progress, self.setup.lr, self.config.warmup)
+        lr = schedule.learning_rate(self.stages.stage.progress(progress), self.setup.lr, self.config.warmup)
         if self.config.dropout:
             torch.manual_seed(self.config.seed + number * self.world.size + self.world.rank)
         loss, norm, terms = self._step_within_memory(batches, lr)
@@ -204,11 +222,15 @@ class Loop:
         charged = self.ledger.step(
             step.cost, phase_s, progress=step.progress, epoch=step.epoch,
             unique=self.trainer.stream.unique_of(self.totals.step + 1), joules=self._joules(),
-            lr=step.lr, loss=float(step.loss), skipped=bool(step.skipped),
+            lr=step.lr, loss=float(step.loss), skipped=bool(step.skipped), stage=self._stage().get("stage"),
         )  # fmt: skip
         self.decider.meter.observe(charged)
         self.seconds += charged / self.world.size
         self.monitor.advance(min(1.0, self.decider.meter.charged() / self.config.budget.amount))
+
+    def _stage(self) -> dict[str, int]:
+        """The number of the stage, for lines of a run that has several."""
+        return {"stage": self.stages.number} if len(self.stages.all) > 1 else {}
 
     def _joules(self) -> float | None:
         """Joules since the last reading. Once one is missing it stays None: a total that lacks a part is no total.
@@ -231,9 +253,9 @@ class Loop:
         (tokens, seconds, joules), self._logged = self._logged, (t.tokens["real"], self.seconds, t.joules or 0.0)
         taken = self.seconds - seconds
         self.monitor.step({
-            "step": t.step, "progress": line["progress"], "charged_s": t.charged_s, "tokens": t.tokens["real"],
-            "loss": line["loss"], "parts": {name: float(value) for name, value in terms.items()}, "lr": line["lr"],
-            "skipped": t.skipped, "grad_norm": float(norm), "tokens_per_s": (t.tokens["real"] - tokens) / taken,
+            "step": t.step, **self._stage(), "progress": line["progress"], "charged_s": t.charged_s,
+            "tokens": t.tokens["real"], "loss": line["loss"], "parts": {name: float(value) for name, value in terms.items()},
+            "lr": line["lr"], "skipped": t.skipped, "grad_norm": float(norm), "tokens_per_s": (t.tokens["real"] - tokens) / taken,
             "watts": None if t.joules is None else (t.joules - joules) / taken, **asdict(clocks),
             "peak_memory_bytes": peak_memory_bytes(self.trainer.device),
         })  # fmt: skip
@@ -258,7 +280,7 @@ class Loop:
         t = self.totals
         if self.world.is_main:
             self.monitor.validation({
-                "step": t.step, "progress": progress, "charged_s": t.charged_s, "tokens": t.tokens["real"],
+                "step": t.step, **self._stage(), "progress": progress, "charged_s": t.charged_s, "tokens": t.tokens["real"],
                 **asdict(found),
             })  # fmt: skip
 

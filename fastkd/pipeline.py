@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastkd import monitor, planning
+from fastkd import monitor, plan_lines, planning
 from fastkd.budget import BudgetTooSmall
 from fastkd.config import Resolved
 from fastkd.data import hub
@@ -61,7 +62,7 @@ def run(resolved: Resolved, world: World, console: Console) -> Path:
 def train_and_export(resolved: Resolved, began: Run | None, world: World, console: Console, started: float) -> None:
     """Set up, plan, train to the end of the budget, and write ``final/``. ``started``: when this process began the run."""
     folder = resolved.output_dir
-    planning.announce(resolved, console)
+    plan_lines.announce(resolved, console)
     with phase("set-up"):
         with hub.pinned(began.environment.get("corpus_sources", []) if began else []):
             setup = prepare(with_measured_dtype(resolved, began), world)
@@ -71,7 +72,7 @@ def train_and_export(resolved: Resolved, began: Run | None, world: World, consol
         the_plan = planning.make(resolved, trainer, measured)
         trainer.stream.want(round(READ_AHEAD * the_plan["steps"]))
         if world.is_main:
-            planning.render(the_plan, console)
+            plan_lines.render(the_plan, console)
         on_main(world, lambda: write_opening(folder, opening(resolved, setup, the_plan)))
     with contextlib.closing(setup.shards):
         train(trainer, folder, measured, setup_seconds=now() - started)
@@ -96,7 +97,7 @@ def report(folder: Path, console: Console) -> None:
         console.print(f"warning: {warning}")
 
 
-def train(trainer: Trainer, folder: Path, measured: planning.Measurement, setup_seconds: float) -> None:
+def train(trainer: Trainer, folder: Path, measured: Sequence[planning.Measurement], setup_seconds: float) -> None:
     """From the checkpoint, if there is one, to the end of the budget."""
     config, world = trainer.setup.config, trainer.world
     budget = config.budget
@@ -104,11 +105,11 @@ def train(trainer: Trainer, folder: Path, measured: planning.Measurement, setup_
     log_to = tuple(config.log_to) if world.is_main else ()
     shown = watch(folder, budget.amount, budget.unit, log_to=log_to, resume=True, log_every=config.log_every)
     with shown:
-        loop = Loop(trainer, folder, shown, measured.step_seconds)
+        loop = Loop(trainer, folder, shown, [each.step_seconds for each in measured])
         with contextlib.closing(loop.ledger):
             loop.ledger.event("setup", setup_seconds)
-            if measured.compile_seconds:
-                loop.ledger.event("compile", measured.compile_seconds)
+            if compiling := sum(each.compile_seconds for each in measured):
+                loop.ledger.event("compile", compiling)
             if loop.totals.step == 0:
                 loop.record_validation(0.0, in_loop=False)
             with trace(folder / "trace.json", config.trace) as traced:
@@ -123,8 +124,8 @@ def train(trainer: Trainer, folder: Path, measured: planning.Measurement, setup_
 
 def export(setup: Setup, folder: Path) -> None:
     """The student as a Hugging Face folder with its model card."""
-    card = model_card(folder, mlm_head=setup.method.trains_mlm_head)
-    head, longest = setup.method.trains_mlm_head, setup.config.seq_length
+    head, longest = setup.stages.trains_mlm_head, setup.config.seq_length
+    card = model_card(folder, mlm_head=head)
     hf.export(setup.student, setup.tokenizer, folder / "final", card=card, mlm_head=head, max_length=longest)
 
 

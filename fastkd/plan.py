@@ -29,21 +29,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str]) -> int:
     own, resolved = parse_with(PlanOptions, argv, terminal.called("plan"))
     require_inputs(resolved.run)
-    from fastkd import planning  # only now: PyTorch takes seconds to load, and neither --help nor a mistake needs it
+    from fastkd import (  # only now: PyTorch takes seconds to load, and neither --help nor a mistake needs it
+        plan_lines,
+        planning,
+    )
     from fastkd.distributed import joined, phase
     from fastkd.setup import prepare
     from fastkd.train import Trainer
 
     with terminal.kept_for_answer(own.json) as out, joined() as world, terminal.stages(quiet=not world.is_main):
         console = Console(quiet=not world.is_main)
-        planning.announce(resolved, console)
+        plan_lines.announce(resolved, console)
         with phase("set-up"):
             trainer = Trainer(prepare(resolved, world))
             plan = planning.make(resolved, trainer, planning.measure(trainer))
         if own.json and world.is_main:
             print(json.dumps(finite(plan), allow_nan=False), file=out, flush=True)
         else:
-            planning.render(plan, console)
+            plan_lines.render(plan, console)
     return cli.EXIT_OK
 
 

@@ -1,7 +1,7 @@
 """The plan of a run, measured before anything is spent.
 
-A few real steps are timed and their effect on the parameters is undone. The plan that follows is printed, and kept in the run
-folder.
+A few real steps of each stage are timed and their effect on the parameters is undone. The plan that follows is printed
+(``plan_lines.py``), and kept in the run folder.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastkd import quantities
-from fastkd.budget import VALIDATION_SHARE, Budget, BudgetTooSmall, Meter, StepCost, Totals
-from fastkd.data.unknown import unknown_remark, unknown_share
+from fastkd.budget import PARTS, VALIDATION_SHARE, Budget, BudgetTooSmall, Meter, StepCost, Totals
+from fastkd.data.unknown import unknown_share
 from fastkd.device import environment, waiting
 from fastkd.device.clock import PHASES, PhaseClock, now
 from fastkd.device.peaks import measured_matmul_flops, peak_flops
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from fastkd.models.encoder import EncoderConfig
     from fastkd.run_config import RunConfig
     from fastkd.setup import Setup
-    from fastkd.terminal import Console
     from fastkd.train import Trainer
 
 log = logging.getLogger("fastkd.plan")
@@ -40,12 +38,11 @@ log = logging.getLogger("fastkd.plan")
 WARMUP_STEPS = 2
 MEASURED_STEPS = 20
 MEASURED_SECONDS = 8.0
-SHORT = 0.5  # of --seq-length: if the average sequence is shorter, the plan warns
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a few steps took, in wall-clock seconds; the same on every rank."""
+    """What a few steps of a stage took, in wall-clock seconds; the same on every rank."""
 
     step_seconds: float
     phase_s: dict[str, float]  # of one step
@@ -56,16 +53,25 @@ class Measurement:
     queued_share: float  # of the time of these steps: how long the process waited for a core that others used
 
 
-def measure(trainer: Trainer) -> Measurement:
-    """Time real steps, then put every parameter back; the optimiser starts again.
-
-    Where memory runs out, the micro-batch is halved and all steps are timed again.
+def measure(trainer: Trainer) -> list[Measurement]:
+    """Time real steps of each stage, then put every parameter back; the optimiser starts again, in the first stage.
 
     Raises:
-        BudgetTooSmall: the budget does not pay for one step.
+        BudgetTooSmall: the budget does not pay for one step of each stage.
     """
-    require_a_step(trainer.setup.config.budget, trainer.step_cost(0))
-    log.info("timing steps, for %.0f seconds at most", MEASURED_SECONDS)
+    config, stages = trainer.setup.config, trainer.setup.stages
+    require_steps(config.budget, trainer)
+    log.info("timing steps, for %.0f seconds at most", len(stages.all) * MEASURED_SECONDS)
+    measured = []
+    for number in range(len(stages.all)):
+        trainer.enter(number, for_good=False)
+        measured.append(_measure_stage(trainer))
+    trainer.enter(0, for_good=False)
+    return measured
+
+
+def _measure_stage(trainer: Trainer) -> Measurement:
+    """Where memory runs out, the micro-batch is halved and all steps are timed again."""
     saved = {name: value.clone() for name, value in trainer.objective.state_dict().items()}
     measured = None
     while measured is None:
@@ -115,9 +121,9 @@ def _measure(trainer: Trainer) -> Measurement:
 
 def _steps_worth_timing(trainer: Trainer, estimate: float) -> int:
     """How many steps of some ``estimate`` seconds to time: at most as many as the run itself will take, but at least three."""
-    budget = trainer.setup.config.budget
+    budget, stage = trainer.setup.config.budget, trainer.setup.stages.stage
     amount = Meter(budget, Totals(), estimate * trainer.world.size).step_amount(trainer.step_cost(0))
-    most = min(MEASURED_SECONDS / estimate, budget.amount / amount)
+    most = min(MEASURED_SECONDS / estimate, stage.share * budget.amount / amount)
     return int(mean(trainer.world, torch.tensor(most)).clamp(3, MEASURED_STEPS))
 
 
@@ -138,56 +144,80 @@ def _timed_step(trainer: Trainer, stream: Iterator[list[Batch]], step: int) -> d
     return trainer.clock.lap().seconds()
 
 
-def predict(config: RunConfig, trainer: Trainer, measured: Measurement) -> dict[str, Any]:
-    """Steps, tokens, epochs and energy that the budget of ``config`` buys.
+@dataclass(frozen=True)
+class Bought:
+    """What its share of the budget buys of a stage."""
+
+    steps: int
+    cost: StepCost  # of one step
+    times: Measurement
+
+    @property
+    def seconds(self) -> float:
+        """On the wall clock."""
+        return self.steps * self.times.step_seconds
+
+
+def bought(config: RunConfig, trainer: Trainer, measured: Sequence[Measurement]) -> list[Bought]:
+    """The steps of each stage that the budget of ``config`` buys. What a stage leaves goes to the next one.
 
     Raises:
-        BudgetTooSmall: it does not pay for one step.
+        BudgetTooSmall: it does not pay for one step of each.
     """
-    budget, devices, cost = config.budget, trainer.world.size, trainer.step_cost(0)
-    amount = require_a_step(budget, cost, measured.step_seconds * devices)
-    usable = budget.amount
+    budget, devices = config.budget, trainer.world.size
+    amounts = require_steps(budget, trainer, measured)
+    usable, left, found = budget.amount, 0.0, []
     if budget.unit == "gpu-seconds" and config.charge != "compute":
-        usable -= measured.compile_seconds * devices + _validation_seconds(config, measured, devices)
-    steps = max(1, int(usable // amount))
-    tokens = steps * cost.real
-    return {
-        "step_seconds": measured.step_seconds,
-        "tokens_per_s": cost.real / measured.step_seconds,
-        "steps": steps,
-        "tokens": tokens,
-        "epochs": trainer.stream.epoch_of(steps),
-        "seconds": steps * measured.step_seconds,
-        "flops": {part: steps * value for part, value in cost.flops.items()},
-        "joules": None if measured.joules is None else steps * measured.joules,
-    }
+        usable -= sum(each.compile_seconds for each in measured) * devices
+        usable -= _validation_seconds(config, max(each.validation_seconds for each in measured), devices)
+    for number, (stage, amount, times) in enumerate(zip(trainer.setup.stages.all, amounts, measured, strict=True)):
+        left += usable * stage.share
+        steps = max(1, int(left // amount))
+        left -= steps * amount
+        found.append(Bought(steps, trainer.step_cost(0, number), times))
+    return found
 
 
-def require_a_step(budget: Budget, cost: StepCost, step_charged: float = 0.0) -> float:
-    """What one step takes of the budget: GPU-seconds as measured (``step_charged``), FLOPs and tokens exactly.
+def require_steps(budget: Budget, trainer: Trainer, measured: Sequence[Measurement] = ()) -> list[float]:
+    """What one step of each stage takes of the budget: GPU-seconds as measured, FLOPs and tokens exactly.
 
     Raises:
-        BudgetTooSmall: more than all of it.
+        BudgetTooSmall: one takes more than all that its stage has.
     """
-    amount = Meter(budget, Totals(), step_charged).step_amount(cost)
-    if amount > budget.amount:
-        needed = Budget(budget.unit, amount)
-        raise BudgetTooSmall(f"one step takes {needed}, the budget is {budget}: raise it, or lower --batch-tokens")
-    return amount
+    stages, found = trainer.setup.stages.all, []
+    for number, stage in enumerate(stages):
+        seconds = measured[number].step_seconds * trainer.world.size if measured else 0.0
+        amount = Meter(budget, Totals(), seconds).step_amount(trainer.step_cost(0, number))
+        whole = Budget(budget.unit, stage.share * budget.amount)
+        if amount > whole.amount:
+            needed = Budget(budget.unit, amount)
+            if len(stages) == 1:
+                raise BudgetTooSmall(
+                    f"one step takes {needed}, the budget is {budget}: raise it, or lower --batch-tokens"
+                )
+            raise BudgetTooSmall(
+                f"one step of {stage.method} takes {needed}, its share of the budget is {whole}: raise the budget or the "
+                "share, or lower --batch-tokens"
+            )
+        found.append(amount)
+    return found
 
 
-def _validation_seconds(config: RunConfig, measured: Measurement, devices: int) -> float:
+def _validation_seconds(config: RunConfig, seconds: float, devices: int) -> float:
     """GPU-seconds of the validations within the loop: as many as were asked for, but at most 2% of the budget."""
-    each = measured.validation_seconds * devices
+    each = seconds * devices
     affordable = int(VALIDATION_SHARE * config.budget.amount // each)
     return min(config.validations, affordable) * each
 
 
-def make(resolved: Resolved, trainer: Trainer, measured: Measurement) -> dict[str, Any]:
-    """The plan as plan.json holds it. One measurement serves any budget: what was asked for is read from ``resolved`` only."""
-    config, setup, cost = resolved.run, trainer.setup, trainer.step_cost(0)
-    total = sum(cost.flops.values())
-    per_token = {part: value / cost.real for part, value in cost.flops.items()}
+def make(resolved: Resolved, trainer: Trainer, measured: Sequence[Measurement]) -> dict[str, Any]:
+    """The plan as plan.json holds it. One measurement serves any budget: what was asked for is read from ``resolved`` only.
+
+    Raises:
+        BudgetTooSmall: the budget does not pay for one step of each stage.
+    """
+    config, setup = resolved.run, trainer.setup
+    stages = bought(config, trainer, measured)
     return {
         "device": environment.device_name(),
         "devices": trainer.world.size,
@@ -205,14 +235,8 @@ def make(resolved: Resolved, trainer: Trainer, measured: Measurement) -> dict[st
         "corpus": _corpus(config, trainer),
         "budget": asdict(config.budget),
         "charge": config.charge,
-        "flops_per_token": per_token,
-        "teacher_share": cost.flops["teacher"] / total,
-        "teacher_seconds_share": measured.phase_s["teacher"] / measured.step_seconds,
-        "phase_s": measured.phase_s,
-        "flops_per_s": total / measured.step_seconds,
-        "matmul_flops_per_s": measured.matmul_flops,
-        "mfu": _mfu(trainer, cost, measured),
-        "lr": setup.lr,
+        "matmul_flops_per_s": measured[0].matmul_flops,
+        "lr": setup.rate(0),
         "batch_tokens": config.batch_tokens,
         "micro_batch": trainer.micro_tokens,
         "attention": setup.attention,
@@ -221,10 +245,47 @@ def make(resolved: Resolved, trainer: Trainer, measured: Measurement) -> dict[st
         "compile": setup.compile,
         "residual": config.residual,
         "activation_bytes": setup.activation_bytes(trainer.micro_tokens),
-        "validation_seconds": measured.validation_seconds,
-        "queued_share": measured.queued_share,
+        "validation_seconds": measured[-1].validation_seconds,
+        "queued_share": max(each.queued_share for each in measured),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-    } | predict(config, trainer, measured)
+        "epochs": trainer.stream.epoch_of(sum(each.steps for each in stages)),
+        **_amounts(stages, trainer),
+        "stages": _stages(setup, stages, trainer) if stages[1:] else [],
+    }
+
+
+def _amounts(stages: Sequence[Bought], trainer: Trainer) -> dict[str, Any]:
+    """What stages take together, and what that is in each step, second and token."""
+    steps, seconds = sum(each.steps for each in stages), sum(each.seconds for each in stages)
+    tokens = sum(each.steps * each.cost.real for each in stages)
+    flops = {part: sum(each.steps * each.cost.flops[part] for each in stages) for part in PARTS}
+    phase_s = {name: sum(each.steps * each.times.phase_s[name] for each in stages) / steps for name in PHASES}
+    joules = [None if each.times.joules is None else each.steps * each.times.joules for each in stages]
+    rate, peak = sum(flops.values()) / seconds, peak_flops(trainer.device)
+    return {
+        "steps": steps,
+        "tokens": tokens,
+        "seconds": seconds,
+        "step_seconds": seconds / steps,
+        "tokens_per_s": tokens / seconds,
+        "flops": flops,
+        "flops_per_token": {part: value / tokens for part, value in flops.items()},
+        "flops_per_s": rate,
+        "mfu": None if peak is None else rate / peak / trainer.world.size,
+        "joules": None if None in joules else sum(joules),
+        "phase_s": phase_s,
+        "teacher_share": flops["teacher"] / sum(flops.values()),
+        "teacher_seconds_share": phase_s["teacher"] * steps / seconds,
+    }
+
+
+def _stages(setup: Setup, stages: Sequence[Bought], trainer: Trainer) -> list[dict[str, Any]]:
+    """The same for each stage, with its method, options, share of the budget and peak learning rate."""
+    return [
+        {"method": stage.method, "options": asdict(stage.options), "share": stage.share, "lr": setup.rate(number)}
+        | _amounts([each], trainer)
+        for number, (stage, each) in enumerate(zip(setup.stages.all, stages, strict=True))
+    ]
 
 
 def _corpus(config: RunConfig, trainer: Trainer) -> dict[str, Any]:
@@ -243,31 +304,6 @@ def _corpus(config: RunConfig, trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _corpus_line(corpus: dict[str, Any]) -> str:
-    about = "" if corpus["is_complete"] else "about "
-    share = corpus["held_out_tokens"] / (corpus["unique_tokens"] + corpus["held_out_tokens"])
-    return (
-        f"{', '.join(corpus['sources'])}: {about}{quantities.count(corpus['unique_tokens'])} tokens, "
-        f"{quantities.count(corpus['held_out_tokens'])} held out ({share:.1%}), "
-        f"sequences of {corpus['mean_sequence']:.0f} tokens on average"
-    )
-
-
-def _short_sequences(corpus: dict[str, Any]) -> str | None:
-    """A warning if sequences are far from full."""
-    if corpus["mean_sequence"] >= SHORT * corpus["seq_length"]:
-        return None
-    return (
-        f"sequences hold {corpus['mean_sequence']:.0f} tokens on average, under half of --seq-length {corpus['seq_length']}: "
-        "--packing full-sentences fills them; where a row or line is a sentence, +join after the corpus's name joins them"
-    )
-
-
-def _mfu(trainer: Trainer, cost: StepCost, measured: Measurement) -> float | None:
-    peak = peak_flops(trainer.device)
-    return None if peak is None else sum(cost.flops.values()) / measured.step_seconds / peak / trainer.world.size
-
-
 def _model(config: EncoderConfig) -> dict[str, Any]:
     return {
         "layers": config.num_layers,
@@ -278,61 +314,16 @@ def _model(config: EncoderConfig) -> dict[str, Any]:
 
 
 def _teacher(config: RunConfig, setup: Setup) -> dict[str, Any] | None:
-    if setup.teacher is None:
+    teacher, layers = setup.stages.last_teacher, [0]
+    if teacher is None:
         return None
-    teacher = setup.teacher
+    layers += [
+        each.teacher_needs.depth(teacher.config.num_layers) for each in setup.stages.methods if each.teacher_needs
+    ]
     return _model(teacher.config) | {
         "parameters": setup.teacher_parameters,
         "source": config.teacher,
-        "layers_run": teacher.needs.depth(teacher.config.num_layers),
+        "layers_run": max(layers),
         "attention": teacher.attention,
         "attention_remark": teacher.attention_remark,
     }
-
-
-def render(plan: dict[str, Any], console: Console) -> None:
-    """Print a plan, a line a fact."""
-    student, teacher, q = plan["student"], plan["teacher"], quantities
-    flops, rounded = plan["flops_per_token"], ", bfloat16 residual stream" if plan["residual"] == "bfloat16" else ""
-    rows = [
-        ("device", f"{plan['devices']} × {plan['device']}, {plan['dtype']}{rounded}, "
-                   f"attention {_attention(plan)}, compile {'on' if plan['compile'] else 'off'}"),
-        ("method", f"{plan['method']}, learning rate {plan['lr']:g}"),
-        ("student", f"{student['spec']}, {q.count(student['parameters'])} parameters"
-                    + (f", started from {student['start']}" if student["start"] else "")),
-        ("teacher", "none" if teacher is None else f"{teacher['source']}, {q.count(teacher['parameters'])} parameters, "
-                                                   f"{teacher['layers_run']} of {teacher['layers']} layers run, "
-                                                   f"attention {_attention(teacher)}"),
-        ("corpus", _corpus_line(plan["corpus"])),
-        ("budget", f"{Budget(**plan['budget'])}, charged: {plan['charge']}"),
-        ("step", f"{q.count(plan['batch_tokens'])} tokens in micro-batches of {q.count(plan['micro_batch'])}, "
-                 f"{q.duration(plan['step_seconds'])}, {q.memory(plan['activation_bytes'])} of activations"),
-        ("FLOPs a token", ", ".join(f"{part} {q.scaled(value, 'FLOP')}" for part, value in flops.items())),
-        ("teacher's share", f"{plan['teacher_share']:.1%} of the FLOPs, "
-                            f"{plan['teacher_seconds_share']:.1%} of the seconds"),
-        ("throughput", f"{q.count(plan['tokens_per_s'])} tokens/s, {q.scaled(plan['flops_per_s'], 'FLOP/s')} = "
-                       f"{plan['flops_per_s'] / plan['matmul_flops_per_s'] / plan['devices']:.1%} of a matrix product's"
-                       + ("" if plan["mfu"] is None else f", MFU {plan['mfu']:.1%}")),
-        ("predicted", f"{plan['steps']:,} steps, {q.count(plan['tokens'])} tokens, {plan['epochs']:.2f} epochs, "
-                      f"{q.scaled(sum(plan['flops'].values()), 'FLOP')}, {q.duration(plan['seconds'])}"
-                      + ("" if plan["joules"] is None else f", {q.scaled(plan['joules'], 'J')}")),
-    ]  # fmt: skip
-    if plan["queued_share"] > waiting.BUSY_SHARE:
-        load = "" if plan["load"] is None else f" (load {plan['load']:.1f})"
-        rows.append(("busy", f"other programs had the cores for {plan['queued_share']:.0%} of the time that steps were "
-                             f"timed{load}: without them steps are faster"))  # fmt: skip
-    for name, value in rows:
-        console.print(f"{name:<17}{value}")
-    corpus = plan["corpus"]
-    for warning in filter(None, (_short_sequences(corpus), unknown_remark(corpus["unknown_share"]))):
-        console.print(f"warning: {warning}")
-
-
-def announce(resolved: Resolved, console: Console) -> None:
-    """The plan's first line, which is known before anything is loaded."""
-    console.print(f"{'preset':<17}{resolved.run.preset} ({resolved.preset_reason})")
-
-
-def _attention(model: dict[str, Any]) -> str:
-    """A backend, and if it is a slow one, why."""
-    return model["attention"] + (f" ({model['attention_remark']})" if model["attention_remark"] else "")

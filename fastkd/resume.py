@@ -40,11 +40,14 @@ def _restore(trainer: Trainer, checkpoints: Path, monitor: Monitor) -> tuple[Tot
     """
     found = on_main(trainer.world, lambda: checkpoint.newest(checkpoints, monitor.say))
     if found is None:
+        trainer.enter(0)
         return Totals(), []
     if "totals" not in found.state:
         raise ValueError(f"{found.folder} does not say what was spent: remove it, or give another --output-dir")
+    totals = Totals(**found.state["totals"])
+    trainer.enter(trainer.setup.stages.at(totals.progress))
     found.restore(trainer.objective, trainer.optimizer)
-    return Totals(**found.state["totals"]), found.state.get("recent", [])
+    return totals, found.state.get("recent", [])
 
 
 def _take_over(book: Ledger, recent: list[Record], validations: Validations, monitor: Monitor) -> tuple[float, bool]:

@@ -52,7 +52,11 @@ class RunConfig:
     """One run under one budget."""
 
     preset: str = option("auto", "auto (paper-6l with a CUDA device, else quickstart), or a file of fastkd/presets/")
-    method: str = option("minilmv2", f"a file of fastkd/methods/: {METHODS}")
+    method: str = option(
+        "minilmv2",
+        f"a file of fastkd/methods/: {METHODS}. Or several, each but the last with its share of the budget, in quotes: "
+        "'minilmv2:0.3>mlm'",
+    )
     teacher: str | None = option(
         None, "hub id, Hugging Face folder or finished run folder; 'quickstart' names the packaged one"
     )
@@ -79,7 +83,7 @@ class RunConfig:
     init_from_teacher: bool = option(
         False, "start the student from the teacher's layers, every other one for half its depth (equal widths)"
     )
-    lr: float | None = option(None, "peak learning rate; default: the method's")
+    lr: float | None = option(None, "peak learning rate; default: each method's")
     warmup: float = option(0.06, "share of the budget over which the learning rate rises")
     weight_decay: float = option(0.01, "AdamW's weight decay of matrices")
     adam_beta2: float = option(0.98, "AdamW's second-moment decay")

@@ -6,6 +6,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -65,12 +66,26 @@ class Bin:
     """Consecutive steps drawn as one point: means over the steps, `low` and `high` the extreme losses."""
 
     steps: tuple[int, int]
+    stage: int
     spent: float
     loss: float | None
     low: float | None
     high: float | None
     lr: float
     tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class StageSum:
+    """What the steps of one stage of a recipe took; seconds are GPU-seconds."""
+
+    number: int  # from 0
+    method: str
+    steps: int
+    tokens: int
+    seconds: float
+    teacher_seconds: float
+    flops: float
 
 
 @dataclass(frozen=True)
@@ -135,6 +150,21 @@ class Run:
             name: sum(self._devices(step) * step["phase_s"].get(name, 0.0) for step in self.steps) for name in named
         }
 
+    @cached_property
+    def stage_sums(self) -> list[StageSum]:
+        """What each stage took; a run by one method has one."""
+        names = [stage["method"] for stage in self.plan.get("stages", ())]
+        found, tokens, flops = [], 0, 0.0
+        for number, group in groupby(self.steps, stage_of):
+            steps = list(group)
+            seconds = sum(self._devices(step) * sum(step["phase_s"].values()) for step in steps)
+            taught = sum(self._devices(step) * step["phase_s"].get("teacher", 0.0) for step in steps)
+            at_end = steps[-1]["tokens"]["real"], float(sum(steps[-1]["flops"].values()))
+            name = names[number] if number < len(names) else f"stage {number + 1}"
+            found.append(StageSum(number, name, len(steps), at_end[0] - tokens, seconds, taught, at_end[1] - flops))
+            tokens, flops = at_end
+        return found
+
     @property
     def step_s(self) -> float:
         """GPU-seconds of all steps together."""
@@ -197,6 +227,12 @@ class Run:
         return [line for line in self.metrics if line.get("event") == "validation"]
 
     @property
+    def last_validations(self) -> list[Record]:
+        """Those of the last stage: losses of other methods do not compare with them."""
+        found = self.validations
+        return [line for line in found if stage_of(line) == stage_of(found[-1])]
+
+    @property
     def sm_clock_mhz(self) -> float | None:
         """Mean of the readings of the slowest device's SM clock."""
         known = [line["sm_clock_mhz"] for line in self.metrics if line.get("sm_clock_mhz") is not None]
@@ -224,7 +260,12 @@ class Run:
     def bins(self) -> list[Bin]:
         """The steps as at most `MOST_BINS` points; about five steps a point if there are few steps."""
         size = max(-(-len(self.steps) // MOST_BINS), min(5, len(self.steps) // 20), 1)
-        return [self._bin(start, start + size) for start in range(0, len(self.steps), size)]
+        found, begin = [], 0
+        for stage in self.stage_sums:
+            end = begin + stage.steps
+            found += [self._bin(start, min(start + size, end)) for start in range(begin, end, size)]
+            begin = end
+        return found
 
     def _bin(self, start: int, stop: int) -> Bin:
         steps = self.steps[start:stop]
@@ -233,6 +274,7 @@ class Run:
         seconds = sum(sum(step["phase_s"].values()) for step in steps)
         return Bin(
             steps=(steps[0]["step"], steps[-1]["step"]),
+            stage=stage_of(steps[0]),
             spent=sum(self.spent(step) for step in steps) / len(steps),
             loss=sum(losses) / len(losses) if losses else None,
             low=min(losses, default=None),
@@ -240,6 +282,11 @@ class Run:
             lr=sum(step["lr"] for step in steps) / len(steps),
             tokens_per_s=(steps[-1]["tokens"]["real"] - before) / seconds if seconds else 0.0,
         )
+
+
+def stage_of(line: Record) -> int:
+    """The number of the stage that a line of the ledger or of the metrics belongs to."""
+    return int(line.get("stage", 0))
 
 
 def has_student(folder: Path) -> bool:

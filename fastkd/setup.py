@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fastkd import methods, quickstart
+from fastkd import methods, quickstart, recipe
 from fastkd.budget import StepCost
 from fastkd.config import Resolved
 from fastkd.data import corpus
@@ -37,7 +38,9 @@ from fastkd.models.attention import Setting
 from fastkd.models.encoder import Encoder, EncoderConfig
 from fastkd.models.needs import Needs
 from fastkd.models.teacher import Teacher, check_teacher
+from fastkd.recipe import Stage
 from fastkd.run_config import BFLOAT16_STREAM, RunConfig
+from fastkd.stages import Stages
 
 log = logging.getLogger(__name__)
 
@@ -56,14 +59,31 @@ class Setup:
     compile: bool
     tokenizer: PreTrainedTokenizerBase
     student: Encoder
-    method: Method
-    teacher: Teacher | None
+    stages: Stages
     teacher_parameters: int  # of the whole checkpoint: `teacher` keeps only what is read
     teacher_sha256: str | None  # of its configuration and numbers, however they are stored
     teacher_revision: str | None  # its commit on the hub
     shards: Shards
-    lr: float
     micro_tokens: int  # of the first micro-batch; a `Trainer` that runs out of memory takes smaller ones
+
+    @property
+    def method(self) -> Method:
+        """The method of the stage that the run is in."""
+        return self.stages.method
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """What that method reads, None where it reads none."""
+        return self.stages.teacher
+
+    @property
+    def lr(self) -> float:
+        """The peak learning rate of that stage."""
+        return self.rate(self.stages.number)
+
+    def rate(self, stage: int) -> float:
+        """The peak learning rate of a stage."""
+        return self.config.lr or self.stages.methods[stage].default_lr
 
     @property
     def inputs(self) -> dict[str, str | None]:
@@ -110,23 +130,27 @@ class Setup:
             packing=config.packing,
         )
 
-    def step_cost(self, count: StepTokens) -> StepCost:
-        """FLOPs and tokens of a step over all ranks, from real lengths, known before it runs."""
+    def step_cost(self, count: StepTokens, stage: int | None = None) -> StepCost:
+        """FLOPs and tokens of a step over all ranks, from real lengths, known before it runs; ``stage``: the present one
+        unless given."""
         shape = {"tokens": self.config.batch_tokens, "pairs": count.pairs, "predicted": count.predicted}
-        student = flops.forward_flops(self.student.config, self.method.student_needs, **shape)
-        teacher = 0
-        if self.teacher is not None:
-            teacher = flops.forward_flops(self.teacher.config, self.teacher.needs, **shape)
+        method, teacher = self.stages.methods[self.stages.number if stage is None else stage], 0
+        student = flops.forward_flops(self.student.config, method.student_needs, **shape)
+        if method.teacher_needs is not None:
+            assert method.teacher_config is not None
+            teacher = flops.forward_flops(method.teacher_config, method.teacher_needs, **shape)
         by_model = {
             "student": student + flops.backward_flops(student),
             "teacher": teacher,
-            "loss": self.method.loss_flops(**shape),
+            "loss": method.loss_flops(**shape),
         }
         return StepCost(by_model, count.real, count.predicted)
 
     def activation_bytes(self, tokens: int) -> int:
         """What a forward of ``tokens`` keeps for its backward."""
-        return _activation_bytes(self.config, self.student.config, self.method, self.dtype, self.world.device, tokens)
+        return _activation_bytes(
+            self.config, self.student.config, self.stages.methods, self.dtype, self.world.device, tokens
+        )
 
 
 def prepare(resolved: Resolved, world: World) -> Setup:
@@ -149,12 +173,11 @@ def prepare(resolved: Resolved, world: World) -> Setup:
         raise ValueError(
             f"--seq-length {config.seq_length} is beyond the model's {student_config.max_length} positions; lower it"
         )
-    method = methods.load(config.method).METHOD(resolved.method, student_config, loaded.config if loaded else None)
-    if loaded is not None:
-        check_teacher(loaded, student_config, tokenizer, method.teacher_needs or Needs(), config.seq_length)
-    student = _student(config, student_config, method, attention, loaded, world.device)
+    recipe_stages = recipe.stages(config.method, resolved.method)
+    found = _methods(recipe_stages, student_config, loaded, tokenizer, config.seq_length)
+    student = _student(config, student_config, found, attention, loaded, world.device)
     use_compile = world.device.type == "cuda" if config.compile is None else config.compile
-    teacher = _teacher(config, method, loaded, world.device, dtype, use_compile)
+    stages = Stages(recipe_stages, found, partial(_teacher, config, loaded, world.device, dtype, use_compile))
     shards = _shards(config, tokenizer, world)
     setup = Setup(
         config=config,
@@ -165,19 +188,35 @@ def prepare(resolved: Resolved, world: World) -> Setup:
         compile=use_compile,
         tokenizer=tokenizer,
         student=student,
-        method=method,
-        teacher=teacher,
+        stages=stages,
         teacher_parameters=sum(p.numel() for p in loaded.encoder.parameters()) if loaded else 0,
         teacher_sha256=loaded.sha256 if loaded else None,
         teacher_revision=loaded.revision if loaded else None,
         shards=shards,
-        lr=config.lr or method.default_lr,
-        micro_tokens=_micro_batch(config, student_config, method, dtype, world),
+        micro_tokens=_micro_batch(config, student_config, found, dtype, world),
     )
-    if loaded is not None and teacher is not None and config.teacher_dtype == "float8":
+    if loaded is not None and config.teacher_dtype == "float8":
         batch = setup.validation()[0]
-        float8.check(lambda name: _loss_of_teacher(setup, loaded, batch, name), world)
+        for method in filter(lambda each: each.teacher_needs, found):
+            float8.check(partial(_loss_of_teacher, setup, method, loaded, batch), world)
     return setup
+
+
+def _methods(
+    stages: Sequence[Stage],
+    student: EncoderConfig,
+    loaded: hf.Loaded | None,
+    tokenizer: PreTrainedTokenizerBase,
+    longest: int,
+) -> list[Method]:
+    """Each stage's method, and that student and teacher fit it."""
+    found: list[Method] = []
+    for stage in stages:
+        method = methods.load(stage.method).METHOD(stage.options, student, loaded.config if loaded else None)
+        if loaded is not None:
+            check_teacher(loaded, student, tokenizer, method.teacher_needs or Needs(), longest)
+        found.append(method)
+    return found
 
 
 def _check_options(config: RunConfig, world: World) -> torch.dtype:
@@ -196,17 +235,18 @@ def _check_options(config: RunConfig, world: World) -> torch.dtype:
 def _student(
     config: RunConfig,
     shape: EncoderConfig,
-    method: Method,
+    found: Sequence[Method],
     attention: str,
     loaded: hf.Loaded | None,
     device: torch.device,
 ) -> Encoder:
-    """The student as training starts: random, or from the teacher's layers; the method's own weights too."""
+    """The student as training starts: random, or from the teacher's layers; the methods' own weights too."""
+    head = any(method.trains_mlm_head for method in found)
     student = Encoder(
-        shape, mlm_head=method.trains_mlm_head, attention=attention, residual=getattr(torch, config.residual),
-        seed=config.seed,
-    )  # fmt: skip
-    method.initialise(torch.Generator().manual_seed(config.seed), device)
+        shape, mlm_head=head, attention=attention, residual=getattr(torch, config.residual), seed=config.seed
+    )
+    for method in found:
+        method.initialise(torch.Generator().manual_seed(config.seed), device)
     if config.init_from_teacher:
         assert loaded is not None  # RunConfig.check refuses it without a teacher
         students.init_from_teacher(student, loaded.encoder)
@@ -214,45 +254,55 @@ def _student(
 
 
 def _teacher(
-    config: RunConfig, method: Method, loaded: hf.Loaded | None, device: torch.device, dtype: torch.dtype, compile: bool
-) -> Teacher | None:
-    """The teacher on the device, or None where the method reads none."""
-    if loaded is None or method.teacher_needs is None:
-        return None
+    config: RunConfig, loaded: hf.Loaded | None, device: torch.device, dtype: torch.dtype, compile: bool, needs: Needs
+) -> Teacher:
+    """The teacher on the device, cut to what a method needs."""
+    assert loaded is not None  # the method refuses to be made without
     return Teacher(
-        loaded, method.teacher_needs, device=device, dtype=dtype, longest=config.seq_length, attention=config.attention,
+        loaded, needs, device=device, dtype=dtype, longest=config.seq_length, attention=config.attention,
         compile=compile, float8=config.teacher_dtype == "float8",
     )  # fmt: skip
 
 
 def _activation_bytes(
-    config: RunConfig, student: EncoderConfig, method: Method, dtype: torch.dtype, device: torch.device, tokens: int
+    config: RunConfig,
+    student: EncoderConfig,
+    found: Sequence[Method],
+    dtype: torch.dtype,
+    device: torch.device,
+    tokens: int,
 ) -> int:
+    """Of the method that keeps most."""
     keeps_attention_weights = device.type == "cpu" and (dtype == torch.bfloat16 or config.dropout > 0)
-    return memory.activation_bytes(
-        student,
-        method.student_needs,
-        tokens=tokens,
-        predicted=round(config.mask_rate * tokens),
-        itemsize=dtype.itemsize,
-        residual_itemsize=getattr(torch, config.residual).itemsize,
-        weight_pairs=tokens * config.seq_length if keeps_attention_weights else 0,
+    return max(
+        memory.activation_bytes(
+            student,
+            method.student_needs,
+            tokens=tokens,
+            predicted=round(config.mask_rate * tokens),
+            itemsize=dtype.itemsize,
+            residual_itemsize=getattr(torch, config.residual).itemsize,
+            weight_pairs=tokens * config.seq_length if keeps_attention_weights else 0,
+        )
+        for method in found
     )
 
 
-def _micro_batch(config: RunConfig, student: EncoderConfig, method: Method, dtype: torch.dtype, world: World) -> int:
+def _micro_batch(
+    config: RunConfig, student: EncoderConfig, found: Sequence[Method], dtype: torch.dtype, world: World
+) -> int:
     """Tokens of the micro-batch that was asked for, or of the largest that fits the device."""
     if config.micro_batch != "auto":
         return int(config.micro_batch)
     pack_tokens = pack_size(config.seq_length)
-    a_token = _activation_bytes(config, student, method, dtype, world.device, pack_tokens) / pack_tokens
+    a_token = _activation_bytes(config, student, found, dtype, world.device, pack_tokens) / pack_tokens
     rank_tokens = config.batch_tokens // world.size
     return int(smallest(world, memory.largest_micro_batch(a_token, rank_tokens, pack_tokens, world.device)))
 
 
-def _loss_of_teacher(setup: Setup, loaded: hf.Loaded, batch: Batch, name: str) -> float:
+def _loss_of_teacher(setup: Setup, method: Method, loaded: hf.Loaded, batch: Batch, name: str) -> float:
     """The loss of a held-out batch and the untrained student with the teacher in float32, bfloat16 or float8."""
-    device, method, student = setup.world.device, setup.method, setup.student
+    device, student = setup.world.device, setup.student
     dtype = torch.float32 if name == "float32" else torch.bfloat16
     assert method.teacher_needs is not None
     longest, float8 = setup.config.seq_length, name == "float8"

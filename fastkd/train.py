@@ -66,16 +66,34 @@ class Trainer:
         self.setup, self.world, self.device = setup, setup.world, setup.world.device
         self.micro_tokens, self.stream = setup.micro_tokens, setup.stream()
         self.validation = setup.validation()
-        self._last_cost: tuple[int, StepCost] | None = None
-        self.objective = Objective(setup.student, setup.method, setup.config.dropout)
+        self._last_cost: tuple[tuple[int, int], StepCost] | None = None
+        self._reached: dict[int, set[str]] = {}  # by stage: the names of the parameters that its loss reaches
         if setup.compile:
             setup.student.compile_graphs(layerwise=setup.world.size > 1)  # ranks exchange gradients during a backward
         memory.keep_what_is_freed(self.device)
         self.waiting = waiting.of_this_process() if self.device.type == "cpu" else None
         self.clock = PhaseClock(self.device)
+        self._begin()
+
+    def enter(self, number: int, *, for_good: bool = True) -> None:
+        """Go over to a stage of the recipe; ``for_good``: no earlier one is entered again."""
+        stages, before = self.setup.stages, self.setup.stages.number
+        stages.enter(number, for_good=for_good)
+        if number != before:
+            self._begin(self.optimizer if stages.stage.goes_on and number == before + 1 else None)
+
+    def _begin(self, optimizer: torch.optim.AdamW | None = None) -> None:
+        """What a stage trains, tried once, and how; a fresh optimiser, or that of the stage before."""
+        setup = self.setup
+        self.objective = Objective(setup.student, setup.method, setup.config.dropout)
         self.model: nn.Module = self.objective
-        self._rehearse()
-        self.optimizer = self.new_optimizer()
+        self.rehearsal_seconds = 0.0
+        if setup.stages.number not in self._reached:
+            self._rehearse()
+        reached = self._reached[setup.stages.number]
+        for name, parameter in self.objective.named_parameters():
+            parameter.requires_grad_(name in reached)
+        self.optimizer = optimizer or self.new_optimizer()
         self._exchange_gradients()
 
     def _exchange_gradients(self) -> None:
@@ -96,11 +114,11 @@ class Trainer:
             weight_decay=config.weight_decay,
         )
 
-    def step_cost(self, number: int) -> StepCost:
-        """FLOPs and tokens of a step over all ranks, known before it runs."""
-        # Asked when a step is decided and when it is issued.
-        if self._last_cost is None or self._last_cost[0] != number:
-            self._last_cost = number, self.setup.step_cost(self.stream.tokens_of(number))
+    def step_cost(self, number: int, stage: int | None = None) -> StepCost:
+        """FLOPs and tokens of a step over all ranks, known before it runs; ``stage``: the present one unless given."""
+        asked = number, self.setup.stages.number if stage is None else stage  # when it is decided and when it is issued
+        if self._last_cost is None or self._last_cost[0] != asked:
+            self._last_cost = asked, self.setup.step_cost(self.stream.tokens_of(number), asked[1])
         return self._last_cost[1]
 
     # ---- one step -------------------------------------------------------------------------------------------
@@ -114,6 +132,7 @@ class Trainer:
             torch.OutOfMemoryError: memory ran out where there is one rank.
             OSError: memory ran out on one of several ranks where the others cannot know it.
         """
+        self.setup.method.rate_share = lr / self.setup.lr
         out, losses = self._backward(batches) if self.world.size == 1 else self._backward_of_all(batches)
         try:
             loss, *terms = average(self.world, torch.stack(losses).mean(0))
@@ -200,19 +219,20 @@ class Trainer:
         """One micro-batch forward and backward, before ranks depend on one another, while memory for the optimiser is reserved.
 
         Where any rank runs out of memory, every rank takes the next smaller micro-batch and tries again. Later steps
-        need no more than this one: their shapes are the same. Parameters that the loss did not reach are frozen.
+        need no more than this one: their shapes are the same. Parameters that the loss does not reach get no gradient.
 
         Raises:
             ValueError: not even one pack fits, or the loss is not finite though no step was taken yet.
         """
         started = now()
+        self.objective.requires_grad_(True)
         compiling = ", compiling" if self.setup.compile else ""
         log.info("trying a micro-batch of %d tokens%s", self.micro_tokens, compiling)
         while any_rank(self.world, (loss := self._tried_with_optimizer()) is None):
             self.halve_micro_batch()
         self._require_finite(loss)
-        for parameter in self.objective.parameters():
-            parameter.requires_grad_(parameter.grad is not None)
+        reached = {name for name, parameter in self.objective.named_parameters() if parameter.grad is not None}
+        self._reached[self.setup.stages.number] = reached
         self.objective.zero_grad(set_to_none=True)
         self.rehearsal_seconds = now() - started
         self.clock.lap()
@@ -288,6 +308,7 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> Validation:
         """The method's loss on held-out text; where the MLM head is trained, also its cross-entropy and accuracy."""
+        self.setup.method.rate_share = 1.0
         losses: list[float] = []
         mlm = torch.zeros(3, dtype=torch.float64)  # summed cross-entropy, right predictions, predictions
         for batch in self.validation:

@@ -59,7 +59,7 @@ def _losses(method: str, folder: Path, changes: dict[str, Any]) -> list[float]:
     setup = prepare(resolved, World())
     trainer, budget = Trainer(setup), setup.config.budget
     with tempfile.TemporaryDirectory(dir=folder) as name, contextlib.closing(setup.shards):
-        loop = Loop(trainer, Path(name), SilentMonitor(Path(name), budget.amount, budget.unit), 0.01)
+        loop = Loop(trainer, Path(name), SilentMonitor(Path(name), budget.amount, budget.unit), [0.01])
         with contextlib.closing(loop.ledger):
             loop.run()
         steps = [line for line in read_jsonl(Path(name) / "ledger.jsonl") if "event" not in line]

@@ -1,12 +1,13 @@
 """The meter stops neither early nor late."""
 
+import math
 import random
 from pathlib import Path
 
 import pytest
 from ledgers import COST, charge_step
 
-from fastkd.budget import Budget, Meter, Totals
+from fastkd.budget import Budget, Meter, StepCost, Totals
 from fastkd.ledger import Ledger
 
 
@@ -49,7 +50,26 @@ def test_a_budget_under_one_step_allows_none() -> None:
     assert Meter(Budget("gpu-seconds", 0.5), Totals(), step_seconds=1.0).next_progress(COST) is None
 
 
-def test_steps_on_the_device_count_before_they_are_timed() -> None:
-    meter = Meter(Budget("gpu-seconds", 2.5), Totals(), step_seconds=1.0)
-    assert meter.next_progress(COST, in_flight=1) is not None
-    assert meter.next_progress(COST, in_flight=2) is None
+@pytest.mark.parametrize(("unit", "step"), [("gpu-seconds", 1), ("flops", 100), ("tokens", 4000)])
+def test_steps_on_the_device_count_before_they_are_charged(unit, step, tmp_path: Path) -> None:
+    budget, charged = Budget(unit, 6.5 * step), Totals()
+    ahead, behind = Meter(budget, Totals(), step_seconds=1.0), Meter(budget, charged, step_seconds=1.0)
+    ledger = Ledger(tmp_path / "ledger.jsonl", "loop", charged)
+    for count in range(7):
+        found, expected = ahead.next_progress(COST, in_flight=[COST] * count), behind.next_progress(COST)
+        assert found == (pytest.approx(expected) if unit == "gpu-seconds" else expected)  # others repeat to the bit
+        charge_step(ledger, 1.0)
+    ledger.close()
+
+
+def test_a_part_of_the_budget_ends_and_the_next_one_begins_above_it() -> None:
+    meter = Meter(Budget("tokens", 10 * 4000), Totals())
+    spent, parts = [], []
+    for start, end in ((0.0, 0.55), (0.55, 1.0)):
+        while (progress := meter.next_progress(COST, in_flight=spent, start=start, end=end)) is not None:
+            spent.append(COST)
+            parts.append(progress)
+    assert len(spent) == 10 and parts == sorted(parts)
+    assert parts[:5] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.55]) and parts[5] > 0.55 and parts[-1] == 1.0
+    cheap = StepCost(COST.flops, real=1000, predicted=150)
+    assert meter.next_progress(cheap, in_flight=[COST] * 5, start=0.55) == math.nextafter(0.55, 1)

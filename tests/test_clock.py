@@ -54,7 +54,7 @@ def test_steps_and_events_of_a_loop_sum_to_its_wall_clock(small: list[str], tmp_
     options = [*small, "--method", "minilmv2", "--checkpoint-minutes", "0.002", "--budget-tokens", "8000"]
     trainer = Trainer(prepare(parse(options), World()))
     with Monitor(tmp_path, 8000, "tokens") as monitor:
-        loop = Loop(trainer, tmp_path, monitor, step_seconds=0.1)
+        loop = Loop(trainer, tmp_path, monitor, step_seconds=[0.1])
         loop.record_validation(0.0, in_loop=False)
         start = now()
         loop.run()

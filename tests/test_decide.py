@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fastkd import recipe
 from fastkd.budget import StepCost, Totals
 from fastkd.config import resolve
 from fastkd.decide import Checkpoints, Decider, Validations
@@ -16,7 +17,10 @@ OPTIONS = {"preset": "quickstart", "method": "mlm", "budget_tokens": 1000}
 def decider(totals: Totals, **options: object) -> Decider:
     config = resolve({**OPTIONS, **options}).run
     cost = StepCost({"student": 1, "teacher": 0, "loss": 0}, real=100, predicted=15)
-    return Decider(config, totals, lambda number: cost, 0.0, Validations(config.validations, 1))
+    stages = recipe.stages(config.method, recipe.options_class(config.method)())
+    return Decider(
+        config, totals, stages, lambda number, stage: cost, [0.0] * len(stages), Validations(config.validations, 1)
+    )
 
 
 def spent(tokens: int) -> Totals:
@@ -24,23 +28,23 @@ def spent(tokens: int) -> Totals:
 
 
 def test_progress_is_one_for_the_last_step_that_fits_and_then_it_stops() -> None:
-    assert decider(spent(300)).decide(3, 0, interrupted=False).progress == pytest.approx(0.4)
-    assert decider(spent(900)).decide(9, 0, interrupted=False).progress == 1.0
-    assert decider(spent(950)).decide(10, 0, interrupted=False).stop
-    assert decider(spent(300)).decide(3, 0, interrupted=True).interrupted
+    assert decider(spent(300)).decide(3, [], interrupted=False).progress == pytest.approx(0.4)
+    assert decider(spent(900)).decide(9, [], interrupted=False).progress == 1.0
+    assert decider(spent(950)).decide(10, [], interrupted=False).stop
+    assert decider(spent(300)).decide(3, [], interrupted=True).interrupted
 
 
 def test_a_budget_is_spent_where_a_step_like_the_last_does_not_fit() -> None:
-    assert not decider(spent(900)).is_spent(9, 0)
-    assert decider(spent(950)).is_spent(10, 0)
+    assert not decider(spent(900)).is_spent(9, [])
+    assert decider(spent(950)).is_spent(10, [])
 
 
 def test_a_replayed_ledger_gives_the_progress_and_the_end(tmp_path: Path) -> None:
     ledger = tmp_path / "ledger.jsonl"
     ledger.write_text("".join(json.dumps({"step": n, "progress": n / 2}) + "\n" for n in (1, 2)))
     replayed = decider(spent(0), replay=str(ledger))
-    assert [replayed.decide(number, 0, interrupted=False).progress for number in (0, 1)] == [0.5, 1.0]
-    assert replayed.decide(2, 0, interrupted=False).stop and replayed.is_spent(2, 0) and not replayed.is_spent(1, 0)
+    assert [replayed.decide(number, [], interrupted=False).progress for number in (0, 1)] == [0.5, 1.0]
+    assert replayed.decide(2, [], interrupted=False).stop and replayed.is_spent(2, []) and not replayed.is_spent(1, [])
 
 
 def test_validations_come_once_for_each_share_of_the_budget() -> None:

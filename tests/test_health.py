@@ -40,7 +40,7 @@ def train(options: list[str], traced: Callable[[Trainer], None] = lambda trainer
             resolved.output_dir, budget.amount, budget.unit, resume=True, log_every=setup.config.log_every
         ) as monitor,
     ):
-        loop = Loop(trainer, resolved.output_dir, monitor, 0.01)
+        loop = Loop(trainer, resolved.output_dir, monitor, [0.01])
         with contextlib.closing(loop.ledger):
             loop.run(lambda: traced(trainer))
             loop.save_the_end()

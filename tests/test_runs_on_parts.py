@@ -98,7 +98,7 @@ def test_a_plan_times_the_steps_whose_text_is_there(
         return timing(*given)
 
     monkeypatch.setattr(planning, "_timed_step", counted)
-    measured = planning.measure(trainer)
+    (measured,) = planning.measure(trainer)
     assert measured.phase_s["data"] < 0.1
     assert 5 < len(timed) < 20
     assert trainer.stream.is_there(len(timed) - 1) and not trainer.stream.is_there(len(timed))

@@ -88,7 +88,7 @@ def test_running_out_of_memory_in_the_loop_halves_once(
     trainer, taken = Trainer(setup), short_of_memory(monkeypatch, after=2)
 
     budget = setup.config.budget
-    loop = Loop(trainer, tmp_path, SilentMonitor(tmp_path, budget.amount, budget.unit, log_every=1000), 0.01)
+    loop = Loop(trainer, tmp_path, SilentMonitor(tmp_path, budget.amount, budget.unit, log_every=1000), [0.01])
     with contextlib.closing(loop.ledger):
         loop.run()
     assert taken[:2] == [4096, 4096] and set(taken[2:]) == {2048} and trainer.micro_tokens == 2048
@@ -104,7 +104,7 @@ def test_running_out_of_memory_in_the_plans_steps_halves_too(
     before = {name: value.clone() for name, value in trainer.objective.state_dict().items()}
 
     monkeypatch.setattr(planning, "MEASURED_STEPS", 3)
-    assert planning.measure(trainer).step_seconds > 0
+    assert planning.measure(trainer)[0].step_seconds > 0
     assert taken == [4096] * 3 + [2048] * 5 and trainer.micro_tokens == 2048
     assert all(torch.equal(value, before[name]) for name, value in trainer.objective.state_dict().items())
     assert not trainer.optimizer.state
@@ -149,7 +149,7 @@ def test_no_step_waits_for_the_device(
     """From the fifth step on, whatever makes the host wait between two lines of the log raises."""
     trainer = Trainer(setup_of(method, compile=compile))
     budget = trainer.setup.config.budget
-    loop = Loop(trainer, tmp_path, SilentMonitor(tmp_path, budget.amount, budget.unit, log_every=1000), 0.01)
+    loop = Loop(trainer, tmp_path, SilentMonitor(tmp_path, budget.amount, budget.unit, log_every=1000), [0.01])
     steps = 0
 
     def watch() -> None:

@@ -99,7 +99,7 @@ class MatchedBudgets:
         for ((option, amount),) in map(dict.items, budgets):
             searching = row.resolved(self.shared, **{option: share * amount}).run.budget
             try:
-                planning.require_a_step(searching, trainer.step_cost(0), measured.step_seconds * self.world.size)
+                planning.require_steps(searching, trainer, measured)
             except BudgetTooSmall as error:
                 tuned = f"--tune tries each rate with {share:.0%} of the budget: " if share < 1 else ""
                 raise BudgetTooSmall(f"{tuned}{error}") from error

@@ -24,6 +24,7 @@ from fastkd.device import environment
 from fastkd.distributed import World, any_rank, on_main, phase
 from fastkd.files import finite
 from fastkd.opening import alone_in
+from fastkd.plan_lines import rates
 from fastkd.run_config import PRESENTATION
 from fastkd.run_folder import refuse_links
 from fastkd.terminal import Console
@@ -179,7 +180,7 @@ def plan_line(row: Row, planned: dict[str, Any]) -> str:
         f"{row.label}: {Budget(**planned['budget'])}, {planned['steps']:,} steps, {planned['tokens']:,} tokens, "
         f"{planned['epochs']:.2f} epochs, {sum(planned['flops'].values()):.3e} FLOPs, "
         f"{planned['tokens_per_s']:,.0f} tokens/s, teacher's share {planned['teacher_share']:.1%} of FLOPs and "
-        f"{planned['teacher_seconds_share']:.1%} of seconds, learning rate {planned['lr']:g}"
+        f"{planned['teacher_seconds_share']:.1%} of seconds, learning rate {rates(planned)}"
     )
 
 

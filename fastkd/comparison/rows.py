@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastkd import methods
+from fastkd import recipe
 from fastkd.config import Resolved, resolve
 from fastkd.run_config import RunConfig
 
@@ -22,9 +22,9 @@ BudgetOption = dict[str, float]  # budget_gpu_hours or budget_flops, and its val
 
 @dataclass(frozen=True)
 class Row:
-    """A method, with options and a teacher that only this row has."""
+    """A recipe, with options and a teacher that only this row has."""
 
-    method: str
+    method: str  # one or several, as `recipe.spelled` writes them
     options: tuple[str, ...] = ()
     teacher: str | None = None
 
@@ -37,7 +37,7 @@ class Row:
     @property
     def slug(self) -> str:
         """Its name in folders."""
-        return self.label.replace(" ", "").replace("+", "-").replace("@", "-at-")
+        return recipe.slug(self.label).replace(" ", "").replace("+", "-").replace("@", "-at-")
 
     @property
     def starts_from_teacher(self) -> bool:
@@ -45,14 +45,13 @@ class Row:
         return "init_from_teacher" in self.options
 
     def run_options(self, shared: dict[str, Any]) -> dict[str, Any]:
-        """The options of its run that are given: the shared ones that its method reads, and its own."""
-        module = methods.load(self.method)
-        known = {f.name for cls in (RunConfig, module.Config) for f in dataclasses.fields(cls)}
+        """The options of its run that are given: the shared ones that its methods read, and its own."""
+        known = {f.name for cls in (RunConfig, recipe.options_class(self.method)) for f in dataclasses.fields(cls)}
         options = {name: value for name, value in shared.items() if name in known}
         if self.teacher is not None:  # the student keeps the other rows' tokenizer, not that of this teacher
             options["tokenizer"] = Row("mlm").settings(shared)["tokenizer"]
             options["teacher"] = self.teacher
-        if not module.METHOD.uses_teacher and not self.starts_from_teacher:
+        if not recipe.uses_teacher(self.method) and not self.starts_from_teacher:
             lender = options.pop("teacher", None)
             options.setdefault("tokenizer", lender)
             options = {name: value for name, value in options.items() if value is not None}
@@ -67,8 +66,8 @@ class Row:
         return dataclasses.asdict(self.resolved(shared, budget_tokens=1).run)
 
     def default_rate(self, shared: dict[str, Any]) -> float:
-        """Its learning rate without a search."""
-        return float(shared.get("lr") or methods.load(self.method).METHOD.default_lr)
+        """Its learning rate without a search, that of its first stage."""
+        return float(shared.get("lr") or recipe.default_rate(self.method))
 
 
 @dataclass(frozen=True)
@@ -126,28 +125,28 @@ def parse_rows(specs: str, as_released: bool) -> list[Row]:
 
 
 def parse_row(spec: str) -> Row:
-    """A row from METHOD[+option…][@TEACHER].
+    """A row from METHOD[+option…][@TEACHER], where METHOD may be a recipe such as minilmv2:0.3>mlm.
 
     Raises:
-        ValueError: an unknown method, an option that a row or this method does not have, or a teacher without use.
+        ValueError: an unknown method, an option that a row or its methods do not have, or a teacher without use.
     """
     head, _, teacher = spec.strip().partition("@")
-    method, *options = (part.strip().replace("-", "_") for part in head.split("+"))
-    module = methods.load(method)
-    read = {f.name for f in dataclasses.fields(module.Config)} | {"init_from_teacher"}
+    named, *options = (part.strip().replace("-", "_") for part in head.split("+"))
+    method = recipe.spelled(named)
+    read = {f.name for f in dataclasses.fields(recipe.options_class(method))} | {"init_from_teacher"}
     for name in options:
         if name not in ROW_OPTIONS or name not in read:
             allowed = ", ".join("+" + known.replace("_", "-") for known in ROW_OPTIONS if known in read)
             raise ValueError(f"row {spec!r}: {method} takes {allowed}, not +{name.replace('_', '-')}")
     row = Row(method, tuple(options), teacher or None)
-    if teacher and not module.METHOD.uses_teacher and not row.starts_from_teacher:
+    if teacher and not recipe.uses_teacher(method) and not row.starts_from_teacher:
         raise ValueError(f"row {spec!r}: {method} trains without a teacher: leave @{teacher} out")
     return row
 
 
 def has_released(method: str) -> bool:
-    """Whether a method has an ``as_released`` variant."""
-    return "as_released" in {f.name for f in dataclasses.fields(methods.load(method).Config)}
+    """Whether a method, or one of a recipe, has an ``as_released`` variant."""
+    return "as_released" in {f.name for f in dataclasses.fields(recipe.options_class(method))}
 
 
 def base_row(rows: Sequence[Row]) -> Row:

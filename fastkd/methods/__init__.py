@@ -64,6 +64,7 @@ class Method:
     student_needs: Needs
     teacher_needs: Needs | None = None
     reads_masked: bool = False
+    rate_share: float = 1.0  # the step's learning rate over its peak, for weights that follow it; 1 in a validation
 
     def __init__(self, config: Any, student: EncoderConfig, teacher: EncoderConfig | None) -> None:
         """Check that student and teacher fit; raises ValueError naming the fix where they do not."""
@@ -101,6 +102,11 @@ class Method:
         read at predicted positions only, may come as [M, …] with labels [M].
         """
         raise NotImplementedError
+
+    @classmethod
+    def parts(cls, config: Any) -> list[tuple[float, Any]]:
+        """How the method divides its time: the share at which each part ends, 1 for the last, and the part's ``Config``."""
+        return [(1.0, config)]
 
     @classmethod
     def card_note(cls, options: Mapping[str, Any]) -> str:
@@ -143,7 +149,7 @@ def _description(name: str) -> str:
 
 ENDS_AT_QKV = (
     "The method trains nothing above the query, key and value projections of the student's last layer: that layer's "
-    "attention output and feed-forward part keep their initial weights until fine-tuning."
+    "attention output and feed-forward part keep the weights with which it began."
 )
 
 

@@ -2,8 +2,12 @@
 
     loss = kl_weight · T² · KL(teacher ‖ student) + ce_weight · CE + cosine_weight · (1 − cos(h_s, h_t))
 
-all three averaged over the masked positions. Source: Hinton et al. 2015; Sanh et al. 2019 (DistilBERT: T 2,
-weights 5, 2 and 1, the cosine between last hidden states); Bui et al. 2024.
+all three averaged over the masked positions. After the share ``--kd-until`` of its time the method goes on by ce_weight · CE
+only: no teacher runs, and none is charged. With ``--kl-schedule lr`` the weight of the KL is kl_weight times the learning
+rate over its peak (after Peng et al. 2024, arXiv 2410.16215, who let it be high while the rate is high).
+
+Source: Hinton et al. 2015; Sanh et al. 2019 (DistilBERT: T 2, weights 5, 2 and 1, the cosine between last hidden states); Bui
+et al. 2024.
 
 Sanh et al. take the cosine of all tokens, here it is that of the masked positions: both models compute their last layer
 at these rows only, and at all of them a step of 6L-768H under BERT-base would cost 10% more FLOPs.
@@ -13,8 +17,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastkd.methods import FusedLosses, Method, MethodLoss, Padded, require_teacher
 from fastkd.models.needs import Needs, Outputs
@@ -40,6 +44,12 @@ class Config:
             "equal widths only"
         },
     )
+    kd_until: float = field(
+        default=1.0, metadata={"help": "share of the method's time after which it goes on without the teacher"}
+    )
+    kl_schedule: Literal["constant", "lr"] = field(
+        default="constant", metadata={"help": "lr: the weight of the KL follows the learning rate"}
+    )
     as_released: bool = field(
         default=False,
         metadata={"help": "the paper's released objective: KL divided by the vocabulary's size, T 1, no cosine"},
@@ -51,6 +61,15 @@ class Config:
         others = (self.ce_weight, self.cosine_weight)
         if not 0 < self.kl_weight < math.inf or not all(0 <= weight < math.inf for weight in others):
             raise ValueError("--kl-weight must be above 0, --ce-weight and --cosine-weight not below 0, and all finite")
+        if not 0 < self.kd_until <= 1:
+            raise ValueError(f"--kd-until is a share above 0 and at most 1, got {self.kd_until:g}")
+        if self.kd_until < 1 and not self.ce_weight:
+            raise ValueError("--kd-until leaves only the cross-entropy: give --ce-weight above 0")
+
+
+@dataclass(frozen=True)
+class Untaught(Config):
+    """The same options where the time of the teacher is over."""
 
 
 class METHOD(Method):
@@ -64,16 +83,25 @@ class METHOD(Method):
     def __init__(self, config: Config, student: EncoderConfig, teacher: EncoderConfig | None) -> None:
         super().__init__(config, student, teacher)
         teacher = require_teacher(self.name, teacher)
-        self.cosine = 0.0 if config.as_released else config.cosine_weight
+        self.taught = not isinstance(config, Untaught)
+        self.cosine = 0.0 if config.as_released or not self.taught else config.cosine_weight
         if self.cosine and student.hidden_size != teacher.hidden_size:
             raise ValueError(
                 f"--cosine-weight compares hidden states of one width, but the student has {student.hidden_size} and "
                 f"the teacher {teacher.hidden_size}: leave it at 0, or give --student a width of {teacher.hidden_size}"
             )
         self.temperature = 1.0 if config.as_released else config.temperature
-        self.kl_weight = config.kl_weight / student.vocab_size if config.as_released else config.kl_weight
+        weight = config.kl_weight / student.vocab_size if config.as_released else config.kl_weight
+        self.kl_weight = weight if self.taught else 0.0
         self.student_needs = Needs(logits=True, last_rows=self.cosine > 0)
-        self.teacher_needs = Needs(logits=True, last_rows=self.cosine > 0)
+        self.teacher_needs = Needs(logits=True, last_rows=self.cosine > 0) if self.taught else None
+
+    @classmethod
+    def parts(cls, config: Config) -> list[tuple[float, Config]]:
+        if config.kd_until == 1:
+            return [(1.0, config)]
+        same = {each.name: getattr(config, each.name) for each in fields(Config)}
+        return [(config.kd_until, config), (1.0, Untaught(**same))]
 
     def loss(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> MethodLoss:
         import torch
@@ -81,22 +109,28 @@ class METHOD(Method):
 
         from fastkd.kernels.linear_kd import linear_kd
 
-        assert teacher is not None and student.head_rows is not None and student.decoder_weight is not None
+        assert student.head_rows is not None and student.decoder_weight is not None
+        taught: dict[str, Any] = {}
+        if teacher is not None:
+            follows = self.config.kl_schedule == "lr"
+            taught = {
+                "teacher_hidden": teacher.head_rows,
+                "teacher_weight": teacher.decoder_weight,
+                "teacher_bias": teacher.decoder_bias,
+                "kl_weight": self.kl_weight * (self.rate_share if follows else 1.0),
+                "temperature": self.temperature,
+            }
         out = linear_kd(
             student.head_rows,
             student.decoder_weight,
             batch.labels,
             student_bias=student.decoder_bias,
-            teacher_hidden=teacher.head_rows,
-            teacher_weight=teacher.decoder_weight,
-            teacher_bias=teacher.decoder_bias,
-            kl_weight=self.kl_weight,
             ce_weight=self.config.ce_weight,
-            temperature=self.temperature,
+            **({"kl_weight": 0.0} | taught),
         )
-        loss, terms = out.loss, {"kl": out.kl, "ce": out.ce}
+        loss, terms = out.loss, ({"kl": out.kl} if taught else {}) | {"ce": out.ce}
         if self.cosine:
-            assert student.last_rows is not None and teacher.last_rows is not None
+            assert teacher is not None and student.last_rows is not None and teacher.last_rows is not None
             valid = (batch.labels >= 0).float()
             h_t_MD = teacher.last_rows.to(torch.float32, copy=True)  # inference tensors cannot be saved for a backward
             distance = 1 - F.cosine_similarity(student.last_rows.float(), h_t_MD, dim=-1)
@@ -113,7 +147,7 @@ class METHOD(Method):
             predicted,
             self.student_config.vocab_size,
             self.student_config.hidden_size,
-            self.teacher_config.hidden_size,
+            self.teacher_config.hidden_size if self.taught else 0,
         )
 
     def fused_losses(self) -> FusedLosses:
@@ -123,11 +157,14 @@ class METHOD(Method):
     def plain(self, student: Padded, teacher: Padded | None, labels: Tensor, mask: Tensor) -> Tensor:
         import torch.nn.functional as F
 
-        assert teacher is not None and student.logits is not None and teacher.logits is not None
+        assert student.logits is not None
         T, predicted = self.temperature, labels >= 0
+        ce = F.cross_entropy(student.logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100)
+        if not self.taught:
+            return self.config.ce_weight * ce
+        assert teacher is not None and teacher.logits is not None
         log_p, q = F.log_softmax(student.logits.float() / T, -1), F.softmax(teacher.logits.float() / T, -1)
         kl = F.kl_div(log_p, q, reduction="none").sum(-1)[predicted].mean()
-        ce = F.cross_entropy(student.logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100)
         loss = self.kl_weight * T * T * kl + self.config.ce_weight * ce
         if self.cosine:
             assert self.teacher_config is not None

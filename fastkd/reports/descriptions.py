@@ -55,9 +55,10 @@ def loss_text(loss: float | None) -> str:
 
 def loss_warning(run: Run) -> str:
     """A warning if the last held-out loss is not finite or above the first one; else empty."""
-    if len(run.validations) < 2:
+    found = run.last_validations
+    if len(found) < 2:
         return ""
-    start, end = run.validations[0]["loss"], run.validations[-1]["loss"]
+    start, end = found[0]["loss"], found[-1]["loss"]
     if end is not None and (start is None or end <= start):
         return ""
     rate = f" than {run.plan['lr']:g}" if "lr" in run.plan else ""

@@ -11,7 +11,7 @@ from fastkd.reports import bars
 from fastkd.reports.tables import Cell, Cells, Table, numeric, share
 
 if TYPE_CHECKING:
-    from fastkd.run_folder import EventSum, Run
+    from fastkd.run_folder import EventSum, Run, StageSum
 
 
 def seconds_bar(run: Run) -> Markup:
@@ -73,6 +73,27 @@ def _totals(run: Run) -> list[Cells]:
 def _free_row(run: Run, event: EventSum) -> Cells:
     label = f"not charged: {event.name} × {event.times}"
     return label, _seconds(run, f"free.{event.name}", event.seconds), "", ""
+
+
+def stage_table(run: Run) -> Table:
+    """What each stage of a recipe took; empty for a run by one method."""
+    head = ("stage", "steps", "tokens", "GPU-seconds", "share", "teacher's part", "FLOPs", "share")
+    found = run.stage_sums
+    return Table(head, [_stage_row(run, stage) for stage in found] if len(found) > 1 else [])
+
+
+def _stage_row(run: Run, stage: StageSum) -> Cells:
+    name, whole = f"stage.{stage.number}", sum(each.flops for each in run.stage_sums)
+    return (
+        f"{stage.number + 1}: {stage.method}",
+        numeric(f"{name}.steps", stage.steps),
+        numeric(f"{name}.tokens", stage.tokens, quantities.count(stage.tokens)),
+        _seconds(run, f"{name}.seconds", stage.seconds),
+        share(f"{name}.seconds_share", stage.seconds, run.step_s),
+        share(f"{name}.teacher_share", stage.teacher_seconds, stage.seconds),
+        numeric(f"{name}.flops", stage.flops, quantities.scaled(stage.flops, "FLOP")),
+        share(f"{name}.flops_share", stage.flops, whole),
+    )
 
 
 def arithmetic_table(run: Run) -> Table:

@@ -9,6 +9,7 @@ from markupsafe import Markup
 from fastkd import quantities
 from fastkd.reports import plots
 from fastkd.reports.tables import Cells, Table, numeric
+from fastkd.run_folder import stage_of
 
 if TYPE_CHECKING:
     from fastkd.files import Record
@@ -27,7 +28,7 @@ def learning_plots(run: Run) -> list[Markup]:
     rates = plots.Line("", x, [point.lr for point in bins])
     speeds = plots.Line("", x, [point.tokens_per_s for point in bins])
     return [
-        plots.curves("loss", [_loss_line(bins)], title="Training loss", **shared),
+        plots.curves("loss", _loss_lines(run, bins), title="Training loss", **shared),
         *_held_out_plot(run, shared),
         plots.curves("lr", [rates], title="Learning rate", from_zero=True, **shared),
         plots.curves("throughput", [speeds], title="Throughput (tokens/s)", from_zero=True, **shared),
@@ -35,23 +36,37 @@ def learning_plots(run: Run) -> list[Markup]:
     ]
 
 
-def _loss_line(bins: list[Bin]) -> plots.Line:
-    x, means = [point.spent for point in bins], [point.loss for point in bins]
-    first, last = bins[0].steps
-    if first == last:
-        return plots.Line("", x, means)
-    band = ([point.low for point in bins], [point.high for point in bins])
-    return plots.Line(f"mean of {last - first + 1} steps", x, means, band=band)
+def _loss_lines(run: Run, bins: list[Bin]) -> list[plots.Line]:
+    """One for each stage: their losses are not the same quantity."""
+    found = []
+    for stage in run.stage_sums:
+        own = [point for point in bins if point.stage == stage.number]
+        first, last = own[0].steps
+        name = [stage.method] if run.stage_sums[1:] else []
+        name += [f"mean of {last - first + 1} steps"] if first < last else []
+        band = ([point.low for point in own], [point.high for point in own]) if first < last else None
+        found.append(
+            plots.Line(", ".join(name), [point.spent for point in own], [point.loss for point in own], band=band)
+        )
+    return found
 
 
 def _held_out_plot(run: Run, shared: Record) -> list[Markup]:
     spent = run.spent_at()
-    points = [(spent(line["step"]), line["loss"]) for line in run.validations]
-    known = [(x, y) for x, y in points if x is not None]
+    known = [(stage_of(line), x, line["loss"]) for line in run.validations if (x := spent(line["step"])) is not None]
     if not known:
         return []
-    line = plots.Line("", [x for x, _ in known], [y for _, y in known], marked=True)
-    return [plots.curves("heldout", [line], title="Held-out loss", **shared)]
+    names = {stage.number: stage.method for stage in run.stage_sums} if run.stage_sums[1:] else {}
+    lines = [
+        plots.Line(
+            names.get(number, ""),
+            [x for stage, x, _ in known if stage == number],
+            [y for stage, _, y in known if stage == number],
+            marked=True,
+        )
+        for number in dict.fromkeys(stage for stage, *_ in known)
+    ]
+    return [plots.curves("heldout", lines, title="Held-out loss", **shared)]
 
 
 def _parts_plot(run: Run, shared: Record) -> list[Markup]:

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from markupsafe import Markup
 
-from fastkd import files, methods, quantities, quickstart
+from fastkd import files, methods, quantities, quickstart, recipe
 from fastkd.budget import PARTS
 from fastkd.data.hub import HubDataset
 from fastkd.reports.descriptions import budget_text, corpus_text, loss_warning, model_text
@@ -64,6 +64,7 @@ def _front_matter(run: Run, *, mlm_head: bool) -> str:
     datasets = _hub_datasets(run)
     teacher = _hub_model((run.plan.get("teacher") or {}).get("source"))
     method = str(run.plan.get("method", run.config.get("method", "unknown")))
+    parts = dict.fromkeys(part.partition(":")[0] for part in method.split(recipe.THEN))
     distilled = ["knowledge-distillation"] if run.plan.get("teacher") else []
     card = ModelCardData(
         license="unknown",
@@ -71,7 +72,7 @@ def _front_matter(run: Run, *, mlm_head: bool) -> str:
         pipeline_tag="fill-mask" if mlm_head else "feature-extraction",
         base_model=teacher,
         datasets=datasets or None,
-        tags=["fastkd", *distilled, method, "sentence-transformers"],
+        tags=["fastkd", *distilled, *parts, "sentence-transformers"],
         model_name=run.folder.name,
         eval_results=_held_out(run, datasets) or None,
     )
@@ -79,11 +80,15 @@ def _front_matter(run: Run, *, mlm_head: bool) -> str:
 
 
 def _method_note(run: Run) -> str:
-    """What the run's method says of its students; empty if no file of fastkd/methods/ has its name."""
-    name = run.config.get("method", run.plan.get("method"))  # whose options config.toml holds
-    if name not in methods.available():
+    """What the run's method says of its students; of a recipe, what the last one does, and what came before it. Empty if no
+    file of fastkd/methods/ has its name."""
+    spec = str(run.config.get("method", run.plan.get("method")))  # whose options config.toml holds
+    try:
+        *earlier, last = recipe.names(spec)
+    except ValueError:
         return ""
-    return str(methods.load(name).METHOD.card_note(run.config.get("method_options", {})))
+    before = f"Before {last}, it was trained by {', then '.join(earlier)}. " if earlier else ""
+    return (before + str(methods.load(last).METHOD.card_note(run.config.get("method_options", {})))).strip()
 
 
 def _hub_model(source: str | None) -> str | None:

@@ -15,8 +15,9 @@ from typing import Any
 from fastkd import files, quantities
 from fastkd.budget import PARTS
 from fastkd.files import Record
+from fastkd.plan_lines import rates
 from fastkd.reports.descriptions import budget_text, corpus_text, loss_text, loss_warning, model_text, status
-from fastkd.reports.expenses import arithmetic_table, efficiency_table, seconds_bar, seconds_table
+from fastkd.reports.expenses import arithmetic_table, efficiency_table, seconds_bar, seconds_table, stage_table
 from fastkd.reports.learning_curves import held_out_table, learning_plots, points_table
 from fastkd.reports.page import NOT_INCLUDED, render, teacher_note
 from fastkd.reports.tables import Cell, Cells, Table, numeric, settings_table, share, signed_percent
@@ -46,6 +47,7 @@ def _contents(run: Run) -> Record:
         "plan_against_fact": _plan_against_fact(run),
         "seconds_bar": seconds_bar(run),
         "seconds": seconds_table(run),
+        "stages": stage_table(run),
         "plots": learning_plots(run),
         "held_out": held_out_table(run),
         "points": points_table(run),
@@ -85,14 +87,14 @@ def _numerics(plan: Mapping[str, Any]) -> Iterator[str]:
 
 def _step_text(plan: Mapping[str, Any]) -> str:
     micro_batches = f"micro-batches of {plan['micro_batch']:,}"
-    return f"{plan['batch_tokens']:,} tokens in {micro_batches}, peak learning rate {plan['lr']:g}"
+    return f"{plan['batch_tokens']:,} tokens in {micro_batches}, peak learning rate {rates(plan)}"
 
 
 def _key_figures(run: Run) -> list[tuple[str, Cell, str]]:
     flops = sum(run.last["flops"].values()) if run.last else 0
     tokens = run.last["tokens"]["real"] if run.last else 0
     epochs = f"{quantities.number(run.last['epoch'], 3)} epochs" if run.last else ""
-    held_out = run.validations
+    held_out = run.last_validations
     loss = held_out[-1]["loss"] if held_out else None
     started = f"{loss_text(held_out[0]['loss'])} at step {held_out[0]['step']:,}" if held_out else "not measured yet"
     return [

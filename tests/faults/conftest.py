@@ -70,6 +70,14 @@ def scratch(from_scratch: list[str], shimmed: None, tmp_path_factory: pytest.Tem
 
 
 @pytest.fixture(scope="session")
+def recipe(light: list[str], shimmed: None, tmp_path_factory: pytest.TempPathFactory) -> run_case.Case:
+    """Some steps by relations, then some by words, saved after each."""
+    options = [*light, "--student", "1L-24H-12A", "--batch-tokens", "512", "--method", "minilmv2:0.5>mlm"]
+    options += ["--budget-tokens", "3400", "--checkpoint-minutes", "0", "--log-every", "2"]
+    return run_case.undisturbed(options, tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.fixture(scope="session")
 def taught(small: list[str], shimmed: None, tmp_path_factory: pytest.TempPathFactory) -> run_case.Case:
     """Three steps of minilmv2 with the quickstart teacher, saved after each."""
     options = [*small, "--method", "minilmv2", "--budget-tokens", "3500", "--checkpoint-minutes", "0"]

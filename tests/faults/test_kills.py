@@ -48,6 +48,18 @@ def test_killed_at_a_file_operation_with_the_quickstart_teacher(taught: Case, tm
                 taught.check(place, taught.run(place))
 
 
+@places(short=4, shares=1)
+def test_killed_in_any_stage(places: Places, recipe: Case, tmp_path: Path, fault) -> None:
+    """Before each line of the ledger: the steps of both stages, the change between them."""
+    with fault("kill -9 in any stage of a recipe", PROMISE) as tally:
+        lines = [at for at, name in enumerate(recipe.operations, start=1) if name.endswith("write run/ledger.jsonl")]
+        for at in (lines[place - 1] for place in places.of(len(lines))):
+            with tally.attempt(f"{at}, {recipe.operations[at - 1]}"):
+                place = Try.below(tmp_path / "try")
+                assert disturb(recipe, place, "kill", at) == -signal.SIGKILL
+                recipe.check(place, recipe.run(place))
+
+
 @tries(short=0, long=20, shares=2)
 def test_killed_again_and_again(numbers: range, scratch: Case, tmp_path: Path, fault) -> None:
     """Three kills in one run, each at another operation of what is left; some stopped by SIGTERM between."""
