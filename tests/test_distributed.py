@@ -34,7 +34,7 @@ sys.exit(run.main())
     ("method", "compile"),
     [
         ("mlm", "false"),
-        ("minilmv2", "false"),
+        ("minilmv2:0.5>mlm", "false"),
         pytest.param("tinybert", "false", marks=pytest.mark.exhaustive),
         pytest.param("mlm", "true", marks=NO_COMPILER),
     ],

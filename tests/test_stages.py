@@ -46,7 +46,8 @@ def setup_of(made_corpus: Path, made_teacher: Path) -> Callable[..., Setup]:
     def make(method: str, **options: object) -> Setup:
         values = {
             "preset": "quickstart", "method": method, "corpus": [str(made_corpus)], "student": "2L-48H-12A",
-            "teacher" if method != "mlm" else "tokenizer": str(made_teacher), "seq_length": 32, "batch_tokens": 1024, "budget_tokens": 1e5,
+            "teacher" if method != "mlm" else "tokenizer": str(made_teacher), "seq_length": 32, "batch_tokens": 1024,
+            "budget_tokens": 1e5,
             "dtype": "float32", **options,
         }  # fmt: skip
         return prepare(resolve(values), World())
