@@ -86,7 +86,7 @@ class RunConfig:
     clip_norm: float = option(1.0, "largest 2-norm of the gradient; 0 does not clip")
     dropout: float = option(0.0, "student's dropout probability (0.1 in the paper)")
     seq_length: int = option(128, "tokens in a sequence at most, [CLS] and [SEP] included")
-    mask_rate: float = option(0.15, "share of positions that are predicted")
+    mask_rate: float = option(0.15, "share of positions that are predicted in training; held-out text always has 15%%")
     packing: Literal["documents", "full-sentences"] = option(
         "documents", "full-sentences lets documents share a sequence"
     )

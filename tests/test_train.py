@@ -40,6 +40,14 @@ def setup_of(made_corpus: Path, made_teacher: Path) -> Callable[..., Setup]:
     return make
 
 
+def test_held_out_text_is_masked_alike_whatever_the_rate_of_training(setup_of: Callable[..., Setup]) -> None:
+    usual, denser = (setup_of("mlm", World(), dtype="float32", mask_rate=rate) for rate in (0.15, 0.3))
+    for mine, theirs in zip(usual.validation(), denser.validation(), strict=True):
+        assert torch.equal(mine.masked_ids, theirs.masked_ids) and torch.equal(mine.labels, theirs.labels)
+        assert len(mine.predicted) == pytest.approx(0.15 * len(mine.input_ids), rel=0.01)  # rounded in each pack
+    assert len(denser.stream().step(0)[0].predicted) > 1.9 * len(usual.stream().step(0)[0].predicted)
+
+
 @pytest.mark.parametrize("method", methods.available())
 def test_a_step_is_the_same_in_micro_batches_of_any_size(
     method: str, setup_of: Callable[..., Setup], tmp_path: Path
