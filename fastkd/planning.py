@@ -24,6 +24,7 @@ from fastkd.device.peaks import measured_matmul_flops, peak_flops
 from fastkd.device.power import PowerMeter
 from fastkd.distributed import mean, node_devices, on_main, smallest
 from fastkd.exchange import OutOfMemory
+from fastkd.reports.descriptions import recipe_text
 from fastkd.run_folder import ancestors
 
 if TYPE_CHECKING:
@@ -213,6 +214,7 @@ def make(resolved: Resolved, trainer: Trainer, measured: Measurement) -> dict[st
         "matmul_flops_per_s": measured.matmul_flops,
         "mfu": _mfu(trainer, cost, measured),
         "lr": setup.lr,
+        "schedule": config.schedule,
         "batch_tokens": config.batch_tokens,
         "micro_batch": trainer.micro_tokens,
         "attention": setup.attention,
@@ -297,7 +299,7 @@ def render(plan: dict[str, Any], console: Console) -> None:
     rows = [
         ("device", f"{plan['devices']} × {plan['device']}, {plan['dtype']}{rounded}, "
                    f"attention {_attention(plan)}, compile {'on' if plan['compile'] else 'off'}"),
-        ("method", f"{plan['method']}, learning rate {plan['lr']:g}"),
+        ("method", f"{plan['method']}, learning rate {plan['lr']:g}{recipe_text(plan)}"),
         ("student", f"{student['spec']}, {q.count(student['parameters'])} parameters"
                     + (f", started from {student['start']}" if student["start"] else "")),
         ("teacher", "none" if teacher is None else f"{teacher['source']}, {q.count(teacher['parameters'])} parameters, "

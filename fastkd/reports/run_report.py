@@ -15,7 +15,15 @@ from typing import Any
 from fastkd import files, quantities
 from fastkd.budget import PARTS
 from fastkd.files import Record
-from fastkd.reports.descriptions import budget_text, corpus_text, loss_text, loss_warning, model_text, status
+from fastkd.reports.descriptions import (
+    budget_text,
+    corpus_text,
+    loss_text,
+    loss_warning,
+    model_text,
+    recipe_text,
+    status,
+)
 from fastkd.reports.expenses import arithmetic_table, efficiency_table, seconds_bar, seconds_table
 from fastkd.reports.learning_curves import held_out_table, learning_plots, points_table
 from fastkd.reports.page import NOT_INCLUDED, render, teacher_note
@@ -85,7 +93,7 @@ def _numerics(plan: Mapping[str, Any]) -> Iterator[str]:
 
 def _step_text(plan: Mapping[str, Any]) -> str:
     micro_batches = f"micro-batches of {plan['micro_batch']:,}"
-    return f"{plan['batch_tokens']:,} tokens in {micro_batches}, peak learning rate {plan['lr']:g}"
+    return f"{plan['batch_tokens']:,} tokens in {micro_batches}, peak learning rate {plan['lr']:g}{recipe_text(plan)}"
 
 
 def _key_figures(run: Run) -> list[tuple[str, Cell, str]]:
