@@ -215,6 +215,8 @@ def make(resolved: Resolved, trainer: Trainer, measured: Measurement) -> dict[st
         "mfu": _mfu(trainer, cost, measured),
         "lr": setup.lr,
         "schedule": config.schedule,
+        "optimizer": config.optimizer,
+        "optimizer_flops_per_token": trainer.optimizer_flops / cost.real,
         "batch_tokens": config.batch_tokens,
         "micro_batch": trainer.micro_tokens,
         "attention": setup.attention,
@@ -309,7 +311,8 @@ def render(plan: dict[str, Any], console: Console) -> None:
         ("budget", f"{Budget(**plan['budget'])}, charged: {plan['charge']}"),
         ("step", f"{q.count(plan['batch_tokens'])} tokens in micro-batches of {q.count(plan['micro_batch'])}, "
                  f"{q.duration(plan['step_seconds'])}, {q.memory(plan['activation_bytes'])} of activations"),
-        ("FLOPs a token", ", ".join(f"{part} {q.scaled(value, 'FLOP')}" for part, value in flops.items())),
+        ("FLOPs a token", ", ".join(f"{part} {q.scaled(value, 'FLOP')}" for part, value in flops.items())
+                           + _optimizer_flops(plan)),
         ("teacher's share", f"{plan['teacher_share']:.1%} of the FLOPs, "
                             f"{plan['teacher_seconds_share']:.1%} of the seconds"),
         ("throughput", f"{q.count(plan['tokens_per_s'])} tokens/s, {q.scaled(plan['flops_per_s'], 'FLOP/s')} = "
@@ -333,6 +336,12 @@ def render(plan: dict[str, Any], console: Console) -> None:
 def announce(resolved: Resolved, console: Console) -> None:
     """The plan's first line, which is known before anything is loaded."""
     console.print(f"{'preset':<17}{resolved.run.preset} ({resolved.preset_reason})")
+
+
+def _optimizer_flops(plan: dict[str, Any]) -> str:
+    """What the optimiser adds to the student's FLOPs, if anything."""
+    added = plan["optimizer_flops_per_token"]
+    return f"; {quantities.scaled(added, 'FLOP')} of the student's are the optimiser's" if added else ""
 
 
 def _attention(model: dict[str, Any]) -> str:

@@ -87,7 +87,11 @@ class RunConfig:
         "the learning rate after its rise: linear falls to 1%% of the peak at the end; wsd stays at the peak and falls over the "
         "last 20%% of the budget",
     )
-    weight_decay: float = option(0.01, "AdamW's weight decay of matrices")
+    optimizer: Literal["adamw", "muon"] = option(
+        "adamw",
+        "muon orthogonalises the updates of the layers' matrices; embeddings, head and vectors keep adamw, with the same --lr",
+    )
+    weight_decay: float = option(0.01, "weight decay of matrices")
     adam_beta2: float = option(0.98, "AdamW's second-moment decay")
     clip_norm: float = option(1.0, "largest 2-norm of the gradient; 0 does not clip")
     dropout: float = option(0.0, "student's dropout probability (0.1 in the paper)")

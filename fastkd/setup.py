@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fastkd import methods, quickstart
+from fastkd import methods, muon, quickstart
 from fastkd.budget import StepCost
 from fastkd.config import Resolved
 from fastkd.data import corpus
@@ -111,15 +111,18 @@ class Setup:
             packing=config.packing,
         )
 
-    def step_cost(self, count: StepTokens) -> StepCost:
-        """FLOPs and tokens of a step over all ranks, from real lengths, known before it runs."""
+    def step_cost(self, count: StepTokens, optimizer_flops: int = 0) -> StepCost:
+        """FLOPs and tokens of a step over all ranks, from real lengths, known before it runs.
+
+        The optimiser's products, if it has any, are the student's: they are made of its gradients.
+        """
         shape = {"tokens": self.config.batch_tokens, "pairs": count.pairs, "predicted": count.predicted}
         student = flops.forward_flops(self.student.config, self.method.student_needs, **shape)
         teacher = 0
         if self.teacher is not None:
             teacher = flops.forward_flops(self.teacher.config, self.teacher.needs, **shape)
         by_model = {
-            "student": student + flops.backward_flops(student),
+            "student": student + flops.backward_flops(student) + optimizer_flops,
             "teacher": teacher,
             "loss": self.method.loss_flops(**shape),
         }
@@ -191,6 +194,8 @@ def _check_options(config: RunConfig, world: World) -> torch.dtype:
         corpus.check(config.corpus, text_field=config.text_field)
     if config.teacher_dtype == "float8":
         float8.require(world.device)
+    if config.optimizer == "muon":
+        muon.require()
     return dtype
 
 

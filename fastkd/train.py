@@ -1,6 +1,6 @@
 """The one train step, and validation. ``loop.py`` repeats it until the budget is spent.
 
-A step: batches → teacher forward → student forward → fused loss (its gradient made on the way) → backward → AdamW.
+A step: batches → teacher forward → student forward → fused loss (its gradient made on the way) → backward → optimiser.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fastkd.data.sizes import pack_size
 from fastkd.device import memory, waiting
 from fastkd.device.clock import PhaseClock, now
 from fastkd.distributed import any_in_step, any_rank, average, mean
+from fastkd.muon import Muon, muon
 
 if TYPE_CHECKING:
     from fastkd.budget import StepCost
@@ -86,21 +87,25 @@ class Trainer:
             self.buckets = exchange.Buckets()
             self.model = exchange.parallel(self.objective, self.buckets)
 
-    def new_optimizer(self) -> torch.optim.AdamW:
-        """A fresh AdamW over what is trained."""
-        config = self.setup.config
-        return optim.adamw(
-            self.objective.named_parameters(),
-            betas=(0.9, config.adam_beta2),
-            eps=1e-6,
-            weight_decay=config.weight_decay,
-        )
+    def new_optimizer(self) -> torch.optim.AdamW | Muon:
+        """A fresh optimiser over what is trained."""
+        config, parameters = self.setup.config, self.objective.named_parameters()
+        settings: dict[str, Any] = {"betas": (0.9, config.adam_beta2), "eps": 1e-6, "weight_decay": config.weight_decay}
+        if config.optimizer == "adamw":
+            return optim.adamw(parameters, **settings)
+        hidden = {f"student.{name}": count for name, count in self.setup.student.hidden_matrices.items()}
+        return muon(parameters, hidden, **settings)
+
+    @property
+    def optimizer_flops(self) -> int:
+        """FLOPs of the optimiser's matrix products in a step, over all ranks, each of which computes them all."""
+        return self.optimizer.flops * self.world.size if isinstance(self.optimizer, Muon) else 0
 
     def step_cost(self, number: int) -> StepCost:
         """FLOPs and tokens of a step over all ranks, known before it runs."""
         # Asked when a step is decided and when it is issued.
         if self._last_cost is None or self._last_cost[0] != number:
-            self._last_cost = number, self.setup.step_cost(self.stream.tokens_of(number))
+            self._last_cost = number, self.setup.step_cost(self.stream.tokens_of(number), self.optimizer_flops)
         return self._last_cost[1]
 
     # ---- one step -------------------------------------------------------------------------------------------

@@ -81,6 +81,7 @@ REFUSED = [
     ("run", ("--log-to", "carrier-pigeon", *TOKENS), "carrier-pigeon"),
     ("run", ("--student", "huge", *TOKENS), "student 'huge' is malformed"),
     ("run", ("--student", "3L-100H-12A", *TOKENS), "width 100 is not divisible by 12 heads"),
+    ("run", ("--optimizer", "lion", *TOKENS), "argument --optimizer: invalid choice: 'lion'"),
     ("run", ("--schedule", "cosine", *TOKENS), "argument --schedule: invalid choice: 'cosine'"),
     ("run", ("--attention", "flash", *TOKENS), "argument --attention: invalid choice: 'flash'"),
     ("run", ("--seq-length", "100", *TOKENS), "--batch-tokens is 4096"),

@@ -150,12 +150,12 @@ def test_compiled_layers_survive_a_halving(setup_of: Callable[..., Setup], monke
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("method", methods.available())
+@pytest.mark.parametrize(("method", "optimizer"), [*((name, "adamw") for name in methods.available()), ("mlm", "muon")])
 def test_no_step_waits_for_the_device(
-    method: str, compile: bool, setup_of: Callable[..., Setup], tmp_path: Path
+    method: str, optimizer: str, compile: bool, setup_of: Callable[..., Setup], tmp_path: Path
 ) -> None:
     """From the fifth step on, whatever makes the host wait between two lines of the log raises."""
-    trainer = Trainer(setup_of(method, compile=compile))
+    trainer = Trainer(setup_of(method, compile=compile, optimizer=optimizer))
     budget = trainer.setup.config.budget
     loop = Loop(trainer, tmp_path, SilentMonitor(tmp_path, budget.amount, budget.unit, log_every=1000), 0.01)
     steps = 0

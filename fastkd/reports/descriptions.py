@@ -41,8 +41,8 @@ def model_text(model: Mapping[str, Any] | None) -> str:
 
 
 def recipe_text(plan: Mapping[str, Any]) -> str:
-    """A plan's schedule where it is not the usual one: ``, schedule wsd``, or nothing."""
-    usual = {"schedule": "linear"}  # which older plans do not name
+    """A plan's schedule and optimiser where they are not the usual ones: ``, schedule wsd, optimizer muon``, or nothing."""
+    usual = {"schedule": "linear", "optimizer": "adamw"}  # which older plans do not name
     return "".join(f", {name} {plan[name]}" for name in usual if plan.get(name, usual[name]) != usual[name])
 
 
