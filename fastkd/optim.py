@@ -36,11 +36,11 @@ def clip(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     return norm
 
 
-def step_if_finite(optimizer: torch.optim.AdamW, loss: Tensor, norm: Tensor, lr: float) -> Tensor:
+def step_if_finite(optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor, lr: float) -> Tensor:
     """Step at learning rate ``lr`` if the loss and the gradient's norm are finite; else change no parameter.
 
-    The decision is taken on the device, through the fused optimiser's ``found_inf`` flag: the host is never asked. Returns
-    that flag: a float32 scalar, 1 where the step was skipped.
+    The decision is taken on the device, through the ``found_inf`` flag of a fused AdamW or of ``fastkd.muon.Muon``: the host
+    is never asked. Returns that flag: a float32 scalar, 1 where the step was skipped.
     """
     skipped = (~(torch.isfinite(loss) & torch.isfinite(norm))).to(torch.float32)
     for group in optimizer.param_groups:

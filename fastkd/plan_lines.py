@@ -9,6 +9,7 @@ from fastkd import quantities
 from fastkd.budget import Budget
 from fastkd.data.unknown import unknown_remark
 from fastkd.device import waiting
+from fastkd.reports.descriptions import optimizer_text
 
 if TYPE_CHECKING:
     from fastkd.config import Resolved
@@ -24,7 +25,7 @@ def render(plan: dict[str, Any], console: Console) -> None:
     rows = [
         ("device", f"{plan['devices']} × {plan['device']}, {plan['dtype']}{rounded}, "
                    f"attention {_attention(plan)}, compile {'on' if plan['compile'] else 'off'}"),
-        ("method", f"{plan['method']}, learning rate {rates(plan)}"),
+        ("method", f"{plan['method']}, learning rate {rates(plan)}{optimizer_text(plan)}"),
         ("student", f"{student['spec']}, {q.count(student['parameters'])} parameters"
                     + (f", started from {student['start']}" if student["start"] else "")),
         ("teacher", "none" if teacher is None else f"{teacher['source']}, {q.count(teacher['parameters'])} parameters, "
@@ -34,7 +35,8 @@ def render(plan: dict[str, Any], console: Console) -> None:
         ("budget", f"{Budget(**plan['budget'])}, charged: {plan['charge']}"),
         ("step", f"{q.count(plan['batch_tokens'])} tokens in micro-batches of {q.count(plan['micro_batch'])}, "
                  f"{q.duration(plan['step_seconds'])}, {q.memory(plan['activation_bytes'])} of activations"),
-        ("FLOPs a token", ", ".join(f"{part} {q.scaled(value, 'FLOP')}" for part, value in flops.items())),
+        ("FLOPs a token", ", ".join(f"{part} {q.scaled(value, 'FLOP')}" for part, value in flops.items())
+                           + _optimizer_flops(plan)),
         ("teacher's share", f"{plan['teacher_share']:.1%} of the FLOPs, "
                             f"{plan['teacher_seconds_share']:.1%} of the seconds"),
         ("throughput", f"{q.count(plan['tokens_per_s'])} tokens/s, {q.scaled(plan['flops_per_s'], 'FLOP/s')} = "
@@ -59,6 +61,12 @@ def render(plan: dict[str, Any], console: Console) -> None:
 def rates(plan: Mapping[str, Any]) -> str:
     """The peak learning rate; of a recipe, each stage's."""
     return " > ".join(f"{stage['lr']:g}" for stage in plan.get("stages") or [plan])
+
+
+def _optimizer_flops(plan: Mapping[str, Any]) -> str:
+    """What the optimiser adds to the student's FLOPs, if anything."""
+    added = plan["optimizer_flops_per_token"]
+    return f"; {quantities.scaled(added, 'FLOP')} of the student's are the optimiser's" if added else ""
 
 
 def _stage_line(stage: Mapping[str, Any]) -> str:

@@ -150,6 +150,7 @@ class Bought:
 
     steps: int
     cost: StepCost  # of one step
+    optimizer_flops: int  # of one step, among the student's
     times: Measurement
 
     @property
@@ -174,7 +175,7 @@ def bought(config: RunConfig, trainer: Trainer, measured: Sequence[Measurement])
         left += usable * stage.share
         steps = max(1, int(left // amount))
         left -= steps * amount
-        found.append(Bought(steps, trainer.step_cost(0, number), times))
+        found.append(Bought(steps, trainer.step_cost(0, number), trainer.optimizer_flops(number), times))
     return found
 
 
@@ -237,6 +238,8 @@ def make(resolved: Resolved, trainer: Trainer, measured: Sequence[Measurement]) 
         "charge": config.charge,
         "matmul_flops_per_s": measured[0].matmul_flops,
         "lr": setup.rate(0),
+        "schedule": config.schedule,
+        "optimizer": config.optimizer,
         "batch_tokens": config.batch_tokens,
         "micro_batch": trainer.micro_tokens,
         "attention": setup.attention,
@@ -270,6 +273,7 @@ def _amounts(stages: Sequence[Bought], trainer: Trainer) -> dict[str, Any]:
         "tokens_per_s": tokens / seconds,
         "flops": flops,
         "flops_per_token": {part: value / tokens for part, value in flops.items()},
+        "optimizer_flops_per_token": sum(each.steps * each.optimizer_flops for each in stages) / tokens,
         "flops_per_s": rate,
         "mfu": None if peak is None else rate / peak / trainer.world.size,
         "joules": None if None in joules else sum(joules),

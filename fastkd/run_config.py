@@ -13,6 +13,7 @@ from fastkd.data.sizes import check_sizes, pack_size
 from fastkd.ledger import replayed_progress
 from fastkd.loggers import check_loggers
 from fastkd.models import shape
+from fastkd.schedule import Schedule
 from fastkd.terminal import LOST
 
 # The range of each number, both ends included. It does not hold for None.
@@ -85,12 +86,21 @@ class RunConfig:
     )
     lr: float | None = option(None, "peak learning rate; default: each method's")
     warmup: float = option(0.06, "share of the budget over which the learning rate rises")
-    weight_decay: float = option(0.01, "AdamW's weight decay of matrices")
+    schedule: Schedule = option(
+        "linear",
+        "the learning rate after its rise: linear falls to 1%% of the peak at the end; wsd stays at the peak and falls over the "
+        "last 20%% of the budget",
+    )
+    optimizer: Literal["adamw", "muon"] = option(
+        "adamw",
+        "muon orthogonalises the updates of the layers' matrices; embeddings, head and vectors keep adamw, with the same --lr",
+    )
+    weight_decay: float = option(0.01, "weight decay of matrices")
     adam_beta2: float = option(0.98, "AdamW's second-moment decay")
     clip_norm: float = option(1.0, "largest 2-norm of the gradient; 0 does not clip")
     dropout: float = option(0.0, "student's dropout probability (0.1 in the paper)")
     seq_length: int = option(128, "tokens in a sequence at most, [CLS] and [SEP] included")
-    mask_rate: float = option(0.15, "share of positions that are predicted")
+    mask_rate: float = option(0.15, "share of positions that are predicted in training; held-out text always has 15%%")
     packing: Literal["documents", "full-sentences"] = option(
         "documents", "full-sentences lets documents share a sequence"
     )

@@ -1,6 +1,6 @@
 """The one train step, and validation. ``loop.py`` repeats it until the budget is spent.
 
-A step: batches → teacher forward → student forward → fused loss (its gradient made on the way) → backward → AdamW.
+A step: batches → teacher forward → student forward → fused loss (its gradient made on the way) → backward → optimiser.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fastkd.data.sizes import pack_size
 from fastkd.device import memory, waiting
 from fastkd.device.clock import PhaseClock, now
 from fastkd.distributed import any_in_step, any_rank, average, mean
+from fastkd.muon import Muon, muon, step_flops
 
 if TYPE_CHECKING:
     from fastkd.budget import StepCost
@@ -82,7 +83,7 @@ class Trainer:
         if number != before:
             self._begin(self.optimizer if stages.stage.goes_on and number == before + 1 else None)
 
-    def _begin(self, optimizer: torch.optim.AdamW | None = None) -> None:
+    def _begin(self, optimizer: torch.optim.AdamW | Muon | None = None) -> None:
         """What a stage trains, tried once, and how; a fresh optimiser, or that of the stage before."""
         setup = self.setup
         self.objective = Objective(setup.student, setup.method, setup.config.dropout)
@@ -104,21 +105,33 @@ class Trainer:
             self.buckets = exchange.Buckets()
             self.model = exchange.parallel(self.objective, self.buckets)
 
-    def new_optimizer(self) -> torch.optim.AdamW:
-        """A fresh AdamW over what is trained."""
-        config = self.setup.config
-        return optim.adamw(
-            self.objective.named_parameters(),
-            betas=(0.9, config.adam_beta2),
-            eps=1e-6,
-            weight_decay=config.weight_decay,
-        )
+    def new_optimizer(self) -> torch.optim.AdamW | Muon:
+        """A fresh optimiser over what is trained."""
+        config, parameters = self.setup.config, self.objective.named_parameters()
+        settings: dict[str, Any] = {"betas": (0.9, config.adam_beta2), "eps": 1e-6, "weight_decay": config.weight_decay}
+        if config.optimizer == "adamw":
+            return optim.adamw(parameters, **settings)
+        hidden = {f"student.{name}": count for name, count in self.setup.student.hidden_matrices.items()}
+        return muon(parameters, hidden, **settings)
+
+    def optimizer_flops(self, stage: int) -> int:
+        """FLOPs of the optimiser's matrix products in a stage's step, over all ranks, each of which computes them all.
+
+        0 for a stage that was not entered yet: which parameters it trains is not known.
+        """
+        if self.setup.config.optimizer == "adamw":
+            return 0
+        student, reached = self.setup.student, self._reached.get(stage, set())
+        hidden = student.hidden_matrices.items()
+        trained = [(student.get_parameter(name), count) for name, count in hidden if f"student.{name}" in reached]
+        return step_flops(trained) * self.world.size
 
     def step_cost(self, number: int, stage: int | None = None) -> StepCost:
         """FLOPs and tokens of a step over all ranks, known before it runs; ``stage``: the present one unless given."""
         asked = number, self.setup.stages.number if stage is None else stage  # when it is decided and when it is issued
         if self._last_cost is None or self._last_cost[0] != asked:
-            self._last_cost = asked, self.setup.step_cost(self.stream.tokens_of(number), asked[1])
+            count, added = self.stream.tokens_of(number), self.optimizer_flops(asked[1])
+            self._last_cost = asked, self.setup.step_cost(count, asked[1], added)
         return self._last_cost[1]
 
     # ---- one step -------------------------------------------------------------------------------------------
@@ -232,7 +245,7 @@ class Trainer:
             self.halve_micro_batch()
         self._require_finite(loss)
         reached = {name for name, parameter in self.objective.named_parameters() if parameter.grad is not None}
-        self._reached[self.setup.stages.number] = reached
+        self._reached[self.setup.stages.number], self._last_cost = reached, None
         self.objective.zero_grad(set_to_none=True)
         self.rehearsal_seconds = now() - started
         self.clock.lap()

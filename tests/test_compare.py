@@ -233,7 +233,7 @@ def test_a_search_that_its_budget_does_not_pay_for_is_refused(light: list[str], 
     ("options", "words"),
     [
         (["--methods", "mlm,nope"], ("nope", "minilmv2")),
-        (["--methods", "mlm+as-released"], ("mlm takes +init-from-teacher, not",)),
+        (["--methods", "mlm+as-released"], ("mlm takes +init-from-teacher, ", "not +as-released")),
         (["--methods", "mlm@x"], ("mlm", "without a teacher")),
         (["--init-from-teacher"], ("+init-from-teacher", "--methods")),
         (["--methods", "mlm,mlm"], ("twice", "--seeds")),

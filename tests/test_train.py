@@ -40,6 +40,14 @@ def setup_of(made_corpus: Path, made_teacher: Path) -> Callable[..., Setup]:
     return make
 
 
+def test_held_out_text_is_masked_alike_whatever_the_rate_of_training(setup_of: Callable[..., Setup]) -> None:
+    usual, denser = (setup_of("mlm", World(), dtype="float32", mask_rate=rate) for rate in (0.15, 0.3))
+    for mine, theirs in zip(usual.validation(), denser.validation(), strict=True):
+        assert torch.equal(mine.masked_ids, theirs.masked_ids) and torch.equal(mine.labels, theirs.labels)
+        assert len(mine.predicted) == pytest.approx(0.15 * len(mine.input_ids), rel=0.01)  # rounded in each pack
+    assert len(denser.stream().step(0)[0].predicted) > 1.9 * len(usual.stream().step(0)[0].predicted)
+
+
 @pytest.mark.parametrize("method", methods.available())
 def test_a_step_is_the_same_in_micro_batches_of_any_size(
     method: str, setup_of: Callable[..., Setup], tmp_path: Path
@@ -142,12 +150,12 @@ def test_compiled_layers_survive_a_halving(setup_of: Callable[..., Setup], monke
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("method", methods.available())
+@pytest.mark.parametrize(("method", "optimizer"), [*((name, "adamw") for name in methods.available()), ("mlm", "muon")])
 def test_no_step_waits_for_the_device(
-    method: str, compile: bool, setup_of: Callable[..., Setup], tmp_path: Path
+    method: str, optimizer: str, compile: bool, setup_of: Callable[..., Setup], tmp_path: Path
 ) -> None:
     """From the fifth step on, whatever makes the host wait between two lines of the log raises."""
-    trainer = Trainer(setup_of(method, compile=compile))
+    trainer = Trainer(setup_of(method, compile=compile, optimizer=optimizer))
     budget = trainer.setup.config.budget
     loop = Loop(trainer, tmp_path, SilentMonitor(tmp_path, budget.amount, budget.unit, log_every=1000), [0.01])
     steps = 0

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from fastkd import recipe
+from fastkd import config_file, recipe
 from fastkd.config import Resolved, resolve
 from fastkd.run_config import RunConfig
 
-# Options that a row may have for itself, and what each changes.
+# Options that a row may have for itself: those that are on or off, and what each changes; those that it gives a value.
 ROW_OPTIONS = {
     "as_released": "the released objective, not the paper's formula",
     "init_from_teacher": "the student starts from teacher layers, not at random",
 }
+ROW_VALUES = ("optimizer", "schedule", "mask_rate")
 BudgetOption = dict[str, float]  # budget_gpu_hours or budget_flops, and its value
 
 
@@ -27,17 +29,24 @@ class Row:
     method: str  # one or several, as `recipe.spelled` writes them
     options: tuple[str, ...] = ()
     teacher: str | None = None
+    values: tuple[tuple[str, str | float | None], ...] = ()
 
     @property
     def label(self) -> str:
         """Its name in tables."""
-        extras = "".join(f" +{name.replace('_', '-')}" for name in self.options)
+        named = [*self.options, *(f"{name}={value}" for name, value in self.values)]
+        extras = "".join(f" {_flag(name)}" for name in named)
         return self.method + extras + (f" @{Path(self.teacher).name}" if self.teacher else "")
 
     @property
     def slug(self) -> str:
         """Its name in folders."""
         return recipe.slug(self.label).replace(" ", "").replace("+", "-").replace("@", "-at-")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it has no option of its own."""
+        return not self.options and not self.values
 
     @property
     def starts_from_teacher(self) -> bool:
@@ -55,7 +64,7 @@ class Row:
             lender = options.pop("teacher", None)
             options.setdefault("tokenizer", lender)
             options = {name: value for name, value in options.items() if value is not None}
-        return options | {"method": self.method} | dict.fromkeys(self.options, True)
+        return options | {"method": self.method} | dict.fromkeys(self.options, True) | dict(self.values)
 
     def resolved(self, shared: dict[str, Any], **more: Any) -> Resolved:
         """Its run, with ``more`` (a budget, a seed, a folder). Only the steps are charged."""
@@ -113,7 +122,7 @@ def parse_rows(specs: str, as_released: bool) -> list[Row]:
     """
     rows = [parse_row(spec) for spec in specs.split(",") if spec.strip()]
     if as_released:
-        plain = [row for row in rows if not row.options]
+        plain = [row for row in rows if row.is_plain]
         rows += [dataclasses.replace(row, options=("as_released",)) for row in plain if has_released(row.method)]
     if not rows:
         raise ValueError("--methods names no row: give, for example, --methods mlm,minilmv2")
@@ -125,23 +134,46 @@ def parse_rows(specs: str, as_released: bool) -> list[Row]:
 
 
 def parse_row(spec: str) -> Row:
-    """A row from METHOD[+option…][@TEACHER], where METHOD may be a recipe such as minilmv2:0.3>mlm.
+    """A row from METHOD[+option…][+option=value…][@TEACHER], where METHOD may be a recipe such as minilmv2:0.3>mlm.
 
     Raises:
-        ValueError: an unknown method, an option that a row or its methods do not have, or a teacher without use.
+        ValueError: an unknown method, an option that a row or its methods do not have, a value that the option does not
+            take, or a teacher without use.
     """
     head, _, teacher = spec.strip().partition("@")
-    named, *options = (part.strip().replace("-", "_") for part in head.split("+"))
-    method = recipe.spelled(named)
+    named, *given = (part.strip() for part in head.split("+"))
+    method = recipe.spelled(named.replace("-", "_"))
     read = {f.name for f in dataclasses.fields(recipe.options_class(method))} | {"init_from_teacher"}
-    for name in options:
-        if name not in ROW_OPTIONS or name not in read:
-            allowed = ", ".join("+" + known.replace("_", "-") for known in ROW_OPTIONS if known in read)
-            raise ValueError(f"row {spec!r}: {method} takes {allowed}, not +{name.replace('_', '-')}")
-    row = Row(method, tuple(options), teacher or None)
+    flags, options = [name for name in ROW_OPTIONS if name in read], dict[str, str | float | None]()
+    for each in given:
+        flag, equals, text = (part.strip() for part in each.partition("="))
+        name = flag.replace("-", "_")
+        if name in options:
+            raise ValueError(f"row {spec!r} has +{flag} twice: leave one out")
+        if name not in ROW_VALUES and (equals or name not in flags):
+            known = (*flags, *(f"{name}=…" for name in ROW_VALUES))
+            raise ValueError(f"row {spec!r}: {method} takes {', '.join(map(_flag, known))}, not +{each}")
+        options[name] = _value(spec, name, text) if name in ROW_VALUES else None
+    values = tuple((name, options[name]) for name in ROW_VALUES if name in options)
+    row = Row(method, tuple(name for name in options if name not in ROW_VALUES), teacher or None, values)
     if teacher and not recipe.uses_teacher(method) and not row.starts_from_teacher:
         raise ValueError(f"row {spec!r}: {method} trains without a teacher: leave @{teacher} out")
     return row
+
+
+def _flag(name: str) -> str:
+    return "+" + name.replace("_", "-")
+
+
+def _value(spec: str, name: str, text: str) -> str | float:
+    """An option's value in a row; its range is checked with the row's other options."""
+    kind, value = config_file.kinds(RunConfig)[name], cast("str | float", text)
+    if config_file.is_number(kind):
+        with suppress(ValueError):
+            value = float(text)
+    if config_file.fits(value, kind):
+        return value
+    raise ValueError(f"row {spec!r}: {_flag(name)}=… takes {config_file.in_words(kind)}, got {text!r}")
 
 
 def has_released(method: str) -> bool:
@@ -151,7 +183,7 @@ def has_released(method: str) -> bool:
 
 def base_row(rows: Sequence[Row]) -> Row:
     """The row that the others are compared with: scratch training, or the first row if there is none."""
-    return next((row for row in rows if row.method == "mlm" and not row.options), rows[0])
+    return next((row for row in rows if row.method == "mlm" and row.is_plain), rows[0])
 
 
 def teachers(rows: Sequence[Row], shared: dict[str, Any]) -> list[str]:

@@ -104,7 +104,10 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 
 
 def optimizer_room(trained: nn.Module, device: torch.device) -> Tensor:
-    """A tensor as large as a module's gradients and two moments in float32: it keeps room for the optimiser."""
+    """A tensor as large as a module's gradients and two moments in float32: it keeps room for the optimiser.
+
+    Of a hidden matrix, Muon has one moment, and a copy of the weights during its step.
+    """
     count = sum(parameter.numel() for parameter in trained.parameters()) if device.type == "cuda" else 0
     return torch.empty(3 * count, dtype=torch.float32, device=device)
 

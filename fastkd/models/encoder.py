@@ -143,6 +143,12 @@ class Encoder(nn.Module):
             self.word_embeddings.weight[self.config.pad_token_id].zero_()
 
     @property
+    def hidden_matrices(self) -> dict[str, int]:
+        """The names of the layers' weights [rows, columns]; of how many equal matrices, one above the other, each is made."""
+        weights = (name for name, p in self.named_parameters() if name.startswith("layers.") and p.ndim == 2)
+        return {name: self.family.matrices_in(self.config, name) for name in weights}
+
+    @property
     def decoder_weight(self) -> Tensor:
         """[V, D]: the word embeddings, or what an untied checkpoint holds in their place."""
         if self.head is None or self.head.decoder is None:

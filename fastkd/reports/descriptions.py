@@ -40,6 +40,12 @@ def model_text(model: Mapping[str, Any] | None) -> str:
     return ", ".join(filter(None, pieces)) + (f", {run} layers run" if run != layers else "") + start
 
 
+def optimizer_text(plan: Mapping[str, Any]) -> str:
+    """A plan's schedule and optimiser where they are not the usual ones: ``, schedule wsd, optimizer muon``, or nothing."""
+    usual = {"schedule": "linear", "optimizer": "adamw"}  # which older plans do not name
+    return "".join(f", {name} {plan[name]}" for name in usual if plan.get(name, usual[name]) != usual[name])
+
+
 def corpus_text(corpus: Mapping[str, Any] | None) -> str:
     """A plan's corpus: its sources and size; empty if the plan has none."""
     if not corpus:

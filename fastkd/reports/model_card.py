@@ -13,7 +13,7 @@ from markupsafe import Markup
 from fastkd import files, methods, quantities, quickstart, recipe
 from fastkd.budget import PARTS
 from fastkd.data.hub import HubDataset
-from fastkd.reports.descriptions import budget_text, corpus_text, loss_warning, model_text
+from fastkd.reports.descriptions import budget_text, corpus_text, loss_warning, model_text, optimizer_text
 from fastkd.reports.page import render, teacher_note
 from fastkd.run_folder import Run, made_from, read_run
 
@@ -39,7 +39,7 @@ def model_card(run_folder: Path, *, mlm_head: bool) -> str:
     return render(
         "model_card.md",
         metadata=Markup(_front_matter(run, mlm_head=mlm_head)),
-        method=run.plan.get("method", run.config.get("method", "unknown")),
+        method=str(run.plan.get("method", run.config.get("method", "unknown"))) + optimizer_text(run.plan),
         student=model_text(run.plan.get("student")),
         teacher=model_text(run.plan.get("teacher")),
         teacher_note=teacher_note(made_from(run.plan)),

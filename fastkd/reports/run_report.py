@@ -16,7 +16,15 @@ from fastkd import files, quantities
 from fastkd.budget import PARTS
 from fastkd.files import Record
 from fastkd.plan_lines import rates
-from fastkd.reports.descriptions import budget_text, corpus_text, loss_text, loss_warning, model_text, status
+from fastkd.reports.descriptions import (
+    budget_text,
+    corpus_text,
+    loss_text,
+    loss_warning,
+    model_text,
+    optimizer_text,
+    status,
+)
 from fastkd.reports.expenses import arithmetic_table, efficiency_table, seconds_bar, seconds_table, stage_table
 from fastkd.reports.learning_curves import held_out_table, learning_plots, points_table
 from fastkd.reports.page import NOT_INCLUDED, render, teacher_note
@@ -87,7 +95,7 @@ def _numerics(plan: Mapping[str, Any]) -> Iterator[str]:
 
 def _step_text(plan: Mapping[str, Any]) -> str:
     micro_batches = f"micro-batches of {plan['micro_batch']:,}"
-    return f"{plan['batch_tokens']:,} tokens in {micro_batches}, peak learning rate {rates(plan)}"
+    return f"{plan['batch_tokens']:,} tokens in {micro_batches}, peak learning rate {rates(plan)}{optimizer_text(plan)}"
 
 
 def _key_figures(run: Run) -> list[tuple[str, Cell, str]]:

@@ -85,6 +85,13 @@ class Family(ABC):
         """The names by which a checkpoint's head is found: all of them are in the file, or none."""
         return {name for names in self.head_names(config).values() for name in names}
 
+    def matrices_in(self, config: EncoderConfig, name: str) -> int:
+        """Of how many equal matrices, one above the other, a layer's weight is made: of queries, keys and values three.
+
+        ``--optimizer muon`` orthogonalises each. A family of which transformers has them in one tensor too says it here.
+        """
+        return len(self.body_names(config)[name])
+
     # ---- modules --------------------------------------------------------------------------------------------
 
     @abstractmethod
