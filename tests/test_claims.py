@@ -64,6 +64,19 @@ def test_the_report_begins_with_what_is_told_apart(tmp_path: Path) -> None:
     assert "from scratch" in Page(tmp_path / "report.html").text.split("<h2>")[0]
 
 
+def test_a_row_is_named_once_for_all_its_scores(tmp_path: Path) -> None:
+    rows = [
+        row(label, seed, {"x": level + seed, "y": 9 * level + seed * (2 if level else 1), "a loss": 5 + level + 0.1 * seed})
+        for label, level in (("mlm", 0.0), ("a", 50.0)) for seed in (0, 1, 2)
+    ]  # fmt: skip
+    rows[4]["scores"] |= {"x": 51.01, "a loss": 55.101}
+    better, worse, rest = lead(build(tmp_path, rows, ("x", "y", "a loss"))).split("; ")
+    assert better.startswith("a is better than scratch on x, +") and ", and on y, +" in better
+    assert (
+        worse.startswith("a is worse than scratch on a loss, +") and rest == "nothing else is told apart from scratch."
+    )
+
+
 def test_one_seed_with_items_says_what_its_intervals_leave_out(tmp_path: Path) -> None:
     text = build(tmp_path, [right("mlm", 0, 0.6), right("minilmv2", 0, 0.8)])
     said = "one seed: differences between seeds are not in this interval"

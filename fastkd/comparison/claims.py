@@ -68,20 +68,30 @@ def sentence(results: Results) -> str:
     )
     if not held:
         return f"Nothing is told apart from scratch: {_why_none(claims)}."
-    named = "; ".join(_told(results, claim) for claim in held[:MOST_NAMED])
+    named = _told(results, held[:MOST_NAMED])
     more = len(held) - MOST_NAMED
     rest = "nothing else is told apart from scratch" if more <= 0 else f"{more} more are told apart from scratch below"
     seeds = f" ({ONE_SEED})" if any(claim.difference.is_of_one_seed for claim in held) else ""
     return f"{named}; {rest}{seeds}."
 
 
-def _told(results: Results, claim: Claim) -> str:
+def _told(results: Results, held: list[Claim]) -> str:
+    """The claims one row after the other, each with the scores in which it is better, or worse."""
+    rows: dict[tuple[str, bool], list[str]] = {}
+    for claim in held:
+        rows.setdefault((results.name_of(claim.arm), claim.is_better), []).append(_numbers(results, claim))
+    return "; ".join(
+        f"{name} is {'better' if is_better else 'worse'} than scratch {', and '.join(scores)}"
+        for (name, is_better), scores in rows.items()
+    )
+
+
+def _numbers(results: Results, claim: Claim) -> str:
     found, largest = claim.difference, results.largest(claim.score)
     assert found.half_width is not None and found.p_better is not None
+    half_width = quantities.aligned(found.half_width, largest)
     return (
-        f"{results.name_of(claim.arm)} is {'better' if claim.is_better else 'worse'} than scratch on {claim.score}, "
-        f"{signed(found.mean, largest)} ± {quantities.aligned(found.half_width, largest)} (95%), "
-        f"P(better) {probability(found.p_better)}"
+        f"on {claim.score}, {signed(found.mean, largest)} ± {half_width} (95%), P(better) {probability(found.p_better)}"
     )
 
 
