@@ -152,6 +152,8 @@ def test_a_comparison_for_programs(small: list[str], tmp_path: Path, capsys) -> 
         "flops",
         "--budget-flops",
         "1e10",
+        "--seeds",
+        "1",
         "--output-dir",
         str(tmp_path / "c"),
     ]

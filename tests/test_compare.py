@@ -35,8 +35,9 @@ def errors(folder: Path) -> list[str | None]:
     return [row.get("error") for row in results(folder)["rows"]] if (folder / "results.json").exists() else []
 
 
-SECONDS_MATCHED = ("--methods", "mlm,minilmv2", "--budget-gpu-hours", "0.0005", "--seeds", "2", "--batch-tokens", "512")
-FLOPS_MATCHED = ("--methods", "mlm,minilmv2", "--match", "flops", "--batch-tokens", "512", "--budget-flops", "6e9")
+ROWS = ("--methods", "mlm,minilmv2", "--batch-tokens", "512")
+SECONDS_MATCHED = (*ROWS, "--budget-gpu-hours", "0.0005", "--seeds", "2")
+FLOPS_MATCHED = (*ROWS, "--match", "flops", "--budget-flops", "6e9", "--seeds", "1")
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +158,7 @@ def test_two_ranks_search_match_flops_and_agree(light: list[str], seconds_matche
     folder, teacher = tmp_path / "c", next((seconds_matched / "rows").glob("mlm-*-seed0"))
     methods = f"logit_kd@{teacher},mlm"  # the row that others are set against comes last: its search, too
     options = ["--methods", methods, "--match", "flops", "--budget-gpu-hours", "0.0007", "--tune", "2",
-               "--epochs-cap", "10", "--validations", "0", "--output-dir", str(folder)]  # fmt: skip
+               "--epochs-cap", "10", "--validations", "0", "--seeds", "1", "--output-dir", str(folder)]  # fmt: skip
     done = processes.ranks(str(tmp_path / "timed.py"), *light, *options)
     assert done.returncode == 0, done.stderr + str(errors(folder))
     assert done.stdout.count("table ") == 1
@@ -182,7 +183,7 @@ def test_scores_are_those_of_the_tasks_and_rows_asked_for(light: list[str], tmp_
     for name in ("train", "dev"):
         (data / f"{name}.tsv").write_text("index\tsentence1\tsentence2\tlabel\n" + rows)
     options = ["--methods", "mlm,minilmv2", "--match", "flops", "--budget-flops", "2e9", "--glue", str(data.parent),
-               "--batch-tokens", "512"]  # fmt: skip
+               "--batch-tokens", "512", "--seeds", "1"]  # fmt: skip
     assert do(light, folder, *options, "--glue-tasks", "rte", "--glue-train-rows", "rte=2") == 0
     scored = [folder / "references" / "teacher", folder / "references" / "untrained", *(folder / "rows").iterdir()]
     assert [len(list(place.glob("glue/*.json"))) for place in scored] == [1, 1, 1, 1]
@@ -214,6 +215,7 @@ def test_plan_only_writes_nothing(light: list[str], tmp_path: Path, capsys) -> N
     assert do(light, tmp_path / "c", *options) == 0
     answer, shown = capsys.readouterr()
     assert "mlm: " in shown and "minilmv2: " in shown and "tokens" in shown
+    assert "4 runs: 2 rows, 2 seeds each, about " in shown  # --seeds is 2 unless it is given
     found = json.loads(answer)
     assert [planned["row"] for planned in found["plans"]] == ["mlm", "minilmv2"]
     assert found["folder"] is found["failed"] is found["results"] is None

@@ -7,7 +7,11 @@
 ``scores``      what a trained model is scored by
 ``references``  models that rows are compared with: the teachers, the untrained student
 ``differences`` what differs between rows besides the method: the confounds
-``results``     results.json, and means over seeds
+``results``     results.json, means and differences over seeds
+``items``       scores item by item, which results.json names
+``intervals``   how far the difference of two rows can be trusted
+``t_distribution``  what that needs of Student's t
+``claims``      which differences hold, and the sentence that says so
 ``tables``      every table of RESULTS.md and report.html
 ``report``      RESULTS.md, its plots and report.html
 """

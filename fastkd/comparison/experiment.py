@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastkd import disk, files, pipeline, signals
+from fastkd import disk, files, pipeline, quantities, signals
 from fastkd.budget import Budget
 from fastkd.comparison import differences
 from fastkd.comparison.budgets import MatchedBudgets, release_memory
@@ -77,6 +77,7 @@ class Comparison:
             for planned in matched.plans_of(row, budgets, share):
                 self.plans.append({"row": row.label} | planned)
                 self.console.print(plan_line(row, planned))
+        self.console.print(price_line(self.plans, len(self.rows), self.own.seeds))
 
     def run_rows(self, budgets: list[BudgetOption]) -> int:
         """Run every row under every budget with every seed, and report after each; returns how many failed."""
@@ -182,6 +183,13 @@ def plan_line(row: Row, planned: dict[str, Any]) -> str:
         f"{planned['tokens_per_s']:,.0f} tokens/s, teacher's share {planned['teacher_share']:.1%} of FLOPs and "
         f"{planned['teacher_seconds_share']:.1%} of seconds, learning rate {rates(planned)}"
     )
+
+
+def price_line(plans: list[dict[str, Any]], rows: int, seeds: int) -> str:
+    """How many runs a comparison is, and what they take together by its plans, searches and fine-tuning not included."""
+    seconds = seeds * sum(planned["seconds"] for planned in plans)
+    each = f"{seeds} seeds" if seeds > 1 else "1 seed"
+    return f"{seeds * len(plans)} runs: {rows} rows, {each} each, about {quantities.duration(seconds)} of training"
 
 
 def to_json(comparison: Comparison, failed: int) -> str:

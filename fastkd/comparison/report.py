@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastkd import files, quantities
-from fastkd.comparison import tables
-from fastkd.comparison.results import Arm, Results, read_results
+from fastkd.comparison import claims, tables
+from fastkd.comparison.results import Results, read_results
 from fastkd.reports import bars, plots
 from fastkd.reports.page import NOT_INCLUDED, fenced, render, teacher_note
 from fastkd.reports.tables import settings_table
@@ -47,7 +47,8 @@ def _contents(results: Results) -> Record:
         "agreement": list(tables.agreement(results)),
         "main": tables.main_table(results),
         "scores": tables.score_table(results),
-        "against_scratch": tables.scratch_table(results),
+        "lead": claims.sentence(results),
+        "against": _against(results),
         "seconds": tables.seconds_table(results),
         "seeds": tables.seed_table(results),
         "differences": tables.differences_table(results),
@@ -57,6 +58,16 @@ def _contents(results: Results) -> Record:
         "not_included": NOT_INCLUDED,
         "teacher_note": teacher_note(results.ancestors),
     }
+
+
+def _against(results: Results) -> list[Record]:
+    """For each headline score that two rows have: its name, its table, and what its intervals rest on."""
+    found = [(score, tables.claims_table(results, score)) for score in results.headline]
+    return [
+        {"score": score, "table": table, "basis": claims.basis(claims.against(results, "best", score))}
+        for score, table in found
+        if table.rows
+    ]
 
 
 def _plots(results: Results) -> dict[str, Markup]:
@@ -71,7 +82,7 @@ def _plots(results: Results) -> dict[str, Markup]:
 
 
 def _bars(results: Results, name: str, field: str, title: str, unit: str) -> dict[str, Markup]:
-    rows = [(_bar_label(results, arm), parts) for arm in results.arms if (parts := arm.mean_of(field))]
+    rows = [(results.name_of(arm), parts) for arm in results.arms if (parts := arm.mean_of(field))]
     totals = [sum(parts.values()) for _, parts in rows]
     if not totals or min(totals) <= 0:
         return {}
@@ -84,11 +95,6 @@ def _bars(results: Results, name: str, field: str, title: str, unit: str) -> dic
         for (text, parts), own in zip(rows, scales, strict=True)
     ]
     return {name: bars.stacked_bars(name, scaled, title=title, x_label=f"{label}, mean over seeds")}
-
-
-def _bar_label(results: Results, arm: Arm) -> str:
-    varied = {"match": arm.match, "budget": tables.budget_text(arm)}
-    return ", ".join(filter(None, (arm.label, *(varied[name] for name in results.varied))))
 
 
 def _score_plot(results: Results, score: str, field: str, unit: str, name: str) -> dict[str, Markup]:

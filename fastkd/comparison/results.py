@@ -1,4 +1,4 @@
-"""results.json of a comparison: a record for each run of a row, written and read back, and means over seeds."""
+"""results.json of a comparison: a record for each run of a row, written and read back; means and differences over seeds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from fastkd import files
+import numpy as np
+
+from fastkd import files, quantities
+from fastkd.comparison import intervals
+from fastkd.comparison.items import file_of, read_items
 from fastkd.files import Record, finite
 from fastkd.run_folder import read_run
 
@@ -58,11 +62,30 @@ class Arm:
         tables = [row[field] for row in self.rows if row.get(field)]
         return {name: mean(table.get(name, 0.0) for table in tables) for table in tables[:1] for name in table}
 
-    def gain(self, scratch: Arm, score: str) -> Spread | None:
-        """A score minus that of scratch training, over the seeds that both have; None if there is no such seed."""
-        base = {row["seed"]: row["scores"].get(score) for row in scratch.rows}
-        pairs = [(row["scores"].get(score), base.get(row["seed"])) for row in self.rows]
-        return spread(own - other for own, other in pairs if own is not None and other is not None)
+    def difference(self, other: Arm, score: str) -> intervals.Difference | None:
+        """A score minus another arm's, over the seeds that both have; None if there is no such seed.
+
+        Over items too, if all these rows have as many of them.
+        """
+        theirs = {row["seed"]: row for row in other.rows if row["scores"].get(score) is not None}
+        mine = {row["seed"]: row for row in self.rows if row["scores"].get(score) is not None and row["seed"] in theirs}
+        if not mine:
+            return None
+        sides = [list(mine.values()), [theirs[seed] for seed in mine]]
+        known = [[row["items"].get(score) for row in side] for side in sides]
+        sizes = {None if items is None else len(items) for side in known for items in side}
+        if None in sizes or len(sizes) > 1:
+            known = [[row["scores"][score] for row in side] for side in sides]
+        own, base = (np.array(side, dtype=np.float64) for side in known)
+        return intervals.paired(own, base, lower_is_better=lower_is_better(score))
+
+    @property
+    def budget_text(self) -> str:
+        """Its budget with the unit; empty if it is not known."""
+        if self.budget is None:
+            return ""
+        scale, unit = quantities.budget_scale(self.budget, self.match)
+        return f"{self.budget / scale:,.4g} {unit}"
 
 
 @dataclass(frozen=True)
@@ -98,6 +121,11 @@ class Results:
         """Which of "match" and "budget" is not the same for all arms."""
         return [name for name in ("match", "budget") if len({getattr(arm, name) for arm in self.arms}) > 1]
 
+    def name_of(self, arm: Arm) -> str:
+        """An arm's label, with its match and budget where these vary."""
+        varied = {"match": arm.match, "budget": arm.budget_text}
+        return ", ".join(filter(None, (arm.label, *(varied[name] for name in self.varied))))
+
     def largest(self, score: str) -> float:
         """The largest absolute value of a score: all its values are written with as many decimals as it needs."""
         known = [row["scores"].get(score) for row in (*self.rows, *self.references)]
@@ -107,6 +135,11 @@ class Results:
         """Every score that a row or a reference has, the headline's first."""
         found = [name for row in (*self.rows, *self.references) for name in row["scores"]]
         return list(dict.fromkeys([*(name for name in self.headline if name in found), *found]))
+
+
+def lower_is_better(score: str) -> bool:
+    """Whether a score is a loss, by the last word of its name."""
+    return score.split()[-1:] in (["loss"], ["perplexity"])
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:
@@ -130,7 +163,7 @@ def record_of(
     row["confounds"] = differences
     if error is not None or not run.finished:
         return row | {"status": "failed", "error": error or "not finished"}
-    return row_from_run(run.folder) | row | {"scores": scores}
+    return row_from_run(run.folder) | row | {"scores": scores, "items": file_of(run.folder, run.comparison)}
 
 
 def row_from_run(run_folder: Path) -> Record:
@@ -178,8 +211,9 @@ def write_results(
 
     Args:
         rows: method, seed and status ("ok" or "failed"), and if known: label, match, budget, charged_s, flops (by
-            part), tokens, epochs, tokens_per_s, mfu, joules, teacher_share, phase_s, scores, curves (points of
-            charged_s, flops, tokens, loss), confounds, error. In the file `flops` is the sum of `flops_by_part`.
+            part), tokens, epochs, tokens_per_s, mfu, joules, teacher_share, phase_s, scores, items (as in `items`),
+            curves (points of charged_s, flops, tokens, loss), confounds, error. In the file `flops` is the sum of
+            `flops_by_part`.
         ancestors: the rows' teachers, and the models that they were made from.
         references: label and scores of models that were not trained here: the teachers, the untrained student.
         headline: the scores that the main table and the plots show; default: the first three.
@@ -215,7 +249,7 @@ def read_results(folder: Path) -> Results:
         ancestors=tuple(content["ancestors"]),
         environment=content["environment"],
         command=content["command"],
-        rows=tuple(content["rows"]),
+        rows=tuple(row | {"items": read_items(Path(folder), row)} for row in content["rows"]),
         references=tuple(content["references"]),
         headline=tuple(names),
     )
@@ -241,6 +275,7 @@ def _row(row: Mapping[str, Any], match: str) -> Record:
         "flops_by_part": row.get("flops_by_part") or {},
         "phase_s": dict(row.get("phase_s") or {}),
         "scores": dict(row.get("scores") or {}),
+        "items": row.get("items") or {},
         "confounds": list(row.get("confounds") or []),
         "curves": [list(point) for point in row.get("curves") or []],
     }

@@ -1,16 +1,18 @@
-"""Tables of a comparison: what each method cost and scored, what it gained over scratch, what else differs."""
+"""Tables of a comparison: what each method cost and scored, which differences hold, what else differs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from fastkd import quantities
-from fastkd.comparison.results import SCRATCH, Arm, Results, Spread
+from fastkd.comparison import claims
+from fastkd.comparison.results import Arm, Results, Spread
 from fastkd.reports import bars, plots
 from fastkd.reports.tables import Cell, Cells, Table, numeric
 
 if TYPE_CHECKING:
+    from fastkd.comparison.claims import Claim
     from fastkd.files import Record
 
 # field of a row: (head of its column, how it is written)
@@ -72,16 +74,23 @@ def score_table(results: Results) -> Table:
     return Table((*_arm_head(results), *names), rows, sums=len(results.references))
 
 
-def scratch_table(results: Results) -> Table:
-    """Each label's scores minus those of scratch training under the same budget, seed by seed."""
-    scratch = {(arm.match, arm.budget): arm for arm in results.arms if arm.label == SCRATCH}
+def claims_table(results: Results, score: str) -> Table:
+    """A score's differences from scratch training and from the best row; empty if there is no second row to compare."""
+    found = {side: claims.against(results, side, score) for side in get_args(claims.Side)}
+    sides = {side: {id(claim.arm): claim for claim in made} for side, made in found.items() if made}
+    has_intervals = any(claim.difference.half_width is not None for side in sides.values() for claim in side.values())
     rows: list[Cells] = []
-    for arm in results.arms:
-        base = scratch.get((arm.match, arm.budget))
-        if base is not None and arm is not base:
-            cells = (_gain_cell(results, arm, name, arm.gain(base, name)) for name in results.headline)
-            rows.append((*_arm_cells(results, arm), *cells))
-    return Table((*_arm_head(results), *results.headline), rows)
+    for arm in results.arms if sides else []:
+        cells: list[Cell | str] = []
+        for side, made in sides.items():
+            own = side if claims.base_of(results, arm, side, score) is arm else ""
+            cells += (
+                _claim_cells(results, side, made.get(id(arm)), has_intervals) or (own, "", "")[: 1 + 2 * has_intervals]
+            )
+        rows.append((*_arm_cells(results, arm), *cells))
+    columns = ("95% interval", "P(better)") if has_intervals else ()
+    head = (*_arm_head(results), *(title for side in sides for title in (f"less {side}", *columns)))
+    return Table(head, rows, kind="" if has_intervals else "narrow")
 
 
 def seconds_table(results: Results) -> Table:
@@ -134,7 +143,7 @@ def _arm_cells(results: Results, arm: Arm) -> Cells:
     """The cells under `_arm_head`."""
     colour = plots.LINE_STYLES[results.labels.index(arm.label) % len(plots.LINE_STYLES)][0]
     seeds = f"{len(arm.rows)}" + (f", {arm.failed} failed" if arm.failed else "")
-    varied = {"match": arm.match, "budget": budget_text(arm)}
+    varied = {"match": arm.match, "budget": arm.budget_text}
     return (Cell(arm.label, colour=colour), *(varied[name] for name in results.varied), seeds)
 
 
@@ -145,14 +154,6 @@ def _reference_rows(results: Results, names: list[str], *, blanks: int = 0, pref
         (reference["label"], *blank, *(_reference_cell(results, reference, name, prefix) for name in names))
         for reference in results.references
     ]
-
-
-def budget_text(arm: Arm) -> str:
-    """An arm's budget with its unit; empty if it is not known."""
-    if arm.budget is None:
-        return ""
-    scale, unit = quantities.budget_scale(arm.budget, arm.match)
-    return f"{arm.budget / scale:,.4g} {unit}"
 
 
 def _written(name: str, value: float | None, write: Callable[[float], str]) -> Cell:
@@ -176,10 +177,18 @@ def _phase_cell(arm: Arm, name: str, seconds: float | None, largest: float) -> C
     return numeric(f"{arm.key}.phase.{name}", seconds, quantities.aligned(seconds or 0.0, largest))
 
 
-def _gain_cell(results: Results, arm: Arm, name: str, value: Spread | None) -> Cell:
-    sign = "+" if value and value.mean > 0 else ""
-    text = sign + spread_text(value, results.largest(name))
-    return numeric(f"{arm.key}.difference.{name}", value.mean if value else None, text)
+def _claim_cells(results: Results, side: str, claim: Claim | None, has_intervals: bool) -> Cells:
+    """The cells of a difference: the mean and, if any row has one, its interval and P(better); none without a claim."""
+    if claim is None:
+        return ()
+    key, largest, found = f"{claim.arm.key}.%s.{side}.{claim.score}", results.largest(claim.score), claim.difference
+    mean = numeric(key % "difference", found.mean, claims.signed(found.mean, largest))
+    if not has_intervals:
+        return (mean,)
+    half, p = found.half_width, found.p_better
+    ends = [claims.signed(found.mean + sign * (half or 0.0), largest) for sign in (-1, 1)]
+    chance = claims.probability(p or 0.0) + (", holds" if claim.holds else "")
+    return (mean, numeric(key % "half_width", half, " to ".join(ends)), numeric(key % "p_better", p, chance))
 
 
 def _reference_cell(results: Results, reference: Record, name: str, prefix: str) -> Cell:

@@ -94,6 +94,6 @@ def test_a_comparison(light: list[str], shimmed: None, tmp_path: Path, fault) ->
         "--match",
         "flops",
     ]
-    options += ["--budget-flops", "4e9", "--checkpoint-minutes", "0"]
+    options += ["--budget-flops", "4e9", "--seeds", "1", "--checkpoint-minutes", "0"]
     with fault("full disk in a comparison", "one line, exit 75, and the same command goes on") as tally:
         Another("fastkd.compare", options, tmp_path).tried(tally, Places(count=12), tmp_path)
