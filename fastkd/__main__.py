@@ -13,6 +13,7 @@ COMMANDS = {
     "plan": ("fastkd.plan", "time a few steps and print what the budget would buy"),
     "compare": ("fastkd.compare", "every method under one matched budget, one table"),
     "glue": ("fastkd.glue.__main__", "fine-tune and score a student on GLUE"),
+    "probe": ("fastkd.probe", "read out of a frozen model what it knows, with or without a head"),
     "prepare": ("fastkd.prepare", "tokenise a corpus, on a machine without a GPU"),
 }
 HELP = f"""usage: fastkd COMMAND …

@@ -22,7 +22,7 @@ UNITS = {"budget_flops": "flops", "budget_tokens": "tokens"}  # budgets that are
 # The names of what a run, its evaluation or a comparison writes begin with these.
 WRITTEN = (
     "config.toml", "environment.json", "plan.json", "ledger.jsonl", "metrics.jsonl", "report.html", "trace.json",
-    "checkpoints", "final", ".lock", ".final", BEGUN, "glue", "submission",
+    "checkpoints", "final", ".lock", ".final", BEGUN, "glue", "submission", "probes.json",
     "results.json", "RESULTS.md", "scratch.json", "plots", "references", "rows", "tuning",
 )  # fmt: skip
 # What is written deeper; a row's run looks into its own folder.

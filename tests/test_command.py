@@ -25,10 +25,10 @@ def python(*argv: str, **options) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("argv", "code", "words"),
     [
-        ([], 0, ("usage: fastkd COMMAND", "run", "plan", "compare", "glue", "prepare", "--preset quickstart")),
+        ([], 0, ("usage: fastkd COMMAND", "run", "plan", "compare", "glue", "probe", "prepare", "--preset quickstart")),
         (["--help"], 0, ("usage: fastkd COMMAND",)),
         (["--version"], 0, (f"fastkd {fastkd.__version__}",)),
-        (["rnu"], 2, ("unknown command 'rnu'", "run, plan, compare, glue, prepare")),
+        (["rnu"], 2, ("unknown command 'rnu'", "run, plan, compare, glue, probe, prepare")),
         (["--budget-gpu-hours", "24"], 2, ("unknown command '--budget-gpu-hours'",)),
     ],
 )

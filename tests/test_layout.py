@@ -11,7 +11,7 @@ from fastkd.setup import Setup
 
 ROOT = Path(__file__).parents[1]
 LONGEST_CHAIN, LONGEST_FILE, LONGEST_FUNCTION = 10, 400, 60
-COMMANDS = {f"fastkd.{name}" for name in ("run", "plan", "compare", "prepare", "glue.__main__", "__main__")}
+COMMANDS = {f"fastkd.{name}" for name in ("run", "plan", "compare", "prepare", "probe", "glue.__main__", "__main__")}
 FOLDERS = ("fastkd", "kernels", "bench", "tests")
 # A link, such as fastkd/kernels, is not entered.
 FILES = sorted(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))

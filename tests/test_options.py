@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SLOW = {"torch", "transformers", "datasets", "matplotlib", "triton"}
-COMMANDS = ("run", "plan", "compare", "prepare", "glue")
+COMMANDS = ("run", "plan", "compare", "prepare", "glue", "probe")
+OF_A_MODEL = ("glue", "probe")  # commands that take no options of a run
 TOKENS, HOURS = ("--budget-tokens", "12000"), ("--budget-gpu-hours", "1")
 ANSWERS = """
 import contextlib, io, json, sys
@@ -51,8 +52,8 @@ def test_help_lists_the_options() -> None:
     lines = [[command, "--help"] for command in COMMANDS] + [["run", "--help", "--method", "logit_kd"]]
     for (command, *options), (code, out, err) in zip(lines, answers(*lines), strict=True):
         assert code == 0 and not err and "--output-dir OUTPUT_DIR" in out
-        assert ("--config FILE" in out) == (command != "glue")
-        assert ("--relation-heads" in out) == (command != "glue" and "logit_kd" not in options)
+        assert ("--config FILE" in out) == (command not in OF_A_MODEL)
+        assert ("--relation-heads" in out) == (command not in OF_A_MODEL and "logit_kd" not in options)
         assert ("--temperature" in out) == (command == "compare" or "logit_kd" in options)
 
 
@@ -124,6 +125,11 @@ REFUSED = [
     ("glue", ("model", "--seeds", "0"), "--seeds must be at least 1, not 0"),
     ("glue", ("model", "--train-rows", "few"), "--train-rows takes a number from 1"),
     ("glue", ("model", "--tasks", "nope"), "unknown task 'nope'"),
+    ("probe", (), "the following arguments are required: MODEL"),
+    ("probe", ("model", "--frobnicate"), "unknown option '--frobnicate'"),
+    ("probe", ("model", "--probes", "tokens,nope"), "unknown probe 'nope': choose from tokens, pos, blimp"),
+    ("probe", ("model", "--pairs", "0"), "--pairs must be at least 1, not 0"),
+    ("probe", ("model", "--references", "perhaps"), "argument --references: takes true or false"),
 ]
 
 

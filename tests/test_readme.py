@@ -13,7 +13,7 @@ import pytest
 from markupsafe import escape
 
 from bench import front_page
-from fastkd import config
+from fastkd import config, probe
 from fastkd.comparison.options import CompareConfig
 from fastkd.glue import __main__ as glue
 from fastkd.glue.tasks import load_task
@@ -26,6 +26,7 @@ PARSERS = {
     "prepare": lambda argv: config.parse([*without(r"--tokens \S+", argv), *ANY_BUDGET]),
     "compare": lambda argv: config.split_options(argv, CompareConfig, "fastkd compare", unchecked),
     "glue": glue.parse,
+    "probe": probe.parse,
 }
 ANY_BUDGET = ["--budget-tokens", "1"]
 
@@ -126,7 +127,7 @@ def test_modules_that_are_named_exist(page: Path) -> None:
 def test_commands_parse(page: Path) -> None:
     """With the values that they show. A mention may leave the budget out."""
     for command, is_whole in commands(page):
-        match = re.match(r"(?:fastkd |.*-m fastkd\.)(run|plan|compare|glue|prepare)\b(.*)", command)
+        match = re.match(r"(?:fastkd |.*-m fastkd\.)(run|plan|compare|glue|probe|prepare)\b(.*)", command)
         if match is None or not match[2].strip() or "--method NAME" in command:
             continue
         needs_budget = match[1] in ("run", "plan") and "--budget" not in command and not is_whole
