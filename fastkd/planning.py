@@ -24,6 +24,7 @@ from fastkd.device.peaks import measured_matmul_flops, peak_flops
 from fastkd.device.power import PowerMeter
 from fastkd.distributed import mean, node_devices, on_main, smallest
 from fastkd.exchange import OutOfMemory
+from fastkd.reports.descriptions import start_text
 from fastkd.run_folder import ancestors
 
 if TYPE_CHECKING:
@@ -199,6 +200,7 @@ def make(resolved: Resolved, trainer: Trainer, measured: Measurement) -> dict[st
             "spec": config.student,
             "parameters": sum(p.numel() for p in setup.student.parameters()),
             "start": config.teacher if config.init_from_teacher else None,
+            "start_remark": setup.start_remark,
         },
         "teacher": _teacher(config, setup),
         "ancestors": ancestors(config.teacher),
@@ -299,7 +301,7 @@ def render(plan: dict[str, Any], console: Console) -> None:
                    f"attention {_attention(plan)}, compile {'on' if plan['compile'] else 'off'}"),
         ("method", f"{plan['method']}, learning rate {plan['lr']:g}"),
         ("student", f"{student['spec']}, {q.count(student['parameters'])} parameters"
-                    + (f", started from {student['start']}" if student["start"] else "")),
+                    + start_text(student)),
         ("teacher", "none" if teacher is None else f"{teacher['source']}, {q.count(teacher['parameters'])} parameters, "
                                                    f"{teacher['layers_run']} of {teacher['layers']} layers run, "
                                                    f"attention {_attention(teacher)}"),

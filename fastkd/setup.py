@@ -26,11 +26,12 @@ from fastkd.data.recipe import FIRST_TOKENS
 from fastkd.data.shards import Shards, build_shards, cache
 from fastkd.data.unknown import require_ordinary, unknown_remark, unknown_share
 from fastkd.device import memory
+from fastkd.device.clock import now
 from fastkd.device.peaks import fastest_dtype
 from fastkd.distributed import World, any_rank, barrier, on_main, smallest
 from fastkd.files import file_sha256
 from fastkd.methods import Method
-from fastkd.models import float8, flops, hf, weights
+from fastkd.models import float8, flops, hf, importance, subcloning, weights
 from fastkd.models import student as students
 from fastkd.models import tokenizer as tokenizers
 from fastkd.models.attention import Setting
@@ -42,6 +43,7 @@ from fastkd.run_config import BFLOAT16_STREAM, RunConfig
 log = logging.getLogger(__name__)
 
 VALIDATION_STEPS = 8  # held-out text is read up to the tokens of this many steps
+IMPORTANCE_PACKS = 8  # a teacher's neurons are ranked on this many packs of the training text
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Setup:
     teacher_parameters: int  # of the whole checkpoint: `teacher` keeps only what is read
     teacher_sha256: str | None  # of its configuration and numbers, however they are stored
     teacher_revision: str | None  # its commit on the hub
+    start_remark: str | None  # what of its teacher the student starts from, if it is not all of it
     shards: Shards
     lr: float
     micro_tokens: int  # of the first micro-batch; a `Trainer` that runs out of memory takes smaller ones
@@ -78,13 +81,23 @@ class Setup:
 
     def stream(self) -> BatchStream:
         """The training batches of this rank. What a step holds does not depend on the size of its micro-batches."""
-        config, world = self.config, self.world
+        return self._stream(self.config.batch_tokens, self.micro_tokens, self.world)
+
+    def first_packs(self, count: int) -> list[Batch]:
+        """The packs that training reads first, each a micro-batch: the same on every rank, of however many."""
+        pack = pack_size(self.config.seq_length)
+        stream = self._stream(count * pack, pack, World(device=self.world.device))
+        stream.wait(0)
+        return stream.step(0)
+
+    def _stream(self, batch_tokens: int, micro_tokens: int, world: World) -> BatchStream:
+        config = self.config
         return BatchStream(
             self.shards,
             SpecialIds.of(self.tokenizer),
             seq_length=config.seq_length,
-            batch_tokens=config.batch_tokens,
-            micro_tokens=self.micro_tokens,
+            batch_tokens=batch_tokens,
+            micro_tokens=micro_tokens,
             mask_rate=config.mask_rate,
             packing=config.packing,
             max_unique_tokens=config.unique_tokens,
@@ -152,7 +165,10 @@ def prepare(resolved: Resolved, world: World) -> Setup:
     method = methods.load(config.method).METHOD(resolved.method, student_config, loaded.config if loaded else None)
     if loaded is not None:
         check_teacher(loaded, student_config, tokenizer, method.teacher_needs or Needs(), config.seq_length)
-    student = _student(config, student_config, method, attention, loaded, world.device)
+    student = _student(config, student_config, method, attention, world.device)
+    if config.init_from_teacher:
+        assert loaded is not None  # RunConfig.check refuses it without a teacher
+        students.check_start(student, loaded.encoder)
     use_compile = world.device.type == "cuda" if config.compile is None else config.compile
     teacher = _teacher(config, method, loaded, world.device, dtype, use_compile)
     shards = _shards(config, tokenizer, world)
@@ -170,10 +186,13 @@ def prepare(resolved: Resolved, world: World) -> Setup:
         teacher_parameters=sum(p.numel() for p in loaded.encoder.parameters()) if loaded else 0,
         teacher_sha256=loaded.sha256 if loaded else None,
         teacher_revision=loaded.revision if loaded else None,
+        start_remark=subcloning.remark(student_config, loaded.config) if config.init_from_teacher and loaded else None,
         shards=shards,
         lr=config.lr or method.default_lr,
         micro_tokens=_micro_batch(config, student_config, method, dtype, world),
     )
+    if config.init_from_teacher and loaded is not None:
+        _start(setup, loaded)
     if loaded is not None and teacher is not None and config.teacher_dtype == "float8":
         batch = setup.validation()[0]
         float8.check(lambda name: _loss_of_teacher(setup, loaded, batch, name), world)
@@ -198,19 +217,29 @@ def _student(
     shape: EncoderConfig,
     method: Method,
     attention: str,
-    loaded: hf.Loaded | None,
     device: torch.device,
 ) -> Encoder:
-    """The student as training starts: random, or from the teacher's layers; the method's own weights too."""
+    """A random student; the method's own weights too."""
     student = Encoder(
         shape, mlm_head=method.trains_mlm_head, attention=attention, residual=getattr(torch, config.residual),
         seed=config.seed,
     )  # fmt: skip
     method.initialise(torch.Generator().manual_seed(config.seed), device)
-    if config.init_from_teacher:
-        assert loaded is not None  # RunConfig.check refuses it without a teacher
-        students.init_from_teacher(student, loaded.encoder)
     return student.to(device)
+
+
+def _start(setup: Setup, loaded: hf.Loaded) -> None:
+    """Put the teacher's weights into the student. Where it is narrower, every rank finds the same important neurons on the same
+    text; the data order does not change. A run that goes on does it again, before its checkpoint takes the place of them."""
+    if not subcloning.is_cut(setup.student.config, loaded.config):
+        students.init_from_teacher(setup.student, loaded.encoder)
+        return
+    began, teacher = now(), loaded.encoder.to(setup.world.device)
+    packs = setup.first_packs(IMPORTANCE_PACKS)
+    found = importance.measure(teacher, ((setup.method.text(batch), batch) for batch in packs))
+    students.init_from_teacher(setup.student, teacher, found)
+    seconds = now() - began
+    log.info("starting with %s, chosen on %d packs of text in %.1f s", setup.start_remark, IMPORTANCE_PACKS, seconds)
 
 
 def _teacher(

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 # A parameter of the encoder → transformers' names for it; several are its equal parts, stacked along the first dimension,
 # such as the queries, keys and values of one product.
 Names = dict[str, tuple[str, ...]]
+# A parameter of the encoder → what each of its dimensions counts: ``width`` (channels of the residual stream), ``qkv`` (queries,
+# keys and values, head by head), ``context`` (the values that attention returns), ``intermediate``, ``rows`` of a table, or
+# ``decoded`` (the channels of what the decoder multiplies, in a parameter that they are proportional to).
+Axes = dict[str, tuple[str, ...]]
 
 
 class Classes(NamedTuple):
@@ -84,6 +88,14 @@ class Family(ABC):
     def head_in_file(self, config: EncoderConfig) -> set[str]:
         """The names by which a checkpoint's head is found: all of them are in the file, or none."""
         return {name for names in self.head_names(config).values() for name in names}
+
+    def axes(self, config: EncoderConfig) -> Axes:
+        """What the dimensions of each parameter count: what ``models/subcloning.py`` cuts a narrower student by.
+
+        Empty (the default): a student starts from such a model in its own width only. A family that names them has the layers of
+        ``models/layer.py``, and a post-norm residual stream.
+        """
+        return {}
 
     # ---- modules --------------------------------------------------------------------------------------------
 
