@@ -9,7 +9,7 @@ from fastkd import quantities
 from fastkd.budget import Budget
 from fastkd.data.unknown import unknown_remark
 from fastkd.device import waiting
-from fastkd.reports.descriptions import optimizer_text
+from fastkd.reports.descriptions import optimizer_text, start_text
 
 if TYPE_CHECKING:
     from fastkd.config import Resolved
@@ -27,7 +27,7 @@ def render(plan: dict[str, Any], console: Console) -> None:
                    f"attention {_attention(plan)}, compile {'on' if plan['compile'] else 'off'}"),
         ("method", f"{plan['method']}, learning rate {rates(plan)}{optimizer_text(plan)}"),
         ("student", f"{student['spec']}, {q.count(student['parameters'])} parameters"
-                    + (f", started from {student['start']}" if student["start"] else "")),
+                    + start_text(student)),
         ("teacher", "none" if teacher is None else f"{teacher['source']}, {q.count(teacher['parameters'])} parameters, "
                                                    f"{teacher['layers_run']} of {teacher['layers']} layers run, "
                                                    f"attention {_attention(teacher)}"),

@@ -230,6 +230,7 @@ def make(resolved: Resolved, trainer: Trainer, measured: Sequence[Measurement]) 
             "spec": config.student,
             "parameters": sum(p.numel() for p in setup.student.parameters()),
             "start": config.teacher if config.init_from_teacher else None,
+            "start_remark": setup.start_remark,
         },
         "teacher": _teacher(config, setup),
         "ancestors": ancestors(config.teacher),

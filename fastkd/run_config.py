@@ -82,7 +82,9 @@ class RunConfig:
         None, "run folder; default runs/PRESET-METHOD-BUDGET, the same for the same command"
     )
     init_from_teacher: bool = option(
-        False, "start the student from the teacher's layers, every other one for half its depth (equal widths)"
+        False,
+        "start the student from the teacher: its layers, every other one for half its depth, and where the student is narrower "
+        "the most active neurons",
     )
     lr: float | None = option(None, "peak learning rate; default: each method's")
     warmup: float = option(0.06, "share of the budget over which the learning rate rises")

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fastkd import methods, muon, quickstart, recipe
+from fastkd import methods, muon, quickstart, recipe, start
 from fastkd.budget import StepCost
 from fastkd.config import Resolved
 from fastkd.data import corpus
@@ -31,7 +31,7 @@ from fastkd.device.peaks import fastest_dtype
 from fastkd.distributed import World, any_rank, barrier, on_main, smallest
 from fastkd.files import file_sha256
 from fastkd.methods import Method
-from fastkd.models import float8, flops, hf, weights
+from fastkd.models import float8, flops, hf, subcloning, weights
 from fastkd.models import student as students
 from fastkd.models import tokenizer as tokenizers
 from fastkd.models.attention import Setting
@@ -64,6 +64,7 @@ class Setup:
     teacher_parameters: int  # of the whole checkpoint: `teacher` keeps only what is read
     teacher_sha256: str | None  # of its configuration and numbers, however they are stored
     teacher_revision: str | None  # its commit on the hub
+    start_remark: str | None  # what of its teacher the student starts from, if it is not all of it
     shards: Shards
     micro_tokens: int  # of the first micro-batch; a `Trainer` that runs out of memory takes smaller ones
 
@@ -99,13 +100,23 @@ class Setup:
 
     def stream(self) -> BatchStream:
         """The training batches of this rank. What a step holds does not depend on the size of its micro-batches."""
-        config, world = self.config, self.world
+        return self._stream(self.config.batch_tokens, self.micro_tokens, self.world)
+
+    def first_packs(self, count: int) -> list[Batch]:
+        """The packs that training reads first, each a micro-batch: the same on every rank, of however many."""
+        pack = pack_size(self.config.seq_length)
+        stream = self._stream(count * pack, pack, World(device=self.world.device))
+        stream.wait(0)
+        return stream.step(0)
+
+    def _stream(self, batch_tokens: int, micro_tokens: int, world: World) -> BatchStream:
+        config = self.config
         return BatchStream(
             self.shards,
             SpecialIds.of(self.tokenizer),
             seq_length=config.seq_length,
-            batch_tokens=config.batch_tokens,
-            micro_tokens=self.micro_tokens,
+            batch_tokens=batch_tokens,
+            micro_tokens=micro_tokens,
             mask_rate=config.mask_rate,
             packing=config.packing,
             max_unique_tokens=config.unique_tokens,
@@ -182,7 +193,10 @@ def prepare(resolved: Resolved, world: World) -> Setup:
         )
     recipe_stages = recipe.stages(config.method, resolved.method)
     found = _methods(recipe_stages, student_config, loaded, tokenizer, config.seq_length)
-    student = _student(config, student_config, found, attention, loaded, world.device)
+    student = start.random(config, student_config, found, attention, world.device)
+    if config.init_from_teacher:
+        assert loaded is not None  # RunConfig.check refuses it without a teacher
+        students.check_start(student, loaded.encoder)
     use_compile = world.device.type == "cuda" if config.compile is None else config.compile
     stages = Stages(recipe_stages, found, partial(_teacher, config, loaded, world.device, dtype, use_compile))
     shards = _shards(config, tokenizer, world)
@@ -199,9 +213,12 @@ def prepare(resolved: Resolved, world: World) -> Setup:
         teacher_parameters=sum(p.numel() for p in loaded.encoder.parameters()) if loaded else 0,
         teacher_sha256=loaded.sha256 if loaded else None,
         teacher_revision=loaded.revision if loaded else None,
+        start_remark=subcloning.remark(student_config, loaded.config) if config.init_from_teacher and loaded else None,
         shards=shards,
         micro_tokens=_micro_batch(config, student_config, found, dtype, world),
     )
+    if config.init_from_teacher and loaded is not None:
+        start.from_teacher(setup, loaded)
     if loaded is not None and config.teacher_dtype == "float8":
         batch = setup.validation()[0]
         for method in filter(lambda each: each.teacher_needs, found):
@@ -239,27 +256,6 @@ def _check_options(config: RunConfig, world: World) -> torch.dtype:
     if config.optimizer == "muon":
         muon.require()
     return dtype
-
-
-def _student(
-    config: RunConfig,
-    shape: EncoderConfig,
-    found: Sequence[Method],
-    attention: str,
-    loaded: hf.Loaded | None,
-    device: torch.device,
-) -> Encoder:
-    """The student as training starts: random, or from the teacher's layers; the methods' own weights too."""
-    head = any(method.trains_mlm_head for method in found)
-    student = Encoder(
-        shape, mlm_head=head, attention=attention, residual=getattr(torch, config.residual), seed=config.seed
-    )
-    for method in found:
-        method.initialise(torch.Generator().manual_seed(config.seed), device)
-    if config.init_from_teacher:
-        assert loaded is not None  # RunConfig.check refuses it without a teacher
-        students.init_from_teacher(student, loaded.encoder)
-    return student.to(device)
 
 
 def _teacher(

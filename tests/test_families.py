@@ -162,6 +162,9 @@ def test_a_student_starts_from_a_teacher(checkpoint: Path) -> None:
     init_from_teacher(student, loaded.encoder)
     state = loaded.encoder.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in student.state_dict().items())
+    narrower = Encoder(student_config("3L-24H-2A-60I", loaded.config, loaded.tokenizer), mlm_head=True)
+    with pytest.raises(ValueError, match=r"needs the widths of a modernbert teacher .*3L-48H-4A-60I.*change --student"):
+        init_from_teacher(narrower, loaded.encoder)
 
 
 @pytest.mark.parametrize("method", ["logit_kd", "minilmv2"])

@@ -45,6 +45,8 @@ def of_options(
     base = base_row(rows)
     mine, theirs = (each.settings(shared) for each in (row, base))
     found = [ROW_OPTIONS[name] for name in row.options]
+    if row.control is not None and row.control != row and row.control in rows:
+        found.append(f"the same start as {row.control.label}")
     if lr is not None and base_lr is not None and lr != base_lr:
         found.append(f"learning rate {lr:g}, {base.label} has {base_lr:g}")
     usual = next(iter(teachers(rows, shared)), None)
@@ -60,6 +62,13 @@ def of_options(
 def of_search(search: Search, count: int) -> str:
     """What the search for a learning rate among ``count`` took."""
     return f"learning rate chosen among {count}, {search.charged_s:.1f} GPU-seconds beside its budget"
+
+
+def of_start(folder: Path) -> list[str]:
+    """What of its teacher a run's student started with, where it is not all of it."""
+    run = find_run(folder)
+    remark = run.plan.get("student", {}).get("start_remark") if run else None
+    return [f"start: {remark}"] if remark else []
 
 
 def of_surroundings(folder: Path, base_folder: Path, base: Row) -> list[str]:

@@ -17,7 +17,7 @@ from fastkd.comparison.options import CompareConfig
 from fastkd.comparison.references import References
 from fastkd.comparison.report import build_comparison
 from fastkd.comparison.results import RESULTS, record_of, write_results
-from fastkd.comparison.rows import BudgetOption, Row, RowRun, base_row, parse_rows
+from fastkd.comparison.rows import BudgetOption, Row, RowRun, base_row, controls, parse_rows
 from fastkd.comparison.scores import Scorer, headline
 from fastkd.comparison.tuning import BUDGET_SHARE, Search, searched, tune
 from fastkd.device import environment
@@ -40,7 +40,9 @@ class Comparison:
         self.folder = Path(own.output_dir or default_folder(own, shared))
         if not own.plan_only:
             files.check_writable(self.folder)
-        self.rows = parse_rows(own.methods, own.as_released)
+        named = parse_rows(own.methods, own.as_released)
+        self.controls = controls(named) if own.controls else []
+        self.rows = [*named, *self.controls]
         self.scorer = Scorer(own.glue, own.glue_tasks, own.glue_train_rows, own.glue_seeds)
         self.references = References(self.rows, shared, self.folder / "references", self.scorer)
 
@@ -73,11 +75,25 @@ class Comparison:
     def plan(self, matched: MatchedBudgets, budgets: list[BudgetOption]) -> None:
         """Plan every row under every budget, and print the plans."""
         share = BUDGET_SHARE if self.own.tune else 1.0
+        for row in self.controls:
+            self.console.print(
+                f"row added: {row.label}, what the start gives without the method (--controls false: not added)"
+            )
         for row in self.rows:
-            for planned in matched.plans_of(row, budgets, share):
+            for planned in self._plans_of(row, matched, budgets, share):
                 self.plans.append({"row": row.label} | planned)
                 self.console.print(plan_line(row, planned))
         self.console.print(price_line(self.plans, len(self.rows), self.own.seeds))
+
+    def _plans_of(
+        self, row: Row, matched: MatchedBudgets, budgets: list[BudgetOption], share: float
+    ) -> list[dict[str, Any]]:
+        try:
+            return matched.plans_of(row, budgets, share)
+        except ValueError as error:
+            if row not in self.controls:
+                raise
+            raise ValueError(f"row {row.label}, which was added: {error}; or add none with --controls false") from error
 
     def run_rows(self, budgets: list[BudgetOption]) -> int:
         """Run every row under every budget with every seed, and report after each; returns how many failed."""
@@ -156,6 +172,7 @@ class Comparison:
         if self.own.tune and (search := searched(run.tuning_folder)):
             found.append(differences.of_search(search, self.own.tune))
         if run.folder.is_dir():
+            found += differences.of_start(run.folder)
             found += differences.of_surroundings(run.folder, base.folder, base.row)
         return found
 
@@ -170,7 +187,7 @@ class Comparison:
 def default_folder(own: CompareConfig, shared: dict[str, Any]) -> Path:
     """The folder of a comparison without --output-dir: the same for the same options."""
     content = dataclasses.asdict(own) | shared
-    kept = {k: v for k, v in sorted(content.items()) if k not in (*PRESENTATION, "plan_only", "json")}
+    kept = {k: v for k, v in sorted(content.items()) if k not in (*PRESENTATION, "controls", "plan_only", "json")}
     digest = hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:6]
     return Path("runs") / f"compare-{own.match}-{digest}"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fastkd.comparison.rows import parse_rows
+from fastkd.comparison.rows import controls, parse_rows
 from fastkd.glue.tasks import choose_tasks, parse_limits
 from fastkd.run_config import option
 
@@ -31,6 +31,9 @@ class CompareConfig:
         2, "seeds a row, from --seed on; 1 halves the price and leaves differences between seeds unknown"
     )
     as_released: bool = option(False, "add a row with the paper's released objective for each method that has one")
+    controls: bool = option(
+        True, "add mlm+init-from-teacher where a row starts from its teacher: what the start gives without the method"
+    )
     tune: int = option(0, "learning rates tried for each row on equal budgets of a tenth, charged separately")
     epochs_cap: float | None = option(
         None,
@@ -87,6 +90,7 @@ def check(own: CompareConfig, shared: dict[str, Any]) -> None:
     if shared.get("init_from_teacher"):
         raise ValueError("--init-from-teacher is a row's own: write METHOD+init-from-teacher in --methods")
     budgets: list[dict[str, Any]] = [{"budget_gpu_hours": hours} for hours in own.budget_gpu_hours]
-    for row in parse_rows(own.methods, own.as_released):
+    rows = parse_rows(own.methods, own.as_released)
+    for row in (*rows, *(controls(rows) if own.controls else ())):
         for budget in budgets or [{"budget_flops": own.budget_flops}]:
             row.resolved(shared, **budget)

@@ -53,6 +53,11 @@ class Row:
         """Whether its student starts from teacher layers, by an option of this row."""
         return "init_from_teacher" in self.options
 
+    @property
+    def control(self) -> Row | None:
+        """Scratch training from the same start; None if its student starts at random."""
+        return Row("mlm", ("init_from_teacher",), self.teacher) if self.starts_from_teacher else None
+
     def run_options(self, shared: dict[str, Any]) -> dict[str, Any]:
         """The options of its run that are given: the shared ones that its methods read, and its own."""
         known = {f.name for cls in (RunConfig, recipe.options_class(self.method)) for f in dataclasses.fields(cls)}
@@ -131,6 +136,13 @@ def parse_rows(specs: str, as_released: bool) -> list[Row]:
     if doubles:
         raise ValueError(f"--methods names {doubles[0]} twice: leave one out, and use --seeds for repeats")
     return rows
+
+
+def controls(rows: Sequence[Row]) -> list[Row]:
+    """The rows that are missing beside those that start from a teacher: scratch training from the same start, which tells what
+    the start gives without the method."""
+    wanted = dict.fromkeys(row.control for row in rows)
+    return [row for row in wanted if row is not None and row not in rows]
 
 
 def parse_row(spec: str) -> Row:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import replace
-from typing import Any
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fastkd.models import shape
+from fastkd.models import shape, subcloning
 from fastkd.models import tokenizer as tokenizers
 from fastkd.models.encoder import Encoder, EncoderConfig
+
+if TYPE_CHECKING:
+    from fastkd.models.importance import Importance
+
+# Fields in which a student may differ from the teacher that it starts from.
+FREE = ("num_layers", "hidden_size", "num_heads", "intermediate_size", "initializer_range", "pad_token_id", "tied")
 
 
 def student_config(spec: str, like: EncoderConfig, tokenizer: PreTrainedTokenizerBase) -> EncoderConfig:
@@ -37,13 +42,12 @@ def student_config(spec: str, like: EncoderConfig, tokenizer: PreTrainedTokenize
     )
 
 
-@torch.no_grad()
-def init_from_teacher(student: Encoder, teacher: Encoder) -> None:
-    """Start a student from its teacher: embeddings, head, and teacher layer ⌊i·Lt/Ls⌋ as student layer i
-    (from 0), which is DistilBERT's every other layer for half the depth (arXiv 1910.01108, section 2).
+def check_start(student: Encoder, teacher: Encoder) -> None:
+    """Refuse a student that cannot start from its teacher's weights.
 
-    Raises ValueError where any width, the heads or the vocabulary differ, the student is the deeper, or it has a
-    head and the teacher a decoder that is not its word embeddings.
+    Raises:
+        ValueError: it is larger, its heads or its widths cannot be cut out of the teacher's, its tables are others (vocabulary,
+            positions), or it has a head and the teacher a decoder that is not its word embeddings.
     """
     s, t = student.config, teacher.config
     if student.head is not None and not t.tied:
@@ -51,21 +55,30 @@ def init_from_teacher(student: Encoder, teacher: Encoder) -> None:
             "--init-from-teacher takes the teacher's word embeddings for the decoder, but its own decoder is another (untied); "
             "leave it out, or use --method minilmv2"
         )
-    free = ("num_layers", "initializer_range", "pad_token_id", "tied")
-    alike = replace(s, **{name: getattr(t, name) for name in free}) == t
-    if not alike or s.num_layers > t.num_layers:
-        raise ValueError(
-            f"--init-from-teacher needs the teacher's shape and at most its depth ({_shape(t)}), "
-            f"not {_shape(s)}; change --student"
-        )
+    subcloning.check(s, t)
+    alike = replace(s, **{name: getattr(t, name) for name in FREE})
+    for field in fields(t):
+        mine, theirs = (getattr(config, field.name, None) for config in (alike, t))
+        if mine != theirs:
+            raise ValueError(
+                f"--init-from-teacher needs a student with the teacher's {field.name} ({theirs}), not {mine}; leave --tokenizer out"
+            )
+
+
+@torch.no_grad()
+def init_from_teacher(student: Encoder, teacher: Encoder, importance: Importance | None = None) -> None:
+    """Start a student from its teacher: embeddings, head, and teacher layer ⌊i·Lt/Ls⌋ as student layer i
+    (from 0), which is DistilBERT's every other layer for half the depth (arXiv 1910.01108, section 2).
+
+    A student of the teacher's widths and heads gets copies. A narrower one gets the most important neurons and the weights
+    between them, scaled as ``subcloning.cut`` says; ``importance`` is read for that only. Raises ValueError as ``check_start``.
+    """
+    check_start(student, teacher)
+    s, t = student.config, teacher.config
     state: dict[str, Any] = teacher.state_dict()
-    source = {}
-    for name in student.state_dict():
-        theirs = re.sub(r"(?<=^layers\.)\d+", lambda i: str(int(i[0]) * t.num_layers // s.num_layers), name)
-        if theirs in state:
-            source[name] = state[theirs]
-    student.load_state_dict(source, strict=False)
-
-
-def _shape(config: EncoderConfig) -> str:
-    return f"{config.num_layers}L-{config.hidden_size}H-{config.num_heads}A-{config.intermediate_size}I"
+    names = {name: subcloning.source(name, s, t) for name in student.state_dict()}
+    start = {name: state[theirs] for name, theirs in names.items() if theirs in state}
+    if subcloning.is_cut(s, t):
+        assert importance is not None
+        start = subcloning.cut(start, subcloning.choose(importance, s, t), s, t)
+    student.load_state_dict(start, strict=False)

@@ -36,8 +36,14 @@ def model_text(model: Mapping[str, Any] | None) -> str:
     layers, run = model["layers"], model.get("layers_run", model["layers"])
     shape = f"{layers} layers, {model['width']} wide, {model['heads']} heads"
     pieces = [model.get("source"), shape, f"{quantities.count(model['parameters'])} parameters"]
-    start = f", started from {model['start']}" if model.get("start") else ""
-    return ", ".join(filter(None, pieces)) + (f", {run} layers run" if run != layers else "") + start
+    return ", ".join(filter(None, pieces)) + (f", {run} layers run" if run != layers else "") + start_text(model)
+
+
+def start_text(student: Mapping[str, Any]) -> str:
+    """What a planned student starts from, with what it has of it if that is not all; empty if it starts at random."""
+    if not student.get("start"):
+        return ""
+    return f", started from {student['start']}" + (f": {what}" if (what := student.get("start_remark")) else "")
 
 
 def optimizer_text(plan: Mapping[str, Any]) -> str:

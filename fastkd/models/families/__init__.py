@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 # A parameter of the encoder → transformers' names for it; several are its equal parts, stacked along the first dimension,
 # such as the queries, keys and values of one product.
 Names = dict[str, tuple[str, ...]]
+# A parameter of the encoder → what each of its dimensions counts: ``width`` (channels of the residual stream), ``qkv`` (queries,
+# keys and values, head by head), ``context`` (the values that attention returns), ``intermediate``, ``rows`` of a table, or
+# ``decoded`` (the channels of what the decoder multiplies, in a parameter that they are proportional to).
+Axes = dict[str, tuple[str, ...]]
 
 
 class Classes(NamedTuple):
@@ -91,6 +95,14 @@ class Family(ABC):
         ``--optimizer muon`` orthogonalises each. A family of which transformers has them in one tensor too says it here.
         """
         return len(self.body_names(config)[name])
+
+    def axes(self, config: EncoderConfig) -> Axes:
+        """What the dimensions of each parameter count: what ``models/subcloning.py`` cuts a narrower student by.
+
+        Empty (the default): a student starts from such a model in its own width only. A family that names them has the layers of
+        ``models/layer.py``, and a post-norm residual stream.
+        """
+        return {}
 
     # ---- modules --------------------------------------------------------------------------------------------
 

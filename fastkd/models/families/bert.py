@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from fastkd.models.encoder import EncoderConfig
-from fastkd.models.families import Classes, Family, Names
+from fastkd.models.families import Axes, Classes, Family, Names
 from fastkd.models.layer import Head, Layer
 from fastkd.models.lookup import lookup
 
@@ -39,6 +39,19 @@ LAYER_NAMES = {  # of modules, each with a weight and a bias
     "down": "output.dense",
     "output_norm": "output.LayerNorm",
 }
+AXES = {  # of a module's weight (``Family.axes``); a bias has the first one, and so has all of a LayerNorm
+    "word_embeddings": ("rows", "width"),
+    "position_embeddings": ("rows", "width"),
+    "type_embeddings": ("rows", "width"),
+    "qkv": ("qkv", "width"),
+    "attention_output": ("width", "context"),
+    "up": ("intermediate", "width"),
+    "down": ("width", "intermediate"),
+    "dense": ("width", "width"),
+    "head": ("rows", "width"),  # the decoder
+    "norm": ("decoded",),  # the head's; its bias has the same
+}
+NORM = ("width",)
 
 
 class Bert(Family):
@@ -122,6 +135,11 @@ class Bert(Family):
         decoder = ("bias",) if config.tied else ("decoder.weight", "decoder.bias")
         before = {name for (name,) in self._before_the_decoder().values()}
         return before | {f"{self.head_place}.{name}" for name in decoder}
+
+    def axes(self, config: EncoderConfig) -> Axes:
+        names = (*self.body_names(config), *self.head_names(config))
+        counted = {name: AXES.get(name.split(".")[-2], NORM) for name in names}
+        return {name: axes[:1] if name.endswith(".bias") else axes for name, axes in counted.items()}
 
     def _before_the_decoder(self) -> Names:
         modules = {"head.dense": self.head_dense, "head.norm": self.head_norm}
