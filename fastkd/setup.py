@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fastkd import methods, muon, quickstart, recipe, start
+from fastkd import methods, micro_batch, muon, quickstart, recipe
 from fastkd.budget import StepCost
 from fastkd.config import Resolved
 from fastkd.data import corpus
@@ -27,11 +27,12 @@ from fastkd.data.recipe import FIRST_TOKENS
 from fastkd.data.shards import Shards, build_shards, cache
 from fastkd.data.unknown import require_ordinary, unknown_remark, unknown_share
 from fastkd.device import memory
+from fastkd.device.clock import now
 from fastkd.device.peaks import fastest_dtype
-from fastkd.distributed import World, any_rank, barrier, on_main, smallest
+from fastkd.distributed import World, any_rank, barrier, on_main
 from fastkd.files import file_sha256
 from fastkd.methods import Method
-from fastkd.models import float8, flops, hf, subcloning, weights
+from fastkd.models import float8, flops, hf, importance, subcloning, weights
 from fastkd.models import student as students
 from fastkd.models import tokenizer as tokenizers
 from fastkd.models.attention import Setting
@@ -45,6 +46,7 @@ from fastkd.stages import Stages
 log = logging.getLogger(__name__)
 
 VALIDATION_STEPS = 8  # held-out text is read up to the tokens of this many steps
+IMPORTANCE_PACKS = 8  # a teacher's neurons are ranked on this many packs of the training text
 VALIDATION_MASK_RATE = 0.15  # whatever --mask-rate trains with: held-out losses of all runs are about the same task
 
 
@@ -166,7 +168,7 @@ class Setup:
 
     def activation_bytes(self, tokens: int) -> int:
         """What a forward of ``tokens`` keeps for its backward."""
-        return _activation_bytes(
+        return micro_batch.activation_bytes(
             self.config, self.student.config, self.stages.methods, self.dtype, self.world.device, tokens
         )
 
@@ -193,7 +195,7 @@ def prepare(resolved: Resolved, world: World) -> Setup:
         )
     recipe_stages = recipe.stages(config.method, resolved.method)
     found = _methods(recipe_stages, student_config, loaded, tokenizer, config.seq_length)
-    student = start.random(config, student_config, found, attention, world.device)
+    student = _student(config, student_config, found, attention, world.device)
     if config.init_from_teacher:
         assert loaded is not None  # RunConfig.check refuses it without a teacher
         students.check_start(student, loaded.encoder)
@@ -215,10 +217,10 @@ def prepare(resolved: Resolved, world: World) -> Setup:
         teacher_revision=loaded.revision if loaded else None,
         start_remark=subcloning.remark(student_config, loaded.config) if config.init_from_teacher and loaded else None,
         shards=shards,
-        micro_tokens=_micro_batch(config, student_config, found, dtype, world),
+        micro_tokens=micro_batch.first(config, student_config, found, dtype, world),
     )
     if config.init_from_teacher and loaded is not None:
-        start.from_teacher(setup, loaded)
+        _start(setup, loaded)
     if loaded is not None and config.teacher_dtype == "float8":
         batch = setup.validation()[0]
         for method in filter(lambda each: each.teacher_needs, found):
@@ -258,6 +260,38 @@ def _check_options(config: RunConfig, world: World) -> torch.dtype:
     return dtype
 
 
+def _student(
+    config: RunConfig,
+    shape: EncoderConfig,
+    found: Sequence[Method],
+    attention: str,
+    device: torch.device,
+) -> Encoder:
+    """A random student; the methods' own weights too."""
+    head = any(method.trains_mlm_head for method in found)
+    student = Encoder(
+        shape, mlm_head=head, attention=attention, residual=getattr(torch, config.residual), seed=config.seed
+    )
+    for method in found:
+        method.initialise(torch.Generator().manual_seed(config.seed), device)
+    return student.to(device)
+
+
+def _start(setup: Setup, loaded: hf.Loaded) -> None:
+    """Put the teacher's weights into the student. Where it is narrower, every rank finds the same important neurons on the same
+    text; the data order does not change. A run that goes on does it again, before its checkpoint takes the place of them."""
+    if not subcloning.is_cut(setup.student.config, loaded.config):
+        students.init_from_teacher(setup.student, loaded.encoder)
+        return
+    began, teacher = now(), loaded.encoder.to(setup.world.device)
+    packs = setup.first_packs(IMPORTANCE_PACKS)
+    found = importance.measure(teacher, ((setup.method.text(batch), batch) for batch in packs))
+    students.init_from_teacher(setup.student, teacher, found)
+    loaded.encoder.to("cpu")  # the place that it was loaded to
+    seconds = now() - began
+    log.info("starting with %s, chosen on %d packs of text in %.1f s", setup.start_remark, IMPORTANCE_PACKS, seconds)
+
+
 def _teacher(
     config: RunConfig, loaded: hf.Loaded | None, device: torch.device, dtype: torch.dtype, compile: bool, needs: Needs
 ) -> Teacher:
@@ -267,42 +301,6 @@ def _teacher(
         loaded, needs, device=device, dtype=dtype, longest=config.seq_length, attention=config.attention,
         compile=compile, float8=config.teacher_dtype == "float8",
     )  # fmt: skip
-
-
-def _activation_bytes(
-    config: RunConfig,
-    student: EncoderConfig,
-    found: Sequence[Method],
-    dtype: torch.dtype,
-    device: torch.device,
-    tokens: int,
-) -> int:
-    """Of the method that keeps most."""
-    keeps_attention_weights = device.type == "cpu" and (dtype == torch.bfloat16 or config.dropout > 0)
-    return max(
-        memory.activation_bytes(
-            student,
-            method.student_needs,
-            tokens=tokens,
-            predicted=round(config.mask_rate * tokens),
-            itemsize=dtype.itemsize,
-            residual_itemsize=getattr(torch, config.residual).itemsize,
-            weight_pairs=tokens * config.seq_length if keeps_attention_weights else 0,
-        )
-        for method in found
-    )
-
-
-def _micro_batch(
-    config: RunConfig, student: EncoderConfig, found: Sequence[Method], dtype: torch.dtype, world: World
-) -> int:
-    """Tokens of the micro-batch that was asked for, or of the largest that fits the device."""
-    if config.micro_batch != "auto":
-        return int(config.micro_batch)
-    pack_tokens = pack_size(config.seq_length)
-    a_token = _activation_bytes(config, student, found, dtype, world.device, pack_tokens) / pack_tokens
-    rank_tokens = config.batch_tokens // world.size
-    return int(smallest(world, memory.largest_micro_batch(a_token, rank_tokens, pack_tokens, world.device)))
 
 
 def _loss_of_teacher(setup: Setup, method: Method, loaded: hf.Loaded, batch: Batch, name: str) -> float:
