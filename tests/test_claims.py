@@ -10,12 +10,15 @@ import pytest
 from report_page import Page
 
 from fastkd.comparison import claims
+from fastkd.comparison.probing import TITLES, items_of
 from fastkd.comparison.report import build_comparison
 from fastkd.comparison.results import lower_is_better, read_results, write_results
 from fastkd.comparison.scores import MLM_ACCURACY, MLM_LOSS
+from fastkd.probes.scores import packed
 
 pytestmark = pytest.mark.usefixtures("in_full")
 N = 400
+TITLE = TITLES["tokens"]
 
 
 def row(label: str, seed: int, scores: dict[str, float], **more: Any) -> dict[str, Any]:
@@ -27,6 +30,13 @@ def right(label: str, seed: int, share: float, n: int = N) -> dict[str, Any]:
     chance = np.random.default_rng([seed, len(label)])
     items = (np.arange(n) < share * n) ^ (chance.random(n) < 0.02)
     return row(label, seed, {"probe": 100 * float(items.mean())}, items={"probe": items.astype(int).tolist()})
+
+
+def probed(right: list[int], groups: list[int]) -> dict[str, Any]:
+    """A probes.json with one probe."""
+    bits = packed(np.array(right, bool))
+    scores = {"accuracy": float(np.mean(right)), "best": 1, "layers": [{}, {"right": bits}]}
+    return {"probes": {"tokens": {"items": len(right), "groups": groups, "scores": {"model": scores}}}}
 
 
 def build(folder: Path, rows: list[dict[str, Any]], headline: tuple[str, ...] = ()) -> str:
@@ -151,14 +161,22 @@ def test_which_scores_are_losses() -> None:
 
 def test_a_row_may_name_the_file_of_its_items(tmp_path: Path) -> None:
     rows = [right(label, seed, share) for label, share in (("mlm", 0.5), ("a", 0.7)) for seed in (0, 1)]
+    for each in rows:
+        each["scores"] = {TITLE: each["scores"]["probe"]}
+        each["items"] = {TITLE: each["items"]["probe"]}
     shown = build(tmp_path / "inline", rows)
     for place, each in enumerate(rows):
         name = f"rows/{place}/probes.json"
         (tmp_path / "files" / name).parent.mkdir(parents=True)
-        (tmp_path / "files" / name).write_text(json.dumps({"items": each["items"], "more": 1}))
+        (tmp_path / "files" / name).write_text(json.dumps(probed(each["items"][TITLE], [1] * N)))
         each["items"] = name
     assert build(tmp_path / "files", rows) == shown and "items and 2 seeds" in shown
     assert '"items": "rows/3/probes.json"' in (tmp_path / "files" / "results.json").read_text()
+
+
+def test_a_text_is_what_is_drawn_not_its_items() -> None:
+    (shares,) = items_of(probed([1, 0, 0, 1, 1, 1], [2, 1, 3])).values()
+    assert shares.tolist() == [0.5, 0.0, 1.5] and shares.mean() == pytest.approx(4 / 6)
 
 
 @pytest.mark.parametrize(

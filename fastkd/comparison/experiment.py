@@ -14,6 +14,7 @@ from fastkd.budget import Budget
 from fastkd.comparison import differences
 from fastkd.comparison.budgets import MatchedBudgets, release_memory
 from fastkd.comparison.options import CompareConfig
+from fastkd.comparison.probing import Prober
 from fastkd.comparison.references import References
 from fastkd.comparison.report import build_comparison
 from fastkd.comparison.results import RESULTS, record_of, write_results
@@ -43,7 +44,9 @@ class Comparison:
         named = parse_rows(own.methods, own.as_released)
         self.controls = controls(named) if own.controls else []
         self.rows = [*named, *self.controls]
-        self.scorer = Scorer(own.glue, own.glue_tasks, own.glue_train_rows, own.glue_seeds)
+        base = base_row(self.rows).settings(shared)
+        prober = Prober(own.probes, own.probe_data, base["corpus"], base["text_field"])
+        self.scorer = Scorer(own.glue, own.glue_tasks, own.glue_train_rows, own.glue_seeds, prober)
         self.references = References(self.rows, shared, self.folder / "references", self.scorer)
 
     def run(self) -> int:
@@ -69,7 +72,7 @@ class Comparison:
         if self.own.plan_only:
             return 0
         matched.keep()
-        on_main(self.world, self.references.fine_tune)
+        on_main(self.world, self.references.score)
         return self.run_rows(budgets)
 
     def plan(self, matched: MatchedBudgets, budgets: list[BudgetOption]) -> None:
@@ -121,7 +124,7 @@ class Comparison:
             if self.own.tune:
                 more["lr"] = self.tuned(run).lr
             pipeline.run(run.row.resolved(self.shared, **run.budget, **more), self.world, self.console)
-            on_main(self.world, lambda: self.scorer.fine_tune(run.folder, run.folder))
+            on_main(self.world, lambda: self.scorer.score(run.folder, run.folder))
         except Exception as caught:  # whatever ends one row, the others go on, but for a signal or the disk
             if signals.asked() or disk.failure(caught):
                 raise

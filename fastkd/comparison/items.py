@@ -1,8 +1,8 @@
 """Scores item by item: right or wrong for each test item, or its loss; the same items in the same order for every row.
 
-A row of results.json carries them as ``items``: an object {score: [a number for each item]}, or the name of a JSON file within
-the comparison's folder whose field ``items`` is such an object, so that results.json stays readable. The mean over the items is
-the score of that name in ``scores``; beside a percentage, items are 1 where right and 0 where wrong.
+A row of results.json carries them as ``items``: an object {score: [a number for each item]}, or the name of a probes.json
+within the comparison's folder, so that results.json stays readable. The mean over the items is the score of that name in
+``scores``, or a hundredth of it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastkd.comparison.probing import FILE, items_of
+
 if TYPE_CHECKING:
     from fastkd.files import Record
 
 log = logging.getLogger(__name__)
-FILE = "probes.json"  # of a run folder
 Items = NDArray[np.float64]  # [N]
 
 
@@ -56,11 +57,11 @@ def _of_file(folder: Path, name: str) -> Mapping[str, Any]:
     path = folder / name
     try:
         if path.resolve().is_relative_to(folder.resolve()):
-            return dict(json.loads(path.read_bytes()).get("items", {}))
+            return items_of(json.loads(path.read_bytes()))
         problem = "is not in this folder"
     except FileNotFoundError:
         problem = "is not there"
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         problem = "is damaged"
     log.warning("%s %s: intervals are made without the items of its row", path, problem)
     return {}

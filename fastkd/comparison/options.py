@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from fastkd.comparison.rows import controls, parse_rows
 from fastkd.glue.tasks import choose_tasks, parse_limits
+from fastkd.probes.options import NONE, ProbeOptions
 from fastkd.run_config import option
 
 MOST_RATES = 20  # each is twice the one before
@@ -43,6 +44,13 @@ class CompareConfig:
     glue_tasks: str | None = option(None, "tasks to score, separated by commas; default: all that the folder holds")
     glue_train_rows: str | None = option(None, "training rows at most: 10000, or sst2=10000,mnli=50000")
     glue_seeds: int = option(1, "fine-tunings of each task")
+    probes: str | None = option(
+        None,
+        "tokens, pos, blimp (comma-separated) or none: probe every row; default: tokens, and what --probe-data has files for",
+    )
+    probe_data: list[str] = option(
+        [], "CoNLL-U files (pos), BLiMP's zip or folder (blimp), or a folder that holds any of them"
+    )
     output_dir: str | None = option(None, "folder; default runs/compare-…, the same for the same command")
     plan_only: bool = option(False, "print the plan of every row and stop")
     json: bool = option(False, "print one JSON object, and nothing else on standard output")
@@ -67,6 +75,8 @@ class CompareConfig:
         if self.epochs_cap is not None and not 0 < self.epochs_cap < float("inf"):
             raise ValueError(f"--epochs-cap must be above zero and finite, got {self.epochs_cap:g}")
         self._check_glue()
+        if self.probes != NONE:
+            ProbeOptions(probes=self.probes).check()
 
     def _check_glue(self) -> None:
         parse_limits(self.glue_train_rows, "--glue-train-rows")

@@ -35,16 +35,16 @@ class References:
         """The teachers, and the models that they were made from."""
         return list(dict.fromkeys(model for name in self.teachers().values() for model in ancestors(name)))
 
-    def fine_tune(self) -> None:
-        """Fine-tune and score all references; what was done before is not repeated."""
-        if self.scorer.data is None:
+    def score(self) -> None:
+        """Probe and fine-tune all references; what was done before is not repeated."""
+        if not self.scorer.makes_any:
             return
         for label, teacher in self.teachers().items():
-            self.scorer.fine_tune(model_folder(teacher), self._folder_of(label))
+            self.scorer.score(model_folder(teacher), self._folder_of(label))
         untrained = self._folder_of("untrained")
         if not has_student(untrained):
             self._export_untrained(untrained / "final")
-        self.scorer.fine_tune(untrained, untrained)
+        self.scorer.score(untrained, untrained)
 
     def records(self, run_folders: Sequence[Path]) -> list[Record]:
         """Labels and scores. The untrained student's held-out scores are those that a run began with.
@@ -55,8 +55,8 @@ class References:
         starts = [run.validations[:1] for folder in run_folders if (run := find_run(folder))]
         untrained = next((found for start in starts if start and (found := mlm_scores(start[0]))), {})
         return [
-            *({"label": label, "scores": self.scorer.fine_tuned(self._folder_of(label))} for label in self.teachers()),
-            {"label": "untrained student", "scores": self.scorer.fine_tuned(self._folder_of("untrained")) | untrained},
+            *({"label": label, "scores": self.scorer.of_model(self._folder_of(label))} for label in self.teachers()),
+            {"label": "untrained student", "scores": self.scorer.of_model(self._folder_of("untrained")) | untrained},
         ]
 
     def _folder_of(self, label: str) -> Path:

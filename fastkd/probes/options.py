@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fastkd.run_config import option
 
 PROBES = ("tokens", "pos", "blimp")
+NONE = "none"  # of a comparison's probes
 
 
 @dataclass(frozen=True)
