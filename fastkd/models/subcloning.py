@@ -77,11 +77,13 @@ def _largest(scores: Tensor, count: int) -> Tensor:
 def cut(state: Mapping[str, Tensor], kept: Kept, student: EncoderConfig, teacher: EncoderConfig) -> dict[str, Tensor]:
     """The student's parameters, by its names, from those of the teacher's layers under the same names (see ``source``).
 
-    Sums over fewer neurons shrink: over n_s of n_t independent terms of one size to √(n_s/n_t), over the largest ones to less.
-    Logits are multiplied by √(D_t/D_s), in the head's LayerNorm, since the decoder is the word embeddings. Other products are
-    not scaled: most are added to the residual stream, and a LayerNorm follows. Scores of queries and keys need no factor: they
-    are divided by √d_s, where the teacher's are by √d_t. Equal sizes have the factor 1. Factors of √ and n_t/n_s for the
-    other products, and 1 and D_t/D_s for the logits, gave a higher loss before the first step.
+    Sums over fewer neurons shrink: over n_s of n_t independent terms of one size to √(n_s/n_t) of their scale, over the largest
+    terms not so far. Logits are multiplied by √(D_t/D_s), in the head's LayerNorm, since the decoder is the word embeddings.
+    Other products are not scaled: most are added to the residual stream, and a LayerNorm follows. Scores of queries and keys
+    need no factor, since they are divided by √d_s, where the teacher's are by √d_t. Equal sizes have the factor 1.
+
+    Measured before the first step, in one to four students of one teacher: 1 or D_t/D_s for the logits, √(n_t/n_s) or n_t/n_s
+    for the other products gave a higher loss, (n_t/n_s)^¼ for these one 0.2 lower to 0.04 higher.
     """
     axes, larger = student.family.axes(student), teacher.hidden_size / student.hidden_size
     found: dict[str, Tensor] = {}
