@@ -20,7 +20,7 @@ from fastkd import exchange, optim
 from fastkd.data.sizes import pack_size
 from fastkd.device import memory, waiting
 from fastkd.device.clock import PhaseClock, now
-from fastkd.distributed import any_in_step, any_rank, average, mean
+from fastkd.distributed import any_in_step, any_rank, average, barrier, mean
 from fastkd.muon import Muon, muon, step_flops
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ class Trainer:
         for name, parameter in self.objective.named_parameters():
             parameter.requires_grad_(name in reached)
         self.optimizer = optimizer or self.new_optimizer()
+        barrier(self.world)  # another rank may still load its teacher
         self._exchange_gradients()
 
     def _exchange_gradients(self) -> None:
