@@ -110,16 +110,17 @@ class Meter:
         return float(sum(cost.flops.values()) if self.budget.unit == "flops" else cost.real)
 
     def next_progress(
-        self, cost: StepCost, *, in_flight: Sequence[StepCost] = (), start: float = 0.0, end: float = 1.0
+        self, cost: StepCost, *, spent: float | None = None, start: float = 0.0, end: float = 1.0
     ) -> float | None:
         """Progress of the next step, or None when it no longer fits.
 
         Args:
-            in_flight: costs of steps that were issued to the device but are not charged yet.
+            spent: as `charged` says it, with steps in flight if there are any; None: there are none.
             start, end: the part of the budget that the step must fit, in progress. It is ``end`` for the last one that
                 does, and above ``start`` for the first one, even if the part before left more than a step's amount.
         """
-        amount, spent, most = self.step_amount(cost), self.charged(in_flight), end * self.budget.amount
+        amount, most = self.step_amount(cost), end * self.budget.amount
+        spent = self.charged() if spent is None else spent
         if spent + amount > most:
             return None
         if spent + (2 + LAST_STEP_MARGIN) * amount > most:

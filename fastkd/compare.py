@@ -29,9 +29,10 @@ def _main(argv: list[str]) -> int:
     own, shared = split_options(argv, CompareConfig, terminal.called("compare"), check)
     from fastkd.comparison.experiment import Comparison, to_json  # only now: PyTorch takes seconds to load, and
     from fastkd.distributed import joined  # neither --help nor a mistake needs it
+    from fastkd.probes.evaluation import Prober
 
     with terminal.kept_for_answer(own.json) as out, joined() as world, terminal.stages(quiet=not world.is_main):
-        comparison = Comparison(own, shared, argv, world)
+        comparison = Comparison(own, shared, argv, world, Prober(own.probes, own.probe_data))
         with disk.written(comparison.folder):
             failed = comparison.run()
         if own.json and world.is_main:

@@ -107,9 +107,10 @@ class Decider:
 
     def _fitting(self, like: int, in_flight: Sequence[StepCost]) -> float | None:
         """The progress of a step that costs what step ``like`` does, in the first stage, from the present one on, that it fits."""
+        spent = self.meter.charged(in_flight)
         for number in range(self.stage, len(self._stages)):
             stage, cost = self._stages[number], self._step_cost(like, number)
-            progress = self._meters[number].next_progress(cost, in_flight=in_flight, start=stage.start, end=stage.end)
+            progress = self._meters[number].next_progress(cost, spent=spent, start=stage.start, end=stage.end)
             if progress is not None:
                 return progress
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fastkd import checkpoint, health, ledger, schedule, signals
 from fastkd.decide import Decider
-from fastkd.device.clock import Lap, PhaseClock, now
+from fastkd.device.clock import Lap, PhaseClock
 from fastkd.device.memory import peak_memory_bytes
 from fastkd.device.power import PowerMeter
 from fastkd.distributed import Decision, agree, any_rank, barrier, node_devices, phase
@@ -117,7 +118,7 @@ class Loop:
                 self._validate_between_steps(decision.progress)
             if decision.checkpoint:
                 self.save()
-            if (stage := self.stages.at(decision.progress)) != self.stages.number:
+            if (stage := self.stages.at(decision.progress)) > self.stages.number:  # a replayed progress may fall
                 self._enter(stage)
             self._issue(self._read(), decision.progress)
             traced()
@@ -175,12 +176,14 @@ class Loop:
         while self.issued:
             self._settle()
         self._stop_reading()  # its micro-batches may be smaller
-        began = now()
         with phase("a stage's start"):
             self.trainer.enter(number)
         self.decider.stage = number
-        self.trainer.clock = PhaseClock(self.trainer.device)
-        self.ledger.event("stage", now() - began, stage=number, joules=self.power.joules_since_last())
+        self.totals.progress = math.nextafter(
+            self.stages.stage.start, 1.0
+        )  # what is saved from here on is of this stage
+        seconds = self.trainer.clock.event("stage")
+        self.ledger.event("stage", seconds, stage=number, joules=self.power.joules_since_last())
         name, count = self.stages.stage.method, len(self.stages.all)
         self.monitor.say(f"step {self.totals.step:,} · stage {number + 1} of {count}: {name}")
 

@@ -23,7 +23,7 @@ from fastkd.loop import Loop
 from fastkd.models import hf
 from fastkd.opening import alone_in, take_over, write_opening
 from fastkd.push import destination, push_folder
-from fastkd.reports.descriptions import loss_warning
+from fastkd.reports.descriptions import warning_of
 from fastkd.reports.model_card import model_card
 from fastkd.reports.run_report import build_report
 from fastkd.run_folder import INPUTS, Run, has_student, read_run, refuse_links
@@ -93,7 +93,7 @@ def opening(resolved: Resolved, setup: Setup, the_plan: dict[str, Any]) -> dict[
 def report(folder: Path, console: Console) -> None:
     """Write report.html, if there is none or it is not what the folder's files make, and say how it went."""
     build_report(folder)
-    if warning := loss_warning(read_run(folder)):
+    if warning := warning_of(read_run(folder)):
         console.print(f"warning: {warning}")
 
 
@@ -124,7 +124,9 @@ def train(trainer: Trainer, folder: Path, measured: Sequence[planning.Measuremen
 
 def export(setup: Setup, folder: Path) -> None:
     """The student as a Hugging Face folder with its model card."""
-    head, longest = setup.stages.trains_mlm_head, setup.config.seq_length
+    ran = {stage.number for stage in read_run(folder).stage_sums}
+    head = any(method.trains_mlm_head for number, method in enumerate(setup.stages.methods) if number in ran)
+    longest = setup.config.seq_length
     card = model_card(folder, mlm_head=head)
     hf.export(setup.student, setup.tokenizer, folder / "final", card=card, mlm_head=head, max_length=longest)
 

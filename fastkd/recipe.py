@@ -68,9 +68,9 @@ def uses_teacher(spec: str) -> bool:
     return any(methods.load(name).METHOD.uses_teacher for name in names(spec))
 
 
-def default_rate(spec: str) -> float:
-    """The learning rate of a recipe's first method."""
-    return float(methods.load(names(spec)[0]).METHOD.default_lr)
+def default_rates(spec: str) -> list[float]:
+    """The learning rate of each of a recipe's methods."""
+    return [float(methods.load(name).METHOD.default_lr) for name in names(spec)]
 
 
 def _parse(spec: str) -> list[tuple[str, float | None]]:
@@ -122,7 +122,11 @@ def options_class(spec: str) -> Any:
         for each in dataclasses.fields(cls):
             text = each.metadata["help"]
             if each.name in fields:
-                assert (fields[each.name][1], fields[each.name][2].default) == (kinds[each.name], each.default)
+                if (fields[each.name][1], fields[each.name][2].default) != (kinds[each.name], each.default):
+                    raise ValueError(
+                        f"--method {spec!r}: its methods differ in the type or the default of --{each.name.replace('_', '-')}: "
+                        "they cannot be stages of one run"
+                    )
                 text = f"{fields[each.name][2].metadata['help']}; {text}"
             fields[each.name] = (
                 each.name, kinds[each.name], dataclasses.field(default=each.default, metadata={"help": text})

@@ -285,7 +285,9 @@ def _start(setup: Setup, loaded: hf.Loaded) -> None:
         return
     began, teacher = now(), loaded.encoder.to(setup.world.device)
     packs = setup.first_packs(IMPORTANCE_PACKS)
-    found = importance.measure(teacher, ((setup.method.text(batch), batch) for batch in packs))
+    found = importance.measure(
+        teacher, ((batch.input_ids, batch) for batch in packs)
+    )  # plain text, whatever the method reads
     students.init_from_teacher(setup.student, teacher, found)
     loaded.encoder.to("cpu")  # the place that it was loaded to
     seconds = now() - began

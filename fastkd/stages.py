@@ -60,6 +60,7 @@ class Stages:
         needs = self.method.teacher_needs
         if needs is not None and (self.last_teacher is None or self.last_teacher.needs != needs):
             assert self._teacher_of is not None
+            self.teacher = self.last_teacher = None  # before another takes its place on the device
             self.last_teacher = self._teacher_of(needs)
         self.teacher = self.last_teacher if needs is not None else None
         if for_good:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fastkd.setup import Setup
 
 log = logging.getLogger(__name__)
+GRAPHS_A_STAGE = 8  # at most: training, validation and rehearsal, of student and teacher
 
 
 class Objective(nn.Module):
@@ -71,6 +72,8 @@ class Trainer:
         self._reached: dict[int, set[str]] = {}  # by stage: the names of the parameters that its loss reaches
         if setup.compile:
             setup.student.compile_graphs(layerwise=setup.world.size > 1)  # ranks exchange gradients during a backward
+            allowed, needed = torch._dynamo.config, GRAPHS_A_STAGE * len(setup.stages.all)
+            allowed.cache_size_limit = max(allowed.cache_size_limit, needed)  # student and teacher share their code
         memory.keep_what_is_freed(self.device)
         self.waiting = waiting.of_this_process() if self.device.type == "cpu" else None
         self.clock = PhaseClock(self.device)
@@ -91,6 +94,8 @@ class Trainer:
         self.rehearsal_seconds = 0.0
         if setup.stages.number not in self._reached:
             self._rehearse()
+        elif setup.compile:
+            self.teach(self.stream.step(0)[0])  # a new teacher is compiled here, not in a step
         reached = self._reached[setup.stages.number]
         for name, parameter in self.objective.named_parameters():
             parameter.requires_grad_(name in reached)

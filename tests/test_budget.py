@@ -56,7 +56,7 @@ def test_steps_on_the_device_count_before_they_are_charged(unit, step, tmp_path:
     ahead, behind = Meter(budget, Totals(), step_seconds=1.0), Meter(budget, charged, step_seconds=1.0)
     ledger = Ledger(tmp_path / "ledger.jsonl", "loop", charged)
     for count in range(7):
-        found, expected = ahead.next_progress(COST, in_flight=[COST] * count), behind.next_progress(COST)
+        found, expected = ahead.next_progress(COST, spent=ahead.charged([COST] * count)), behind.next_progress(COST)
         assert found == (pytest.approx(expected) if unit == "gpu-seconds" else expected)  # others repeat to the bit
         charge_step(ledger, 1.0)
     ledger.close()
@@ -66,10 +66,10 @@ def test_a_part_of_the_budget_ends_and_the_next_one_begins_above_it() -> None:
     meter = Meter(Budget("tokens", 10 * 4000), Totals())
     spent, parts = [], []
     for start, end in ((0.0, 0.55), (0.55, 1.0)):
-        while (progress := meter.next_progress(COST, in_flight=spent, start=start, end=end)) is not None:
+        while (progress := meter.next_progress(COST, spent=meter.charged(spent), start=start, end=end)) is not None:
             spent.append(COST)
             parts.append(progress)
     assert len(spent) == 10 and parts == sorted(parts)
     assert parts[:5] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.55]) and parts[5] > 0.55 and parts[-1] == 1.0
     cheap = StepCost(COST.flops, real=1000, predicted=150)
-    assert meter.next_progress(cheap, in_flight=[COST] * 5, start=0.55) == math.nextafter(0.55, 1)
+    assert meter.next_progress(cheap, spent=meter.charged([COST] * 5), start=0.55) == math.nextafter(0.55, 1)

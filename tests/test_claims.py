@@ -10,7 +10,7 @@ import pytest
 from report_page import Page
 
 from fastkd.comparison import claims
-from fastkd.comparison.probing import TITLES, items_of
+from fastkd.comparison.items import TITLES, items_of
 from fastkd.comparison.report import build_comparison
 from fastkd.comparison.results import lower_is_better, read_results, write_results
 from fastkd.comparison.scores import MLM_ACCURACY, MLM_LOSS
@@ -36,7 +36,8 @@ def probed(right: list[int], groups: list[int]) -> dict[str, Any]:
     """A probes.json with one probe."""
     bits = packed(np.array(right, bool))
     scores = {"accuracy": float(np.mean(right)), "best": 1, "layers": [{}, {"right": bits}]}
-    return {"probes": {"tokens": {"items": len(right), "groups": groups, "scores": {"model": scores}}}}
+    about = {"items": len(right), "items_sha256": "a", "groups": groups, "scores": {"model": scores}}
+    return {"probes": {"tokens": about}}
 
 
 def build(folder: Path, rows: list[dict[str, Any]], headline: tuple[str, ...] = ()) -> str:
@@ -159,7 +160,7 @@ def test_which_scores_are_losses() -> None:
 # ---- items ---------------------------------------------------------------------------------------------------
 
 
-def test_a_row_may_name_the_file_of_its_items(tmp_path: Path) -> None:
+def test_a_row_may_name_the_file_of_its_items(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [right(label, seed, share) for label, share in (("mlm", 0.5), ("a", 0.7)) for seed in (0, 1)]
     for each in rows:
         each["scores"] = {TITLE: each["scores"]["probe"]}
@@ -172,6 +173,11 @@ def test_a_row_may_name_the_file_of_its_items(tmp_path: Path) -> None:
         each["items"] = name
     assert build(tmp_path / "files", rows) == shown and "items and 2 seeds" in shown
     assert '"items": "rows/3/probes.json"' in (tmp_path / "files" / "results.json").read_text()
+    other = tmp_path / "files" / "rows/1/probes.json"
+    other.write_text(other.read_text().replace('"items_sha256": "a"', '"items_sha256": "b"'))
+    with caplog.at_level(logging.WARNING):
+        build(tmp_path / "files", rows)
+    assert f"the items of {TITLE!r} are not those of other rows: left out" in caplog.text
 
 
 def test_a_text_is_what_is_drawn_not_its_items() -> None:

@@ -5,7 +5,6 @@ import signal
 import time
 from pathlib import Path
 
-import made_model
 import processes
 import pytest
 from report_page import Page
@@ -396,19 +395,3 @@ def test_every_row_and_reference_is_probed(seconds_matched: Path) -> None:
     assert found["headline"][0] == "token probe" and "held-out MLM loss" in found["headline"]
     assert all((seconds_matched / row["items"]).is_file() for row in found["rows"])
     assert "items and 2 seeds" in (seconds_matched / "RESULTS.md").read_text()
-
-
-def test_probes_that_cannot_be_made_are_left_out_or_refused_if_they_were_asked_for(
-    light: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    few = tmp_path / "few.txt"
-    few.write_text("\n\n".join(made_model.texts()[:9]))
-    options = ["--match", "flops", "--budget-flops", "4e9", "--methods", "mlm", "--seeds", "1", "--corpus", str(few)]
-    assert do(light, tmp_path / "asked", *options, "--probes", "tokens") == 2
-    assert "name a larger --corpus" in capsys.readouterr().err and not list((tmp_path / "asked").glob("rows/*"))
-    assert do(light, tmp_path / "asked", *options, "--probes", "words") == 2
-    assert "unknown probe 'words': choose from tokens, pos, blimp" in capsys.readouterr().err
-    assert do(light, tmp_path / "asked", *options, "--probe-data", str(tmp_path / "no.conllu")) == 2
-    assert "no.conllu does not exist" in capsys.readouterr().err
-    assert do(light, tmp_path / "default", *options) == 0
-    assert "token probe" not in results(tmp_path / "default")["rows"][0]["scores"]

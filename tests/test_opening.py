@@ -211,7 +211,7 @@ def test_killed_between_export_and_report_the_same_command_makes_the_report(
 ) -> None:
     folder, warnings = copied(finished, tmp_path / "run", "report.html"), []
     pushed: list[Path] = []
-    monkeypatch.setattr(pipeline, "loss_warning", lambda run: warnings.append(run) or "the loss rose")
+    monkeypatch.setattr(pipeline, "warning_of", lambda run: warnings.append(run) or "the loss rose")
     monkeypatch.setattr(pipeline, "pushed_to", lambda resolved, world: "someone/student")
     monkeypatch.setattr(pipeline, "push_folder", lambda final, repository: pushed.append(final))
     for damage in (None, "", "<html>older</html>"):

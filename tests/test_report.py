@@ -14,7 +14,7 @@ import pytest
 from made_run import PHASES, PLAN, event_line, make_run, step_line, write_lines
 from report_page import Page
 
-from fastkd.reports.descriptions import loss_warning
+from fastkd.reports.descriptions import warning_of
 from fastkd.reports.model_card import model_card
 from fastkd.reports.run_report import build_report
 from fastkd.reports.tables import Table, numeric
@@ -245,7 +245,7 @@ def test_a_held_out_loss_above_its_start_is_warned_of(end: float | None, words: 
     with (folder / "metrics.jsonl").open("a") as metrics:
         line = {"event": "validation", "step": 57, "progress": 1.0, "charged_s": 58.0, "tokens": 233_187, "loss": end}
         metrics.write(json.dumps(line | {"accuracy": None}) + "\n")
-    warning = loss_warning(read_run(folder))
+    warning = warning_of(read_run(folder))
     assert warning.endswith(words) and bool(warning) == bool(words)
     for text in (build_report(folder).read_text(), model_card(folder, mlm_head=True)):
         assert warning in text and ("Warning" in text) == bool(words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import json
@@ -13,11 +14,14 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM
 
-from fastkd import compare, plan, run
-from fastkd.config import resolve
+from fastkd import compare, pipeline, plan, run
+from fastkd.config import parse, resolve
 from fastkd.data.batches import StepTokens
 from fastkd.distributed import World
 from fastkd.ledger import surviving_steps
+from fastkd.loop import Loop
+from fastkd.monitor import SilentMonitor
+from fastkd.reports.descriptions import warning_of
 from fastkd.run_folder import Run, read_run
 from fastkd.schedule import learning_rate
 from fastkd.setup import Setup, prepare
@@ -202,3 +206,54 @@ def test_a_row_of_a_comparison_is_a_recipe(light: list[str], tmp_path: Path) -> 
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["label"] for row in rows] == ["mlm", RECIPE] and {row["status"] for row in rows} == {"ok"}
     assert (tmp_path / "rows" / "minilmv2-0.8-mlm-6e09-seed0").is_dir()
+
+
+def test_a_stage_without_a_step_is_said_and_its_head_is_not_exported(light: list[str], tmp_path: Path) -> None:
+    """Validations of a loop that charges them may leave less than a step."""
+    folder = tmp_path / "run"
+    resolved = parse(
+        [*light, "--method", "minilmv2:0.8>mlm", "--budget-flops", str(FLOPS), "--output-dir", str(folder)]
+    )
+    trainer = Trainer(prepare(resolved, World()))
+    trainer.enter(0)
+    folder.mkdir()
+    loop = Loop(trainer, folder, SilentMonitor(folder, FLOPS, "flops"), [0.01, 0.01])
+    with contextlib.closing(loop.ledger):
+        seconds, cost = {"student": 1.0}, trainer.step_cost(0)
+        loop.ledger.step(cost, seconds, progress=0.8, epoch=0.0, unique=1, joules=None, lr=1e-3, loss=1.0, stage=0)
+        loop.ledger.end()
+    (folder / "plan.json").write_text(json.dumps({"stages": [{"method": "minilmv2"}, {"method": "mlm"}]}))
+    (folder / "config.toml").write_text(resolved.to_toml())
+    assert "the budget was spent before mlm took a step" in warning_of(read_run(folder))
+    pipeline.export(trainer.setup, folder)
+    assert "**not** trained" in (folder / "final" / "README.md").read_text()
+
+
+def test_a_rescue_at_a_boundary_is_of_the_stage_that_begins(light: list[str], tmp_path: Path) -> None:
+    """Of a method with modules of its own, an older stage could not be restored from."""
+    folder = tmp_path / "run"
+    options = ["--method", "tinybert:0.9>mlm", "--budget-flops", str(3 * FLOPS), "--checkpoint-minutes", "60"]
+    resolved = parse([*light, *options, "--output-dir", str(folder)])
+    trainer = Trainer(prepare(resolved, World()))
+    folder.mkdir()
+    loop = Loop(trainer, folder, SilentMonitor(folder, 3 * FLOPS, "flops"), [0.01, 0.01])
+    stop = RuntimeError("a peer is gone")
+
+    def fail(number: int) -> None:
+        Trainer.enter(trainer, number)
+        trainer.step = raising(stop)
+
+    trainer.enter = fail
+    with contextlib.closing(loop.ledger), pytest.raises(RuntimeError, match="a peer is gone"):
+        loop.run()
+    again = Trainer(prepare(resolved, World()))
+    resumed = Loop(again, folder, SilentMonitor(folder, 3 * FLOPS, "flops", resume=True), [0.01, 0.01])
+    resumed.ledger.close()
+    assert again.setup.stages.number == 1 and not again.objective.method
+
+
+def raising(error: Exception) -> Callable[..., object]:
+    def call(*given: object) -> object:
+        raise error
+
+    return call

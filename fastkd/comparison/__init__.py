@@ -5,7 +5,6 @@
 ``budgets``     the budgets that all rows get, and each row's plan
 ``tuning``      the search for a row's learning rate
 ``scores``      what a trained model is scored by
-``probing``     what the probes read out of a model
 ``references``  models that rows are compared with: the teachers, the untrained student
 ``differences`` what differs between rows besides the method: the confounds
 ``results``     results.json, means and differences over seeds

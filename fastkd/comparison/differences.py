@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastkd import recipe
 from fastkd.comparison.rows import ROW_OPTIONS, Row, base_row, teachers
 from fastkd.run_folder import INPUTS, Run, find_run
 
@@ -35,20 +36,20 @@ NOT_SURROUNDINGS = ("command", "packages", "teacher_revision", *(INPUTS.keys() -
 
 
 def of_options(
-    row: Row, rows: Sequence[Row], shared: dict[str, Any], lr: float | None, base_lr: float | None
+    row: Row, rows: Sequence[Row], shared: dict[str, Any], rates: list[float], base_rates: list[float]
 ) -> list[str]:
     """How a row's options differ from those of the base row.
 
     Args:
-        lr, base_lr: learning rates of the row and of the base row, None if not known yet.
+        rates, base_rates: learning rates of the methods of the row and of the base row, empty if not known yet.
     """
     base = base_row(rows)
     mine, theirs = (each.settings(shared) for each in (row, base))
     found = [ROW_OPTIONS[name] for name in row.options]
     if row.control is not None and row.control != row and row.control in rows:
         found.append(f"the same start as {row.control.label}")
-    if lr is not None and base_lr is not None and lr != base_lr:
-        found.append(f"learning rate {lr:g}, {base.label} has {base_lr:g}")
+    if rates and base_rates and rates != base_rates:
+        found.append(f"learning rate {in_words(rates)}, {base.label} has {in_words(base_rates)}")
     usual = next(iter(teachers(rows, shared)), None)
     if mine["teacher"] is not None and mine["teacher"] != usual:
         found.append(f"teacher {mine['teacher']}, other rows have {usual}")
@@ -57,6 +58,11 @@ def of_options(
         for name, value in mine.items()
         if name not in NOT_COMPARED and value != theirs[name]
     ]
+
+
+def in_words(rates: Sequence[float]) -> str:
+    """The learning rates of a recipe's methods, in their order."""
+    return f" {recipe.THEN} ".join(f"{rate:g}" for rate in rates)
 
 
 def of_search(search: Search, count: int) -> str:

@@ -7,14 +7,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastkd import disk, files, pipeline, quantities, signals
 from fastkd.budget import Budget
 from fastkd.comparison import differences
 from fastkd.comparison.budgets import MatchedBudgets, release_memory
 from fastkd.comparison.options import CompareConfig
-from fastkd.comparison.probing import Prober
 from fastkd.comparison.references import References
 from fastkd.comparison.report import build_comparison
 from fastkd.comparison.results import RESULTS, record_of, write_results
@@ -30,11 +29,19 @@ from fastkd.run_config import PRESENTATION
 from fastkd.run_folder import refuse_links
 from fastkd.terminal import Console
 
+if TYPE_CHECKING:
+    from fastkd.probes.evaluation import Prober
+
+# Options that change neither what is trained nor the fine-tuned scores: the same folder holds both.
+UNTRAINED = ("controls", "probes", "probe_data", "plan_only", "json")
+
 
 class Comparison:
     """The rows of a comparison, the options that they share, and the folder that holds them."""
 
-    def __init__(self, own: CompareConfig, shared: dict[str, Any], argv: Sequence[str], world: World) -> None:
+    def __init__(
+        self, own: CompareConfig, shared: dict[str, Any], argv: Sequence[str], world: World, prober: Prober
+    ) -> None:
         self.own, self.shared, self.argv, self.world = own, shared, list(argv), world
         self.plans: list[dict[str, Any]] = []
         self.console = Console(quiet=not world.is_main)
@@ -44,8 +51,6 @@ class Comparison:
         named = parse_rows(own.methods, own.as_released)
         self.controls = controls(named) if own.controls else []
         self.rows = [*named, *self.controls]
-        base = base_row(self.rows).settings(shared)
-        prober = Prober(own.probes, own.probe_data, base["corpus"], base["text_field"])
         self.scorer = Scorer(own.glue, own.glue_tasks, own.glue_train_rows, own.glue_seeds, prober)
         self.references = References(self.rows, shared, self.folder / "references", self.scorer)
 
@@ -140,7 +145,7 @@ class Comparison:
             more = {option: amount * BUDGET_SHARE, "lr": rate, "output_dir": str(where)}
             pipeline.run(run.row.resolved(self.shared, **more), self.world, self.console)
 
-        default = run.row.default_rate(self.shared)
+        default = run.row.default_rates(self.shared)[0]
         return tune(default, self.own.tune, try_rate, run.tuning_folder, self.world)
 
     def report(self, runs: list[RowRun], errors: dict[Path, str | None]) -> None:
@@ -151,6 +156,7 @@ class Comparison:
                 run,
                 budget=run.row.resolved(self.shared, **run.budget).run.budget.amount,
                 scores=self.scorer.of(run.folder),
+                items=self.scorer.items_of(run.folder, self.folder),
                 error=errors.get(run.folder),
                 differences=self.differences_of(run),
             )
@@ -171,7 +177,7 @@ class Comparison:
     def differences_of(self, run: RowRun) -> list[str]:
         """How a run differs from the base row's besides the method, and what finding its learning rate took."""
         base = dataclasses.replace(run, row=base_row(self.rows))
-        found = differences.of_options(run.row, self.rows, self.shared, self.rate(run), self.rate(base))
+        found = differences.of_options(run.row, self.rows, self.shared, self.rates(run), self.rates(base))
         if self.own.tune and (search := searched(run.tuning_folder)):
             found.append(differences.of_search(search, self.own.tune))
         if run.folder.is_dir():
@@ -179,18 +185,18 @@ class Comparison:
             found += differences.of_surroundings(run.folder, base.folder, base.row)
         return found
 
-    def rate(self, run: RowRun) -> float | None:
-        """The learning rate of a run, None if it is searched for and not found yet."""
+    def rates(self, run: RowRun) -> list[float]:
+        """The learning rates of a run's methods; none if one for all is searched for and not found yet."""
         if not self.own.tune:
-            return run.row.default_rate(self.shared)
+            return run.row.default_rates(self.shared)
         search = searched(run.tuning_folder)
-        return search.lr if search else None
+        return [search.lr] if search else []
 
 
 def default_folder(own: CompareConfig, shared: dict[str, Any]) -> Path:
     """The folder of a comparison without --output-dir: the same for the same options."""
     content = dataclasses.asdict(own) | shared
-    kept = {k: v for k, v in sorted(content.items()) if k not in (*PRESENTATION, "controls", "plan_only", "json")}
+    kept = {k: v for k, v in sorted(content.items()) if k not in (*PRESENTATION, *UNTRAINED)}
     digest = hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:6]
     return Path("runs") / f"compare-{own.match}-{digest}"
 

@@ -10,61 +10,67 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastkd.comparison.probing import FILE, items_of
+from fastkd.probes.scores import unpacked
 
 if TYPE_CHECKING:
     from fastkd.files import Record
 
 log = logging.getLogger(__name__)
+TITLES = {"tokens": "token probe", "pos": "POS probe", "blimp": "BLiMP"}  # the names of the probes' scores, in percent
+CONTEXT = "over the embeddings"  # after a title: the best layer's score minus that of the embeddings
 Items = NDArray[np.float64]  # [N]
 
 
-def file_of(run_folder: Path, comparison: Path) -> str | None:
-    """The name of a run's file of items as results.json has it; None if there is none."""
-    path = run_folder / FILE
-    return path.relative_to(comparison).as_posix() if path.is_file() else None
-
-
-def read_items(folder: Path, row: Record) -> dict[str, Items]:
-    """The items of a row's scores, in the unit of the score; what cannot be read or does not fit is left out, and said.
+def read_items(folder: Path, rows: Sequence[Record]) -> list[dict[str, Items]]:
+    """The items of each row's scores, in the unit of the score. What cannot be read, does not fit, or is about other items than
+    those of the rows before it, is left out, and said.
 
     Args:
         folder: the comparison's.
-        row: of results.json.
+        rows: of results.json.
     """
-    given = row.get("items") or {}
-    if isinstance(given, str):
-        given = _of_file(folder, given)
+    known: dict[str, str] = {}  # what the items of a score are
+    return [_of_row(folder, row, known) for row in rows]
+
+
+def _of_row(folder: Path, row: Record, known: dict[str, str]) -> dict[str, Items]:
+    given: Any = row.get("items") or {}
+    given, digests = _of_file(folder, given) if isinstance(given, str) else (given, {})
     found = {}
     for name, values in given.items():
         score = row["scores"].get(name)
-        items = None if score is None else _fitting(values, score)
-        if items is not None:
-            found[name] = items
-        elif score is not None:
+        if score is None:
+            continue
+        items, digest = _fitting(values, score), digests.get(name, "")
+        if items is None:
             log.warning("%s, seed %s: the mean of the items of %r is not its score: left out", *_place(row), name)
+        elif known.setdefault(name, digest) != digest:
+            log.warning("%s, seed %s: the items of %r are not those of other rows: left out", *_place(row), name)
+        else:
+            found[name] = items
     return found
 
 
-def _of_file(folder: Path, name: str) -> Mapping[str, Any]:
+def _of_file(folder: Path, name: str) -> tuple[Mapping[str, Any], Mapping[str, str]]:
     path = folder / name
     try:
         if path.resolve().is_relative_to(folder.resolve()):
-            return items_of(json.loads(path.read_bytes()))
+            record = json.loads(path.read_bytes())
+            return items_of(record), digests_of(record)
         problem = "is not in this folder"
     except FileNotFoundError:
         problem = "is not there"
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         problem = "is damaged"
     log.warning("%s %s: intervals are made without the items of its row", path, problem)
-    return {}
+    return {}, {}
 
 
 def _fitting(values: Any, score: float) -> Items | None:
@@ -82,3 +88,40 @@ def _fitting(values: Any, score: float) -> Items | None:
 
 def _place(row: Record) -> tuple[str, int]:
     return row["label"], row["seed"]
+
+
+# ---- what a probes.json says of its model -------------------------------------------------------------------
+
+
+def scores_of(record: Record) -> dict[str, float]:
+    """The scores of a probes.json, in percent."""
+    found = {}
+    for name, about in record["probes"].items():
+        scores = about["scores"]["model"]
+        if "accuracy" in scores:
+            found[TITLES[name]] = 100 * scores["accuracy"]
+        if "context" in scores:
+            found[f"{TITLES[name]} {CONTEXT}"] = 100 * scores["context"]
+    return found
+
+
+def items_of(record: Record) -> dict[str, Items]:
+    """Each score of a probes.json by text, of BLiMP by paradigm: [G], whose mean is the score as a share; by the score's name.
+
+    What is asked of one text is not independent, so the text is what is drawn: its number of right items, times texts over items.
+    """
+    found = {}
+    for name, about in record["probes"].items():
+        scores, sizes = about["scores"]["model"], about["groups"]
+        if "layers" in scores:
+            right = unpacked(scores["layers"][scores["best"]]["right"], about["items"])
+            number = np.repeat(np.arange(len(sizes)), sizes)
+            found[TITLES[name]] = np.bincount(number, right, len(sizes)) * len(sizes) / about["items"]
+        elif len(scores.get("paradigms", ())) > 1:
+            found[TITLES[name]] = np.array(list(scores["paradigms"].values()))
+    return found
+
+
+def digests_of(record: Record) -> dict[str, str]:
+    """What the items of each score of a probes.json are, by the score's name: only equal ones can be compared item by item."""
+    return {TITLES[name]: str(about["items_sha256"]) for name, about in record["probes"].items()}

@@ -39,11 +39,14 @@ class References:
         """Probe and fine-tune all references; what was done before is not repeated."""
         if not self.scorer.makes_any:
             return
-        for label, teacher in self.teachers().items():
-            self.scorer.score(model_folder(teacher), self._folder_of(label))
         untrained = self._folder_of("untrained")
         if not has_student(untrained):
             self._export_untrained(untrained / "final")
+        if self.scorer.prober is not None:
+            settings = base_row(self.rows).settings(self.shared)
+            self.scorer.prober.prepare(untrained, settings["corpus"], settings["text_field"])
+        for label, teacher in self.teachers().items():
+            self.scorer.score(model_folder(teacher), self._folder_of(label))
         self.scorer.score(untrained, untrained)
 
     def records(self, run_folders: Sequence[Path]) -> list[Record]:

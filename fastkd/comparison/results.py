@@ -14,7 +14,7 @@ import numpy as np
 
 from fastkd import files, quantities
 from fastkd.comparison import intervals
-from fastkd.comparison.items import file_of, read_items
+from fastkd.comparison.items import read_items
 from fastkd.files import Record, finite
 from fastkd.run_folder import read_run
 
@@ -151,19 +151,26 @@ def spread(values: Iterable[float | None]) -> Spread | None:
 
 
 def record_of(
-    run: RowRun, *, budget: float, scores: dict[str, float], error: str | None, differences: list[str]
+    run: RowRun,
+    *,
+    budget: float,
+    scores: dict[str, float],
+    items: str | None,
+    error: str | None,
+    differences: list[str],
 ) -> Record:
     """The record of a row's run: what its ledger says, its scores, and what differs besides the method.
 
     Args:
         budget: in the unit of the match.
+        items: the file of its scores item by item, within the comparison's folder.
         error: what ended the run, if anything did.
     """
     row: Record = {"method": run.row.method, "label": run.row.label, "seed": run.seed, "budget": budget}
     row["confounds"] = differences
     if error is not None or not run.finished:
         return row | {"status": "failed", "error": error or "not finished"}
-    return row_from_run(run.folder) | row | {"scores": scores, "items": file_of(run.folder, run.comparison)}
+    return row_from_run(run.folder) | row | {"scores": scores, "items": items}
 
 
 def row_from_run(run_folder: Path) -> Record:
@@ -249,7 +256,10 @@ def read_results(folder: Path) -> Results:
         ancestors=tuple(content["ancestors"]),
         environment=content["environment"],
         command=content["command"],
-        rows=tuple(row | {"items": read_items(Path(folder), row)} for row in content["rows"]),
+        rows=tuple(
+            row | {"items": items}
+            for row, items in zip(content["rows"], read_items(Path(folder), content["rows"]), strict=True)
+        ),
         references=tuple(content["references"]),
         headline=tuple(names),
     )

@@ -56,7 +56,7 @@ class Row:
     @property
     def control(self) -> Row | None:
         """Scratch training from the same start; None if its student starts at random."""
-        return Row("mlm", ("init_from_teacher",), self.teacher) if self.starts_from_teacher else None
+        return Row("mlm", ("init_from_teacher",), self.teacher, self.values) if self.starts_from_teacher else None
 
     def run_options(self, shared: dict[str, Any]) -> dict[str, Any]:
         """The options of its run that are given: the shared ones that its methods read, and its own."""
@@ -79,9 +79,10 @@ class Row:
         """All options of its run, by name; the budget is a stand-in."""
         return dataclasses.asdict(self.resolved(shared, budget_tokens=1).run)
 
-    def default_rate(self, shared: dict[str, Any]) -> float:
-        """Its learning rate without a search, that of its first stage."""
-        return float(shared.get("lr") or recipe.default_rate(self.method))
+    def default_rates(self, shared: dict[str, Any]) -> list[float]:
+        """The learning rate of each of its methods without a search."""
+        given = shared.get("lr")
+        return [float(given)] if given else recipe.default_rates(self.method)
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,16 @@ import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastkd.comparison.probing import TITLES, Prober, scores_of
+from fastkd.comparison.items import TITLES, scores_of
 from fastkd.glue.evaluation import evaluate, require_extra
 from fastkd.glue.scores import AVERAGE
 from fastkd.glue.tasks import TASKS, parse_limits
 from fastkd.run_folder import find_run
+
+if TYPE_CHECKING:
+    from fastkd.probes.evaluation import Prober
 
 log = logging.getLogger(__name__)
 MLM_LOSS, MLM_ACCURACY = "held-out MLM loss", "held-out MLM accuracy"
@@ -63,7 +66,13 @@ class Scorer:
 
     def of_model(self, folder: Path) -> dict[str, float]:
         """What `score` made in a folder."""
-        return self.fine_tuned(folder) | scores_of(folder)
+        record = self.prober.record_of(folder) if self.prober else None
+        return self.fine_tuned(folder) | (scores_of(record) if record else {})
+
+    def items_of(self, folder: Path, comparison: Path) -> str | None:
+        """The file of a run's scores item by item, as results.json names it; None if there is none."""
+        probed = self.prober is not None and self.prober.record_of(folder) is not None
+        return (folder / "probes.json").relative_to(comparison).as_posix() if probed else None
 
     def of(self, folder: Path) -> dict[str, float]:
         """All scores of a run folder, those of fine-tuning first."""

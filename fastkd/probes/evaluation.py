@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from fastkd.models import tokenizer as tokenizers
 from fastkd.models.hf import Loaded
 from fastkd.models.teacher import encoding_digest
 from fastkd.probes import blimp, labelled
+from fastkd.probes.labelled import Labelled
+from fastkd.probes.options import NONE, ProbeOptions
 from fastkd.probes.subject import Subject
 from fastkd.probes.yardstick import Yardstick
 from fastkd.run_config import RunConfig
@@ -49,7 +51,8 @@ class Probed:
     @property
     def output_dir(self) -> Path:
         """Where its scores go by default: its run folder, else ``runs/probe-NAME-HASH``."""
-        return self.run or Path("runs") / f"probe-{Path(self.name).name}-{str(self.loaded.sha256)[:8]}"
+        name = self.name.strip("/").replace("/", "-")
+        return self.run or Path("runs") / f"probe-{name}-{str(self.loaded.sha256)[:8]}"
 
 
 def probe(
@@ -81,25 +84,117 @@ def probe(
     folder = Path(output_dir) if output_dir is not None else probed.output_dir
     refuse_links(folder)
     files.check_writable(folder, folder / NAME)
-    tokenizer = probed.loaded.tokenizer
-    shards = _shards(probed, corpus, text_field) if "tokens" in wanted else None
-    yardstick = Yardstick.of(tokenizer, shards, data)
-    record: Record = {
-        "format": FORMAT,
-        "fastkd": __version__,
-        "tokenizer_sha256": tokenizers.digest(tokenizer),
-        "corpus_version": shards.version if shards else None,
-        "models": {},
-        "probes": {name: about | {"scores": {}} for name, about in yardstick.record().items()},
-    }
-    for subject in _subjects(probed, references):
-        record["models"][subject.label] = subject.about
-        for name, scores in yardstick.score(subject).items():
-            record["probes"][name]["scores"][subject.label] = scores
-    with disk.written(folder):
-        files.write(folder / NAME, json.dumps(files.finite(record), allow_nan=False) + "\n")
-    log.info("written to %s", folder / NAME)
-    return record
+    bench = Bench.made(probed, wanted, data, corpus, text_field)
+    return bench.write(folder, _subjects(probed, references))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What models of one tokenizer are scored on, and where its parts come from."""
+
+    yardstick: Yardstick
+    about: Record  # of probes.json: what holds for all models
+
+    @classmethod
+    def made(
+        cls, probed: Probed, wanted: Sequence[str], data: Labelled, corpus: Sequence[str] | None, text_field: str | None
+    ) -> Bench:
+        """With a model's tokenizer, and the corpus of its run where none is named. Raises ValueError where that is too small."""
+        tokenizer = probed.loaded.tokenizer
+        shards = _shards(probed, corpus, text_field) if "tokens" in wanted else None
+        about = {
+            "format": FORMAT,
+            "fastkd": __version__,
+            "tokenizer_sha256": tokenizers.digest(tokenizer),
+            "corpus_version": shards.version if shards else None,
+        }
+        return cls(Yardstick.of(tokenizer, shards, data), about)
+
+    def probe(self, model: str | Path, folder: Path) -> None:
+        """Score a model into ``folder/probes.json``, unless that holds its scores on these items. Raises ValueError for a model
+        that cannot be read, or that has another tokenizer."""
+        probed = _probed(model)
+        if encoding_digest(probed.loaded.tokenizer) != encoding_digest(self.yardstick.tokenizer):
+            raise ValueError("it has another tokenizer")
+        subject = Subject.of("model", probed.name, probed.loaded)
+        if not self._holds(folder / NAME, subject):
+            self.write(folder, [subject])
+
+    def write(self, folder: Path, subjects: Iterable[Subject]) -> Record:
+        """Score models into ``folder/probes.json``; returns what that holds."""
+        about = self.yardstick.record()
+        record: Record = self.about | {
+            "models": {},
+            "probes": {name: each | {"scores": {}} for name, each in about.items()},
+        }
+        for subject in subjects:
+            record["models"][subject.label] = subject.about
+            for name, scores in self.yardstick.score(subject).items():
+                record["probes"][name]["scores"][subject.label] = scores
+        with disk.written(folder):
+            files.write(folder / NAME, json.dumps(files.finite(record), allow_nan=False) + "\n")
+        log.info("written to %s", folder / NAME)
+        return record
+
+    def _holds(self, path: Path, subject: Subject) -> bool:
+        try:
+            record = json.loads(path.read_bytes())
+            same = {name: each["items_sha256"] for name, each in record["probes"].items()}
+            scored = all("model" in each["scores"] for each in record["probes"].values())
+            return bool(
+                scored
+                and subject.about["sha256"] is not None
+                and record["models"]["model"]["sha256"] == subject.about["sha256"]
+                and same == {name: each["items_sha256"] for name, each in self.yardstick.record().items()}
+            )
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return False
+
+
+class Prober:
+    """Probes many models, all by the same probes on the same items: the rows of a comparison."""
+
+    def __init__(self, probes: str | None, data: Sequence[str]) -> None:
+        """``probes``: as `ProbeOptions` takes them, or ``none``; ``data``: as ``--probe-data``.
+
+        Raises:
+            ValueError: an unknown probe, or data that is missing or damaged.
+        """
+        self.asked, self.wanted = probes is not None, tuple[str, ...]()
+        if probes != NONE:
+            self.wanted, self._data = labelled.read(ProbeOptions(probes=probes).chosen(), data)
+        self._bench: Bench | None = None  # until it is prepared
+        self._probed: set[Path] = set()  # folders whose scores are on its items
+
+    def prepare(self, model: Path, corpus: Sequence[str], text_field: str) -> None:
+        """Make the items from a corpus, with the tokenizer of one of the models, which all share.
+
+        Raises:
+            ValueError: the corpus is too small for a probe that was asked for. By default, no model is probed then.
+        """
+        if not self.wanted:
+            return
+        try:
+            self._bench = Bench.made(_probed(model), self.wanted, self._data, corpus, text_field)
+        except ValueError as error:
+            if self.asked:
+                raise
+            log.warning("no model is probed: %s", error)
+
+    def probe(self, model: Path | str, folder: Path) -> None:
+        """Probe a model into ``folder/probes.json``, unless its scores on these items are there; one that cannot be probed is
+        left out, with a warning."""
+        if self._bench is None:
+            return
+        try:
+            self._bench.probe(model, folder)
+            self._probed.add(folder)
+        except ValueError as error:
+            log.warning("%s is not probed: %s", model, error)
+
+    def record_of(self, folder: Path) -> Record | None:
+        """What `probe` found of a folder's model; None if it was not probed."""
+        return dict(json.loads((folder / NAME).read_bytes())) if folder in self._probed else None
 
 
 def _probed(model: str | Path | Loaded) -> Probed:

@@ -65,9 +65,14 @@ def loss_text(loss: float | None) -> str:
     return "not finite" if loss is None else quantities.number(loss)
 
 
-def loss_warning(run: Run) -> str:
-    """A warning if the last held-out loss is not finite or above the first one; else empty."""
-    found = run.last_validations
+def warning_of(run: Run) -> str:
+    """A warning if a stage of a recipe took no step, or if the last held-out loss is not finite or above the first one; else
+    empty."""
+    found, stages = run.last_validations, run.plan.get("stages", ())
+    ran = {stage.number for stage in run.stage_sums}
+    missing = [stage["method"] for number, stage in enumerate(stages) if number not in ran]
+    if missing and any(event["event"] == "end" for event in run.events):
+        return f"the budget was spent before {' and '.join(missing)} took a step: raise the budget, or its share"
     if len(found) < 2:
         return ""
     start, end = found[0]["loss"], found[-1]["loss"]

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from fastkd import files, methods, quantities, quickstart, recipe
 from fastkd.budget import PARTS
 from fastkd.data.hub import HubDataset
-from fastkd.reports.descriptions import budget_text, corpus_text, loss_warning, model_text, optimizer_text
+from fastkd.reports.descriptions import budget_text, corpus_text, model_text, optimizer_text, warning_of
 from fastkd.reports.page import render, teacher_note
 from fastkd.run_folder import Run, made_from, read_run
 
@@ -52,7 +52,7 @@ def model_card(run_folder: Path, *, mlm_head: bool) -> str:
         epochs=quantities.number(last["epoch"], 3),
         flops={part: quantities.scaled(last["flops"][part], "FLOP") for part in PARTS},
         joules=None if last["joules"] is None else quantities.scaled(last["joules"], "J"),
-        warning=loss_warning(run),
+        warning=warning_of(run),
         held_out=next((line for line in reversed(run.validations) if line["loss"] is not None), None),
         mlm_head=mlm_head,
         method_note=_method_note(run),
@@ -87,8 +87,11 @@ def _method_note(run: Run) -> str:
         *earlier, last = recipe.names(spec)
     except ValueError:
         return ""
+    method = methods.load(last).METHOD
     before = f"Before {last}, it was trained by {', then '.join(earlier)}. " if earlier else ""
-    return (before + str(methods.load(last).METHOD.card_note(run.config.get("method_options", {})))).strip()
+    if not method.trains_mlm_head and any(methods.load(name).METHOD.trains_mlm_head for name in earlier):
+        before += f"The MLM head is of that time: {last} changed the layers below it. "
+    return (before + str(method.card_note(run.config.get("method_options", {})))).strip()
 
 
 def _hub_model(source: str | None) -> str | None:

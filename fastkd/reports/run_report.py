@@ -20,10 +20,10 @@ from fastkd.reports.descriptions import (
     budget_text,
     corpus_text,
     loss_text,
-    loss_warning,
     model_text,
     optimizer_text,
     status,
+    warning_of,
 )
 from fastkd.reports.expenses import arithmetic_table, efficiency_table, seconds_bar, seconds_table, stage_table
 from fastkd.reports.learning_curves import held_out_table, learning_plots, points_table
@@ -51,7 +51,7 @@ def _contents(run: Run) -> Record:
         "key_figures": _key_figures(run),
         "what_ran": _what_ran(run),
         "teacher_note": teacher_note(made_from(run.plan)),
-        "warning": loss_warning(run),
+        "warning": warning_of(run),
         "plan_against_fact": _plan_against_fact(run),
         "seconds_bar": seconds_bar(run),
         "seconds": seconds_table(run),
