@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fastkd.data.batches import Batch
+    from fastkd.models.electra import Generator
     from fastkd.models.encoder import Encoder, EncoderConfig
-    from fastkd.models.generator import Generator
     from fastkd.models.layer import Layer
 
 
@@ -84,15 +84,11 @@ class METHOD(Method):
         self.student_needs = Needs(hidden=(student.num_layers,))
 
     def initialise(self, generator: torch.Generator, device: torch.device) -> None:
-        from torch import nn
+        from fastkd.models.electra import Detector, Generator
 
-        from fastkd.models.generator import Generator, initialise
-
-        D = self.student_config.hidden_size
-        detector = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, 1))
-        initialise(detector, self.student_config.initializer_range, generator)
+        D, std = self.student_config.hidden_size, self.student_config.initializer_range
         self.modules["generator"] = Generator(self.generator_config, D, generator).to(device)
-        self.modules["detector"] = detector.to(device)
+        self.modules["detector"] = Detector(D, std, generator).to(device)
 
     @property
     def _generator(self) -> Generator:
@@ -144,11 +140,9 @@ class METHOD(Method):
 
     def _detection(self, hidden: Tensor, replaced: Tensor) -> Tensor:
         """The binary cross-entropy of each position: states […, D], what was replaced […]."""
-        import torch
         import torch.nn.functional as F
 
-        logits = self.modules["detector"](hidden).squeeze(-1)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = self.modules["detector"](hidden)
         return F.binary_cross_entropy_with_logits(logits, replaced.to(logits.dtype), reduction="none")
 
     def loss_flops(self, *, tokens: int, pairs: int, predicted: int) -> int:

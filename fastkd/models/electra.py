@@ -1,10 +1,11 @@
-"""A narrow encoder of masked text that reads and predicts by a student's embeddings: ELECTRA's generator.
+"""What ELECTRA trains beside its discriminator, the student: a generator that reads and predicts by the student's embeddings, and
+the head that tells which tokens it put in.
 
     x = W_in · embeddings(masked text),  the layers,  rows = LayerNorm(gelu(W_out x)),  logits = E rows + b
 
 with the student's embeddings (words, places, type 0 and their LayerNorm) and its word table E, as in the released code of Clark et
-al. 2020 (ELECTRA, arXiv 2003.10555, section 3.2) where both widths differ. Shapes: T packed tokens, M predicted rows, D the
-student's width, V vocabulary.
+al. 2020 (ELECTRA, arXiv 2003.10555, section 3.2) where both widths differ. The detector: w·gelu(W h + b) + c of each of the
+student's last states. Shapes: T packed tokens, M predicted rows, D the student's width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -86,6 +87,20 @@ class Generator(nn.Module):
     def sample(self, rows: Tensor, words: Tensor, keys: Tensor) -> Tensor:
         """A token for each of its rows [M, D], drawn from the softmax: word table [V, D], keys [M] int64 → [M] int64."""
         return sampling.sample(rows, words, self.bias, keys, draw=self._draw)
+
+
+class Detector(nn.Module):
+    """The logit of each token's having been replaced: states [T, D] → [T]. Weights as the generator's are drawn."""
+
+    def __init__(self, width: int, std: float, generator: torch.Generator) -> None:
+        super().__init__()
+        self.dense, self.decision = nn.Linear(width, width), nn.Linear(width, 1)
+        initialise(self, std, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """In float32 at least."""
+        logits = self.decision(F.gelu(self.dense(x))).squeeze(-1)
+        return cast("Tensor", logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
 
 @torch.no_grad()
