@@ -35,6 +35,17 @@ class Recorded:
 
         return keep
 
+    @property
+    def word_embeddings(self) -> Tensor:
+        """[V, D]."""
+        weight = self.model.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """The first layer's input, [B, S, D], of ids [B, S]."""
+        return self.model.get_submodule("bert.embeddings")(ids)
+
     def __call__(self, ids: Tensor, mask: Tensor) -> Padded:
         """All that the model computes of ids [B, S]."""
         out = self.model(ids, attention_mask=mask, output_attentions=True, output_hidden_states=True)
@@ -51,9 +62,8 @@ class EagerStep:
 
     def __call__(self, ids: Tensor, masked: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """The loss of plain ids, masked ids, labels (−100 where nothing is predicted) and attention mask, [B, S]."""
-        text = masked if self.method.reads_masked else ids
         taught = None
         if self.teacher is not None:
             with torch.no_grad():
-                taught = self.teacher(text, mask)
-        return self.method.plain(self.student(text, mask), taught, labels, mask)
+                taught = self.teacher(masked if self.method.reads_masked else ids, mask)
+        return self.method.plain(self.method.plain_read(self.student, ids, masked, labels, mask), taught, labels, mask)

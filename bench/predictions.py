@@ -162,7 +162,8 @@ def step(
 
 
 def undescribed(method: str, size: str) -> list[str]:
-    """The fused losses of a method that keep it from a prediction: their files describe no launches in a training step."""
+    """What keeps a method from a prediction: fused losses whose files describe no launches in a training step, and encoders
+    that it trains beside the student."""
     return step_losses.undescribed(step_model.method_of(method, step_model.work(size, TOKENS)))
 
 

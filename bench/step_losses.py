@@ -16,16 +16,19 @@ def fused(kernel: str, case: Any) -> list[Step]:
 
 
 def undescribed(method: Method) -> list[str]:
-    """The fused losses of a method whose files do not say what a training step launches."""
-    return [kernel for kernel in _calls(method) if not losses.describes_a_step(kernel)]
+    """What a method's step launches that no file describes: of fused losses, and encoders beside the student."""
+    encoders = [f"an encoder of width {config.hidden_size} beside the student" for config, _ in method.beside()]
+    return [kernel for kernel in _calls(method) if not losses.describes_a_step(kernel)] + encoders
 
 
 def parts(method: Method, work: Work) -> dict[str, list[Step]]:
     """The launches of a method's fused losses, by the kernel's name.
 
     Raises:
-        ValueError: a fused loss whose file does not describe them.
+        ValueError: a fused loss whose file does not describe them, or an encoder beside the student.
     """
+    if method.beside():
+        raise ValueError(f"no prediction of method {method.name!r}: {undescribed(method)[-1]} is not described")
     if missing := undescribed(method):
         raise ValueError(
             f"no prediction of the fused loss {missing[0]!r}: write in_step and host_operations in bench/losses/{missing[0]}.py"

@@ -27,18 +27,19 @@ def activation_bytes(
 ) -> int:
     """What a forward of ``tokens`` keeps for its backward, by the method that keeps most."""
     keeps_attention_weights = device.type == "cpu" and (dtype == torch.bfloat16 or config.dropout > 0)
-    return max(
-        memory.activation_bytes(
-            student,
-            method.student_needs,
-            tokens=tokens,
-            predicted=round(config.mask_rate * tokens),
-            itemsize=dtype.itemsize,
-            residual_itemsize=getattr(torch, config.residual).itemsize,
-            weight_pairs=tokens * config.seq_length if keeps_attention_weights else 0,
-        )
-        for method in found
-    )
+    shape = {
+        "tokens": tokens,
+        "predicted": round(config.mask_rate * tokens),
+        "itemsize": dtype.itemsize,
+        "residual_itemsize": getattr(torch, config.residual).itemsize,
+        "weight_pairs": tokens * config.seq_length if keeps_attention_weights else 0,
+    }
+
+    def kept(method: Method) -> int:
+        encoders = [(student, method.student_needs), *method.beside()]
+        return sum(memory.activation_bytes(encoder, needs, **shape) for encoder, needs in encoders)
+
+    return max(map(kept, found))
 
 
 def first(config: RunConfig, student: EncoderConfig, found: Sequence[Method], dtype: torch.dtype, world: World) -> int:

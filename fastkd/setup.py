@@ -314,8 +314,7 @@ def _loss_of_teacher(setup: Setup, method: Method, loaded: hf.Loaded, batch: Bat
     teacher = Teacher(loaded, method.teacher_needs, device=device, dtype=dtype, longest=longest, float8=float8)
     taught = teacher(method.text(batch), batch)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=setup.dtype != torch.float32):
-        out = student(method.text(batch), batch, method.student_needs)
-        return float(method.loss(out, taught, batch).loss)
+        return float(method.loss(method.read(student, batch), taught, batch).loss)
 
 
 def compute_dtype(name: str, world: World) -> torch.dtype:

@@ -64,6 +64,8 @@ class Stages:
             self.last_teacher = self._teacher_of(needs)
         self.teacher = self.last_teacher if needs is not None else None
         if for_good:
+            for earlier in self.methods[:number]:
+                earlier.modules.clear()
             self._forget([each.teacher_needs for each in self.methods[number:] if each.teacher_needs is not None])
 
     def _forget(self, later: list[Needs]) -> None:

@@ -45,7 +45,7 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch, teacher: Outputs | None, clock: PhaseClock) -> MethodLoss:
         """A mean over the micro-batch; the student's forward and the loss are marked on ``clock``."""
-        student = self.student(self._method.text(batch), batch, self._method.student_needs, dropout=self._dropout)
+        student = self._method.read(self.student, batch, self._dropout)
         clock.mark("student")
         out = self._method.loss(student, teacher, batch)
         clock.mark("loss")
@@ -72,6 +72,8 @@ class Trainer:
         self._reached: dict[int, set[str]] = {}  # by stage: the names of the parameters that its loss reaches
         if setup.compile:
             setup.student.compile_graphs(layerwise=setup.world.size > 1)  # ranks exchange gradients during a backward
+            for method in setup.stages.methods:
+                method.compile_graphs()
             allowed, needed = torch._dynamo.config, GRAPHS_A_STAGE * len(setup.stages.all)
             allowed.cache_size_limit = max(allowed.cache_size_limit, needed)  # student and teacher share their code
         memory.keep_what_is_freed(self.device)
@@ -350,7 +352,7 @@ class Trainer:
     def _look(self, batch: Batch) -> tuple[Outputs, float]:
         """The student's outputs of a micro-batch, without dropout, and its loss."""
         method, teacher = self.setup.method, self.teach(batch)
-        student = self.setup.student(method.text(batch), batch, method.student_needs)
+        student = method.read(self.setup.student, batch)
         return student, float(method.loss(student, teacher, batch).loss)
 
 

@@ -51,7 +51,7 @@ def losses(method: str, folder: Path, **changes: Any) -> list[float]:
 
 def _losses(method: str, folder: Path, changes: dict[str, Any]) -> list[float]:
     options = OPTIONS | {"method": method, "corpus": [str(_corpus(folder))]}
-    if method == "mlm":
+    if not methods.load(method).METHOD.uses_teacher:
         options["tokenizer"] = "quickstart"
     if method == TAUGHT_BY_MLM:
         options["teacher"] = str(folder / "mlm")

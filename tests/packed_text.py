@@ -14,6 +14,8 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
+from fastkd.data.batches import Batch
+
 VOCAB = 211
 RAGGED = (17, 1, 40, 3, 40, 9, 2, 25)
 
@@ -49,6 +51,15 @@ def pack(lengths: tuple[int, ...], *, vocab: int = VOCAB, seed: int = 0, empty: 
         predicted=torch.randperm(total, generator=generator)[: max(1, total // 7)].sort().values,
         lengths=lengths,
     )
+
+
+def as_batch(text: PackedText) -> Batch:
+    """The same as a micro-batch, in which nothing is hidden of what is predicted."""
+    labels, pairs = text.input_ids[text.predicted], sum(n * n for n in text.lengths)
+    return Batch(
+        text.input_ids, text.input_ids, text.position_ids, text.cu_seqlens, text.predicted, labels, text.max_seqlen,
+        text.lengths, sum(text.lengths), pairs, 1.0, 1.0,
+    )  # fmt: skip
 
 
 def bert(*, layers: int = 3, width: int = 48, seed: int = 0) -> BertForMaskedLM:

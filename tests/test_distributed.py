@@ -12,7 +12,7 @@ import processes
 import pytest
 from safetensors.torch import load_file
 
-from fastkd import checkpoint, run
+from fastkd import checkpoint, recipe, run
 from fastkd.files import read_jsonl
 from fastkd.ledger import surviving_steps
 
@@ -36,6 +36,8 @@ sys.exit(run.main())
         ("mlm", "false"),
         ("minilmv2:0.5>mlm", "false"),
         pytest.param("tinybert", "false", marks=pytest.mark.exhaustive),
+        pytest.param("rtd:0.5>mlm", "false", marks=pytest.mark.exhaustive),
+        pytest.param("rtd", "true", marks=[NO_COMPILER, pytest.mark.exhaustive]),
         pytest.param("mlm", "true", marks=NO_COMPILER),
     ],
 )
@@ -45,7 +47,7 @@ def test_two_ranks_equal_one_with_twice_the_micro_batch(
     """And where each rank compiles its layers, which a single rank would compile as one graph; on a text of which some
     packs have less to predict than others."""
     (tmp_path / "scarce.txt").write_text(made_model.scarce(made_model.texts(100)))
-    options = [*(from_scratch if method == "mlm" else light), "--method", method, "--budget-tokens", "8500"]
+    options = [*(light if recipe.uses_teacher(method) else from_scratch), "--method", method, "--budget-tokens", "8500"]
     options += ["--corpus", str(tmp_path / "scarce.txt"), "--mask-rate", "0.6"]
     alone = ["--micro-batch", "1024", "--compile", "false", "--output-dir", str(tmp_path / "one")]
     assert run.main([*options, *alone]) == 0

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from packed_text import RAGGED, PackedText, bert, pack
+from packed_text import RAGGED, PackedText, as_batch, bert, pack
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -86,11 +86,11 @@ def as_padded(out: Outputs, layers: int) -> Padded:
     hidden, qkv = ({layer: padded(x) for layer, x in each.items()} for each in (out.hidden, out.qkv))
     last = {} if out.last_rows is None else {layers: out.last_rows}
     logits = None if out.head_rows is None else F.linear(out.head_rows, out.decoder_weight, out.decoder_bias)
-    return Padded(logits, hidden | last, qkv)
+    return Padded(logits, hidden | last, qkv, None if out.replaced is None else padded(out.replaced))
 
 
 def padded(x: Any) -> Any:
-    """[T, D] of ``EQUAL`` → [B, S, D]; of each where there are several."""
+    """[T, …] of ``EQUAL`` → [B, S, …]; of each where there are several."""
     return tuple(map(padded, x)) if isinstance(x, tuple) else x.unflatten(0, (len(EQUAL), -1))
 
 
@@ -108,7 +108,7 @@ def test_a_step_of_every_method(name: str, student_config: EncoderConfig) -> Non
         if method.teacher_needs is not None:
             with torch.no_grad():
                 taught = as_padded(teacher(text.input_ids, text, method.teacher_needs), TEACHER.num_layers)
-        out = as_padded(student(text.input_ids, text, method.student_needs), student_config.num_layers)
+        out = as_padded(method.read(student, as_batch(text)), student_config.num_layers)
         mask = torch.ones(len(EQUAL), EQUAL[0], dtype=torch.bool)
         method.plain(out, taught, text.input_ids[text.predicted], mask).backward()
 

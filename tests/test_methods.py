@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from packed_text import RAGGED, pack
+from packed_text import RAGGED, as_batch, pack
 
 from bench import losses
 from fastkd import methods
-from fastkd.data.batches import Batch
 from fastkd.models.encoder import Encoder, EncoderConfig
 
 
@@ -66,11 +65,11 @@ def test_a_method_names_the_fused_losses_that_it_calls(name: str, monkeypatch: p
     module = methods.load(name)
     method = module.METHOD(module.Config(), STUDENT, TEACHER if module.METHOD.uses_teacher else None)
     method.initialise(torch.Generator().manual_seed(0), torch.device("cpu"))
-    text, taught = batch(), None
+    text, taught = as_batch(pack(RAGGED, vocab=97)), None
     if method.teacher_needs is not None:
         with torch.no_grad():
             taught = Encoder(TEACHER, mlm_head=True)(text.input_ids, text, method.teacher_needs)
-    loss = method.loss(Encoder(STUDENT, mlm_head=True)(text.input_ids, text, method.student_needs), taught, text)
+    loss = method.loss(method.read(Encoder(STUDENT, mlm_head=True), text), taught, text)
     assert Counter(called) == Counter(kernel for kernel, _ in method.fused_losses())
     assert loss.loss.requires_grad and not any(term.requires_grad for term in loss.terms.values())
 
@@ -83,12 +82,3 @@ def counting(called: list[str], kernel: str, function: Callable[..., Any]) -> Ca
         return function(*args, **options)
 
     return noted
-
-
-def batch() -> Batch:
-    """Eight sequences in eleven slots."""
-    text = pack(RAGGED, vocab=97)
-    return Batch(
-        text.input_ids, text.input_ids, text.position_ids, text.cu_seqlens, text.predicted,
-        text.input_ids[text.predicted], text.max_seqlen, RAGGED, sum(RAGGED), sum(n * n for n in RAGGED), 1.0, 1.0,
-    )  # fmt: skip

@@ -22,8 +22,8 @@ class CompareConfig:
 
     methods: str = option(
         "mlm,tinybert,minilm,minilmv2",
-        "rows, separated by commas: METHOD[+as-released][+init-from-teacher][+OPTION=VALUE][@TEACHER]; OPTION is optimizer, "
-        "schedule or mask-rate",
+        "rows, separated by commas: METHOD, or a recipe such as 'minilmv2:0.3>mlm', with "
+        "[+as-released][+init-from-teacher][+OPTION=VALUE][@TEACHER]; OPTION is optimizer, schedule or mask-rate",
     )
     match: Literal["gpu-seconds", "flops"] = option("gpu-seconds", "what every row gets the same amount of")
     budget_gpu_hours: list[float] = option([], "GPU-hours a row; several give the crossover curve")

@@ -13,7 +13,7 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fastkd.data.batches import Batch
-    from fastkd.models.encoder import EncoderConfig
+    from fastkd.models.encoder import Encoder, EncoderConfig
     from fastkd.models.needs import Needs, Outputs
 
 
@@ -47,6 +47,16 @@ class Padded:
     logits: Tensor | None  # [B, S, V]; None: no MLM head
     hidden: Mapping[int, Tensor]  # layer: [B, S, D]; 0 is the embeddings' output
     qkv: Mapping[int, tuple[Tensor, Tensor, Tensor]]  # layer: queries, keys and values, [B, S, D] each
+    replaced: Tensor | None = None  # [B, S] bool: tokens that the method put into the text that was read
+
+
+class PlainModel(Protocol):
+    """A student on padded batches, as :meth:`Method.plain_read` runs it."""
+
+    @property
+    def word_embeddings(self) -> Tensor: ...  # [V, D]
+    def embed(self, ids: Tensor) -> Tensor: ...  # [B, S] → [B, S, D], the first layer's input
+    def __call__(self, ids: Tensor, mask: Tensor) -> Padded: ...
 
 
 # Name of a folder of kernels/, and options: keyword arguments that describe the call's shape.
@@ -75,9 +85,24 @@ class Method:
     def initialise(self, generator: torch.Generator, device: torch.device) -> None:
         """Make ``modules``, their weights drawn from ``generator``. Most methods have none."""
 
+    def compile_graphs(self) -> None:
+        """Compile what of ``modules`` is worth it. Most methods have nothing."""
+
+    def beside(self) -> list[tuple[EncoderConfig, Needs]]:
+        """Encoders among ``modules`` and how far they run: for the memory of a micro-batch. Their FLOPs are the loss's."""
+        return []
+
     def text(self, batch: Batch) -> Tensor:
         """The ids [T] that student and teacher read: masked or plain text."""
         return batch.masked_ids if self.reads_masked else batch.input_ids
+
+    def read(self, student: Encoder, batch: Batch, dropout: float = 0.0) -> Outputs:
+        """What ``loss`` is given of the student: its forward over ``text``.
+
+        A method whose text is made by weights that it trains, as ``rtd``'s is, makes it here. It depends on the batch and the
+        weights only: how a step is cut into micro-batches, or shared among ranks, changes nothing.
+        """
+        return student(self.text(batch), batch, self.student_needs, dropout=dropout)
 
     def loss(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> MethodLoss:
         """The loss of one micro-batch, so that those of a step, over all ranks, average to the step's own mean.
@@ -94,6 +119,10 @@ class Method:
     def fused_losses(self) -> FusedLosses:
         """The fused losses that ``loss`` calls, each call once: from them the time of a step is predicted."""
         raise NotImplementedError
+
+    def plain_read(self, student: PlainModel, ids: Tensor, masked: Tensor, labels: Tensor, mask: Tensor) -> Padded:
+        """What ``plain`` is given of the student: ``read`` on padded text. Plain and masked ids, labels and mask are [B, S]."""
+        return student(masked if self.reads_masked else ids, mask)
 
     def plain(self, student: Padded, teacher: Padded | None, labels: Tensor, mask: Tensor) -> Tensor:
         """The same loss in plain PyTorch on padded text: what gradients and FLOPs are checked against, and the paper's way.

@@ -197,7 +197,7 @@ class Encoder(nn.Module):
         # A graph sees the batch's tensors only: what else differs from step to step, such as the lengths, would be
         # compiled into it.
         tensors = (ids, batch.position_ids, batch.cu_seqlens, batch.predicted)
-        backend = self._backend(ids.device, dropout, batch.max_seqlen)
+        backend = self.backend(ids.device, dropout, batch.max_seqlen)
         out = self._graph(self, *tensors, batch.max_seqlen, needs, dropout, backend)
         if needs.logits:  # parameters: as outputs of a graph they would be other tensors, without its gradients
             out.decoder_weight, out.decoder_bias = self.decoder_weight, self.decoder_bias
@@ -246,7 +246,8 @@ class Encoder(nn.Module):
             out.head_rows = self.head(rows)
         return out
 
-    def _backend(self, device: torch.device, dropout: float, longest: int) -> str:
+    def backend(self, device: torch.device, dropout: float, longest: int) -> str:
+        """The attention of a forward now: autocast, if on, decides the dtype. ``longest``: tokens of a sequence at most."""
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else self.word_embeddings.weight.dtype
         return choose_backend(device, dtype, self.config.head_width, dropout, longest, self.attention)

@@ -49,3 +49,4 @@ class Outputs:
     decoder_bias: Tensor | None = None  # [V]
     hidden: dict[int, Tensor] = field(default_factory=dict)  # layer: [T, D]
     qkv: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)  # layer: 3 of [T, D]
+    replaced: Tensor | None = None  # [T] bool: tokens that a method put into the text that was read
