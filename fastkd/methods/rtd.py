@@ -3,8 +3,9 @@
     loss = CE_generator(masked positions) + λ · BCE_student(all positions),  λ = 50
 
 x̃ is the text with a token drawn from the generator's softmax at each masked position; one that equals the original counts as
-original. D(x̃) = w·gelu(W h + b) + c tells of each token whether it was replaced. No gradient goes through what was drawn. Words,
-places and their LayerNorm are the student's, for both. Source: Clark et al. 2020 (ELECTRA, arXiv 2003.10555), section 2 and 3.2.
+original, as do the few [PAD] tokens at the end of a pack. D(x̃) = w·gelu(W h + b) + c tells of each token whether it was replaced.
+No gradient goes through what was drawn. Words, places and their LayerNorm are the student's, for both. Source: Clark et al. 2020
+(ELECTRA, arXiv 2003.10555), sections 2 and 3.2.
 """
 
 from __future__ import annotations
@@ -200,6 +201,6 @@ class METHOD(Method):
     @classmethod
     def card_note(cls, options: Mapping[str, Any]) -> str:
         return (
-            "It was trained to tell tokens that a small generator had put in from original ones (ELECTRA). The generator, and the "
-            "head that told them apart, are in the run's checkpoints and not here."
+            "The student was trained to tell tokens that a small generator had put in from original ones (ELECTRA). The "
+            "generator, and the head that told them apart, are in the run's checkpoints and not here."
         )
