@@ -23,6 +23,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     ("kernel", "cases"),
     [
         ("linear_kd", ("one-row", "tiny-vocabulary", "half-kl-ce")),
+        pytest.param(
+            "linear_kd", ("mse", "half-mse", "reverse-tempered", "half-reverse"), marks=pytest.mark.exhaustive
+        ),
         ("relation_kl", ("ragged bfloat16", "ragged cross bfloat16", "one token", "wide heads", "near")),
         ("score_mse", ("ragged bfloat16", "one token", "head width 24")),
         ("hidden_mse", ("one number", "many blocks", "bfloat16 student")),

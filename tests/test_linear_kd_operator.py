@@ -51,7 +51,7 @@ def test_gradcheck_and_the_operators_registration() -> None:
         tensors[2],
         *(inputs[f"teacher_{x}"] for x in ("hidden", "weight", "bias")),
     )
-    options = (0.4, 0.7, 2.0, 16, "blocked", torch.float64, True, True, True)
+    options = (0.4, 0.7, 2.0, "kl", 16, "blocked", torch.float64, True, True, True)
     torch.library.opcheck(torch.ops.fastkd.linear_kd.default, (*arguments, *options))
 
 
@@ -106,6 +106,7 @@ def test_no_step_waits_for_the_device() -> None:
         ({"temperature": float("inf")}, "temperature is inf"),
         ({"kl_weight": float("nan")}, "kl_weight is nan"),
         ({"chunk_rows": 0}, "chunk_rows is 0"),
+        ({"divergence": "js"}, "divergence is 'js', choose one of kl, reverse_kl, mse"),
         ({"labels": torch.full((40,), 300)}, "label 300 is outside the vocabulary of 300"),
         ({"labels": torch.full((40,), -1)}, "label -1 is outside"),
         ({"teacher_hidden": None, "teacher_weight": None}, "or none of them"),

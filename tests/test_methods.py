@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from packed_text import RAGGED, as_batch, pack
 
 from bench import losses
@@ -72,6 +73,25 @@ def test_a_method_names_the_fused_losses_that_it_calls(name: str, monkeypatch: p
     loss = method.loss(method.read(Encoder(STUDENT, mlm_head=True), text), taught, text)
     assert Counter(called) == Counter(kernel for kernel, _ in method.fused_losses())
     assert loss.loss.requires_grad and not any(term.requires_grad for term in loss.terms.values())
+
+
+@pytest.mark.parametrize("divergence", ["kl", "reverse_kl", "mse"])
+def test_each_divergence_of_logit_kd_is_that_of_its_plain_form(divergence: str) -> None:
+    """As ``test_the_eager_way_has_fastkd_s_loss_and_gradients`` of every method, here of logits alone."""
+    module = methods.load("logit_kd")
+    method = module.METHOD(module.Config(divergence=divergence), STUDENT, TEACHER)
+    text = batch()
+    with torch.no_grad():
+        taught = Encoder(TEACHER, mlm_head=True)(text.input_ids, text, method.teacher_needs)
+    student = Encoder(STUDENT, mlm_head=True)(text.input_ids, text, method.student_needs)
+    out = method.loss(student, taught, text)
+    z_s, z_t = (F.linear(x.head_rows, x.decoder_weight, x.decoder_bias) for x in (student, taught))
+    plain = method.plain_divergence(z_s, z_t).mean()
+    torch.testing.assert_close(out.terms[divergence], plain, rtol=1e-5, atol=1e-7)
+    expected = 0.5 * plain + 0.5 * F.cross_entropy(z_s, text.labels)
+    rows = [torch.autograd.grad(loss, student.head_rows, retain_graph=True)[0] for loss in (out.loss, expected)]
+    torch.testing.assert_close(*rows, rtol=1e-4, atol=1e-7)
+    assert method.fused_losses()[0][1]["divergence"] == divergence
 
 
 def counting(called: list[str], kernel: str, function: Callable[..., Any]) -> Callable[..., Any]:

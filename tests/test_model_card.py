@@ -49,6 +49,12 @@ def test_the_model_card_says_which_tokens_the_cosine_takes(tmp_path: Path, weigh
     assert ("that of the masked positions" in model_card(folder, mlm_head=True)) == (weight > 0)
 
 
+def test_the_model_card_names_a_divergence_that_is_not_the_usual_one(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    (folder / "config.toml").write_text('method = "logit_kd"\n[method_options]\ndivergence = "reverse_kl"\n')
+    assert "Distilled by KL(student ‖ teacher) in place of KL(teacher ‖ student)." in model_card(folder, mlm_head=True)
+
+
 def test_the_model_card_of_scratch_training_names_no_teacher(tmp_path: Path) -> None:
     content = model_card(make_run(tmp_path / "run", plan=PLAN | {"method": "mlm", "teacher": None}), mlm_head=True)
     assert (

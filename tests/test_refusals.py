@@ -52,6 +52,12 @@ def refused(options: list[str], capsys, code: int = 2) -> str:
         (["--preset", "../presets/quickstart", *TOKENS], ("../presets/quickstart", "paper-6l")),
         (["--method", "logit_kd", "--temperature", "nan", *TOKENS], ("--temperature", "nan")),
         (["--method", "logit_kd", "--ce-weight", "inf", *TOKENS], ("--ce-weight", "finite")),
+        (["--method", "logit_kd", "--divergence", "js", *TOKENS], ("--divergence", "js", "reverse_kl", "mse")),
+        (
+            ["--method", "logit_kd", "--divergence", "mse", "--as-released", *TOKENS],
+            ("--as-released", "--divergence mse"),
+        ),
+        (["--method", "logit_kd", "--divergence", "mse", "--temperature", "3", *TOKENS], ("--temperature 3", "mse")),
         (["--seed", "1.5", *TOKENS], ("--seed", "1.5")),
         (["--output-dir", "x" * 300, *TOKENS], ("x" * 300, "--output-dir")),
         (["--output-dir", "/dev/null", *TOKENS], ("/dev/null", "--output-dir")),

@@ -177,6 +177,13 @@ def test_the_weight_of_the_kl_can_follow_the_learning_rate(setup_of: Callable[..
     assert again[0] == again[1]
 
 
+def test_a_divergence_has_its_own_name_in_the_log(setup_of: Callable[..., Setup]) -> None:
+    trainer = Trainer(setup_of("logit_kd", divergence="mse", kl_weight=2.0, ce_weight=1.0))
+    loss, _, terms = trainer.step(trainer.stream.step(0), 1e-3)
+    assert terms.keys() == {"mse", "ce"} and float(terms["mse"]) > 0
+    assert float(loss) == pytest.approx(2.0 * float(terms["mse"]) + float(terms["ce"]), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

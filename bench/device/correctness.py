@@ -45,7 +45,7 @@ ROOT = Path(__file__).parents[2]
 # Files of tests by what they test, and in how many processes: each of these takes seconds of a compiler for every case.
 # A loss that is not named here has its tests in "every loss", and a process for a file of its own, if there is one.
 FILES = {
-    "linear_kd": (("linear_kd", "linear_kd_operator"), 3),
+    "linear_kd": (("linear_kd", "linear_kd_divergences", "linear_kd_operator"), 3),
     "relation_kl": (("relation_kl",), 2),
     "score_mse": (("score_mse",), 1),
     "attention": (("attention", "packed_attention"), 2),

@@ -42,6 +42,7 @@ class HeadCase:
     kl_weight: float = 1.0
     ce_weight: float = 0.0
     temperature: float = 1.0
+    divergence: str = "kl"
     bias: bool = True
     ignored: int | None = None  # rows; None: no labels unless the cross-entropy needs them
 
@@ -69,8 +70,8 @@ class HeadCase:
             labels = torch.randint(v, (m,), generator=generator)
             labels[torch.randperm(m, generator=generator)[: self.ignored or 0]] = IGNORED
             arguments["labels"] = labels.to(device)
-        terms = {"kl_weight": self.kl_weight, "ce_weight": self.ce_weight, "temperature": self.temperature}
-        return arguments | terms
+        terms = ("kl_weight", "ce_weight", "temperature", "divergence")
+        return arguments | {name: getattr(self, name) for name in terms}
 
     def _teacher(self, student: dict[str, Tensor], width: int, draw: Callable[..., Tensor]) -> dict[str, Tensor]:
         weight = draw(self.vocabulary, width) / math.sqrt(width) * (self.spread if self.gap is None else self.gap)
@@ -111,6 +112,19 @@ CASES = (
     HeadCase("half-peaked-near-equal", 60, 2000, 64, 96, _half, spread=8.0, gap=0.1),
     HeadCase("half-uncased", 9, 30522, 48, 64, _half, spread=4.0, gap=0.3, ignored=2),
     HeadCase("float16", 60, 2000, 64, 96, torch.float16, spread=4.0, gap=0.3, ce_weight=0.5),
+    HeadCase("reverse", 20, 257, 16, 24, divergence="reverse_kl", bias=False),
+    HeadCase("reverse-ce", 33, 1100, 40, 24, kl_weight=0.5, ce_weight=0.7, divergence="reverse_kl", ignored=5),
+    HeadCase("reverse-tempered", 20, 507, 24, 32, ce_weight=0.5, temperature=2.5, divergence="reverse_kl", ignored=3),
+    HeadCase("reverse-peaked-near-equal", 24, 1100, 64, 96, spread=8.0, gap=0.2, divergence="reverse_kl"),
+    HeadCase("mse", 20, 257, 16, 24, divergence="mse", bias=False),
+    HeadCase("mse-ce", 33, 1100, 40, 24, kl_weight=0.5, ce_weight=0.7, temperature=2.0, divergence="mse", ignored=5),
+    HeadCase("mse-last-column-alone", 20, 1025, 24, 32, divergence="mse", ignored=3),
+    HeadCase("mse-near-equal", 24, 600, 64, 96, spread=8.0, gap=0.1, ce_weight=0.5, divergence="mse"),
+    HeadCase("half-reverse", 24, 600, 64, 96, _half, spread=4.0, gap=0.3, ce_weight=0.5, divergence="reverse_kl"),
+    HeadCase("half-reverse-near-equal", 24, 1100, 64, 96, _half, spread=8.0, gap=0.2, divergence="reverse_kl"),
+    HeadCase("half-mse", 24, 600, 64, 96, _half, spread=4.0, gap=0.3, ce_weight=0.5, divergence="mse"),
+    HeadCase("half-mse-odd", 33, 1025, 52, 77, _half, divergence="mse", ignored=5),
+    HeadCase("float16-mse", 24, 1100, 64, 96, torch.float16, spread=4.0, gap=0.3, ce_weight=0.5, divergence="mse"),
 )
 COUNTED = HeadCase("counted", 40, 300, 24, 32, ce_weight=0.5)
 BENCHES = (
@@ -131,8 +145,11 @@ def steps(case: HeadCase) -> list[Step]:
 
     Exponentials: one a logit for its tile's sum and one for its probability, again for a second temperature. The
     gradient of the bias can ride on dz or dW. One chunk of rows is assumed: each further one reads W again and adds
-    to dW.
+    to dW. reverse_kl reads both models' logits once more for a row's mean; mse makes their difference in one launch, and
+    has a softmax only for the cross-entropy.
     """
+    if case.divergence == "mse" and case.teacher_width is not None:
+        return _steps_of_differences(case, case.teacher_width)
     m, v, d, size = case.rows, case.vocabulary, case.student_width, case.dtype.itemsize
     tempered = case.teacher_width is not None and case.ce_weight != 0 and case.temperature != 1
     softmaxes = 1 + tempered
@@ -144,10 +161,27 @@ def steps(case: HeadCase) -> list[Step]:
     steps = [logits(d, softmaxes)]
     if case.teacher_width is not None:
         steps.append(logits(case.teacher_width, 1))
+        if case.divergence == "reverse_kl":
+            steps.append(Step(0, size * m * v * 2, 2 * m * v, kernel="expected"))
     dz = Step(0, size * m * v * (models + 1), (softmaxes + models - 1) * m * v, kernel="gradient")
+    return [*steps, dz, *_products(case)]
+
+
+def _steps_of_differences(case: HeadCase, teacher_width: int) -> list[Step]:
+    m, v, size, both = case.rows, case.vocabulary, case.dtype.itemsize, case.student_width + teacher_width
+    ce = case.ce_weight != 0
+    operands = size * both * (m + v)
+    logits = Step(2 * m * v * both, operands + size * m * v * (1 + ce), ce * m * v, "logits", "difference")
+    dz = Step(0, size * m * v * (2 + ce), ce * m * v, kernel="gradient")
+    return [logits, dz, *_products(case)]
+
+
+def _products(case: HeadCase) -> list[Step]:
+    """dx and dW."""
+    m, v, d, size = case.rows, case.vocabulary, case.student_width, case.dtype.itemsize
     dx = Step(2 * m * v * d, size * (m * v + v * d) + 4 * m * d, kind="product")
     dw = Step(2 * m * v * d, size * (m * v + m * d) + 4 * v * d, kind="product")
-    return [*steps, dz, dx, dw]
+    return [dx, dw]
 
 
 def scaling(case: HeadCase) -> list[Step]:
@@ -159,7 +193,9 @@ def scaling(case: HeadCase) -> list[Step]:
     return [Step(0, case.student_width * ((4 + size) * case.rows + copied))]
 
 
-def in_step(work: Work, *, kl_weight: float, ce_weight: float, temperature: float = 1.0) -> list[Step]:
+def in_step(
+    work: Work, *, kl_weight: float, ce_weight: float, temperature: float = 1.0, divergence: str = "kl"
+) -> list[Step]:
     """At the predicted rows, with float32 parameters; without a teacher where the KL has no weight.
 
     Launches assumed: the logits' kernel of each model and the gradient's, dx and dW, for each chunk of rows; the bias's
@@ -172,7 +208,7 @@ def in_step(work: Work, *, kl_weight: float, ce_weight: float, temperature: floa
     D, teacher_width = work.student.hidden_size, work.teacher.hidden_size if kl_weight else None
     case = HeadCase(
         "step", work.predicted, work.student.vocab_size, D, teacher_width, _half, kl_weight=kl_weight,
-        ce_weight=ce_weight, temperature=temperature,
+        ce_weight=ce_weight, temperature=temperature, divergence=divergence,
     )  # fmt: skip
     bytes_ = (_chunks(work) - 1) * (8 * D + 2 * 2 * D + 2 * (teacher_width or 0)) + (6 + 12) * D
     in_float32 = replace(case, dtype=torch.float32)
@@ -180,8 +216,12 @@ def in_step(work: Work, *, kl_weight: float, ce_weight: float, temperature: floa
 
 
 def host_operations(work: Work, calls: Sequence[dict[str, Any]]) -> int:
-    """A chunk has three more with a teacher."""
-    return sum(14 + (7 + 3 * bool(options["kl_weight"])) * _chunks(work) for options in calls)
+    """A chunk has three more with a teacher, and reverse_kl a buffer and a launch."""
+
+    def of_chunk(options: dict[str, Any]) -> int:
+        return 7 + 3 * bool(options["kl_weight"]) + 2 * (options.get("divergence") == "reverse_kl")
+
+    return sum(14 + of_chunk(options) * _chunks(work) for options in calls)
 
 
 def _chunks(work: Work) -> int:

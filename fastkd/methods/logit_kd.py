@@ -2,8 +2,18 @@
 
     loss = kl_weight · T² · KL(teacher ‖ student) + ce_weight · CE + cosine_weight · (1 − cos(h_s, h_t))
 
-all three averaged over the masked positions. After the share ``--kd-until`` of its time the method goes on by ce_weight · CE
-only: no teacher runs, and none is charged. With ``--kl-schedule lr`` the weight of the KL is kl_weight times the learning
+With ``--divergence`` another one takes the place of T² · KL(teacher ‖ student):
+
+    reverse_kl = T² · KL(student ‖ teacher)
+    mse        = mean over the vocabulary of (z_s − z_t)², each logit without the mean of its row
+
+The mse has no temperature (Kim et al. 2021, arXiv 2105.08919). A softmax does not see a shift of a row's logits, and what it
+does not see must not be learnt; so centred, mse/2 is the limit of T²·KL for a large T. For small differences T²·KL is half their
+variance under the teacher's softmax, at any T, and mse/2 that over the vocabulary. Published claims about it contradict each
+other: worse by 7.6% (Peng et al. 2024, arXiv 2410.16215), better for encoders (arXiv 2505.16956).
+
+All terms are averaged over the masked positions. After the share ``--kd-until`` of its time the method goes on by ce_weight · CE
+only: no teacher runs, and none is charged. With ``--kl-schedule lr`` the divergence's weight is kl_weight times the learning
 rate over its peak (after Peng et al. 2024, arXiv 2410.16215, who let it be high while the rate is high).
 
 Source: Hinton et al. 2015; Sanh et al. 2019 (DistilBERT: T 2, weights 5, 2 and 1, the cosine between last hidden states); Bui
@@ -30,12 +40,24 @@ if TYPE_CHECKING:
     from fastkd.models.encoder import EncoderConfig
 
 
+_NAMES = {"reverse_kl": "KL(student ‖ teacher)", "mse": "the mean square of the differences of centred logits"}
+
+
 @dataclass(frozen=True)
 class Config:
     """Options of logit_kd."""
 
     temperature: float = field(default=2.0, metadata={"help": "softmax temperature T of both distributions"})
-    kl_weight: float = field(default=0.5, metadata={"help": "weight of T²·KL(teacher‖student)"})
+    divergence: Literal["kl", "reverse_kl", "mse"] = field(
+        default="kl",
+        metadata={
+            "help": "what is between the distributions: T²·KL(teacher‖student), T²·KL(student‖teacher), or the mean square of the "
+            "differences of centred logits, which has no temperature"
+        },
+    )
+    kl_weight: float = field(
+        default=0.5, metadata={"help": "weight of the divergence, T²·KL(teacher‖student) or what --divergence names"}
+    )
     ce_weight: float = field(default=0.5, metadata={"help": "weight of the cross-entropy with the true tokens"})
     cosine_weight: float = field(
         default=0.0,
@@ -48,7 +70,7 @@ class Config:
         default=1.0, metadata={"help": "share of the method's time after which it goes on without the teacher"}
     )
     kl_schedule: Literal["constant", "lr"] = field(
-        default="constant", metadata={"help": "lr: the weight of the KL follows the learning rate"}
+        default="constant", metadata={"help": "lr: --kl-weight follows the learning rate"}
     )
     as_released: bool = field(
         default=False,
@@ -61,6 +83,10 @@ class Config:
         others = (self.ce_weight, self.cosine_weight)
         if not 0 < self.kl_weight < math.inf or not all(0 <= weight < math.inf for weight in others):
             raise ValueError("--kl-weight must be above 0, --ce-weight and --cosine-weight not below 0, and all finite")
+        if self.as_released and self.divergence != "kl":
+            raise ValueError(f"--as-released is the KL: leave it out, or --divergence {self.divergence}")
+        if self.divergence == "mse" and self.temperature != Config.temperature:
+            raise ValueError(f"--divergence mse has no temperature: leave out --temperature {self.temperature:g}")
         if not 0 < self.kd_until <= 1:
             raise ValueError(f"--kd-until is a share above 0 and at most 1, got {self.kd_until:g}")
         if self.kd_until < 1 and not self.ce_weight:
@@ -119,6 +145,7 @@ class METHOD(Method):
                 "teacher_bias": teacher.decoder_bias,
                 "kl_weight": self.kl_weight * (self.rate_share if follows else 1.0),
                 "temperature": self.temperature,
+                "divergence": self.config.divergence,
             }
         out = linear_kd(
             student.head_rows,
@@ -128,7 +155,7 @@ class METHOD(Method):
             ce_weight=self.config.ce_weight,
             **({"kl_weight": 0.0} | taught),
         )
-        loss, terms = out.loss, ({"kl": out.kl} if taught else {}) | {"ce": out.ce}
+        loss, terms = out.loss, ({self.config.divergence: out.kl} if taught else {}) | {"ce": out.ce}
         if self.cosine:
             assert teacher is not None and student.last_rows is not None and teacher.last_rows is not None
             valid = (batch.labels >= 0).float()
@@ -152,20 +179,20 @@ class METHOD(Method):
 
     def fused_losses(self) -> FusedLosses:
         weights = {"kl_weight": self.kl_weight, "ce_weight": self.config.ce_weight}
-        return [("linear_kd", weights | {"temperature": self.temperature})]
+        kind = {"temperature": self.temperature, "divergence": self.config.divergence}
+        return [("linear_kd", weights | kind)]
 
     def plain(self, student: Padded, teacher: Padded | None, labels: Tensor, mask: Tensor) -> Tensor:
         import torch.nn.functional as F
 
         assert student.logits is not None
-        T, predicted = self.temperature, labels >= 0
+        predicted = labels >= 0
         ce = F.cross_entropy(student.logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100)
         if not self.taught:
             return self.config.ce_weight * ce
         assert teacher is not None and teacher.logits is not None
-        log_p, q = F.log_softmax(student.logits.float() / T, -1), F.softmax(teacher.logits.float() / T, -1)
-        kl = F.kl_div(log_p, q, reduction="none").sum(-1)[predicted].mean()
-        loss = self.kl_weight * T * T * kl + self.config.ce_weight * ce
+        divergence = self.plain_divergence(student.logits, teacher.logits)[predicted].mean()
+        loss = self.kl_weight * divergence + self.config.ce_weight * ce
         if self.cosine:
             assert self.teacher_config is not None
             h_s = student.hidden[self.student_config.num_layers][predicted].float()
@@ -173,8 +200,25 @@ class METHOD(Method):
             loss = loss + self.cosine * (1 - F.cosine_similarity(h_s, h_t, dim=-1)).mean()
         return loss
 
+    def plain_divergence(self, z_s: Tensor, z_t: Tensor) -> Tensor:
+        """Of each position, from both models' logits [..., V] → [...]."""
+        import torch.nn.functional as F
+
+        T, z_s, z_t = self.temperature, z_s.float(), z_t.float()
+        if self.config.divergence == "mse":
+            return (z_s - z_t).var(-1, correction=0)
+        if self.config.divergence == "reverse_kl":
+            z_s, z_t = z_t, z_s
+        log_p, q = F.log_softmax(z_s / T, -1), F.softmax(z_t / T, -1)
+        return T * T * F.kl_div(log_p, q, reduction="none").sum(-1)
+
     @classmethod
     def card_note(cls, options: Mapping[str, Any]) -> str:
-        if options.get("as_released") or not options.get("cosine_weight"):
-            return ""
-        return "The cosine of last hidden states was that of the masked positions; DistilBERT's is that of all tokens."
+        notes = []
+        if (divergence := options.get("divergence", "kl")) != "kl":
+            notes.append(f"Distilled by {_NAMES[divergence]} in place of KL(teacher ‖ student).")
+        if options.get("cosine_weight") and not options.get("as_released"):
+            notes.append(
+                "The cosine of last hidden states was that of the masked positions; DistilBERT's is that of all tokens."
+            )
+        return " ".join(notes)

@@ -1,4 +1,4 @@
-"""Output head, teacher softmax, KL divergence and cross-entropy in one loss that never holds [M, V].
+"""Output head, teacher softmax, a divergence and cross-entropy in one loss that never holds [M, V].
 
 With z = x Wᵀ + b for student and teacher, p = softmax(z_s/τ), q = softmax(z_t/τ) and N rows not ignored,
 
@@ -6,6 +6,16 @@ With z = x Wᵀ + b for student and teacher, p = softmax(z_s/τ), q = softmax(z_
     CE   = 1/N · Σ_rows −log softmax(z_s)[y]
     loss = kl_weight·KL + ce_weight·CE
     dz_s = [kl_weight·τ·(p − q) + ce_weight·(softmax(z_s) − onehot(y))] / N,  dx = dz W,  dW = dzᵀ x,  db = Σ dz.
+
+Another divergence may take KL's place. With δ = z_s − z_t, E_p the mean over the vocabulary under p, and mean δ the plain one,
+
+    reverse_kl = τ²/N · Σ_rows Σ_v p (log p − log q),    dz_s = p·(δ − E_p δ) / N
+    mse        = 1/N · Σ_rows 1/V Σ_v (δ − mean δ)²,      dz_s = 2/V·(δ − mean δ) / N
+
+reverse_kl (Gu et al. 2023, arXiv 2306.08543): log p − log q is δ/τ less one number a row, which p·(… − E_p …) takes out. mse (Kim
+et al. 2021, arXiv 2105.08919) is of logits without their row's mean, and has no temperature. A softmax does not see a shift of a
+row, so neither should the loss, and so centred it is the limit of KL: τ²·KL → mse/2 for τ → ∞. All three have Σ_v dz = 0, on which
+the subtraction of the mean row of W rests (``Head``). mse counts a word that a bias masks out like any other.
 
 The loss is a scalar, so its gradient is made in the forward pass, a chunk of rows at a time, and the backward
 only scales it. Shapes: M rows, V vocabulary, D width (D_s, D_t), R rows of a chunk, C columns of a block.
@@ -23,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd.kernels import tiling
-from fastkd.kernels.linear_kd.head import IGNORED
+from fastkd.kernels.linear_kd.head import DIVERGENCES, IGNORED
 from fastkd.kernels.linear_kd.operator import linear_kd_operator
 
 
@@ -31,7 +41,7 @@ class LinearKD(NamedTuple):
     """The loss (differentiable) and its two terms before weighting (detached; 0 where the weight is 0)."""
 
     loss: Tensor
-    kl: Tensor
+    kl: Tensor  # or the divergence in its place
     ce: Tensor
 
 
@@ -47,6 +57,7 @@ def reference(
     kl_weight: float = 1.0,
     ce_weight: float = 0.0,
     temperature: float = 1.0,
+    divergence: str = "kl",
 ) -> LinearKD:
     """The definition in plain PyTorch: holds every logit. Arguments as in ``linear_kd``."""
     student = _at_least_float32(F.linear(student_hidden, student_weight, student_bias))
@@ -55,13 +66,23 @@ def reference(
     kl = ce = student.new_zeros(())
     if teacher_hidden is not None and teacher_weight is not None and kl_weight:
         teacher = _at_least_float32(F.linear(teacher_hidden, teacher_weight, teacher_bias))
-        log_p = F.log_softmax(student / temperature, dim=-1)
-        log_q = F.log_softmax(teacher / temperature, dim=-1)
-        divergence = (log_q.exp() * (log_q - log_p)).sum(-1)
-        kl = temperature**2 * divergence.masked_fill(~valid, 0.0).sum() / rows
+        of_rows = _divergence(student, teacher, divergence, temperature).masked_fill(~valid, 0.0)
+        kl = (1.0 if divergence == "mse" else temperature**2) * of_rows.sum() / rows
     if labels is not None and ce_weight:
         ce = F.cross_entropy(student, labels, ignore_index=IGNORED, reduction="sum") / rows
     return LinearKD(kl_weight * kl + ce_weight * ce, kl.detach(), ce.detach())
+
+
+def _divergence(student: Tensor, teacher: Tensor, divergence: str, temperature: float) -> Tensor:
+    """Of each row of logits [M, V], without τ²: [M]."""
+    if divergence == "mse":
+        difference = student - teacher
+        return (difference - difference.mean(-1, keepdim=True)).square().mean(-1)
+    log_p = F.log_softmax(student / temperature, dim=-1)
+    log_q = F.log_softmax(teacher / temperature, dim=-1)
+    if divergence == "reverse_kl":
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -69,7 +90,8 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 def flops(rows: int, vocabulary: int, student_width: int, teacher_width: int = 0) -> int:
-    """Logits of student and teacher, and the student's two gradients: 2MV(3·Ds + Dt). Matrix products only, 2·m·n·k each."""
+    """Logits of student and teacher, and the student's two gradients: 2MV(3·Ds + Dt). Matrix products only, 2·m·n·k each, of
+    which every divergence has the same."""
     return 2 * rows * vocabulary * (3 * student_width + teacher_width)
 
 
@@ -85,6 +107,7 @@ def linear_kd(
     kl_weight: float = 1.0,
     ce_weight: float = 0.0,
     temperature: float = 1.0,
+    divergence: str = "kl",
     chunk_rows: int | None = None,
     backend: str | None = None,
 ) -> LinearKD:
@@ -99,7 +122,7 @@ def linear_kd(
         teacher_hidden, teacher_weight, teacher_bias: [M, D_t], [V, D_t] and [V]; never differentiated. None:
             cross-entropy only.
         kl_weight, ce_weight: a term with weight 0 is not computed and reads 0.
-        temperature: τ, of the divergence only.
+        divergence, temperature: "kl", or in its place, weighed by kl_weight, "reverse_kl" or "mse", which has no τ.
         chunk_rows: rows whose logits are in memory at the same time; by default up to 4,096 on a GPU, and on a CPU as
             many as fit 96 MiB.
         backend: "triton" (the default on a GPU), "blocked" (the default elsewhere) or "reference".
@@ -113,7 +136,7 @@ def linear_kd(
     if not kl_weight:
         teacher_hidden = teacher_weight = teacher_bias = None
     given = (student_hidden, student_weight, labels, student_bias, teacher_hidden, teacher_weight, teacher_bias)
-    _check(*given, kl_weight, ce_weight, temperature, chunk_rows)
+    _check(*given, kl_weight, ce_weight, temperature, divergence, chunk_rows)
     operands = [x for x in (student_hidden, student_weight, teacher_hidden, teacher_weight) if x is not None]
     in_float64 = [x for x in operands if x.dtype == torch.float64]  # which Triton does not take
     backend = tiling.backend(backend, (in_float64 or operands)[0])
@@ -121,7 +144,7 @@ def linear_kd(
         return reference(
             student_hidden, student_weight, labels, student_bias=student_bias, teacher_hidden=teacher_hidden,
             teacher_weight=teacher_weight, teacher_bias=teacher_bias, kl_weight=kl_weight, ce_weight=ce_weight,
-            temperature=temperature,
+            temperature=temperature, divergence=divergence,
         )  # fmt: skip
     learns = [
         x is not None and x.requires_grad and torch.is_grad_enabled()
@@ -129,7 +152,7 @@ def linear_kd(
     ]
     dtype = _product_dtype(operands)
     loss, kl, ce, *_ = linear_kd_operator(
-        *given, kl_weight, ce_weight, temperature, chunk_rows or 0, backend, dtype, *learns
+        *given, kl_weight, ce_weight, temperature, divergence, chunk_rows or 0, backend, dtype, *learns
     )
     return LinearKD(loss, kl.detach(), ce.detach())
 
@@ -154,8 +177,11 @@ def _check(
     kl_weight: float,
     ce_weight: float,
     temperature: float,
+    divergence: str,
     chunk_rows: int | None,
 ) -> None:
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"linear_kd: divergence is {divergence!r}, choose one of {', '.join(DIVERGENCES)}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"linear_kd: temperature is {temperature}, give a finite one above 0")
     if not (math.isfinite(kl_weight) and math.isfinite(ce_weight)):

@@ -3,7 +3,8 @@
 A chunk of R rows in two passes over blocks of C columns, so that a block stays in cache through its operations.
   1. x Wᵀ + b of both models → exp((z − m)/τ) with the block's row maxima m, kept for the chunk; block statistics
   2. exponentials and statistics → dz of a block → its share of dx, dW, db
-One exponential a logit, and no logit is kept: the divergence's cross term is summed in the first pass.
+One exponential a logit, and no logit is kept: the divergence's cross term is summed in the first pass. (Those of
+``divergences`` that read differences of logits keep them in place of the teacher's exponentials.)
 """
 
 from __future__ import annotations
@@ -14,43 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.kernels.linear_kd.head import IGNORED, LOG2E, Gradients, Head, Sums, Terms
+from fastkd.kernels.linear_kd import divergences
+from fastkd.kernels.linear_kd.head import IGNORED, Gradients, Head, Sums, Terms
+from fastkd.kernels.linear_kd.softmax import Softmax
 
 _COLUMNS = 1024  # of a block
 
 
-class _Softmax:
-    """exp(z/τ) of a chunk's rows, each block of columns relative to its own row maxima."""
-
-    def __init__(self, exponentials: Tensor, temperature: float, exact: bool) -> None:
-        self.exponentials = exponentials  # [R, V]
-        self.exponent = LOG2E / temperature
-        self.row_sums = _exact_sums if exact else _sums
-        self.blocks: list[tuple[Tensor, Tensor]] = []
-
-    def add(self, columns: slice, centred: Tensor, maximum: Tensor) -> Tensor:
-        """Take a block of logits, given as its difference from its row maxima; return its exponentials."""
-        block = torch.mul(centred, self.exponent, out=self.exponentials[:, columns]).exp2_()  # a quarter of exp's time
-        self.blocks.append((maximum, self.row_sums(block)))
-        return block
-
-    def close(self) -> None:
-        """Make each block's factor of the statistics: exponential · factor = probability. In float64: R × blocks numbers."""
-        maxima, sums = zip(*self.blocks, strict=True)
-        self.maxima, self.sums = torch.stack(maxima).double() * (self.exponent / LOG2E), torch.stack(sums).double()
-        self.maximum = self.maxima.amax(0)
-        factor = torch.exp(self.maxima - self.maximum)
-        self.total = (factor * self.sums).sum(0)
-        self.factor = factor / self.total
-
-    def weighted(self, block: int, columns: slice, weight: Tensor) -> Tensor:
-        """weight · softmax of one block [R, C], weight [R]."""
-        factor = (weight * self.factor[block]).to(self.exponentials.dtype)
-        return self.exponentials[:, columns] * factor[:, None]
-
-
 class _Chunk:
-    """Both models' softmaxes for R rows: p and q at temperature τ, p_ce the student's at 1."""
+    """R rows: the student's softmax p at temperature τ and p_ce at 1, and the divergence, which keeps the teacher's side."""
 
     def __init__(
         self,
@@ -64,41 +37,31 @@ class _Chunk:
         self.terms, self.labels, self.student, self.teacher = terms, labels, student, teacher
         self.valid = torch.ones_like(student.hidden[:, 0]).double() if labels is None else (labels != IGNORED).double()
         self.share = share * self.valid  # [R]
-        temperatures = (terms.temperature, terms.temperature, 1.0)  # of p, q and p_ce
-        exact = student.centre is not None
-        softmaxes = [_Softmax(b[: len(student.hidden)], t, exact) for b, t in zip(buffers, temperatures, strict=False)]
-        self.p = self.p_ce = softmaxes[0]
-        self.q = softmaxes[1] if teacher is not None else None
+        buffers, exact = buffers[:, : len(student.hidden)], student.centre is not None
+        self.p = self.p_ce = Softmax(buffers[0], terms.temperature, exact)
+        self.divergence = divergences.of(terms, self.p, buffers[1]) if teacher is not None else None
         if terms.two_softmaxes:
-            self.p_ce = softmaxes[2]
-        self.cross: list[Tensor] = []
+            self.p_ce = Softmax(buffers[2], 1.0, exact)
+        reads_p = terms.divergence != "mse" or terms.ce_weight != 0
+        self.softmaxes = ([self.p] if reads_p else []) + ([self.p_ce] if terms.two_softmaxes else [])
 
     def read_logits(self) -> None:
         """Pass one."""
         for columns in _blocks(self.student):
             z_s, m_s = _centred_logits(self.student, columns)
-            if self.p_ce is not self.p:
-                self.p_ce.add(columns, z_s, m_s)
-            self.p.add(columns, z_s, m_s)
-            if self.teacher is not None and self.q is not None:
-                z_t, m_t = _centred_logits(self.teacher, columns)
-                q = self.q.add(columns, z_t, m_t)
-                self.cross.append(torch.linalg.vecdot(q, z_t.sub_(z_s)))
-        for softmax in {self.p, self.p_ce, self.q}:
-            if softmax is not None:
-                softmax.close()
+            for softmax in self.softmaxes:
+                softmax.add(columns, z_s, m_s)
+            if self.teacher is not None and self.divergence is not None:
+                self.divergence.add(columns, z_s, m_s, *_centred_logits(self.teacher, columns))
+        for closed in (*self.softmaxes, self.divergence):
+            if closed is not None:
+                closed.close()
 
     def kl(self) -> Tensor:
-        """τ² Σ_rows KL(q‖p), from differences of logits, of maxima and a ratio of totals.
-
-        A log-sum-exp is ten times the gap between a good student's logits and its teacher's: its float32 rounding would show in KL.
-        """
-        if self.q is None:
+        """The divergence's sum over the rows."""
+        if self.divergence is None:
             return self.valid.new_zeros(())
-        offsets = (self.q.maxima - self.p.maxima) - (self.q.maximum - self.p.maximum)
-        cross = self.q.factor * (torch.stack(self.cross).double() / self.terms.temperature + self.q.sums * offsets)
-        rows = cross.sum(0) - torch.log(self.q.total / self.p.total)
-        return self.terms.temperature**2 * (rows * self.valid).sum()
+        return self.terms.value_factor(len(self.student.weight)) * (self.divergence.rows() * self.valid).sum()
 
     def ce(self) -> Tensor:
         """Σ_rows −log softmax(z_s)[y]."""
@@ -113,30 +76,17 @@ class _Chunk:
 
     def dz(self) -> Iterator[tuple[slice, Tensor]]:
         """Pass two: dz of each block of columns, without the one-hot."""
-        kl = self.terms.kl_weight * self.terms.temperature * self.share if self.q is not None else 0 * self.share
-        ce = self.terms.ce_weight * self.share
+        weight = self.terms.gradient_factor(len(self.student.weight)) * self.share
+        ce = self.terms.ce_weight * self.share if self.terms.ce_weight else None
         for i, columns in enumerate(_blocks(self.student)):
-            dz = self.p.weighted(i, columns, kl + ce if self.p_ce is self.p else kl)
-            if self.q is not None:
-                dz -= self.q.weighted(i, columns, kl)
-            if self.p_ce is not self.p:
+            if self.divergence is None:
+                assert ce is not None
+                yield columns, self.p_ce.weighted(i, columns, ce)
+                continue
+            dz = self.divergence.dz(i, columns, weight, ce if self.p_ce is self.p else None)
+            if ce is not None and self.p_ce is not self.p:
                 dz += self.p_ce.weighted(i, columns, ce)
             yield columns, dz
-
-
-def _sums(block: Tensor) -> Tensor:
-    """Σ over the columns of [R, C]."""
-    return block.sum(1)
-
-
-def _exact_sums(block: Tensor) -> Tensor:
-    """The same in float64, from sums of C/32 numbers in their own dtype, in twice the time.
-
-    A float32 sum of 1,024 numbers has a rounding error of 1e-8, which a small divergence would show.
-    """
-    whole = block.shape[1] // 32 * 32
-    lanes = block[:, :whole].unflatten(1, (-1, 32)).sum(1)
-    return lanes.sum(1, dtype=torch.float64) + block[:, whole:].sum(1)
 
 
 def _blocks(head: Head) -> list[slice]:

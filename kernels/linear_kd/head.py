@@ -10,6 +10,7 @@ from torch import Tensor
 
 IGNORED = -100  # label of a row that does not count
 LOG2E = math.log2(math.e)
+DIVERGENCES = ("kl", "reverse_kl", "mse")
 
 
 class Head(NamedTuple):
@@ -57,12 +58,21 @@ class Head(NamedTuple):
 class Terms(NamedTuple):
     kl_weight: float
     ce_weight: float
-    temperature: float
+    temperature: float  # 1 for mse, which has none
+    divergence: str = "kl"
 
     @property
     def two_softmaxes(self) -> bool:
         """Whether the cross-entropy's softmax is not the divergence's."""
         return self.ce_weight != 0 and self.temperature != 1
+
+    def value_factor(self, vocabulary: int) -> float:
+        """What a row's sum over the vocabulary is multiplied by: τ² of the divergences of softmaxes, 1/V of a mean square."""
+        return 1 / vocabulary if self.divergence == "mse" else float(self.temperature**2)
+
+    def gradient_factor(self, vocabulary: int) -> float:
+        """What the divergence's dz has before it, without the share of a row."""
+        return self.kl_weight * 2 / vocabulary if self.divergence == "mse" else self.kl_weight * self.temperature
 
 
 class Gradients(NamedTuple):
@@ -78,7 +88,8 @@ class Gradients(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums over the rows that are not ignored. From the Triton path: parts that add up to them, KL without τ²."""
+    """Sums over the rows that are not ignored. From the Triton path: parts that add up to them, the divergence without its
+    ``value_factor``."""
 
     kl: Tensor
     ce: Tensor

@@ -13,14 +13,10 @@ import torch
 from torch import Tensor
 
 from fastkd.kernels import tiling
+from fastkd.kernels.linear_kd import launch_difference, logits
 from fastkd.kernels.linear_kd.head import LOG2E, Gradients, Head, Sums, Terms, check_labels
-from fastkd.kernels.linear_kd.triton import (
-    _gradient_kernel,
-    _labels_kernel,
-    _logits_kernel,
-    _offsets_kernel,
-    _values_kernel,
-)
+from fastkd.kernels.linear_kd.logits import Logits, power_of_two, round_up
+from fastkd.kernels.linear_kd.triton import _gradient_kernel, _labels_kernel, _offsets_kernel, _values_kernel
 from fastkd.kernels.tiling import Rule, Tile
 
 ALIGNED = 64  # divides the vocabulary of a product
@@ -41,6 +37,15 @@ TILES: dict[str, tiling.Rules] = {
         "gfx942": (Rule(Tile(128, 128, 64, 8, 2)),),
     },
     "linear_kd.logits_float32": {"any": (Rule(Tile(64, 64, 32, 4, 2)),)},
+    # both models' products, one after the other: two accumulators, so no tile of 256 columns
+    "linear_kd.difference": {
+        80: (Rule(Tile(128, 128, 32, 8, 3)),),  # with a depth of 64 it spills
+        90: (Rule(Tile(128, 128, 64, 8, 3)),),
+        120: (Rule(Tile(128, 128, 64, 8, 2)),),
+        "gfx942": (Rule(Tile(128, 128, 32, 8, 3)),),
+    },
+    "linear_kd.difference_float32": {"any": (Rule(Tile(64, 64, 32, 4, 2)),)},
+    "linear_kd.expected": {"any": (Rule(Tile(0, 2048, 0, 8, 1)),)},  # a row a program, block_n logits a step
     "linear_kd.sums": {"any": (Rule(Tile(0, 4096, 0, 8, 1)),)},  # one program, block_n numbers at a time
     "linear_kd.offsets": {"any": (Rule(Tile(0, 0, 0, 4, 1)),)},  # a row a program
     # block_m rows a program, block_n logits a step: of as many rows as fit, each a whole tile of columns
@@ -51,53 +56,6 @@ TILES: dict[str, tiling.Rules] = {
 tiling.register(TILES)
 
 
-class _Logits(NamedTuple):
-    """Centred logits of a chunk and their tiles' statistics: one buffer for all chunks."""
-
-    centred: Tensor  # [R, stride]
-    maximum: Tensor  # [R, tiles]
-    total: Tensor  # [R, tiles]: Σ exp((z − max)/τ)
-    total_ce: Tensor | None  # [R, tiles]: Σ exp(z − max)
-
-    @classmethod
-    def empty(cls, head: Head, rows: int, tile: Tile, with_ce: bool) -> _Logits:
-        like, tiles = head.hidden, -(-len(head.weight) // tile.block_n)
-        rows = -(-rows // tile.block_m) * tile.block_m
-        centred = like.new_empty((rows, tiles * tile.block_n))
-        maximum, total, total_ce = (like.new_empty((rows, tiles), dtype=torch.float32) for _ in range(3))
-        return cls(centred, maximum, total, total_ce if with_ce else None)
-
-
-def _logits(head: Head, labels: Tensor | None, out: _Logits, temperature: float, tile: Tile) -> None:
-    """Step 1 for one model: fill ``out``."""
-    rows, width = head.hidden.shape
-    vocabulary = head.weight.shape[0]
-    grid = (-(-rows // tile.block_m), -(-vocabulary // tile.block_n))
-    _logits_kernel[grid](
-        head.hidden,
-        head.weight,
-        head.bias,
-        labels,
-        out.centred,
-        out.maximum,
-        out.total,
-        out.total_ce,
-        rows,
-        vocabulary,
-        out.centred.stride(0),
-        LOG2E / temperature,
-        WIDTH=width,
-        HAS_LABELS=labels is not None,
-        HAS_SUM_CE=out.total_ce is not None,
-        UPCAST=tiling.INTERPRETED,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
-
-
 class _Partial(NamedTuple):
     """What each block of rows adds up over the chunks, in the same order in every run."""
 
@@ -105,14 +63,14 @@ class _Partial(NamedTuple):
     db: Tensor | None  # [row blocks, stride]
 
     @classmethod
-    def zeros(cls, logits: _Logits, rows: int, launch: Tile, with_db: bool) -> _Partial:
+    def zeros(cls, logits: Logits, rows: int, launch: Tile, with_db: bool) -> _Partial:
         blocks = -(-rows // launch.block_m)
         db = logits.maximum.new_zeros((blocks, logits.centred.shape[1])) if with_db else None
         return cls(logits.maximum.new_zeros((blocks, logits.maximum.shape[1])), db)
 
 
 def _offsets(
-    head: Head, student: _Logits, teacher: _Logits | None, labels: Tensor | None, ce: Tensor, terms: Terms
+    head: Head, student: Logits, teacher: Logits | None, labels: Tensor | None, ce: Tensor, terms: Terms
 ) -> None:
     """Step 2: replace both models' sums by offsets; fill ``ce`` [R] if there is a cross-entropy."""
     rows, width = head.hidden.shape
@@ -145,12 +103,14 @@ def _offsets(
 
 def _gradient(
     rows: int,
-    student: _Logits,
-    teacher: _Logits | None,
+    student: Logits,
+    teacher: Logits | None,
     labels: Tensor | None,
+    expected: Tensor | None,
     share: Tensor,
     partial: _Partial,
     terms: Terms,
+    vocabulary: int,
     launch: Tile,
     write: bool,
 ) -> None:
@@ -165,15 +125,17 @@ def _gradient(
         None if teacher is None else teacher.centred,
         None if teacher is None else teacher.total,
         labels,
+        expected,
         share,
         partial.kl,
         partial.db,
         rows,
         stride,
         LOG2E / terms.temperature,
-        terms.kl_weight * terms.temperature,
+        terms.gradient_factor(vocabulary),
         terms.ce_weight,
         TILE=tile,
+        DIVERGENCE=terms.divergence,
         HAS_TEACHER=teacher is not None,
         HAS_LABELS=labels is not None,
         HAS_CE=write and terms.ce_weight != 0,
@@ -185,6 +147,37 @@ def _gradient(
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )
+
+
+def _statistics(
+    student: Head,
+    teacher: Head | None,
+    labels: Tensor | None,
+    logits_s: Logits,
+    logits_t: Logits | None,
+    ce: Tensor,
+    terms: Terms,
+    tile: Tile,
+    write: bool,
+) -> Tensor | None:
+    """Steps 1 and 2, and what else the divergence's gradient needs of a row: E_p[log₂ p − log₂ q] [R] of reverse_kl.
+
+    Of mse ``logits_t`` gets the differences of both models' logits.
+    """
+    if teacher is None or logits_t is None:
+        logits.fill(student, labels, logits_s, terms.temperature, tile)
+        _offsets(student, logits_s, None, labels, ce, terms)
+    elif terms.divergence == "mse":
+        launch_difference.fill(student, teacher, labels, logits_s if terms.ce_weight else None, logits_t, tile)
+        if terms.ce_weight:
+            _offsets(student, logits_s, None, labels, ce, terms)
+    else:
+        logits.fill(student, labels, logits_s, terms.temperature, tile)
+        logits.fill(teacher, labels, logits_t, terms.temperature, tile)
+        _offsets(student, logits_s, logits_t, labels, ce, terms)
+        if write and terms.divergence == "reverse_kl":
+            return launch_difference.expected(len(student.hidden), logits_s, logits_t, labels, terms.temperature)
+    return None
 
 
 def value_and_gradients(
@@ -199,13 +192,13 @@ def value_and_gradients(
 ) -> Sums:
     """The four steps for each chunk of rows."""
     vocabulary, x = len(student.weight), student.hidden
-    tile, launch = _logits_tile(dtype, student, teacher), _gradient_tile(dtype, x.device)
+    tile, launch = _logits_tile(dtype, student, teacher, terms), _gradient_tile(dtype, x.device)
     columns, aligned = round_up(vocabulary, tile.block_n), round_up(vocabulary, ALIGNED)
     student = student.centred(dtype).cast(dtype, columns, aligned)
     teacher = None if teacher is None else teacher.centred(dtype).cast(dtype, columns, vocabulary)
     rows = min(chunk_rows, len(x))
-    logits_s = _Logits.empty(student, rows, tile, terms.two_softmaxes)
-    logits_t = None if teacher is None else _Logits.empty(student, rows, tile, False)
+    logits_s = Logits.empty(student, rows, tile, terms.two_softmaxes)
+    logits_t = None if teacher is None else Logits.empty(student, rows, tile, False)
     ce, partial = x.new_zeros(len(x), dtype=torch.float32), _Partial.zeros(logits_s, rows, launch, out.bias is not None)
     write = bool(out.wanted)
     final = out.weight  # a bfloat16 dW of several chunks is added up in float32, and rounded once
@@ -216,12 +209,19 @@ def value_and_gradients(
         y, head = None if labels is None else labels[part], student.rows(part)
         r = len(head.hidden)
         with torch.cuda.device_of(x):
-            _logits(head, y, logits_s, terms.temperature, tile)
-            if teacher is not None and logits_t is not None:
-                _logits(teacher.rows(part), y, logits_t, terms.temperature, tile)
-            _offsets(head, logits_s, logits_t, y, ce[part], terms)
+            expected = _statistics(
+                head,
+                None if teacher is None else teacher.rows(part),
+                y,
+                logits_s,
+                logits_t,
+                ce[part],
+                terms,
+                tile,
+                write,
+            )
             if write or logits_t is not None:
-                _gradient(r, logits_s, logits_t, y, share, partial, terms, launch, write)
+                _gradient(r, logits_s, logits_t, y, expected, share, partial, terms, vocabulary, launch, write)
         _products(logits_s.centred[:r, :aligned], head, start, out)
     if final is not None and out.weight is not None and out.weight is not final:
         final.copy_(out.weight)
@@ -243,7 +243,9 @@ def share_of(labels: Tensor, vocabulary: int) -> Tensor:
     return share
 
 
-def values(sums: Sums, share: Tensor, terms: Terms, with_teacher: bool, out: tuple[Tensor, ...]) -> None:
+def values(
+    sums: Sums, share: Tensor, terms: Terms, with_teacher: bool, vocabulary: int, out: tuple[Tensor, ...]
+) -> None:
     """Fill the loss, KL and CE from their parts."""
     launch = tiling.tile("linear_kd.sums", width=0, arch=tiling.architecture(share.device))
     with torch.cuda.device_of(share):
@@ -254,7 +256,7 @@ def values(sums: Sums, share: Tensor, terms: Terms, with_teacher: bool, out: tup
             *out,
             sums.kl.numel(),
             sums.ce.numel(),
-            float(terms.temperature**2),
+            terms.value_factor(vocabulary),
             float(terms.kl_weight),
             float(terms.ce_weight),
             HAS_TEACHER=with_teacher,
@@ -264,11 +266,13 @@ def values(sums: Sums, share: Tensor, terms: Terms, with_teacher: bool, out: tup
         )
 
 
-def _logits_tile(dtype: torch.dtype, student: Head, teacher: Head | None) -> Tile:
+def _logits_tile(dtype: torch.dtype, student: Head, teacher: Head | None, terms: Terms) -> Tile:
     """One tile for both models, since their blocks of columns share dz."""
     widths = [head.hidden.shape[1] for head in (student, teacher) if head is not None]
     arch = tiling.architecture(student.hidden.device)
-    tile = tiling.tile(logits_tile_name(dtype, *widths), width=max(widths), arch=arch)
+    differ = teacher is not None and terms.divergence == "mse"
+    name = difference_tile_name(dtype) if differ else logits_tile_name(dtype, *widths)
+    tile = tiling.tile(name, width=max(widths), arch=arch)
     assert tile.block_n % ALIGNED == 0, f"{tile}: whole tiles hold the vocabulary of the products"
     return tile
 
@@ -277,6 +281,10 @@ def logits_tile_name(dtype: torch.dtype, *widths: int) -> str:
     if dtype == torch.float32:
         return "linear_kd.logits_float32"
     return "linear_kd.logits_ragged" if any(width % 64 for width in widths) else "linear_kd.logits"
+
+
+def difference_tile_name(dtype: torch.dtype) -> str:
+    return "linear_kd.difference_float32" if dtype == torch.float32 else "linear_kd.difference"
 
 
 def _gradient_tile(dtype: torch.dtype, device: torch.device) -> Tile:
@@ -309,13 +317,3 @@ def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
         torch.addmm(out, a, b, out=out, **options)
     else:
         torch.mm(a, b, out=out, **options)
-
-
-def round_up(n: int, multiple: int) -> int:
-    """The smallest multiple that is at least ``n``."""
-    return -(-n // multiple) * multiple
-
-
-def power_of_two(n: int) -> int:
-    """The smallest that is at least ``n``."""
-    return 1 << (n - 1).bit_length()

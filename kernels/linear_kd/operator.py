@@ -10,13 +10,14 @@ from torch import Tensor
 from fastkd.kernels import scaling
 from fastkd.kernels.linear_kd import blocked, launch
 from fastkd.kernels.linear_kd.head import IGNORED, Gradients, Head, Terms, check_labels
+from fastkd.kernels.linear_kd.logits import round_up
 
 _CHUNK_BYTES = 96 << 20  # of a chunk's exponentials in the blocked path
 
 _ARGUMENTS = (
     "Tensor student_hidden, Tensor student_weight, Tensor? labels, Tensor? student_bias, Tensor? teacher_hidden, "
     "Tensor? teacher_weight, Tensor? teacher_bias, float kl_weight, float ce_weight, float temperature, "
-    "int chunk_rows, str backend, ScalarType dtype, bool need_hidden, bool need_weight, bool need_bias"
+    "str divergence, int chunk_rows, str backend, ScalarType dtype, bool need_hidden, bool need_weight, bool need_bias"
 )
 _RETURNS = "Tensor loss, Tensor kl, Tensor ce, Tensor dx, Tensor dw, Tensor db"
 
@@ -33,6 +34,7 @@ def linear_kd_operator(
     kl_weight: float,
     ce_weight: float,
     temperature: float,
+    divergence: str,
     chunk_rows: int,
     backend: str,
     dtype: torch.dtype,
@@ -46,23 +48,27 @@ def linear_kd_operator(
         teacher = Head(teacher_hidden, teacher_weight, teacher_bias)
     student = Head(student_hidden, student_weight, student_bias)
     labels = None if labels is None else labels.contiguous()  # kernels take them side by side
-    terms = Terms(kl_weight, ce_weight, temperature if teacher is not None else 1.0)
+    divergence = divergence if teacher is not None else "kl"  # of none, so that kernels have one form
+    tempered = teacher is not None and divergence != "mse"
+    terms = Terms(kl_weight, ce_weight, temperature if tempered else 1.0, divergence)
     needed, vocabulary = (need_hidden, need_weight, need_bias), len(student_weight)
-    aligned = launch.round_up(vocabulary, launch.ALIGNED) if backend == "triton" else vocabulary
+    aligned = round_up(vocabulary, launch.ALIGNED) if backend == "triton" else vocabulary
     outputs = _empty_outputs(student_hidden, student_weight, dtype, backend, *needed, aligned)
     out = Gradients(*(x if need else None for x, need in zip(outputs[3:], needed, strict=True)))
     compiled = backend == "triton" and len(student_hidden) > 0
     rows = chunk_rows or _default_chunk(student_hidden, student_weight, teacher is not None, backend)
     share = _share(student_hidden, labels, vocabulary, backend)
-    # A small dz divided by a large N is below float16's smallest number: in float16 the result is divided instead.
-    early = share if dtype != torch.float16 else torch.ones_like(share)
+    # A small dz divided by a large N is below float16's smallest number: in float16 the result is divided instead. That of mse
+    # is raised too, for it has a factor of 2/V.
+    raised = 256.0 if divergence == "mse" else 1.0
+    early = share if dtype != torch.float16 else torch.full_like(share, raised)
     with torch.autocast(student_hidden.device.type, enabled=False):
         path = launch if compiled else blocked
         sums = path.value_and_gradients(student, teacher, labels, terms, rows, dtype, early, out)
     for x in out.wanted if dtype == torch.float16 else ():
-        x.mul_(share)
+        x.mul_(share / raised)
     if compiled:
-        launch.values(sums, share, terms, teacher is not None, outputs[:3])
+        launch.values(sums, share, terms, teacher is not None, vocabulary, outputs[:3])
     else:
         kl, ce = sums.kl * share, sums.ce * share
         for x, value in zip(outputs, (kl_weight * kl + ce_weight * ce, kl, ce), strict=False):
@@ -126,6 +132,7 @@ def _fake(
     kl_weight: float,
     ce_weight: float,
     temperature: float,
+    divergence: str,
     chunk_rows: int,
     backend: str,
     dtype: torch.dtype,
@@ -152,12 +159,12 @@ def _scale_gradients(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tens
             "linear_kd has no second derivative: leave out create_graph=True, or use backend='reference'"
         )
     if grad_loss is None:
-        return (None,) * 16
+        return (None,) * 17
     dx, dw, db = (
         scaling.scaled(x, grad_loss, dtype, backend=ctx.backend) if needed else None
         for x, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needed, strict=True)
     )
-    return dx, dw, None, db, *[None] * 12
+    return dx, dw, None, db, *[None] * 13
 
 
 linear_kd_operator.register_autograd(_scale_gradients, setup_context=_save_gradients)

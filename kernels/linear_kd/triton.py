@@ -34,6 +34,33 @@ _LN_2 = tiling.constant(math.log(2.0))
 
 
 @tiling.jit
+def _logits(  # type: ignore[no-untyped-def]
+    x_ptr, weight_ptr, bias_ptr, first_row, first_column, rows, vocabulary,
+    WIDTH: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """x Wᵀ + b of one tile [BLOCK_M, BLOCK_N] in float32; UPCAST: the interpreter's tl.dot is wrong for bf16 operands."""
+    rows_M, columns_N, depth_K = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    # Rows and columns past the end read the last one, so that loads need no mask. Nobody reads such a row's result;
+    # a bias of −∞ takes such a column out of the maximum and the sum. Offsets inside a tile fit 32 bits.
+    x_ptr += first_row.to(tl.int64) * WIDTH
+    weight_ptr += first_column.to(tl.int64) * WIDTH
+    x_ptrs = x_ptr + tl.minimum(rows_M, rows - 1 - first_row)[:, None] * WIDTH + depth_K[None, :]
+    last = tl.minimum(columns_N, vocabulary - 1 - first_column)
+    weight_ptrs = weight_ptr + last[None, :] * WIDTH + depth_K[:, None]
+    z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, WIDTH, BLOCK_K):
+        if WIDTH % BLOCK_K == 0:
+            x, weight = tl.load(x_ptrs + k), tl.load(weight_ptrs + k)
+        else:
+            x = tl.load(x_ptrs + k, mask=depth_K[None, :] < WIDTH - k, other=0.0)
+            weight = tl.load(weight_ptrs + k, mask=depth_K[:, None] < WIDTH - k, other=0.0)
+        if UPCAST:
+            x, weight = x.to(tl.float32), weight.to(tl.float32)
+        z = tl.dot(x, weight, z, input_precision="ieee")
+    return z + tl.load(bias_ptr + first_column + columns_N)[None, :]
+
+
+@tiling.jit
 def _logits_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [R, WIDTH]
     weight_ptr,  # [V, WIDTH]
@@ -58,31 +85,15 @@ def _logits_kernel(  # type: ignore[no-untyped-def]
     # Row blocks run fastest: those of one weight tile share it in L2, and x stays there throughout.
     first_row = tl.program_id(0) * BLOCK_M
     first_column = tl.program_id(1) * BLOCK_N
-    rows_M, columns_N, depth_K = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    rows_M, columns_N = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     if HAS_LABELS:
         labels = tl.load(labels_ptr + first_row + rows_M, mask=first_row + rows_M < rows, other=_IGNORED)
         if tl.max(labels, 0) == _IGNORED:
             return
 
-    # Rows and columns past the end read the last one, so that loads need no mask. Nobody reads such a row's result;
-    # a bias of −∞ takes such a column out of the maximum and the sum. Offsets inside a tile fit 32 bits.
-    x_ptr += first_row.to(tl.int64) * WIDTH
-    weight_ptr += first_column.to(tl.int64) * WIDTH
-    x_ptrs = x_ptr + tl.minimum(rows_M, rows - 1 - first_row)[:, None] * WIDTH + depth_K[None, :]
-    last = tl.minimum(columns_N, vocabulary - 1 - first_column)
-    weight_ptrs = weight_ptr + last[None, :] * WIDTH + depth_K[:, None]
-    z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, WIDTH, BLOCK_K):
-        if WIDTH % BLOCK_K == 0:
-            x, weight = tl.load(x_ptrs + k), tl.load(weight_ptrs + k)
-        else:
-            x = tl.load(x_ptrs + k, mask=depth_K[None, :] < WIDTH - k, other=0.0)
-            weight = tl.load(weight_ptrs + k, mask=depth_K[:, None] < WIDTH - k, other=0.0)
-        if UPCAST:
-            x, weight = x.to(tl.float32), weight.to(tl.float32)
-        z = tl.dot(x, weight, z, input_precision="ieee")
-    z += tl.load(bias_ptr + first_column + columns_N)[None, :]
-
+    z = _logits(
+        x_ptr, weight_ptr, bias_ptr, first_row, first_column, rows, vocabulary, WIDTH, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K
+    )
     maximum = tl.max(z, 1)
     z -= maximum[:, None]
     statistics = (first_row + rows_M) * tl.num_programs(1) + tl.program_id(1)
@@ -168,30 +179,26 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     teacher_ptr,  # [R, stride] centred logits
     teacher_offset_ptr,  # [R, tiles]
     labels_ptr,  # [R]
+    expected_ptr,  # [R], of reverse_kl: E_p[log₂ p − log₂ q]
     share_ptr,  # []: 1/N, or 1 for float16, whose result is divided later
-    kl_ptr,  # [row blocks, tiles], added to: Σ q (log q − log p)
+    kl_ptr,  # [row blocks, tiles], added to: Σ q (log q − log p), or what the divergence has in its place
     db_ptr,  # [row blocks, stride], added to: Σ dz
-    rows, stride,
-    exponent,  # log₂e / τ
-    kl_factor,  # kl_weight·τ
-    ce_weight,
+    rows, stride, exponent,  # log₂e / τ
+    kl_factor, ce_weight,  # the first: kl_weight·τ, or 2·kl_weight/V of mse
     TILE: tl.constexpr,  # columns that share an offset
+    DIVERGENCE: tl.constexpr,  # "kl", "reverse_kl", or "mse", whose teacher_ptr has the centred differences z_s − z_t
     HAS_TEACHER: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_CE: tl.constexpr, HAS_SUM_CE: tl.constexpr, HAS_DB: tl.constexpr,
     WRITE: tl.constexpr,  # the gradient is wanted
-    BLOCK_M: tl.constexpr,  # rows of a program
-    BLOCK_N: tl.constexpr,  # logits of a step: STEP rows of a tile
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,  # rows of a program; logits of a step: STEP rows of a tile
 ):  # fmt: skip
     # Tiles run fastest: programs at work together read long pieces of the same rows.
     STEP: tl.constexpr = BLOCK_N // TILE
-    tile, block = tl.program_id(0), tl.program_id(1)
-    first_row = block * BLOCK_M
+    tile, first_row = tl.program_id(0), tl.program_id(1) * BLOCK_M
     student_ptr += first_row.to(tl.int64) * stride + tile * TILE
     if HAS_TEACHER:
         teacher_ptr += first_row.to(tl.int64) * stride + tile * TILE
-    columns_C = tl.arange(0, TILE)
-    share = tl.load(share_ptr).to(tl.float32)
-    kl_RC = tl.zeros((STEP, TILE), tl.float32)
-    db_RC = tl.zeros((STEP, TILE), tl.float32)
+    columns_C, share = tl.arange(0, TILE), tl.load(share_ptr).to(tl.float32)
+    kl_RC, db_RC = tl.zeros((STEP, TILE), tl.float32), tl.zeros((STEP, TILE), tl.float32)
     for start in range(0, BLOCK_M, STEP):
         rows_R = start + tl.arange(0, STEP)
         exists = first_row + rows_R < rows
@@ -202,14 +209,19 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
         # Rows that do not count are not read, since nothing was written there: p = q, and the cross-entropy's factor is 0.
         logits = rows_R[:, None] * stride + columns_C[None, :]
         offsets = (first_row + rows_R) * tl.num_programs(0) + tile
-        z_s, log2_p = _log2_probabilities(student_ptr, student_offset_ptr, logits, offsets, counts, exponent)
+        if DIVERGENCE != "mse" or HAS_CE:
+            z_s, log2_p = _log2_probabilities(student_ptr, student_offset_ptr, logits, offsets, counts, exponent)
+        else:  # nobody reads them
+            z_s, log2_p = tl.zeros((STEP, TILE), tl.float32), tl.zeros((STEP, TILE), tl.float32)
         p = tl.exp2(log2_p)
         dz = tl.zeros((STEP, TILE), tl.float32)
         if HAS_TEACHER:
-            _, log2_q = _log2_probabilities(teacher_ptr, teacher_offset_ptr, logits, offsets, counts, exponent)
-            q = tl.exp2(log2_q)
-            kl_RC += _divergence(p, q, log2_p, log2_q)
-            dz += kl_factor * share * (p - q)
+            terms, slope = _compared(
+                p, log2_p, teacher_ptr, teacher_offset_ptr, expected_ptr, logits, offsets, first_row + rows_R, counts,
+                exponent, DIVERGENCE,
+            )  # fmt: skip
+            kl_RC += terms
+            dz += kl_factor * share * slope
         if HAS_CE:
             if HAS_SUM_CE:
                 offset = tl.load(student_offset_ce_ptr + offsets, mask=counts, other=0.0)
@@ -220,6 +232,35 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
             db_RC += dz
             tl.store(student_ptr + logits, dz.to(student_ptr.dtype.element_ty), mask=exists[:, None])
     _add_sums(kl_ptr, db_ptr, kl_RC, db_RC, stride, HAS_TEACHER, HAS_DB)
+
+
+@tiling.jit
+def _compared(  # type: ignore[no-untyped-def]
+    p, log2_p, teacher_ptr, offset_ptr, expected_ptr, places, offsets, rows, counts, exponent, DIVERGENCE: tl.constexpr
+):
+    """The divergence's terms of a step [STEP, TILE], and its dz without a factor; of reverse_kl 0 where that is not wanted."""
+    if DIVERGENCE == "mse":
+        slope = _differences(teacher_ptr, offset_ptr, places, offsets, counts)
+        terms = slope * slope
+    else:
+        _, log2_q = _log2_probabilities(teacher_ptr, offset_ptr, places, offsets, counts, exponent)
+        q = tl.exp2(log2_q)
+        if DIVERGENCE == "kl":
+            terms, slope = _divergence(p, q, log2_p, log2_q), p - q
+        else:
+            terms, slope = _divergence(q, p, log2_q, log2_p), tl.zeros_like(p)
+            if expected_ptr is not None:
+                expected = tl.load(expected_ptr + rows, mask=counts, other=0.0)
+                slope = p * (log2_p - log2_q - expected[:, None]) * _LN_2
+    return terms, slope
+
+
+@tiling.jit
+def _differences(difference_ptr, offset_ptr, places, offsets, counts):  # type: ignore[no-untyped-def]
+    """δ − mean δ of a step [STEP, TILE]; 0 in rows that do not count and in columns past the vocabulary, where −∞ is stored."""
+    d = tl.load(difference_ptr + places, mask=counts[:, None], other=0.0).to(tl.float32)
+    offset = tl.load(offset_ptr + offsets, mask=counts, other=0.0)
+    return tl.where(d == float("-inf"), 0.0, d + offset[:, None])
 
 
 @tiling.jit
