@@ -80,7 +80,7 @@ def test_each_divergence_of_logit_kd_is_that_of_its_plain_form(divergence: str) 
     """As ``test_the_eager_way_has_fastkd_s_loss_and_gradients`` of every method, here of logits alone."""
     module = methods.load("logit_kd")
     method = module.METHOD(module.Config(divergence=divergence), STUDENT, TEACHER)
-    text = batch()
+    text = as_batch(pack(RAGGED, vocab=97))
     with torch.no_grad():
         taught = Encoder(TEACHER, mlm_head=True)(text.input_ids, text, method.teacher_needs)
     student = Encoder(STUDENT, mlm_head=True)(text.input_ids, text, method.student_needs)
