@@ -288,7 +288,7 @@ def test_scratch_may_start_from_a_teacher_and_is_then_no_baseline() -> None:
     assert base_row(rows) == Row("mlm")
     shared = {"preset": "quickstart"}
     assert [row.resolved(shared, budget_tokens=1).run.teacher for row in rows] == ["quickstart", "quickstart", None]
-    assert differences.of_options(rows[0], rows, shared, 1e-3, 1e-3) == [ROW_OPTIONS["init_from_teacher"]]
+    assert differences.of_options(rows[0], rows, shared, [1e-3], [1e-3]) == [ROW_OPTIONS["init_from_teacher"]]
     assert parse_row("mlm+init-from-teacher@runs/big").teacher == "runs/big"
     with pytest.raises(ValueError, match="trains without a teacher"):
         parse_row("mlm@runs/big")
@@ -299,13 +299,13 @@ def test_every_difference_is_named() -> None:
         parse_row(spec) for spec in ("mlm", "minilmv2", "tinybert", "logit_kd@runs/big", "minilmv2+init-from-teacher")
     ]
     shared = {"preset": "quickstart"}
-    assert differences.of_options(rows[0], rows, shared, 1e-3, 1e-3) == []
-    assert differences.of_options(rows[3], rows, shared, 5e-4, 1e-3) == [
+    assert differences.of_options(rows[0], rows, shared, [1e-3], [1e-3]) == []
+    assert differences.of_options(rows[3], rows, shared, [5e-4], [1e-3]) == [
         "learning rate 0.0005, mlm has 0.001",
         "teacher runs/big, other rows have quickstart",
     ]
     assert any(
-        "starts from teacher layers" in text for text in differences.of_options(rows[4], rows, shared, 1e-3, 1e-3)
+        "starts from teacher layers" in text for text in differences.of_options(rows[4], rows, shared, [1e-3], [1e-3])
     )
 
 

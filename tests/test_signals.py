@@ -215,7 +215,7 @@ def test_a_second_signal_ends_a_slow_checkpoint_and_nothing_is_torn(
     assert processes.run("fastkd.run", *options).returncode == 0
 
 
-@pytest.mark.parametrize("place", ["fastkd.setup:_micro_batch", "fastkd.pipeline:export"])
+@pytest.mark.parametrize("place", ["fastkd.micro_batch:first", "fastkd.pipeline:export"])
 def test_a_signal_to_one_rank_ends_the_other_too(
     place: str, script: Path, from_scratch: list[str], tmp_path: Path
 ) -> None:
