@@ -19,7 +19,7 @@ test: $(VENV)/.test
 test-all: $(VENV)/.test
 	$(PYTEST) tests
 
-# The whole campaign of faults, 14 minutes on two cores of a Xeon: docs/reliability.md. FAULTS="--faults-page docs/reliability.md" writes its table.
+# The whole campaign of faults, 16 minutes on two cores of a Xeon: docs/reliability.md. FAULTS="--faults-page docs/reliability.md" writes its table.
 test-faults: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -q -m "" $(FAULTS) tests/faults
 
