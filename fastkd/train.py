@@ -74,8 +74,9 @@ class Trainer:
             setup.student.compile_graphs(layerwise=setup.world.size > 1)  # ranks exchange gradients during a backward
             for method in setup.stages.methods:
                 method.compile_graphs()
-            allowed, needed = torch._dynamo.config, GRAPHS_A_STAGE * len(setup.stages.all)
-            allowed.cache_size_limit = max(allowed.cache_size_limit, needed)  # student and teacher share their code
+            if (count := len(setup.stages.all)) > 1:  # student and teacher of all stages share their code
+                allowed = torch._dynamo.config
+                allowed.recompile_limit = max(allowed.recompile_limit, GRAPHS_A_STAGE * count)
         memory.keep_what_is_freed(self.device)
         self.waiting = waiting.of_this_process() if self.device.type == "cpu" else None
         self.clock = PhaseClock(self.device)
