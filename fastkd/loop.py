@@ -179,9 +179,8 @@ class Loop:
         with phase("a stage's start"):
             self.trainer.enter(number)
         self.decider.stage = number
-        self.totals.progress = math.nextafter(
-            self.stages.stage.start, 1.0
-        )  # what is saved from here on is of this stage
+        # What is saved from here on is of this stage.
+        self.totals.progress = math.nextafter(self.stages.stage.start, 1.0)
         seconds = self.trainer.clock.event("stage")
         self.ledger.event("stage", seconds, stage=number, joules=self.power.joules_since_last())
         name, count = self.stages.stage.method, len(self.stages.all)

@@ -37,18 +37,7 @@ class METHOD(Method):
         self.student_needs = Needs(logits=True)
 
     def loss(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> MethodLoss:
-        from fastkd.kernels.linear_kd import linear_kd
-
-        assert student.head_rows is not None and student.decoder_weight is not None
-        out = linear_kd(
-            student.head_rows,
-            student.decoder_weight,
-            batch.labels,
-            student_bias=student.decoder_bias,
-            kl_weight=0.0,
-            ce_weight=1.0,
-        )
-        return MethodLoss(out.loss, {"ce": out.ce}) * batch.predicted_share
+        return head_cross_entropy(student, batch, "ce")
 
     def loss_flops(self, *, tokens: int, pairs: int, predicted: int) -> int:
         from fastkd.kernels.linear_kd import flops
@@ -63,3 +52,19 @@ class METHOD(Method):
 
         assert student.logits is not None
         return F.cross_entropy(student.logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100)
+
+
+def head_cross_entropy(student: Outputs, batch: Batch, term: str) -> MethodLoss:
+    """The cross-entropy of an MLM head's logits at the predicted positions, under the name ``term`` in the log."""
+    from fastkd.kernels.linear_kd import linear_kd
+
+    assert student.head_rows is not None and student.decoder_weight is not None
+    out = linear_kd(
+        student.head_rows,
+        student.decoder_weight,
+        batch.labels,
+        student_bias=student.decoder_bias,
+        kl_weight=0.0,
+        ce_weight=1.0,
+    )
+    return MethodLoss(out.loss, {term: out.ce}) * batch.predicted_share

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from fastkd.methods import FusedLosses, Method, MethodLoss, Padded, PlainModel, plain_scores
+from fastkd.methods.mlm import head_cross_entropy
 from fastkd.models.needs import Needs, Outputs
 
 if TYPE_CHECKING:
@@ -123,18 +124,8 @@ class METHOD(Method):
         return out
 
     def loss(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> MethodLoss:
-        from fastkd.kernels.linear_kd import linear_kd
-
-        assert student.head_rows is not None and student.decoder_weight is not None and student.replaced is not None
-        out = linear_kd(
-            student.head_rows,
-            student.decoder_weight,
-            batch.labels,
-            student_bias=student.decoder_bias,
-            kl_weight=0.0,
-            ce_weight=1.0,
-        )
-        generator = MethodLoss(out.loss, {"generator": out.ce}) * batch.predicted_share
+        assert student.replaced is not None
+        generator = head_cross_entropy(student, batch, "generator")
         found = self._detection(student.hidden[self.student_config.num_layers], student.replaced).mean()
         total = generator.loss + self.config.detection_weight * found
         return MethodLoss(total, generator.terms | {"detection": found.detach()})
