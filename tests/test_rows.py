@@ -41,6 +41,23 @@ def test_it_is_a_difference_and_no_base() -> None:
     ]
 
 
+def test_an_option_of_its_method_is_one_of_its_values() -> None:
+    row = parse_row("logit_kd:0.5>minilmv2+kd-until=0.2+relation-heads=6+schedule=wsd+divergence=mse")
+    assert row.values == (("schedule", "wsd"), ("divergence", "mse"), ("kd_until", 0.2), ("relation_heads", 6))
+    assert parse_row(row.label) == row
+    resolved = row.resolved(SHARED | {"kd_until": 0.5}, budget_tokens=1)
+    assert (resolved.run.schedule, resolved.method.kd_until, resolved.method.relation_heads) == ("wsd", 0.2, 6)
+    found = differences.of_options(row, [row, parse_row("logit_kd")], SHARED | {"kd_until": 0.5}, [], [])
+    assert found == [
+        "divergence mse, otherwise kl",
+        "kd_until 0.2, otherwise 0.5",
+        "relation_heads 6, otherwise not set",
+    ]
+    assert parse_row("logit_kd+init-from-teacher+kd-until=0.2+schedule=wsd").control == parse_row(
+        "mlm+init-from-teacher+schedule=wsd"
+    )
+
+
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
@@ -49,6 +66,9 @@ def test_it_is_a_difference_and_no_base() -> None:
         ("mlm+mask-rate=many", "mask-rate=… takes a number, got 'many'"),
         ("mlm+schedule=wsd+schedule=linear", "has +schedule twice"),
         ("mlm+warmup=0.1", "mlm takes +init-from-teacher, +optimizer=…, +schedule=…, +mask-rate=…, not +warmup=0.1"),
+        ("logit_kd+kd-until", "kd-until=… takes a number, got ''"),
+        ("mlm+kd-until=0.2", "not +kd-until=0.2"),
+        ("minilmv2+relation-heads=2.5", "relation-heads=… takes a whole number, got '2.5'"),
         ("minilmv2+as-released=yes", "not +as-released=yes"),
     ],
 )

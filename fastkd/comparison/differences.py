@@ -6,6 +6,7 @@ table "What else differs between the rows" of them.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,13 +47,17 @@ def of_options(
     base = base_row(rows)
     mine, theirs = (each.settings(shared) for each in (row, base))
     found = [ROW_OPTIONS[name] for name in row.options]
+    of_methods = {each.name: each.default for each in dataclasses.fields(recipe.options_class(row.method))}
+    for name, value in row.values:
+        if name in of_methods and value != (usual := shared.get(name, of_methods[name])):
+            found.append(f"{name} {value}, otherwise {'not set' if usual is None else usual}")
     if row.control is not None and row.control != row and row.control in rows:
         found.append(f"the same start as {row.control.label}")
     if rates and base_rates and rates != base_rates:
         found.append(f"learning rate {in_words(rates)}, {base.label} has {in_words(base_rates)}")
-    usual = next(iter(teachers(rows, shared)), None)
-    if mine["teacher"] is not None and mine["teacher"] != usual:
-        found.append(f"teacher {mine['teacher']}, other rows have {usual}")
+    teacher = next(iter(teachers(rows, shared)), None)
+    if mine["teacher"] is not None and mine["teacher"] != teacher:
+        found.append(f"teacher {mine['teacher']}, other rows have {teacher}")
     return found + [
         f"{name} {value}, {base.label} has {theirs[name]}"
         for name, value in mine.items()

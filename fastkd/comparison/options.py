@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from fastkd.comparison.rows import controls, parse_rows
 from fastkd.glue.tasks import choose_tasks, parse_limits
-from fastkd.probes.options import NONE, ProbeOptions
+from fastkd.probes import names
 from fastkd.run_config import option
 
 MOST_RATES = 20  # each is twice the one before

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, get_args
 
 from fastkd import config_file, recipe
 from fastkd.config import Resolved, resolve
 from fastkd.run_config import RunConfig
 
-# Options that a row may have for itself: those that are on or off, and what each changes; those that it gives a value.
+# Options that a row may have for itself: those that are on or off, and what each changes; those of any run that it gives a
+# value, besides those of its methods.
 ROW_OPTIONS = {
     "as_released": "the released objective, not the paper's formula",
     "init_from_teacher": "the student starts from teacher layers, not at random",
@@ -56,7 +57,8 @@ class Row:
     @property
     def control(self) -> Row | None:
         """Scratch training from the same start; None if its student starts at random."""
-        return Row("mlm", ("init_from_teacher",), self.teacher, self.values) if self.starts_from_teacher else None
+        values = tuple(each for each in self.values if each[0] in ROW_VALUES)
+        return Row("mlm", ("init_from_teacher",), self.teacher, values) if self.starts_from_teacher else None
 
     def run_options(self, shared: dict[str, Any]) -> dict[str, Any]:
         """The options of its run that are given: the shared ones that its methods read, and its own."""
@@ -150,25 +152,28 @@ def parse_row(spec: str) -> Row:
     """A row from METHOD[+option…][+option=value…][@TEACHER], where METHOD may be a recipe such as minilmv2:0.3>mlm.
 
     Raises:
-        ValueError: an unknown method, an option that a row or its methods do not have, a value that the option does not
+        ValueError: an unknown method, an option that neither a row nor its methods have, a value that the option does not
             take, or a teacher without use.
     """
     head, _, teacher = spec.strip().partition("@")
     named, *given = (part.strip() for part in head.split("+"))
     method = recipe.spelled(named.replace("-", "_"))
-    read = {f.name for f in dataclasses.fields(recipe.options_class(method))} | {"init_from_teacher"}
-    flags, options = [name for name in ROW_OPTIONS if name in read], dict[str, str | float | None]()
+    kinds = config_file.kinds(recipe.options_class(method))
+    flags = [name for name in ROW_OPTIONS if name in {*kinds, "init_from_teacher"}]
+    kinds = {name: config_file.kinds(RunConfig)[name] for name in ROW_VALUES} | kinds
+    valued = {name: kind for name, kind in kinds.items() if kind is not bool}
+    options = dict[str, str | float | None]()
     for each in given:
         flag, equals, text = (part.strip() for part in each.partition("="))
         name = flag.replace("-", "_")
         if name in options:
             raise ValueError(f"row {spec!r} has +{flag} twice: leave one out")
-        if name not in ROW_VALUES and (equals or name not in flags):
-            known = (*flags, *(f"{name}=…" for name in ROW_VALUES))
+        if name not in valued and (equals or name not in flags):
+            known = (*flags, *(f"{name}=…" for name in valued))
             raise ValueError(f"row {spec!r}: {method} takes {', '.join(map(_flag, known))}, not +{each}")
-        options[name] = _value(spec, name, text) if name in ROW_VALUES else None
-    values = tuple((name, options[name]) for name in ROW_VALUES if name in options)
-    row = Row(method, tuple(name for name in options if name not in ROW_VALUES), teacher or None, values)
+        options[name] = _value(spec, name, valued[name], text) if name in valued else None
+    values = tuple((name, options[name]) for name in valued if name in options)
+    row = Row(method, tuple(name for name in options if name not in valued), teacher or None, values)
     if teacher and not recipe.uses_teacher(method) and not row.starts_from_teacher:
         raise ValueError(f"row {spec!r}: {method} trains without a teacher: leave @{teacher} out")
     return row
@@ -178,12 +183,13 @@ def _flag(name: str) -> str:
     return "+" + name.replace("_", "-")
 
 
-def _value(spec: str, name: str, text: str) -> str | float:
+def _value(spec: str, name: str, kind: Any, text: str) -> str | float:
     """An option's value in a row; its range is checked with the row's other options."""
-    kind, value = config_file.kinds(RunConfig)[name], cast("str | float", text)
-    if config_file.is_number(kind):
-        with suppress(ValueError):
-            value = float(text)
+    value: str | float = text
+    for number in (float, int):
+        if number in (kind, *get_args(kind)):
+            with suppress(ValueError):
+                value = number(text)
     if config_file.fits(value, kind):
         return value
     raise ValueError(f"row {spec!r}: {_flag(name)}=… takes {config_file.in_words(kind)}, got {text!r}")
