@@ -46,6 +46,7 @@ STEP = (
     "loss",
 )  # of a step's line
 INNER = {"flops": PARTS, "tokens": ("real", "predicted", "unique")}
+EVALUATIONS = ("glue", "probe")  # events after the end, whose lines name no step
 RECENT = 3  # steps that one rank may have finished and rank 0 not written: ranks are never that many steps apart
 REMEDY = "issue the run's command again, which restores it from a checkpoint"
 
@@ -192,7 +193,7 @@ def read_verified(path: Path) -> list[Record]:
 
 def wrong_field(line: Record) -> str | None:
     """The field that a line lacks or that holds something else: in a ledger without sums, any may have been altered."""
-    needed = STEP if "event" not in line else () if line["event"] == "glue" else ("step", "seconds")
+    needed = STEP if "event" not in line else () if line["event"] in EVALUATIONS else ("step", "seconds")
     for name, kind in FIELDS.items():
         value = line.get(name)
         sound = isinstance(value, kind)

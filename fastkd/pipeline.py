@@ -1,4 +1,4 @@
-"""One run from its options to its report: plan, train, export, report, push.
+"""One run from its options to its report: plan, train, export, probe, report, push.
 
 The same options again resume an interrupted run, and say where a finished one is.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,8 @@ from fastkd.train import Trainer
 READ_AHEAD = 1.05  # text is tokenised ahead of time for this many times the planned steps
 
 
-def run(resolved: Resolved, world: World, console: Console) -> Path:
-    """Do the run, or what is left of it; returns its folder.
+def run(resolved: Resolved, world: World, console: Console, score: Callable[[], None] | None = None) -> Path:
+    """Do the run, or what is left of it; returns its folder. ``score`` is called when the student is there, before the report.
 
     Raises:
         ValueError: a configuration that cannot work, or a folder that holds another run or another process.
@@ -50,6 +50,9 @@ def run(resolved: Resolved, world: World, console: Console) -> Path:
         finished = on_main(world, lambda: has_student(folder))
         if not finished:
             train_and_export(resolved, began, world, console, started)
+        if score is not None:
+            with phase("the probes"):
+                on_main(world, score)
         on_main(world, lambda: report(folder, console))
         push(folder, repository, world, console)
     if finished:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from fastkd import cli, terminal
+from fastkd.probes.names import chosen
 from fastkd.probes.options import ProbeOptions
 
 
@@ -40,7 +41,7 @@ def _main(model: str, options: ProbeOptions) -> int:
     with terminal.stages():
         record = probe(
             model,
-            options.chosen(),
+            chosen(options.probes),
             probe_data=options.probe_data,
             corpus=options.corpus,
             text_field=options.text_field,

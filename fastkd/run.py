@@ -1,4 +1,4 @@
-"""One run under one budget: ``python -m fastkd.run --budget-gpu-hours 24``. Plan, train, export, report.
+"""One run under one budget: ``python -m fastkd.run --budget-gpu-hours 24``. Plan, train, export, probe, report.
 
 Issuing the same command again resumes an interrupted run, and says where a finished one is.
 """
@@ -25,13 +25,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str]) -> int:
     resolved = parse(argv, prog=terminal.called("run"))
     files.check_writable(resolved.output_dir)
-    if not (resolved.output_dir / "final").is_dir():  # a finished run reads nothing again
+    finished = (resolved.output_dir / "final").is_dir()
+    if not finished:  # a finished run reads nothing again
         require_inputs(resolved.run)
     from fastkd import pipeline  # only now: PyTorch takes seconds to load, and neither --help nor a mistake needs it
-    from fastkd.distributed import joined
+    from fastkd.distributed import joined, on_main
+    from fastkd.probes import at_end
 
     with joined() as world, terminal.stages(quiet=not world.is_main), disk.written(resolved.output_dir):
-        pipeline.run(resolved, world, Console(quiet=not world.is_main))
+        if not finished:
+            on_main(world, lambda: at_end.check(resolved.run))
+        console = Console(quiet=not world.is_main)
+        pipeline.run(resolved, world, console, lambda: at_end.probe_student(resolved.output_dir, resolved.run, console))
     return EXIT_OK
 
 

@@ -13,6 +13,7 @@ from fastkd.data.sizes import check_sizes, pack_size
 from fastkd.ledger import replayed_progress
 from fastkd.loggers import check_loggers
 from fastkd.models import shape
+from fastkd.probes import names
 from fastkd.schedule import Schedule
 from fastkd.terminal import LOST
 
@@ -34,8 +35,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),
 }
 BFLOAT16_STREAM = "--residual bfloat16 needs --dtype bfloat16: the products of a float32 run would round their inputs"
-# Options that change what is shown or where it is written, but not what is trained. A run's name leaves them out.
-PRESENTATION = ("output_dir", "push_to_hub", "log_to", "log_every", "trace")
+# Options that change what is shown, scored or written where, but not what is trained. A run's name leaves them out.
+PRESENTATION = ("output_dir", "push_to_hub", "log_to", "log_every", "trace", "probes", "probe_data")
 METHODS = "; ".join(f"{name} ({line})" for name, line in methods.descriptions().items()).replace("%", "%%")
 BUDGETS = ("budget_gpu_hours", "budget_flops", "budget_tokens")
 FREE_TO_CHANGE = (*PRESENTATION, "checkpoint_minutes")  # when a run goes on
@@ -136,6 +137,14 @@ class RunConfig:
     log_to: list[str] = option([], "also log to tensorboard, wandb or trackio")
     log_every: int = option(10, "steps between lines of metrics.jsonl")
     trace: int = option(0, "write a torch.profiler trace of this many steps")
+    probes: str | None = option(
+        None,
+        "probes of the finished student, not charged: tokens, pos, blimp (comma-separated) or none; default: tokens, and what "
+        "--probe-data has files for",
+    )
+    probe_data: list[str] = option(
+        [], "CoNLL-U files (pos), BLiMP's zip or folder (blimp), or a folder that holds any of them"
+    )
 
     @property
     def budget(self) -> Budget:
@@ -174,6 +183,7 @@ class RunConfig:
             raise ValueError("--init-from-teacher needs a teacher: give --teacher")
         shape.parse(self.student)
         check_loggers(self.log_to)
+        names.check(self.probes)
         self._check_batch()
         if self.replay is not None:
             replayed_progress(Path(self.replay))

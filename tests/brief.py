@@ -1,8 +1,9 @@
 """Runs without what takes their seconds and few tests are about: no file operation and no line of a run is left out.
 
-Three steps are timed before a plan instead of up to twenty, no matrix product, and a report's drawings are empty. A module whose
-tests are about plans or drawings asks for the fixture ``in_full``. In the environment of a process, `CHUNK` is how many
-characters are enough for a worker that tokenises, and `PATIENCE` how many seconds it is waited for.
+Three steps are timed before a plan instead of up to twenty, no matrix product, a report's drawings are empty, and a run is probed
+only if it names its ``--probes``. A module whose tests are about plans or drawings asks for the fixture ``in_full``. In the
+environment of a process, `CHUNK` is how many characters are enough for a worker that tokenises, and `PATIENCE` how many seconds it
+is waited for.
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ def shorten(put: Callable[[Any, str, Any], object]) -> None:
 
     from fastkd import planning
     from fastkd.data import tokenise
+    from fastkd.probes import at_end
 
+    probe = at_end.probe_student
+    named = "probe_student", lambda folder, run, console: probe(folder, run, console) if run.probes else None
+
+    put(at_end, *named)
     put(planning, "MEASURED_STEPS", 3)
     put(planning, "measured_matmul_flops", lambda device, dtype: 1e11)
     put(Figure, "savefig", lambda self, file, **given: file.write("<svg ></svg>"))

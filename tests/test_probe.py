@@ -5,12 +5,13 @@ import shutil
 from pathlib import Path
 
 import given_model
+import made_model
 import numpy as np
 import pytest
 from test_blimp import write as write_pairs
 from transformers import AutoTokenizer
 
-from fastkd import probe, run
+from fastkd import ledger, probe, run
 from fastkd.data.assembly import SpecialIds
 from fastkd.data.shards import build_shards
 from fastkd.models import hf
@@ -80,6 +81,46 @@ def test_a_run_its_floor_and_its_ceiling(scored: dict, student: Path, made_teach
     absent = {"absent": "no MLM head: it gives no token a probability"}
     pairs = scored["probes"]["blimp"]["scores"]
     assert pairs["model"] == pairs["untrained"] == absent and [*pairs["teacher"]["paradigms"]] == ["order", "other"]
+
+
+def test_a_run_ends_with_its_probes(
+    light: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*light, "--method", "minilmv2", "--budget-tokens", "4000", "--output-dir", str(tmp_path / "run")]
+    named = ["--probes", "tokens,pos", "--probe-data", str(data)]
+    assert run.main([*options, "--probes", "pos", "--output-dir", str(tmp_path / "none")]) == 2
+    assert "needs a CoNLL-U file" in capsys.readouterr().err and not (tmp_path / "none").exists()
+    assert run.main([*options, *named]) == 0
+    out, path = capsys.readouterr().out, tmp_path / "run" / "probes.json"
+    assert out.index("validation loss") < out.index("tokens: identity of masked tokens") < out.index("report ")
+    made, (end, spent) = path.read_bytes(), ledger.read(tmp_path / "run" / "ledger.jsonl")[-2:]
+    assert json.loads(made)["probes"].keys() == {"tokens", "pos"}
+    assert (end["event"], spent["event"], spent["charged"], spent["probes"]) == (
+        "end",
+        "probe",
+        False,
+        ["tokens", "pos"],
+    )
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "not charged: probe × 1" in page and 'data-name="probe.pos.untrained"' in page
+    assert run.main([*options, *named]) == 0, "nothing is done again"
+    assert path.read_bytes() == made and "tokens:" not in capsys.readouterr().out
+    path.unlink()  # as a kill before it was written leaves it
+    assert run.main([*options, *named]) == 0 and path.read_bytes() == made
+    path.write_text("{}")
+    assert run.main([*options, "--probes", "none"]) == 0 and path.read_text() == "{}"
+
+
+def test_a_student_whose_corpus_is_too_small_is_finished(
+    light: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = tmp_path / "few.txt"
+    few.write_text("\n\n".join(made_model.texts()[:9]))
+    options = ["--method", "mlm", "--corpus", str(few), "--budget-tokens", "2000", "--probes", "tokens"]
+    start = ["--init-from-teacher", "--student", "4L-192H-12A-384I"]
+    assert run.main([*light, *options, *start, "--output-dir", str(tmp_path / "run")]) == 0
+    assert "the student is not probed: " in capsys.readouterr().err
+    assert (tmp_path / "run" / "report.html").is_file() and not (tmp_path / "run" / "probes.json").exists()
 
 
 def check_scores(scores: dict, depth: int, groups: list[int]) -> None:

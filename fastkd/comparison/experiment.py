@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from fastkd.probes.evaluation import Prober
 
 # Options that change neither what is trained nor the fine-tuned scores: the same folder holds both.
-UNTRAINED = ("controls", "probes", "probe_data", "plan_only", "json")
+UNTRAINED = ("controls", "plan_only", "json")
 
 
 class Comparison:

@@ -23,7 +23,7 @@ class CompareConfig:
     methods: str = option(
         "mlm,tinybert,minilm,minilmv2",
         "rows, separated by commas: METHOD, or a recipe such as 'minilmv2:0.3>mlm', with "
-        "[+as-released][+init-from-teacher][+OPTION=VALUE][@TEACHER]; OPTION is optimizer, schedule or mask-rate",
+        "[+as-released][+init-from-teacher][+OPTION=VALUE][@TEACHER]; OPTION is optimizer, schedule, mask-rate or of the method",
     )
     match: Literal["gpu-seconds", "flops"] = option("gpu-seconds", "what every row gets the same amount of")
     budget_gpu_hours: list[float] = option([], "GPU-hours a row; several give the crossover curve")
@@ -75,8 +75,7 @@ class CompareConfig:
         if self.epochs_cap is not None and not 0 < self.epochs_cap < float("inf"):
             raise ValueError(f"--epochs-cap must be above zero and finite, got {self.epochs_cap:g}")
         self._check_glue()
-        if self.probes != NONE:
-            ProbeOptions(probes=self.probes).check()
+        names.check(self.probes)
 
     def _check_glue(self) -> None:
         parse_limits(self.glue_train_rows, "--glue-train-rows")

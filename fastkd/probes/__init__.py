@@ -1,7 +1,8 @@
 """``fastkd.probes``: what can be read out of a frozen encoder, with or without an MLM head. What each file does:
 
+    at_end.py        of a run's student, when it is finished
     evaluation.py    checks everything, scores the model and its references, and writes probes.json
-      options.py       the options of ``fastkd probe``;  labelled.py: the files that --probe-data names
+      options.py       the options of ``fastkd probe``;  names.py: the probes;  labelled.py: the files that --probe-data names
       subject.py       a model as it is scored: the one that is named, random weights as floor, a teacher as ceiling
       yardstick.py     the items of all probes for one tokenizer, and the scores of an encoder on them
         items.py         texts, the positions in them that are read, and their labels

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastkd import __version__, disk, files, quickstart
+import torch
+
+from fastkd import __version__, chain, disk, files, quickstart
 from fastkd.data import corpus as corpora
 from fastkd.data.progress import Progress
 from fastkd.data.shards import Shards
@@ -19,7 +22,7 @@ from fastkd.models.hf import Loaded
 from fastkd.models.teacher import encoding_digest
 from fastkd.probes import blimp, labelled
 from fastkd.probes.labelled import Labelled
-from fastkd.probes.options import NONE, ProbeOptions
+from fastkd.probes.names import NONE, chosen
 from fastkd.probes.subject import Subject
 from fastkd.probes.yardstick import Yardstick
 from fastkd.run_config import RunConfig
@@ -121,7 +124,8 @@ class Bench:
             self.write(folder, [subject])
 
     def write(self, folder: Path, subjects: Iterable[Subject]) -> Record:
-        """Score models into ``folder/probes.json``; returns what that holds."""
+        """Score models into ``folder/probes.json``; returns what that holds. If it is a run's, its ledger gets a line."""
+        start = time.perf_counter()
         about = self.yardstick.record()
         record: Record = self.about | {
             "models": {},
@@ -133,6 +137,12 @@ class Bench:
                 record["probes"][name]["scores"][subject.label] = scores
         with disk.written(folder):
             files.write(folder / NAME, json.dumps(files.finite(record), allow_nan=False) + "\n")
+            if (ledger := folder / "ledger.jsonl").is_file():
+                spent = {"event": "probe", "seconds": time.perf_counter() - start, "charged": False}
+                device = "cuda" if torch.cuda.is_available() else "cpu"
+                chain.append(
+                    ledger, spent | {"probes": list(about), "models": list(record["models"]), "device": device}
+                )
         log.info("written to %s", folder / NAME)
         return record
 
@@ -155,14 +165,14 @@ class Prober:
     """Probes many models, all by the same probes on the same items: the rows of a comparison."""
 
     def __init__(self, probes: str | None, data: Sequence[str]) -> None:
-        """``probes``: as `ProbeOptions` takes them, or ``none``; ``data``: as ``--probe-data``.
+        """``probes``: as ``--probes`` of a comparison; ``data``: as ``--probe-data``.
 
         Raises:
             ValueError: an unknown probe, or data that is missing or damaged.
         """
         self.asked, self.wanted = probes is not None, tuple[str, ...]()
         if probes != NONE:
-            self.wanted, self._data = labelled.read(ProbeOptions(probes=probes).chosen(), data)
+            self.wanted, self._data = labelled.read(chosen(probes), data)
         self._bench: Bench | None = None  # until it is prepared
         self._probed: set[Path] = set()  # folders whose scores are on its items
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastkd.probes.names import chosen
 from fastkd.run_config import option
-
-PROBES = ("tokens", "pos", "blimp")
-NONE = "none"  # of a comparison's probes
 
 
 @dataclass(frozen=True)
@@ -38,20 +36,6 @@ class ProbeOptions:
         Raises:
             ValueError: naming the option.
         """
-        self.chosen()
+        chosen(self.probes)
         if self.pairs < 1:
             raise ValueError(f"--pairs must be at least 1, not {self.pairs}")
-
-    def chosen(self) -> tuple[str, ...] | None:
-        """The probes that were asked for, in their order; None: those that there are data for.
-
-        Raises:
-            ValueError: an unknown one.
-        """
-        if self.probes is None:
-            return None
-        named = [name.strip() for name in self.probes.split(",")]
-        for name in named:
-            if name not in PROBES:
-                raise ValueError(f"unknown probe {name!r}: choose from {', '.join(PROBES)}")
-        return tuple(name for name in PROBES if name in named)

@@ -28,6 +28,7 @@ from fastkd.reports.descriptions import (
 from fastkd.reports.expenses import arithmetic_table, efficiency_table, seconds_bar, seconds_table, stage_table
 from fastkd.reports.learning_curves import held_out_table, learning_plots, points_table
 from fastkd.reports.page import NOT_INCLUDED, render, teacher_note
+from fastkd.reports.probe_table import probe_table
 from fastkd.reports.tables import Cell, Cells, Table, numeric, settings_table, share, signed_percent
 from fastkd.run_folder import Run, made_from, read_run
 
@@ -59,6 +60,7 @@ def _contents(run: Run) -> Record:
         "plots": learning_plots(run),
         "held_out": held_out_table(run),
         "points": points_table(run),
+        "probes": probe_table(run.folder),
         "arithmetic": arithmetic_table(run),
         "efficiency": efficiency_table(run),
         "environment": settings_table({**run.environment, "command": None}, "environment"),
