@@ -13,6 +13,7 @@ from report_page import Page
 
 from fastkd.comparison.report import build_comparison
 from fastkd.comparison.results import read_results, row_from_run, write_results
+from fastkd.reports import forest
 
 pytestmark = pytest.mark.usefixtures("in_full")
 FLOPS = {"mlm": (2e14, 0.0, 1e12), "minilmv2": (1.5e14, 1.2e14, 4e12)}
@@ -208,7 +209,9 @@ def test_a_page_needs_nothing_from_elsewhere(built: Path) -> None:
 def test_results_md_shows_the_plots_beside_it(built: Path) -> None:
     shown = re.findall(r"!\[[^]]*\]\((plots/[^)]+)\)", (built / "RESULTS.md").read_text())
     assert sorted(shown) == sorted(f"plots/{path.name}" for path in (built / "plots").iterdir())
-    assert len(shown) == 2 * 2 + 2 + 2  # two scores in two units, two stacked bars, two methods' losses
+    assert (
+        len(shown) == 2 * 2 + 2 + 2 + 2
+    )  # two scores in two units and as differences, two stacked bars, two methods' losses
 
 
 def test_plots_of_an_earlier_build_do_not_stay(tmp_path: Path) -> None:
@@ -246,3 +249,14 @@ def test_the_quickstart_teacher_is_told(tmp_path: Path) -> None:
         write_results(tmp_path, four_rows(), match="gpu-seconds", ancestors=ancestors, environment={}, command=["x"])
         assert ("NLI and paraphrase" in build_comparison(tmp_path).read_text()) == told
         assert ("NLI and paraphrase" in (tmp_path / "RESULTS.md").read_text()) == told
+
+
+def test_a_wide_interval_is_cut_and_does_not_hide_the_others() -> None:
+    rows = [forest.Estimate("narrow", 2.0, 0.5, True), forest.Estimate("wide", 1.0, 90.0, False)]
+    low, high = forest._limits(rows)
+    assert low == pytest.approx(-4.32) and high == pytest.approx(4.32)  # twice the largest difference, and a margin
+    assert forest._limits(rows[:1])[0] == pytest.approx(-0.1), "0 is on the axis"
+    unknown = [forest.Estimate("equal", 0.0, None, False)]
+    assert forest._limits(unknown)[0] < 0 < forest._limits(unknown)[1]
+    drawn = forest.forest("d", rows, title="score", x_label="less scratch")
+    assert drawn == forest.forest("d", rows, title="score", x_label="less scratch") and drawn.startswith("<svg")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from fastkd import files, quantities
 from fastkd.comparison import claims, tables
-from fastkd.comparison.results import Results, read_results
-from fastkd.reports import bars, plots
+from fastkd.comparison.results import Results, lower_is_better, read_results
+from fastkd.reports import bars, forest, plots
 from fastkd.reports.page import NOT_INCLUDED, fenced, render, teacher_note
 from fastkd.reports.tables import settings_table
 
@@ -64,8 +64,13 @@ def _against(results: Results) -> list[Record]:
     """For each headline score that two rows have: its name, its table, and what its intervals rest on."""
     found = [(score, tables.claims_table(results, score)) for score in results.headline]
     return [
-        {"score": score, "table": table, "basis": claims.basis(claims.against(results, "best", score))}
-        for score, table in found
+        {
+            "score": score,
+            "table": table,
+            "basis": claims.basis(claims.against(results, "best", score)),
+            "plot": f"difference-{place}",
+        }
+        for place, (score, table) in enumerate(found)
         if table.rows
     ]
 
@@ -76,6 +81,7 @@ def _plots(results: Results) -> dict[str, Markup]:
     for place, score in enumerate(results.headline):
         for field, unit in (("charged_s", "gpu-seconds"), ("flops", "flops")):
             drawn |= _score_plot(results, score, field, unit, f"score-{place}-{unit}")
+        drawn |= _difference_plot(results, score, f"difference-{place}")
     drawn |= _bars(results, "seconds", "phase_s", "Where the GPU-seconds went", "gpu-seconds")
     drawn |= _bars(results, "arithmetic", "flops_by_part", "Where the FLOPs went", "flops")
     return drawn | _loss_plots(results)
@@ -108,6 +114,18 @@ def _score_plot(results: Results, score: str, field: str, unit: str, name: str) 
     ]
     scale, unit_name = quantities.budget_scale(reached, unit)
     return {name: plots.scores(name, series, levels, title=score, x_label=f"{unit_name} spent", x_scale=scale)}
+
+
+def _difference_plot(results: Results, score: str, name: str) -> dict[str, Markup]:
+    """A score's differences from scratch training; none if no row has one."""
+    found = claims.against(results, "scratch", score)
+    rows = [
+        forest.Estimate(results.name_of(claim.arm), claim.difference.mean, claim.difference.half_width, claim.holds)
+        for claim in found
+    ]
+    better = "lower" if lower_is_better(score) else "higher"
+    label = f"less that of scratch training; {better} is better"
+    return {name: forest.forest(name, rows, title=score, x_label=label)} if rows else {}
 
 
 def _points(results: Results, label: str, score: str, field: str) -> plots.Points:
