@@ -192,8 +192,7 @@ class Loop:
         """Give a step to the device; where memory runs out, halve the micro-batch and repeat it."""
         trainer, number = self.trainer, self.number
         trainer.clock.mark("data")
-        within = self.stages.stage.progress(progress)
-        lr = schedule.learning_rate(within, self.setup.lr, self.config.warmup, self.config.schedule)
+        lr = schedule.learning_rate(progress, self.setup.lr, self.config.warmup, self.config.schedule)
         if self.config.dropout:
             torch.manual_seed(self.config.seed + number * self.world.size + self.world.rank)
         loss, norm, terms = self._step_within_memory(batches, lr)

@@ -26,22 +26,12 @@ class Stage:
     options: Any  # the method's Config
     start: float
     end: float
-    opens: float  # progress at which its schedule, and its optimiser, began: its own start, unless it goes on with them
-    closes: float  # progress at which its schedule ends
+    goes_on: bool  # with the optimiser of the stage before, which is an earlier part of the same method
 
     @property
     def share(self) -> float:
         """Its share of the budget."""
         return self.end - self.start
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether it goes on with the schedule and the optimiser of the stage before."""
-        return self.opens < self.start
-
-    def progress(self, progress: float) -> float:
-        """A run's progress as that of the stage's schedule, in [0, 1]."""
-        return (progress - self.opens) / (self.closes - self.opens)
 
 
 def spelled(spec: str) -> str:
@@ -150,7 +140,7 @@ def _part(options: Any, cls: Any) -> Any:
 def stages(spec: str, options: Any) -> tuple[Stage, ...]:
     """The stages of a recipe, from progress 0 to 1.
 
-    A method may itself divide its time (``Method.parts``): its parts share a schedule and an optimiser.
+    A method may itself divide its time (``Method.parts``): its parts share an optimiser.
     """
     found: list[Stage] = []
     start = 0.0
@@ -158,10 +148,10 @@ def stages(spec: str, options: Any) -> tuple[Stage, ...]:
         end = 1.0 if share is None else start + share
         module = methods.load(name)
         own = _part(options, module.Config)
-        opens = start
+        opened = start
         for until, part in module.METHOD.parts(own):
-            stop = end if until == 1 else opens + until * (end - opens)
-            found.append(Stage(name, part, start, stop, opens, end))
+            stop = end if until == 1 else opened + until * (end - opened)
+            found.append(Stage(name, part, start, stop, goes_on=start > opened))
             start = stop
     return tuple(found)
 

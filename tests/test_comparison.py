@@ -13,7 +13,7 @@ from report_page import Page
 
 from fastkd.comparison.report import build_comparison
 from fastkd.comparison.results import read_results, row_from_run, write_results
-from fastkd.reports import forest
+from fastkd.reports import forest, plots
 
 pytestmark = pytest.mark.usefixtures("in_full")
 FLOPS = {"mlm": (2e14, 0.0, 1e12), "minilmv2": (1.5e14, 1.2e14, 4e12)}
@@ -260,3 +260,9 @@ def test_a_wide_interval_is_cut_and_does_not_hide_the_others() -> None:
     assert forest._limits(unknown)[0] < 0 < forest._limits(unknown)[1]
     drawn = forest.forest("d", rows, title="score", x_label="less scratch")
     assert drawn == forest.forest("d", rows, title="score", x_label="less scratch") and drawn.startswith("<svg")
+
+
+def test_a_legend_is_as_wide_as_its_plot_and_no_two_rows_look_alike() -> None:
+    assert plots._legend_columns(["mlm", "tinybert"], 4.7) == 3
+    assert plots._legend_columns(["mlm", "minilmv2:0.3>mlm +init-from-teacher"], 4.7) == 1
+    assert len({(colour, marker) for colour, _, marker in plots.LINE_STYLES}) == len(plots.LINE_STYLES) == 12

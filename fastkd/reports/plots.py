@@ -34,6 +34,9 @@ LINE_STYLES: tuple[tuple[str, Any, str], ...] = (
     (SKY, "-", "X"),
     ("#777777", (0, (4, 1)), "*"),
     ("#8C510A", (0, (2, 1)), "<"),
+    ("#332288", (0, (4, 1, 1, 1)), ">"),
+    ("#882255", (0, (6, 1, 2, 1)), "p"),
+    ("#117733", (0, (1, 2)), "h"),
 )
 INK, FAINT = "#222222", "#DDDDDD"
 STYLE: dict[Any, Any] = {
@@ -185,9 +188,19 @@ def scores(
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
         handles, _ = axes.get_legend_handles_labels()
-        figure.legend(handles=handles, loc="lower left", ncols=3, handlelength=2.2, columnspacing=1.2)
-        fit(figure, axes, legend_rows=-(-len(handles) // 3))
+        columns = _legend_columns([points.label for points in series], figure.get_size_inches()[0])
+        figure.legend(handles=handles, loc="lower left", ncols=columns, handlelength=2.2, columnspacing=1.2)
+        rows = -(-len(handles) // columns)
+        figure.set_figheight(3.3 + 0.175 * max(0, rows - 3))
+        fit(figure, axes, legend_rows=rows)
         return to_svg(figure, name, f"{title}; horizontal: {x_label}")
+
+
+def _legend_columns(labels: Sequence[str], width: float) -> int:
+    """How many columns of a legend with these labels, at most three, are not wider than ``width`` inches."""
+    font = FontProperties(size=STYLE["legend.fontsize"])
+    widest = max(text_to_path.get_text_width_height_descent(label, font, False)[0] for label in labels) / 72
+    return int(min(3, max(1, width // (widest + 0.5))))  # 0.5: a handle and the space between columns
 
 
 def _draw_points(axes: Any, points: Points, style: tuple[str, Any, str], x_scale: float, aside: float) -> None:
