@@ -10,8 +10,9 @@ import pytest
 from report_page import Page
 
 from fastkd import compare, run
-from fastkd.comparison import differences
+from fastkd.comparison import claims, differences
 from fastkd.comparison.report import build_comparison
+from fastkd.comparison.results import read_results
 from fastkd.comparison.rows import ROW_OPTIONS, Row, base_row, parse_row, teachers
 from fastkd.comparison.scores import Scorer
 from fastkd.comparison.tuning import candidates, searched, tune
@@ -394,4 +395,5 @@ def test_every_row_and_reference_is_probed(seconds_matched: Path) -> None:
     assert all(0 <= each["scores"]["token probe"] <= 100 for each in scored) and len(scored) == 6
     assert found["headline"][0] == "token probe" and "held-out MLM loss" in found["headline"]
     assert all((seconds_matched / row["items"]).is_file() for row in found["rows"])
-    assert "items and 2 seeds" in (seconds_matched / "RESULTS.md").read_text()
+    compared = [claim.difference for claim in claims.against(read_results(seconds_matched), "scratch", "token probe")]
+    assert [difference.seeds for difference in compared] == [2] and compared[0].items > 1
