@@ -209,9 +209,8 @@ def test_a_page_needs_nothing_from_elsewhere(built: Path) -> None:
 def test_results_md_shows_the_plots_beside_it(built: Path) -> None:
     shown = re.findall(r"!\[[^]]*\]\((plots/[^)]+)\)", (built / "RESULTS.md").read_text())
     assert sorted(shown) == sorted(f"plots/{path.name}" for path in (built / "plots").iterdir())
-    assert (
-        len(shown) == 2 * 2 + 2 + 2 + 2
-    )  # two scores in two units and as differences, two stacked bars, two methods' losses
+    # Two scores in two units and as differences, two stacked bars, two methods' losses.
+    assert len(shown) == 2 * 2 + 2 + 2 + 2
 
 
 def test_plots_of_an_earlier_build_do_not_stay(tmp_path: Path) -> None:

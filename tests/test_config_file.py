@@ -20,15 +20,8 @@ SURROGATE = st.characters(categories=["Cs"])
 TEXT = st.text(st.one_of(st.characters(), SURROGATE, st.sampled_from("'\"\\\n\r\t\x00\x07\x1b\x7f\x85\u2028#[]=")))
 
 
-CHECKED = {
-    "preset",
-    "method",
-    "student",
-    "micro_batch",
-    "log_to",
-    "replay",
-    "probes",
-}  # options that take some texts only
+# Options that take some texts only.
+CHECKED = {"preset", "method", "student", "micro_batch", "log_to", "replay", "probes"}
 OPTIONS = {name: kind for name, kind in config_file.kinds(RunConfig).items() if name not in CHECKED}
 TEXTS = {name: TEXT for name, kind in OPTIONS.items() if kind in (str, str | None)} | {
     name: st.lists(TEXT, min_size=1, max_size=3) for name, kind in OPTIONS.items() if kind == list[str]

@@ -42,8 +42,8 @@ def probe_student(folder: Path, run: RunConfig, console: Console) -> None:
         return
     asked = chosen(run.probes)
     try:
-        wanted, _ = labelled.read(asked, run.probe_data)
-        if set(wanted) <= _made(folder):
+        made = _made(folder)
+        if made and made.issuperset(labelled.read(asked, run.probe_data)[0]):
             return
         with hub.pinned(read_opening(folder).environment.get("corpus_sources", [])):
             record = probe(folder, asked, probe_data=run.probe_data)
