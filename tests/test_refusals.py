@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fastkd import plan, run
+from fastkd import pipeline, plan, run
 
 TOKENS = ["--budget-tokens", "12000"]
 
@@ -190,8 +190,13 @@ def test_a_folder_with_something_else_in_it(small: list[str], tmp_path: Path, ca
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 
 
-def test_a_budget_that_set_up_uses_up_exports_nothing(from_scratch: list[str], tmp_path: Path, capsys) -> None:
-    options = [*from_scratch, "--method", "mlm", "--budget-gpu-hours", "0.00006", "--charge", "all"]
+def test_a_budget_that_set_up_uses_up_exports_nothing(
+    from_scratch: list[str], tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = pipeline.train
+    budget, setup = 0.001, 60.0  # hours, longer than a step on any machine; seconds, longer than the budget
+    monkeypatch.setattr(pipeline, "train", lambda *measured, setup_seconds: train(*measured, setup_seconds=setup))
+    options = [*from_scratch, "--method", "mlm", "--budget-gpu-hours", str(budget), "--charge", "all"]
     error = refused([*options, "--output-dir", str(tmp_path / "run")], capsys, code=3)
     assert "none is left for a step" in error
     assert not (tmp_path / "run" / "final").exists()
