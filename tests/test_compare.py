@@ -390,10 +390,11 @@ def test_a_search_ends_where_the_teacher_is_to_blame(tmp_path: Path) -> None:
 
 
 def test_every_row_and_reference_is_probed(seconds_matched: Path) -> None:
-    found = results(seconds_matched)
+    found, reports = results(seconds_matched), seconds_matched.glob("rows/*/report.html")
     scored = [*found["rows"], *found["references"]]
     assert all(0 <= each["scores"]["token probe"] <= 100 for each in scored) and len(scored) == 6
     assert found["headline"][0] == "token probe" and "held-out MLM loss" in found["headline"]
+    assert ['data-name="probe.tokens.model"' in report.read_text() for report in reports] == [True] * 4
     assert all((seconds_matched / row["items"]).is_file() for row in found["rows"])
     compared = [claim.difference for claim in claims.against(read_results(seconds_matched), "scratch", "token probe")]
     assert [difference.seeds for difference in compared] == [2] and compared[0].items > 1

@@ -25,6 +25,7 @@ from fastkd.probes.labelled import Labelled
 from fastkd.probes.names import NONE, chosen
 from fastkd.probes.subject import Subject
 from fastkd.probes.yardstick import Yardstick
+from fastkd.reports.run_report import build_report
 from fastkd.run_config import RunConfig
 from fastkd.run_folder import read_opening, refuse_links
 from fastkd.setup import build_corpus, load_model
@@ -124,7 +125,8 @@ class Bench:
             self.write(folder, [subject])
 
     def write(self, folder: Path, subjects: Iterable[Subject]) -> Record:
-        """Score models into ``folder/probes.json``; returns what that holds. If it is a run's, its ledger gets a line."""
+        """Score models into ``folder/probes.json``; returns what that holds. If it is a run's, its ledger gets a line and
+        its report the scores."""
         start = time.perf_counter()
         about = self.yardstick.record()
         record: Record = self.about | {
@@ -143,6 +145,8 @@ class Bench:
                 chain.append(
                     ledger, spent | {"probes": list(about), "models": list(record["models"]), "device": device}
                 )
+            if (folder / "report.html").is_file():
+                build_report(folder)
         log.info("written to %s", folder / NAME)
         return record
 
