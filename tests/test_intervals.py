@@ -12,6 +12,7 @@ from scipy import stats
 
 from fastkd.comparison import t_distribution
 from fastkd.comparison.intervals import Difference, Scores, holm, paired
+from fastkd.comparison.items import by_text
 
 # ---- Student's t ---------------------------------------------------------------------------------------------
 
@@ -148,6 +149,22 @@ def right_or_wrong(seeds: int, items: int, between: float, chance: np.random.Gen
         yield right[0], right[1], expected[0] - expected[1]
 
 
+def of_texts(seeds: int, between: float, chance: np.random.Generator) -> Iterator[tuple]:
+    """Pairs of rows some 20 points apart, right or wrong in 400 texts of 1 to 39 items: P(right) is logistic in a row's
+    ability, which moves by `between` from seed to seed, and a text's ease."""
+    abilities, ease = np.array([1.5, 0.4]), 0.8
+    nodes, weights = np.polynomial.hermite_e.hermegauss(80)
+    spread = (ease**2 + between**2) ** 0.5
+    expected = [float(weights @ (1 / (1 + np.exp(-(mean + spread * nodes)))) / weights.sum()) for mean in abilities]
+    while True:
+        sizes = chance.integers(1, 40, 400)
+        logits = abilities[:, None, None] + between * chance.normal(size=(2, seeds, 1)) + ease * chance.normal(size=400)
+        likely = np.repeat(1 / (1 + np.exp(-logits)), sizes, axis=-1)
+        right = chance.random(likely.shape) < likely
+        own, other = (np.stack([by_text(each, sizes.tolist()) for each in row]) for row in right)
+        yield own, other, expected[0] - expected[1]
+
+
 def coverage(pairs: Iterator[tuple], trials: int) -> float:
     found = [(paired(own, other), truth) for own, other, truth in islice(pairs, trials)]
     return float(np.mean([abs(difference.mean - truth) <= difference.half_width for difference, truth in found]))
@@ -187,4 +204,12 @@ def test_it_holds_the_truth_in_93_to_97_of_100_trials(seeds: int, share: float, 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 def test_it_does_so_for_right_and_wrong(seeds: int, between: float, items: int) -> None:
     pairs = right_or_wrong(seeds, items, between, np.random.default_rng([seeds, items, int(100 * between)]))
+    assert 0.93 <= coverage(pairs, 1000) <= 0.97
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("between", [0.0, 0.05, 0.2])
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_it_does_so_for_texts_of_many_lengths(seeds: int, between: float) -> None:
+    pairs = of_texts(seeds, 0.0 if seeds == 1 else between, np.random.default_rng([seeds, int(100 * between)]))
     assert 0.93 <= coverage(pairs, 1000) <= 0.97

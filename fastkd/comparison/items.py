@@ -106,20 +106,27 @@ def scores_of(record: Record) -> dict[str, float]:
 
 
 def items_of(record: Record) -> dict[str, Items]:
-    """Each score of a probes.json by text, of BLiMP by paradigm: [G], whose mean is the score as a share; by the score's name.
-
-    What is asked of one text is not independent, so the text is what is drawn: its number of right items, times texts over items.
-    """
+    """Each score of a probes.json by text, of BLiMP by paradigm: [G], whose mean is the score as a share; by the score's name."""
     found = {}
     for name, about in record["probes"].items():
         scores, sizes = about["scores"]["model"], about["groups"]
         if "layers" in scores:
             right = unpacked(scores["layers"][scores["best"]]["right"], about["items"])
-            number = np.repeat(np.arange(len(sizes)), sizes)
-            found[TITLES[name]] = np.bincount(number, right, len(sizes)) * len(sizes) / about["items"]
+            found[TITLES[name]] = by_text(right, sizes)
         elif len(scores.get("paradigms", ())) > 1:
             found[TITLES[name]] = np.array(list(scores["paradigms"].values()))
     return found
+
+
+def by_text(right: NDArray[np.bool_], sizes: Sequence[int]) -> Items:
+    """The parts [G] of texts with ``sizes`` items in the share p of n items that are right [n]: p + (right_g − p n_g) G/n.
+
+    What is asked of one text is not independent, so the text is what is drawn, and p is a ratio of two sums over texts.
+    Linearised as here, a long text differs from a short one only in how sure its share is, as in ``probes.scores.standard_error``.
+    """
+    number, share = np.repeat(np.arange(len(sizes)), sizes), right.mean()
+    parts: Items = share + np.bincount(number, right - share, len(sizes)) * len(sizes) / len(right)
+    return parts
 
 
 def digests_of(record: Record) -> dict[str, str]:
