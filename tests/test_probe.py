@@ -107,6 +107,11 @@ def test_a_run_ends_with_its_probes(
     assert path.read_bytes() == made and "tokens:" not in capsys.readouterr().out
     path.unlink()  # as a kill before it was written leaves it
     assert run.main([*options, *named]) == 0 and path.read_bytes() == made
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("dev", "test"):
+        (other / f"o-{name}.conllu").write_text((data / "made-dev.conllu").read_text())
+    assert run.main([*options, "--probes", "tokens,pos", "--probe-data", str(other)]) == 0 and path.read_bytes() != made
     path.write_text("{}")
     assert run.main([*options, "--probes", "none"]) == 0 and path.read_text() == "{}"
 

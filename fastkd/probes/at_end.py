@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastkd.data import hub
+from fastkd.models import tokenizer as tokenizers
 from fastkd.probes import labelled
 from fastkd.probes.evaluation import NAME, probe
 from fastkd.probes.names import NONE, chosen
 from fastkd.probes.scores import lines
+from fastkd.probes.yardstick import Yardstick
 from fastkd.run_folder import read_opening
 
 if TYPE_CHECKING:
+    from fastkd.probes.labelled import Labelled
     from fastkd.run_config import RunConfig
     from fastkd.terminal import Console
 
@@ -42,8 +45,7 @@ def probe_student(folder: Path, run: RunConfig, console: Console) -> None:
         return
     asked = chosen(run.probes)
     try:
-        made = _made(folder)
-        if made and made.issuperset(labelled.read(asked, run.probe_data)[0]):
+        if _made(folder, *labelled.read(asked, run.probe_data)):
             return
         with hub.pinned(read_opening(folder).environment.get("corpus_sources", [])):
             record = probe(folder, asked, probe_data=run.probe_data)
@@ -54,10 +56,12 @@ def probe_student(folder: Path, run: RunConfig, console: Console) -> None:
         console.print(line)
 
 
-def _made(folder: Path) -> set[str]:
-    """The probes that a run's student has scores of."""
+def _made(folder: Path, wanted: tuple[str, ...], data: Labelled) -> bool:
+    """Whether a run's student has scores by these probes, on this data."""
     try:
         found = json.loads((folder / NAME).read_bytes())["probes"]
-        return {name for name, each in found.items() if "model" in each["scores"]}
+        about = Yardstick.of(tokenizers.load(str(folder / "final")), None, data).record()
+        same = all(found[name]["items_sha256"] == each["items_sha256"] for name, each in about.items())
+        return same and all("model" in found[name]["scores"] for name in wanted)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return set()
+        return False
