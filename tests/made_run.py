@@ -66,7 +66,7 @@ def make_run(folder: Path, *, devices: int = 1, joules: bool = False, plan: dict
                 charged += taken * devices
                 ledger.append(event_line(event, taken, step, True, charged))
             metrics.append({"event": "validation", "step": step, "progress": 0.5, "charged_s": charged,
-                            "tokens": 4_091 * step, "loss": 2.9, "accuracy": 0.231})  # fmt: skip
+                            "tokens": 4_091 * step, "loss": 2.9, "mlm_loss": 3.1, "accuracy": 0.231})  # fmt: skip
     ledger.append(event_line("export", 0.9, 57, False, charged))
     write_lines(folder / "ledger.jsonl", ledger)
     write_lines(folder / "metrics.jsonl", metrics)

@@ -111,11 +111,9 @@ def _hub_datasets(run: Run) -> list[str]:
 
 
 def _held_out(run: Run, datasets: Sequence[str]) -> list[EvalResult]:
-    """The last loss on the held-out text, and the accuracy if there is one."""
-    last = next((line for line in reversed(run.validations) if line["loss"] is not None), None)
-    if last is None:
-        return []
-    values = {"loss": last["loss"], "accuracy": last.get("accuracy")}
+    """Cross-entropy and accuracy of the MLM head on the held-out text, where it was scored last; a method's own loss is none."""
+    last = run.validations[-1] if run.validations else {}
+    values = {"loss": last.get("mlm_loss"), "accuracy": last.get("accuracy")}
     name = ", ".join(map(str, run.config.get("corpus", []))) or "the corpus"
     return [
         EvalResult(
