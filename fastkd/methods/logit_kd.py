@@ -85,6 +85,8 @@ class Config:
             raise ValueError("--kl-weight must be above 0, --ce-weight and --cosine-weight not below 0, and all finite")
         if self.as_released and self.divergence != "kl":
             raise ValueError(f"--as-released is the KL: leave it out, or --divergence {self.divergence}")
+        if self.as_released and (self.temperature != Config.temperature or self.cosine_weight):
+            raise ValueError("--as-released has T 1 and no cosine: leave it out, or --temperature and --cosine-weight")
         if self.divergence == "mse" and self.temperature != Config.temperature:
             raise ValueError(f"--divergence mse has no temperature: leave out --temperature {self.temperature:g}")
         if not 0 < self.kd_until <= 1:
