@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -160,11 +160,11 @@ def parse_with(own: Any, argv: Sequence[str], prog: str, *, needs_budget: bool =
 
 
 def split_options(
-    argv: Sequence[str], own: Any, prog: str, check: Callable[[Any, dict[str, Any]], None]
+    argv: Sequence[str], own: Any, prog: str, check: Callable[[Any, dict[str, Any], Collection[str]], None]
 ) -> tuple[Any, dict[str, Any]]:
     """Read a command line that holds the options of ``own`` (a dataclass) besides those of runs and of all methods.
 
-    Returns an ``own`` and the runs' explicit options, once ``check`` has seen both.
+    Returns an ``own`` and the runs' explicit options, once ``check`` has seen both, and which of these are not from a file.
 
     Raises:
         ValueError: an unknown option, a value of the wrong kind, or what ``check`` raises.
@@ -178,7 +178,7 @@ def split_options(
 
     def with_file(preset: str) -> dict[str, Any]:
         shared = _shared_of(file, preset, {f.name for f in dataclasses.fields(own)}) | explicit
-        check(mine, {"preset": preset} | shared)
+        check(mine, {"preset": preset} | shared, explicit)
         return shared
 
     return mine, _settled({}, file, with_file)

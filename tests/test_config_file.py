@@ -82,7 +82,7 @@ RUNS = [
     [],
     ["--method", "mlm"],
     ["--method", "mlm", "--init-from-teacher", "--student", "6L-384H-12A"],
-    ["--method", "logit_kd", "--teacher", "runs/larger", "--temperature", "3", "--as-released"],
+    ["--method", "logit_kd", "--teacher", "runs/larger", "--ce-weight", "0.3", "--as-released"],
     ["--lr", "1e-3", "--corpus", "a.txt", "b [1].txt", "--compile", "false", "--seed", "3"],
     ["--relation-heads", "24", "--log-to", "tensorboard", "--log-every", "3"],
 ]
@@ -220,6 +220,8 @@ def test_a_comparison_takes_what_holds_for_every_row(tmp_path: Path) -> None:
     path = written(tmp_path / "x", [*options, "--corpus", "a.txt"])
     argv = ["--config", str(path), "--budget-gpu-hours", "2", "--lr", "2e-3"]
     own, shared = split_options(argv, CompareConfig, "", check)
+    with pytest.raises(ValueError, match="reads --temperature: leave it out"):
+        split_options([*argv, "--temperature", "2"], CompareConfig, "", check)
     assert own.budget_gpu_hours == [2.0]
     assert shared == {"preset": "quickstart", "teacher": "t", "temperature": 3.0, "corpus": ["a.txt"], "lr": 2e-3}
 

@@ -31,7 +31,7 @@ PARSERS = {
 ANY_BUDGET = ["--budget-tokens", "1"]
 
 
-def unchecked(own: CompareConfig, shared: dict[str, object]) -> None:
+def unchecked(own: CompareConfig, shared: dict[str, object], explicit: object) -> None:
     """A mention may leave the budget out."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -86,8 +87,10 @@ class CompareConfig:
         choose_tasks(self.glue_tasks.split(",") if self.glue_tasks else (), ())
 
 
-def check(own: CompareConfig, shared: dict[str, Any]) -> None:
+def check(own: CompareConfig, shared: dict[str, Any], explicit: Collection[str] = ()) -> None:
     """Refuse what cannot be compared: options of the comparison, options that all rows share, and each row with these.
+
+    ``explicit``: options of the command line. Each must be read by a row; a file may have more.
 
     Raises:
         ValueError: naming the option and the remedy.
@@ -100,6 +103,9 @@ def check(own: CompareConfig, shared: dict[str, Any]) -> None:
         raise ValueError("--init-from-teacher is a row's own: write METHOD+init-from-teacher in --methods")
     budgets: list[dict[str, Any]] = [{"budget_gpu_hours": hours} for hours in own.budget_gpu_hours]
     rows = parse_rows(own.methods, own.as_released)
+    for name in explicit:
+        if not any(name in row.reads for row in rows):
+            raise ValueError(f"no row of --methods {own.methods} reads --{name.replace('_', '-')}: leave it out")
     for row in (*rows, *(controls(rows) if own.controls else ())):
         for budget in budgets or [{"budget_flops": own.budget_flops}]:
             row.resolved(shared, **budget)

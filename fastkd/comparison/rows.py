@@ -60,10 +60,14 @@ class Row:
         values = tuple(each for each in self.values if each[0] in ROW_VALUES)
         return Row("mlm", ("init_from_teacher",), self.teacher, values) if self.starts_from_teacher else None
 
+    @property
+    def reads(self) -> set[str]:
+        """The names of all options that its run knows."""
+        return {f.name for cls in (RunConfig, recipe.options_class(self.method)) for f in dataclasses.fields(cls)}
+
     def run_options(self, shared: dict[str, Any]) -> dict[str, Any]:
         """The options of its run that are given: the shared ones that its methods read, and its own."""
-        known = {f.name for cls in (RunConfig, recipe.options_class(self.method)) for f in dataclasses.fields(cls)}
-        options = {name: value for name, value in shared.items() if name in known}
+        options = {name: value for name, value in shared.items() if name in self.reads}
         if self.teacher is not None:  # the student keeps the other rows' tokenizer, not that of this teacher
             options["tokenizer"] = Row("mlm").settings(shared)["tokenizer"]
             options["teacher"] = self.teacher
