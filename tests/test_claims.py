@@ -14,7 +14,7 @@ from fastkd.comparison.items import TITLES, items_of
 from fastkd.comparison.report import build_comparison
 from fastkd.comparison.results import lower_is_better, read_results, write_results
 from fastkd.comparison.scores import MLM_ACCURACY, MLM_LOSS
-from fastkd.probes.scores import packed
+from fastkd.probes.scores import packed, standard_error
 
 pytestmark = pytest.mark.usefixtures("in_full")
 N = 400
@@ -71,7 +71,7 @@ def test_the_report_begins_with_what_is_told_apart(tmp_path: Path) -> None:
     assert numbers[f"{key}.p_better.scratch.probe"] == difference.p_better
     assert f"{key}.difference.best.probe" not in numbers  # it is the best
     assert numbers["mlm/gpu-seconds/900.0.difference.best.probe"] == -difference.mean
-    assert f"Intervals over {N} items and 3 seeds; 3 comparisons a column." in text
+    assert f"Intervals over {N} items and 3 seeds; comparisons: 3 with scratch, 3 with the best." in text
     assert "from scratch" in Page(tmp_path / "report.html").text.split("<h2>")[0]
 
 
@@ -93,7 +93,7 @@ def test_one_seed_with_items_says_what_its_intervals_leave_out(tmp_path: Path) -
     said = "one seed: differences between seeds are not in this interval"
     assert (
         lead(text).endswith(f"({said}).")
-        and f"Intervals over {N} items and 1 seed; 1 comparison a column; {said}." in text
+        and f"Intervals over {N} items and 1 seed; comparisons: 1 with scratch, 1 with the best; {said}." in text
     )
 
 
@@ -111,7 +111,7 @@ def test_two_seeds_of_a_loss_have_an_interval_and_lower_is_better(tmp_path: Path
     rows = [row(label, seed, {MLM_LOSS: loss}) for label, pair in losses.items() for seed, loss in enumerate(pair)]
     text = build(tmp_path, rows)
     assert lead(text).startswith(f"minilmv2 is better than scratch on {MLM_LOSS}, -0.495 ± 0.064 (95%), P(better) 0.99")
-    assert "Intervals over 2 seeds; 2 comparisons a column." in text
+    assert "Intervals over 2 seeds; comparisons: 2 with scratch, 2 with the best." in text
 
 
 def test_a_claim_holds_only_if_it_does_among_all_that_were_tried(tmp_path: Path) -> None:
@@ -121,7 +121,10 @@ def test_a_claim_holds_only_if_it_does_among_all_that_were_tried(tmp_path: Path)
     others = [row(f"other{i}", seed, {"x": 50.0 + seed * (2 + i)}) for i in range(6) for seed in (0, 1)]
     assert "minilmv2 is better" in lead(build(tmp_path, [*mlm, *better]))
     text = build(tmp_path, [*mlm, *better, *others])
-    assert lead(text) == "Nothing is told apart from scratch: all 7 differences are within what chance does."
+    assert (
+        lead(text)
+        == "Nothing is told apart from scratch: all 7 differences are within what chance does among so many (Holm's correction)."
+    )
 
 
 @pytest.mark.parametrize(
@@ -181,8 +184,10 @@ def test_a_row_may_name_the_file_of_its_items(tmp_path: Path, caplog: pytest.Log
 
 
 def test_a_text_is_what_is_drawn_not_its_items() -> None:
-    (shares,) = items_of(probed([1, 0, 0, 1, 1, 1], [2, 1, 3])).values()
-    assert shares.tolist() == [0.5, 0.0, 1.5] and shares.mean() == pytest.approx(4 / 6)
+    right, sizes = np.array([1, 0, 0, 1, 1, 1]), [2, 1, 3]
+    (shares,) = items_of(probed(right.tolist(), sizes)).values()
+    assert shares.tolist() == pytest.approx([1 / 2, 1 / 3, 7 / 6]) and shares.mean() == pytest.approx(4 / 6)
+    assert shares.std(ddof=1) / 3**0.5 == pytest.approx(standard_error(right, sizes)), "long texts are not good ones"
 
 
 @pytest.mark.parametrize(

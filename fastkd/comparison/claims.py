@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from fastkd import quantities
 from fastkd.comparison.intervals import holm
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fastkd.comparison.intervals import Difference
 
 Side = Literal["scratch", "best"]  # what rows are compared with
+_NAMES = {"scratch": "scratch", "best": "the best"}
 MOST_NAMED = 4  # differences in the first sentence of a report
 ONE_SEED = "one seed: differences between seeds are not in this interval"
 
@@ -69,8 +70,11 @@ def sentence(results: Results) -> str:
     if not held:
         return f"Nothing is told apart from scratch: {_why_none(claims)}."
     named = _told(results, held[:MOST_NAMED])
-    more = len(held) - MOST_NAMED
-    rest = "nothing else is told apart from scratch" if more <= 0 else f"{more} more are told apart from scratch below"
+    more = [claim.is_better for claim in held[MOST_NAMED:]]
+    counts = [
+        f"{number} more {word}" for word, number in (("better", sum(more)), ("worse", more.count(False))) if number
+    ]
+    rest = f"{' and '.join(counts)} than scratch below" if more else "nothing else is told apart from scratch"
     seeds = f" ({ONE_SEED})" if any(claim.difference.is_of_one_seed for claim in held) else ""
     return f"{named}; {rest}{seeds}."
 
@@ -98,8 +102,9 @@ def _numbers(results: Results, claim: Claim) -> str:
 def _why_none(claims: list[Claim]) -> str:
     tested = [claim for claim in claims if claim.difference.half_width is not None]
     if tested:
-        differences = f"all {len(tested)} differences are" if len(tested) > 1 else "the one difference is"
-        return f"{differences} within what chance does"
+        if len(tested) == 1:
+            return "the one difference is within what chance does"
+        return f"all {len(tested)} differences are within what chance does among so many (Holm's correction)"
     if not claims:
         return "no other row shares a seed and a score with it"
     return f"{_no_interval(claims)}, so chance cannot be told" + (
@@ -115,15 +120,21 @@ def _has_seeds(claims: list[Claim]) -> bool:
     return any(claim.difference.seeds > 1 for claim in claims)
 
 
-def basis(claims: list[Claim]) -> str:
-    """What the intervals of a score rest on, how many comparisons were made, and what is not in them."""
-    tested = [claim.difference for claim in claims if claim.difference.half_width is not None]
+def basis(results: Results, score: str) -> str:
+    """What the intervals of a score rest on, how many comparisons were made with scratch and with the best row, and what is not
+    in them."""
+    claims = {side: against(results, side, score) for side in get_args(Side)}
+    intervals = {
+        side: [each.difference for each in found if each.difference.half_width is not None]
+        for side, found in claims.items()
+    }
+    tested = [difference for found in intervals.values() for difference in found]
     if not tested:
-        return f"No intervals: {_no_interval(claims)}."
+        return f"No intervals: {_no_interval(claims['best'])}."
     items = _range("item", [found.items for found in tested if found.items])
     seeds = _range("seed", [found.seeds for found in tested])
-    made = f"{len(tested)} comparison{'s' * (len(tested) > 1)} a column"
-    texts = [f"Intervals over {f'{items} and {seeds}' if items else seeds}", made]
+    made = [f"{len(found)} with {_NAMES[side]}" for side, found in intervals.items() if found]
+    texts = [f"Intervals over {f'{items} and {seeds}' if items else seeds}", f"comparisons: {', '.join(made)}"]
     if any(found.is_of_one_seed for found in tested):
         texts.append(ONE_SEED)
     return "; ".join(texts) + "."

@@ -67,7 +67,7 @@ def _against(results: Results) -> list[Record]:
         {
             "score": score,
             "table": table,
-            "basis": claims.basis(claims.against(results, "best", score)),
+            "basis": claims.basis(results, score),
             "plot": f"difference-{place}",
         }
         for place, (score, table) in enumerate(found)
