@@ -71,10 +71,8 @@ def sentence(results: Results) -> str:
         return f"Nothing is told apart from scratch: {_why_none(claims)}."
     named = _told(results, held[:MOST_NAMED])
     more = [claim.is_better for claim in held[MOST_NAMED:]]
-    counts = [
-        f"{number} more {word}" for word, number in (("better", sum(more)), ("worse", more.count(False))) if number
-    ]
-    rest = f"{' and '.join(counts)} than scratch below" if more else "nothing else is told apart from scratch"
+    counts = ", ".join(f"{n} {word}" for word, n in (("better", sum(more)), ("worse", more.count(False))) if n)
+    rest = f"{len(more)} more are told apart below, {counts}" if more else "nothing else is told apart from scratch"
     seeds = f" ({ONE_SEED})" if any(claim.difference.is_of_one_seed for claim in held) else ""
     return f"{named}; {rest}{seeds}."
 
