@@ -72,7 +72,7 @@ def sentence(results: Results) -> str:
     named = _told(results, held[:MOST_NAMED])
     more = [claim.is_better for claim in held[MOST_NAMED:]]
     counts = ", ".join(f"{n} {word}" for word, n in (("better", sum(more)), ("worse", more.count(False))) if n)
-    rest = f"{len(more)} more are told apart below, {counts}" if more else "nothing else is told apart from scratch"
+    rest = f"told apart below too: {counts}" if more else "nothing else is told apart from scratch"
     seeds = f" ({ONE_SEED})" if any(claim.difference.is_of_one_seed for claim in held) else ""
     return f"{named}; {rest}{seeds}."
 
