@@ -42,6 +42,17 @@ def test_the_model_card_is_one_the_hub_reads(tmp_path: Path, mlm_head: bool) -> 
     assert all(line.count("|") == 3 for line in table)
 
 
+def test_a_loss_that_is_no_cross_entropy_is_no_fill_mask_result(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    metrics = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(
+        metrics.replace('"mlm_loss": 3.1', '"mlm_loss": null').replace("0.231", "null")
+    )
+    (result,) = ModelCard(model_card(folder, mlm_head=False)).data.eval_results
+    assert (result.task_type, result.metric_type, result.metric_value) == ("feature-extraction", "loss", 2.9)
+    assert result.metric_name == "held-out loss of minilmv2"
+
+
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_the_model_card_says_which_tokens_the_cosine_takes(tmp_path: Path, weight: float) -> None:
     folder = make_run(tmp_path / "run")

@@ -111,22 +111,26 @@ def _hub_datasets(run: Run) -> list[str]:
 
 
 def _held_out(run: Run, datasets: Sequence[str]) -> list[EvalResult]:
-    """Cross-entropy and accuracy of the MLM head on the held-out text, where it was scored last; a method's own loss is none."""
-    last = run.validations[-1] if run.validations else {}
-    values = {"loss": last.get("mlm_loss"), "accuracy": last.get("accuracy")}
+    """The last scores on held-out text: cross-entropy and accuracy of the MLM head, or else the loss of the method, named."""
+    last = next((line for line in reversed(run.validations) if line["loss"] is not None), None)
+    if last is None:
+        return []
+    if last.get("mlm_loss") is not None:
+        task, values = "fill-mask", {"loss": last["mlm_loss"], "accuracy": last["accuracy"]}
+    else:
+        task, values = "feature-extraction", {f"loss of {run.plan.get('method', 'its method')}": last["loss"]}
     name = ", ".join(map(str, run.config.get("corpus", []))) or "the corpus"
     return [
         EvalResult(
-            task_type="fill-mask",
+            task_type=task,
             task_name="Held-out text",
             dataset_type=datasets[0] if datasets else "text",
             dataset_name=f"held-out part of {name}",
-            metric_type=metric,
+            metric_type=metric.partition(" ")[0],
             metric_name=f"held-out {metric}",
             metric_value=round(value, 6),
         )
         for metric, value in values.items()
-        if value is not None
     ]
 
 
