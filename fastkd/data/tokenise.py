@@ -18,7 +18,6 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -36,6 +35,7 @@ PIECE_CHARACTERS = 2**20  # a longer document is tokenised in pieces: an encodin
 ROLES = ("cls_token", "sep_token", "mask_token", "pad_token", "unk_token")
 NO_TEXT = "\ufffe\uffff"  # not characters in Unicode: no text has a word that begins with these
 SMALL_CHUNKS = 8  # a corpus of no more chunks than this is not worth starting processes for
+_Queue = queue.SimpleQueue[Any]
 PATIENCE = 120.0  # seconds for a chunk: a worker that gives no answer until then is stopped, or stuck, and is ended
 
 
@@ -224,37 +224,56 @@ class _Worker:
 
 
 def _in_processes(chunks: Iterator[list[str]], tokenizer_json: str, workers: int) -> Generator[Tokens]:
-    """Each thread borrows an idle worker for a chunk; at most two chunks a worker are in progress."""
+    """A thread for each worker takes chunk after chunk; at most two chunks a worker are in progress.
+
+    Threads share nothing but queues that no Ctrl-C leaves locked. One that comes within an executor's ``submit`` may: its threads
+    then wait for ever.
+    """
     with ExitStack() as stack:
         crew: list[_Worker] = []
-        idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        tasks: _Queue = queue.SimpleQueue()  # a chunk and where its answer goes; None: the end
         for _ in range(workers):
             worker = _Worker(tokenizer_json)
             stack.callback(worker.close)
             crew.append(worker)
-            idle.put(worker)
-        pool, over = ThreadPoolExecutor(workers), threading.Event()
+        over = threading.Event()
+        threads = [threading.Thread(target=_work, args=(worker, tasks, over), daemon=True) for worker in crew]
         # From here on in the reverse order: the workers end, so no thread waits for one, then the threads do.
-        stack.callback(pool.shutdown, cancel_futures=True)
+        for thread in threads:
+            thread.start()
+            stack.callback(thread.join)
         for worker in crew:
+            stack.callback(tasks.put, None)
             stack.callback(worker.kill)
         threading.Thread(target=_watch, args=(crew, over), daemon=True).start()
         stack.callback(over.set)
 
-        def run(chunk: list[str]) -> Tokens:
-            worker = idle.get()
-            try:
-                return worker(chunk)
-            finally:
-                idle.put(worker)
-
-        pending: deque[Future[Tokens]] = deque()
+        pending: deque[_Queue] = deque()
         for chunk in chunks:
-            pending.append(pool.submit(run, chunk))
+            pending.append(queue.SimpleQueue())
+            tasks.put((chunk, pending[-1]))
             if len(pending) > 2 * workers:
-                yield pending.popleft().result()
+                yield _answer(pending.popleft())
         while pending:
-            yield pending.popleft().result()
+            yield _answer(pending.popleft())
+
+
+def _work(worker: _Worker, tasks: _Queue, over: threading.Event) -> None:
+    """Answer chunk after chunk: with its tokens, or with the error that there was."""
+    while (task := tasks.get()) is not None and not over.is_set():
+        chunk, answer = task
+        try:
+            answer.put(worker(chunk))
+        except Exception as error:  # whatever it is, the thread that waits raises it
+            answer.put(error)
+
+
+def _answer(found: _Queue) -> Tokens:
+    answer = found.get()
+    if isinstance(answer, Exception):
+        raise answer
+    assert isinstance(answer, Tokens)
+    return answer
 
 
 def _watch(crew: list[_Worker], over: threading.Event) -> None:
