@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastkd.probes.scores import unpacked
+from fastkd.probes.scores import deviations, unpacked
 
 if TYPE_CHECKING:
     from fastkd.files import Record
@@ -124,8 +124,7 @@ def by_text(right: NDArray[np.bool_], sizes: Sequence[int]) -> Items:
     What is asked of one text is not independent, so the text is what is drawn, and p is a ratio of two sums over texts.
     Linearised as here, a long text differs from a short one only in how sure its share is, as in ``probes.scores.standard_error``.
     """
-    number, share = np.repeat(np.arange(len(sizes)), sizes), right.mean()
-    parts: Items = share + np.bincount(number, right - share, len(sizes)) * len(sizes) / len(right)
+    parts: Items = right.mean() + deviations(right, sizes) * len(sizes) / len(right)
     return parts
 
 

@@ -103,8 +103,9 @@ def check(own: CompareConfig, shared: dict[str, Any], explicit: Collection[str] 
         raise ValueError("--init-from-teacher is a row's own: write METHOD+init-from-teacher in --methods")
     budgets: list[dict[str, Any]] = [{"budget_gpu_hours": hours} for hours in own.budget_gpu_hours]
     rows = parse_rows(own.methods, own.as_released)
+    read = {name for row in rows for name in row.reads}
     for name in explicit:
-        if not any(name in row.reads for row in rows):
+        if name not in read:
             raise ValueError(f"no row of --methods {own.methods} reads --{name.replace('_', '-')}: leave it out")
     for row in (*rows, *(controls(rows) if own.controls else ())):
         for budget in budgets or [{"budget_flops": own.budget_flops}]:

@@ -67,7 +67,8 @@ class Row:
 
     def run_options(self, shared: dict[str, Any]) -> dict[str, Any]:
         """The options of its run that are given: the shared ones that its methods read, and its own."""
-        options = {name: value for name, value in shared.items() if name in self.reads}
+        known = self.reads
+        options = {name: value for name, value in shared.items() if name in known}
         if self.teacher is not None:  # the student keeps the other rows' tokenizer, not that of this teacher
             options["tokenizer"] = Row("mlm").settings(shared)["tokenizer"]
             options["teacher"] = self.teacher

@@ -17,9 +17,13 @@ def standard_error(values: np.ndarray, sizes: Sequence[int]) -> float:
     """
     if len(sizes) < 2:
         return math.nan
-    number = np.repeat(np.arange(len(sizes)), sizes)
-    sums = np.bincount(number, values - values.mean())
+    sums = deviations(values, sizes)
     return float(np.sqrt(len(sizes) / (len(sizes) - 1) * (sums**2).sum()) / len(values))
+
+
+def deviations(values: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """Of values [n] in G groups of these sizes, each group's sum of x_i − x̄: [G]."""
+    return np.bincount(np.repeat(np.arange(len(sizes)), sizes), values - values.mean(), len(sizes))
 
 
 def packed(right: np.ndarray) -> str:
